@@ -1,0 +1,58 @@
+"""How faithful a reconstruction is: the paper's measures (Sec. 4.1) and what is needed to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .feature_map import FeatureMap
+
+
+def cosine_per_location(a: FeatureMap, b: FeatureMap, centre: Tensor | None = None) -> Tensor:
+    """[B, H, W] cosine similarity of the feature vectors at each location.
+
+    centre: [C], subtracted from both first (the mean vector of a reference set). ReLU features share a large common
+    part; without it the cosine of unrelated pictures is near zero.
+    """
+    a.source.require(b.source, "the original feature map", "the reconstruction's")
+    x, y = a.values, b.values
+    if centre is not None:
+        x, y = x - centre[:, None, None], y - centre[:, None, None]
+    return F.cosine_similarity(x, y, dim=1)
+
+
+def cosine(a: FeatureMap, b: FeatureMap, centre: Tensor | None = None) -> Tensor:
+    """[B] mean over the locations of cosine_per_location: the number under the paper's figures."""
+    return cosine_per_location(a, b, centre).mean((1, 2))
+
+
+def top_k_match(original: Tensor, reconstruction: Tensor, k: int) -> Tensor:
+    """[B] bool: the original's top-1 class is among the reconstruction's k best; logits [B, classes]."""
+    best = reconstruction.topk(min(k, reconstruction.shape[1]), dim=1).indices
+    return (best == original.argmax(1, keepdim=True)).any(1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to two sets of vectors [N, D] (Heusel et al. 2017), in float64.
+
+    In the feature space of any model but Inception this is no FID, and must not be called so.
+    """
+    a, b = a.double(), b.double()
+    gap = (a.mean(0) - b.mean(0)).square().sum()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    return float(gap + cov_a.trace() + cov_b.trace() - 2 * root)
+
+
+def bootstrap(values: Tensor, statistic: Callable[[np.ndarray], np.ndarray] | None = None, draws: int = 2000, seed: int = 0) -> dict:
+    """Mean (or `statistic` over axis 1) of [N] values with its 95 % percentile bootstrap interval:
+    {"value", "low", "high", "n"}."""
+    x = values.double().cpu().numpy()
+    statistic = statistic or (lambda resampled: resampled.mean(1))
+    picks = np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))
+    low, high = np.percentile(statistic(x[picks]), [2.5, 97.5])
+    return {"value": float(statistic(x[None])[0]), "low": float(low), "high": float(high), "n": len(x)}

@@ -1,0 +1,108 @@
+"""The weights file: one safetensors file per inversion model, read alike by the nodes and the programs.
+
+Tensors: the ControlNet in the diffusers layout, fp16 or fp32, and the conditional encoder under
+`controlnet_cond_embedding.`. Metadata: one JSON text under the key "featinv".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .encoders import KINDS, build_encoder
+from .feature_map import FeatInvError, FeatureSource
+
+FORMAT = 1
+ENCODER_PREFIX = "controlnet_cond_embedding."
+
+
+@dataclass
+class InversionInfo:
+    """What a weights file says of itself.
+
+    source: the features it inverts. encoder: settings for build_encoder. base: {"name", "width" (first block),
+    "context" (cross-attention width), "latent_channels"}. prompt: text of the positive prompt. recommended:
+    {"strength", "guidance", "steps"}. images_seen: pictures in training. config: the training configuration.
+    metrics: as measured when it was saved.
+    """
+
+    source: FeatureSource
+    encoder: dict
+    base: dict
+    prompt: str
+    recommended: dict = field(default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "steps": 50})
+    images_seen: int = 0
+    config: dict = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def save_inversion(file: str | Path, info: InversionInfo, controlnet: dict[str, Tensor], encoder: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a weights file whole or not at all.
+
+    controlnet: state dict in the diffusers layout without its own conditioning embedding. dtype: of the stored
+    floating-point tensors.
+    """
+    tensors = {k: v for k, v in controlnet.items() if not k.startswith(ENCODER_PREFIX)}
+    tensors |= {ENCODER_PREFIX + k: v for k, v in encoder.state_dict().items()}
+    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
+    write_safetensors(file, tensors, {"featinv": json.dumps(asdict(info))})
+
+
+def write_safetensors(file: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file under a temporary name and renames it."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    try:
+        save_file(tensors, part, metadata)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_info(file: str | Path) -> InversionInfo:
+    """The metadata of a weights file, without its tensors.
+
+    Raises FeatInvError for a missing, truncated or foreign file, another format version, or an unknown encoder.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get("featinv")
+    except FileNotFoundError as error:
+        raise FeatInvError(f"weights file {file} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise FeatInvError(f"{file} is not a complete safetensors file ({error}); download or copy it again") from error
+    if text is None:
+        raise FeatInvError(f"{file} is no FeatInv weights file: its metadata has no entry 'featinv'")
+    found = json.loads(text)
+    if found.get("format") != FORMAT:
+        raise FeatInvError(f"{file} has format version {found.get('format')}; this release reads version {FORMAT}")
+    info = InversionInfo(**{**found, "source": FeatureSource.from_dict(found["source"])})
+    if info.encoder.get("kind") not in KINDS:
+        raise FeatInvError(f"{file} needs the conditional encoder {info.encoder.get('kind')!r}; known: {', '.join(KINDS)}")
+    return info
+
+
+def load_inversion(file: str | Path) -> tuple[InversionInfo, dict[str, Tensor], nn.Module]:
+    """Reads a weights file: (info, ControlNet state dict in the diffusers layout, encoder), all float32 on the CPU.
+
+    Raises FeatInvError as read_info does, and for encoder tensors that are missing, unexpected or misshapen.
+    """
+    info = read_info(file)
+    with safe_open(file, "pt") as opened:
+        tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}
+    encoder = build_encoder(info.encoder)
+    own = {k.removeprefix(ENCODER_PREFIX): tensors.pop(k) for k in list(tensors) if k.startswith(ENCODER_PREFIX)}
+    try:
+        encoder.load_state_dict(own, strict=True)
+    except RuntimeError as error:
+        raise FeatInvError(f"{file}: the conditional encoder's tensors do not fit its settings. {error}") from error
+    return info, tensors, encoder.eval().requires_grad_(False)

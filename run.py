@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""One door to the project on a fresh machine; needs Python 3.10 or newer and nothing else.
+
+    python3 run.py demo [--image FILE ...]    set up, then invert, mix and compose pictures; results in out/demo
+    python3 run.py test [PYTEST ARGUMENTS]    set up, then run every test
+
+Both make .venv beside this file and use it again the next time. --no-venv uses the running Python instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+REQUIREMENTS = {"demo": ["requirements.txt"], "test": ["requirements.txt", "training/requirements.txt"]}
+
+
+def step(what: str, command: list[str]) -> None:
+    """Runs one step of the set-up; stops with a message that names it if it fails."""
+    print(f"[set-up] {what} ...", flush=True)
+    if subprocess.call(command, cwd=ROOT):
+        sys.exit(f"[set-up] failed: {what}\n         command: {' '.join(map(str, command))}")
+
+
+def environment(files: list[str], use_running: bool) -> str:
+    """The Python to run with, with the requirements installed; does nothing where they already are."""
+    if use_running:
+        return sys.executable
+    folder = ROOT / ".venv"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        step("make the virtual environment .venv", [sys.executable, "-m", "venv", str(folder)])
+    wanted = hashlib.sha256(b"".join((ROOT / f).read_bytes() for f in files)).hexdigest()
+    stamp = folder / f"installed-{len(files)}"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--progress-bar", "on"]
+        # torch and torchvision together, so that a matching pair is chosen before anything else asks for one of them
+        step("install torch and torchvision (several GB on Linux with their GPU libraries)", [*pip, "torch", "torchvision"])
+        step("install the other requirements", [*pip, *(part for f in files for part in ("-r", f))])
+        stamp.write_text(wanted)
+    return str(python)
+
+
+def main() -> int:
+    if sys.version_info < (3, 10):
+        sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=REQUIREMENTS)
+    parser.add_argument("--no-venv", action="store_true", help="use the running Python and what is installed in it")
+    args, rest = parser.parse_known_args()
+    python = environment(REQUIREMENTS[args.command], args.no_venv)
+    program = ["-m", "pytest"] if args.command == "test" else [str(ROOT / "training" / "demo.py")]
+    return subprocess.call([python, *program, *rest], cwd=ROOT if args.command == "test" else None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Feature maps keep their source, mix as stated, and refuse what does not fit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
+from featinv_nodes.core.metrics import bootstrap, cosine, cosine_per_location, frechet_distance, top_k_match
+from featinv_nodes.core.mixing import at_grid, compose, interpolate
+
+SOURCE = FeatureSource("net.tag", "last", False, 5, (3, 4), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+
+def random_map(seed=0, batch=2):
+    return FeatureMap(torch.randn(batch, 5, 3, 4, generator=torch.Generator().manual_seed(seed)), SOURCE)
+
+
+def test_source_survives_json():
+    assert FeatureSource.from_dict(json.loads(json.dumps(SOURCE.to_dict()))) == SOURCE
+    with pytest.raises(FeatInvError, match="expected"):
+        FeatureSource.from_dict({"backbone": "x"})
+
+
+def test_shape_and_finiteness_are_checked():
+    with pytest.raises(FeatInvError, match="expected"):
+        FeatureMap(torch.zeros(1, 5, 4, 3), SOURCE)
+    with pytest.raises(FeatInvError, match="NaN"):
+        FeatureMap(torch.full((1, 5, 3, 4), float("nan")), SOURCE)
+
+
+@pytest.mark.parametrize("field, value", [("backbone", "other"), ("layer", "x"), ("mean", (0.0, 0.0, 0.0)), ("input_size", (1, 2))])
+def test_maps_of_different_sources_do_not_combine(field, value):
+    other = FeatureMap(random_map().values, replace(SOURCE, **{field: value}))
+    for combine in (
+        lambda: interpolate([random_map(), other], [1, 1]),
+        lambda: compose(random_map(), other, torch.ones(1, 3, 4)),
+        lambda: cosine(random_map(), other),
+        lambda: concatenate([random_map(), other]),
+    ):
+        with pytest.raises(FeatInvError, match=field):
+            combine()
+
+
+def test_interpolation_is_convex():
+    a, b = random_map(0), random_map(1)
+    assert torch.equal(interpolate([a, b], [1, 0]).values, a.values)
+    assert torch.allclose(interpolate([a, b], [1, 3]).values, 0.25 * a.values + 0.75 * b.values, atol=1e-6)
+    for weights in ([1, -1], [0, 0], [1]):
+        with pytest.raises(FeatInvError):
+            interpolate([a, b], weights)
+
+
+def test_composition_takes_each_cell_from_its_side():
+    a, b = random_map(0), random_map(1)
+    mask = torch.zeros(1, 96, 128)
+    mask[:, :32, :64] = 1  # exactly one cell row and two cell columns
+    mixed = compose(a, b, mask).values
+    assert torch.equal(mixed[:, :, 0, :2], a.values[:, :, 0, :2])
+    assert torch.equal(mixed[:, :, 1:], b.values[:, :, 1:]) and torch.equal(mixed[:, :, 0, 2:], b.values[:, :, 0, 2:])
+    mask[:, :48] = 1  # half of the second row
+    assert at_grid(mask, (3, 4), soft=True)[0, 0, 1, 3] == 0.5
+    with pytest.raises(FeatInvError, match="pooled"):
+        compose(a.pool(), b.pool(), mask)
+
+
+def test_cosine_against_a_plain_loop():
+    a, b = random_map(0), random_map(1)
+    for i in range(2):
+        values = []
+        for y in range(3):
+            for x in range(4):
+                u, v = a.values[i, :, y, x].double(), b.values[i, :, y, x].double()
+                values.append((u @ v / u.norm() / v.norm()).item())
+        assert abs(cosine(a, b)[i].item() - sum(values) / 12) < 1e-6
+    assert torch.allclose(cosine(a, a), torch.ones(2), atol=1e-6)
+    centre = a.values.mean((0, 2, 3))
+    shifted = FeatureMap(a.values + 100, SOURCE)
+    assert cosine(shifted, FeatureMap(b.values + 100, SOURCE)).min() > 0.99  # a common part hides every difference
+    assert cosine_per_location(shifted, FeatureMap(b.values + 100, SOURCE), centre + 100).mean() < 0.9
+
+
+def test_top_k_match():
+    original = torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 2.0]])
+    again = torch.tensor([[3.0, 1.0, 2.0], [5.0, 1.0, 2.0]])
+    assert top_k_match(original, again, 1).tolist() == [False, True]
+    assert top_k_match(original, again, 2).tolist() == [True, True]
+
+
+def test_frechet_distance_of_known_gaussians():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(20_000, 3, generator=generator)
+    b = 2 * torch.randn(20_000, 3, generator=generator) + 1
+    # |mu|^2 + sum (s1 - s2)^2 = 3 + 3; sampling error of 20,000 draws is about 1 %
+    assert abs(frechet_distance(a, b) - 6) < 0.2
+    assert frechet_distance(a, a) < 1e-6
+
+
+def test_bootstrap_interval_covers_the_mean():
+    found = bootstrap(torch.arange(100.0))
+    assert found["n"] == 100 and found["low"] < found["value"] == 49.5 < found["high"]
+    assert 4 < found["value"] - found["low"] < 8  # 1.96 * 28.9 / 10 = 5.7

@@ -1,0 +1,102 @@
+"""The training configuration: a YAML file, any field overridden on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from featinv_nodes.core.feature_map import FeatInvError
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT = CONFIGS / "tiny_cnn_last.yaml"
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run. Counts are in images unless said otherwise.
+
+    backbone: "tiny-cnn", "tiny-vit", a timm name or a timm-hub folder; backbone_weights: its .safetensors file.
+    layer, pooled: what is inverted. base: "tiny" or a diffusers folder. data: "tiny" or a folder of images.
+    encoder_width: hidden channels of the conditional encoder (the paper: 512). standardise: per-channel mean and
+    deviation learned from the first batches. dropout: share of samples that lose features and text together.
+    rate: learning rate; schedule: "constant" (the paper) or "cosine" to zero, both after `warmup` images. ema: decay
+    per step of the moving average that is saved, 0 for none. precision: "no", "bf16" or "fp16".
+    workers: data loading processes. flips: "none", "horizontal" or "both". panel_every, save_every: images between
+    sample panels and checkpoints. recommended: sampling settings written into the weights file.
+    """
+
+    name: str
+    backbone: str
+    base: str
+    data: str
+    prompt: str
+    max_images: int
+    backbone_weights: str | None = None
+    layer: str = "last"
+    pooled: bool = False
+    encoder_width: int = 512
+    standardise: bool = False
+    dropout: float = 0.15
+    batch: int = 8
+    rate: float = 1e-5
+    schedule: str = "constant"
+    warmup: int = 1000
+    weight_decay: float = 0.01
+    ema: float = 0.0
+    precision: str = "bf16"
+    compile: bool = False
+    workers: int = 0
+    flips: str = "none"
+    seed: int = 0
+    panel_every: int = 20_000
+    save_every: int = 10_000
+    recommended: dict = field(default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50})
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "cosine"):
+            raise FeatInvError(f"schedule {self.schedule!r}: expected 'constant' or 'cosine'")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise FeatInvError(f"precision {self.precision!r}: expected 'no', 'bf16' or 'fp16'")
+        if self.flips not in ("none", "horizontal", "both"):
+            raise FeatInvError(f"flips {self.flips!r}: expected 'none', 'horizontal' or 'both'")
+
+    def save(self, file: Path) -> None:
+        file.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+
+def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainConfig:
+    """A YAML file with fields replaced by YAML texts. Raises FeatInvError for unknown or missing fields and for
+    values of the wrong type."""
+    if not file.is_file():
+        raise FeatInvError(f"configuration {file} does not exist; shipped: {', '.join(sorted(f.name for f in CONFIGS.glob('*.yaml')))}")
+    values = yaml.safe_load(file.read_text()) | {k: yaml.safe_load(v) for k, v in (overrides or {}).items()}
+    known = {f.name: f for f in fields(TrainConfig)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise FeatInvError(f"{file}: unknown fields {unknown}; known: {', '.join(known)}")
+    for name, value in values.items():
+        wanted = str(known[name].type).split(" |")[0]
+        if wanted == "float" and isinstance(value, (int, str)):
+            values[name] = float(value)  # YAML reads 1e-5 as text
+        elif type(value).__name__ not in str(known[name].type) and not (value is None and "None" in str(known[name].type)):
+            raise FeatInvError(f"{file}: {name} is {value!r}; expected {known[name].type}")
+    try:
+        return TrainConfig(**values)
+    except TypeError as error:
+        raise FeatInvError(f"{file}: {error}") from error
+
+
+def parse_arguments(description: str) -> tuple[TrainConfig, Path]:
+    """Command line of train.py: --config FILE, --output DIR and --FIELD VALUE for every field."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", type=Path, default=DEFAULT, help="YAML file (default: the embedded world's CNN)")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: out/train/NAME)")
+    for f in fields(TrainConfig):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, metavar=str(f.type).upper(), help=argparse.SUPPRESS if f.name == "name" else None)
+    args = vars(parser.parse_args())
+    file, output = args.pop("config"), args.pop("output")
+    config = read_config(file, {k: v for k, v in args.items() if v is not None})
+    return config, output or Path("out/train") / config.name

@@ -1,0 +1,40 @@
+"""Reading the user's pictures, with errors that say what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from featinv_nodes.core.feature_map import FeatInvError
+
+SMALLEST, LARGEST = 8, 16_384  # pixels per side
+
+
+def read_image(file: str | Path, square: int | None = None) -> Tensor:
+    """[1, 3, h, w] in 0..1 from any format Pillow reads; turned upright, transparency on white.
+
+    square: centre-cropped and scaled to this side. Raises FeatInvError for a missing, unreadable or foreign file and
+    for sides outside 8..16,384 pixels.
+    """
+    try:
+        with Image.open(file) as opened:
+            width, height = opened.size
+            if not (SMALLEST <= min(width, height) and max(width, height) <= LARGEST):
+                raise FeatInvError(f"{file} has {width} x {height} pixels; expected sides between {SMALLEST} and {LARGEST}")
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("RGB")
+    except FileNotFoundError as error:
+        raise FeatInvError(f"{file} does not exist") from error
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        if isinstance(error, FeatInvError):
+            raise
+        raise FeatInvError(f"{file} is not a picture that Pillow can read: {error}") from error
+    if square:
+        image = ImageOps.fit(image, (square, square), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)[None].contiguous()

@@ -1,0 +1,85 @@
+"""An inversion model ready to use: weights file, base model and backbone opened together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.feature_map import FeatureMap
+from featinv_nodes.core.metrics import cosine
+from featinv_nodes.core.weights import InversionInfo, read_info
+from featinv_nodes.tiny_world import model_file, open_backbone
+
+from .pipeline import BaseModel, Inversion, Sampling, load_base, noise, sample
+
+
+@dataclass
+class Opened:
+    """Everything that inverting needs; see open_model."""
+
+    info: InversionInfo
+    base: BaseModel
+    backbone: Backbone
+    model: Inversion
+
+    @property
+    def is_tiny(self) -> bool:
+        return self.info.base["name"] == "tiny"
+
+    def features(self, framed: Tensor) -> FeatureMap:
+        """Feature maps of pictures [B, 3, *input_size] at the model's own layer and pooling."""
+        source = self.info.source
+        with torch.inference_mode():
+            parts = [self.backbone(part, source.layer, source.pooled) for part in framed.to(self.base.unet.device).split(64)]
+        from featinv_nodes.core.feature_map import concatenate
+
+        return concatenate(parts)
+
+    def see(self, pictures: Tensor) -> FeatureMap:
+        """Feature maps of drawn pictures: scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
+        return self.features(self.backbone.frame(pictures, "stretch"))
+
+    def recommended(self, **changes) -> Sampling:
+        """The weights file's own sampling settings with the given ones replaced; None leaves a setting alone."""
+        return Sampling(**(self.info.recommended | {k: v for k, v in changes.items() if v is not None}))
+
+    @torch.inference_mode()
+    def draw(
+        self, features: FeatureMap | None, how: Sampling, start: Tensor, batch: int = 16, report: Callable[[int], object] = lambda n: None
+    ) -> Tensor:
+        """Pictures [B, 3, h, w] in 0..1 from starting noise [B, ...] and a feature map per row, or from the base
+        model alone where features is None. `batch` bounds the memory; report is called with each batch's size."""
+        parts = []
+        for first in range(0, len(start), batch):
+            rows = slice(first, first + batch)
+            model = self.model if features is not None else None
+            own = features.select(rows) if features is not None else None
+            latents = sample(self.base, model, own, start[rows], how, self.info.prompt)
+            parts.append(self.base.decode(latents).cpu())
+            report(len(latents))
+        return torch.cat(parts)
+
+    def score(self, wanted: FeatureMap, pictures: Tensor) -> Tensor:
+        """[B] cosine similarity of the pictures' features with the wanted ones."""
+        return cosine(wanted, self.see(pictures))
+
+    def noise(self, seeds: range | list[int]) -> Tensor:
+        """Starting noise [len(seeds), ...], one picture per seed."""
+        return torch.cat([noise(self.base, seed) for seed in seeds])
+
+
+def open_model(name: str, base: str | None = None, backbone_weights: str | None = None, backbone: str | None = None, device: str = "cpu") -> Opened:
+    """Opens a shipped model or a weights file. base: a base model other than the one the file names; backbone,
+    backbone_weights: where the file's backbone is. Raises FeatInvError where a part is missing or does not fit."""
+    file: Path = model_file(name)
+    info = read_info(file)
+    source = open_backbone(backbone or info.source.backbone, backbone_weights).to(device, memory_format=torch.channels_last)
+    info.source.require(source.source(info.source.layer, info.source.pooled), f"{file.name}", "the backbone")
+    frozen = load_base(base or info.base["name"], info.prompt).to(device)
+    model, _ = Inversion.load(file, frozen)
+    return Opened(info, frozen, source, model.to(device, memory_format=torch.channels_last))

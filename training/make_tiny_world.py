@@ -1,0 +1,104 @@
+"""Makes the embedded world's weights, stage by stage, from nothing.
+
+    python training/make_tiny_world.py                 all stages in order
+    python training/make_tiny_world.py --stage vit     one of them
+
+Stages: cnn, vit (backbones), autoencoder, base, the four inversion models, card. Each goes on where it was stopped
+and writes its result into featinv_nodes/tiny_world/ when it is done. CARD.md there says how long each took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from diffusers import DDIMScheduler
+
+from featinv_nodes.core.weights import load_inversion, save_inversion, write_safetensors
+from featinv_nodes.tiny_world import BACKBONES, FOLDER, MODELS, open_backbone
+from training.config import CONFIGS, read_config
+from training.pipeline import load_vae
+from training.tiny import autoencoder, backbones, base
+
+STAGES = ("cnn", "vit", "autoencoder", "base", "decoder", *MODELS)
+
+
+def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict in fp16, as shipped."""
+    return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()}
+
+
+def ship_backbone(kind: str, work: Path) -> None:
+    model = backbones.train_backbone(kind, work)
+    folder = FOLDER / BACKBONES[f"tiny-{kind}"][0]
+    architecture, arguments = backbones.SPECS[kind]
+    config = {
+        "architecture": architecture, "num_classes": len(backbones.CLASSES), "model_args": arguments,
+        "label_names": backbones.CLASSES,
+        "pretrained_cfg": {
+            "tag": backbones.TAG, "input_size": [3, 64, 64], "fixed_input_size": kind == "vit", "interpolation": "bicubic", "crop_pct": 1.0,
+            "crop_mode": "center", "mean": list(backbones.MEAN), "std": list(backbones.STD), "num_classes": len(backbones.CLASSES),
+        },
+    }
+    write_safetensors(folder / "model.safetensors", half(model), {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    print(kind, json.dumps(backbones.accuracy(model)))
+
+
+def load_cnn() -> torch.nn.Module:
+    return open_backbone("tiny-cnn").model
+
+
+def ship_autoencoder(work: Path, decoder: bool = False) -> None:
+    if decoder:
+        vae = autoencoder.train_decoder(work, loadload_vae(FOLDER / "base" / "vae"), load_cnn())
+    else:
+        vae = autoencoder.train_autoencoder(work, load_cnn())
+    folder = FOLDER / "base" / "vae"
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", half(vae), {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"_class_name": "PatchAutoencoder"}) + "\n")
+
+
+def ship_base(work: Path) -> None:
+    unet = base.train_base(work, load_vae(FOLDER / "base" / "vae"))
+    folder = FOLDER / "base"
+    unet.half().save_pretrained(folder / "unet")
+    DDIMScheduler(**base.SCHEDULE).save_pretrained(folder / "scheduler")
+    text = base.prompt_embeddings()
+    write_safetensors(folder / "prompts.safetensors", {base.PROMPT: text["prompt"], "": text["empty"]}, {"format": "pt"})
+
+
+def ship_inversion(name: str, work: Path) -> None:
+    """The longer training of a shipped model; the configuration's own max_images is what train.py does by default."""
+    from training.train import train
+
+    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": "240000", "compile": "true", "seed": "1"})
+    info, controlnet, encoder = load_inversion(train(config, work / name))
+    save_inversion(FOLDER / f"{name}.safetensors", info, controlnet, encoder, torch.float16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=STAGES, help="run this stage alone")
+    parser.add_argument("--work", type=Path, default=Path("out/tiny_world"), help="folder of the checkpoints")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for stage in [args.stage] if args.stage else STAGES:
+        if stage in ("cnn", "vit"):
+            ship_backbone(stage, args.work)
+        elif stage in ("autoencoder", "decoder"):
+            ship_autoencoder(args.work, decoder=stage == "decoder")
+        elif stage == "base":
+            ship_base(args.work)
+        else:
+            ship_inversion(stage, args.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Draws pictures that have the feature map of a picture, of a mixture of two, or of two composed by a mask.
+
+    python training/reconstruct.py --model tiny_cnn_last --image photo.jpg --out DIR
+    python training/reconstruct.py --image a.png b.png --mix 0 0.25 0.5 0.75 1 --out DIR
+    python training/reconstruct.py --image inner.png outer.png --mask mask.png --out DIR
+
+Writes every picture, panel.png with the cosine similarity under each, and results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
+from featinv_nodes.core.mixing import compose, interpolate
+from featinv_nodes.tiny_world import MODELS
+from training.images import read_image
+from training.inversion import Opened, open_model
+from training.pipeline import NEGATIVES, noise
+from training.report import panel, save_image, to_image
+
+SCOPE_NOTE = "The embedded model knows drawn scenes only; a photograph is outside its world and comes back as the nearest scene."
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny_cnn_last", help=f"weights file, or one of {', '.join(MODELS)}")
+    parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--samples", type=int, default=1, help="reconstructions of each feature map")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting noise, the same for every feature map")
+    parser.add_argument("--steps", type=int, help="DDIM steps")
+    parser.add_argument("--strength", type=float, help="control strength")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none")
+    parser.add_argument("--negative", choices=NEGATIVES, help="what guidance pushes away from: empty text, or no features either")
+    parser.add_argument("--fit", choices=("crop", "stretch"), default="crop", help="how a picture is fitted to the backbone's input")
+    mixing = parser.add_mutually_exclusive_group()
+    mixing.add_argument("--mix", type=float, nargs="+", metavar="W", help="mix two pictures; each W is the share of the second")
+    mixing.add_argument("--mask", help="picture whose bright part takes the first picture's features, the rest the second's")
+    parser.add_argument("--soft", action="store_true", help="let cells on the mask's edge blend")
+    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument("--base", help="base model folder, where it is not the one named in the weights file")
+    parser.add_argument("--backbone", help="timm-hub folder or name of the backbone, likewise")
+    parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def wanted_maps(opened: Opened, args: argparse.Namespace, framed: Tensor) -> list[tuple[str, FeatureMap]]:
+    """The feature maps to invert, each with a name: one per picture, per weight, or the composition."""
+    features = opened.features(framed)
+    if args.mix is None and args.mask is None:
+        return [(Path(file).stem, features.select(i)) for i, file in enumerate(args.image)]
+    if len(args.image) != 2:
+        raise FeatInvError(f"--mix and --mask take exactly two pictures, got {len(args.image)}")
+    first, second = features.select(0), features.select(1)
+    if args.mask is not None:
+        mask = opened.backbone.frame(read_image(args.mask), args.fit).mean(1)
+        return [("composed", compose(first, second, mask, args.soft))]
+    if not all(0 <= w <= 1 for w in args.mix):
+        raise FeatInvError(f"--mix {args.mix}: expected shares between 0 and 1")
+    return [(f"mix_{w:.2f}", interpolate([first, second], [1 - w, w])) for w in args.mix]
+
+
+def make_folder(folder: Path) -> None:
+    """Creates the results' folder. Raises FeatInvError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FeatInvError(f"cannot write to the folder {folder}: {error}") from error
+
+
+def write_json(file: Path, values: dict) -> None:
+    """Writes a JSON file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(part, file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
+    if min(args.samples, args.batch) < 1:
+        raise FeatInvError("--samples and --batch must be at least 1")
+    make_folder(args.out)
+    pictures = [read_image(file) for file in args.image]
+    opened = open_model(args.model, args.base, args.backbone_weights, args.backbone, args.device)
+    how = opened.recommended(steps=args.steps, strength=args.strength, guidance=args.guidance, negative=args.negative)
+    framed = torch.cat([opened.backbone.frame(x, args.fit) for x in pictures])
+    maps = wanted_maps(opened, args, framed)
+    wanted = concatenate([m for _, m in maps]).repeat(args.samples)
+    start = noise(opened.base, args.seed, args.samples).repeat(len(maps), 1, 1, 1)
+    with tqdm(total=len(start), desc="drawing", unit="picture") as bar:
+        drawn = opened.draw(wanted, how, start, args.batch, bar.update)
+    scores = opened.score(wanted, drawn).tolist()
+
+    rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(framed, args.image)]], []
+    for m, (name, _) in enumerate(maps):
+        picks = range(m * args.samples, (m + 1) * args.samples)
+        rows.append([(drawn[i], f"cos {scores[i]:.2f}") for i in picks])
+        for s, i in enumerate(picks):
+            file = args.out / f"{m:03d}_{name}_{s}.png"
+            save_image(to_image(drawn[i]), file)
+            entries.append({"file": file.name, "map": name, "sample": s, "seed": args.seed, "cosine": scores[i]})
+    note = SCOPE_NOTE if opened.is_tiny else ""
+    titles = ["original", *(name[:18] for name, _ in maps)]
+    save_image(panel(rows, titles, opened.info.source.describe(), note), args.out / "panel.png")
+    write_json(args.out / "results.json", {
+        "model": args.model, "source": opened.info.source.to_dict(), "images": [str(f) for f in args.image],
+        "sampling": asdict(how), "note": note, "pictures": entries,
+    })
+    print(f"wrote {len(entries)} pictures, panel.png and results.json to {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FeatInvError as error:
+        print(f"reconstruct.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,101 @@
+"""Trains the embedded world's autoencoder, 64 pixels to 8 x 8 x 24."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from featinv_nodes.core.patch_autoencoder import LATENTS, PatchAutoencoder
+
+from .backbones import normalise
+from .loop import train_stage
+from .scenes import draw
+
+IMAGES, BATCH, RATE = 240_000, 64, 2e-3
+ENCODER_IMAGES, DECODER_IMAGES = 54_528, 160_000
+PERCEPTUAL_FROM = 40_000  # pictures seen before the backbone's features join the loss
+
+
+class RoundTrip(nn.Module):
+    """Encodes, adds a little noise so that the decoder forgives the diffusion model's own errors, and decodes."""
+
+    def __init__(self, vae: PatchAutoencoder) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.vae.encode(x)
+        return self.vae.decode(z + 0.05 * noise * z.detach().float().std()), z
+
+
+def pixel_loss(y: Tensor, x: Tensor) -> Tensor:
+    """L1 and squared error on pixels, L1 on their horizontal and vertical differences (edges)."""
+    error = y - x
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges
+
+
+def feature_loss(backbone: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """Mean of 1 - cosine over the backbone's stages and locations; x, y in -1..1."""
+    with torch.no_grad():
+        wanted = backbone.forward_intermediates(x, intermediates_only=True)
+    got = backbone.forward_intermediates(y, intermediates_only=True)
+    distances = [1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean() for a, b in zip(wanted, got)]
+    return torch.stack(distances).mean()
+
+
+def train_autoencoder(work: Path, backbone: nn.Module, seed: int = 0, compile: bool = True) -> PatchAutoencoder:
+    """Trains both halves on scenes drawn on the fly: pixels first, then pixels and the features of the CNN.
+
+    It ends early on its schedule: the encoder is good enough to train the base model on, and train_decoder goes on.
+    """
+    torch.manual_seed(seed)
+    vae = PatchAutoencoder()
+    vae.start_from_patches(normalise(draw(seed, torch.arange(500)).image))
+    return standardise(_train("autoencoder", vae, backbone, work, seed, compile, IMAGES, ENCODER_IMAGES), seed)
+
+
+def train_decoder(work: Path, vae: PatchAutoencoder, backbone: nn.Module, seed: int = 0, compile: bool = True) -> PatchAutoencoder:
+    """Trains the decoder alone; the latents stay as they are."""
+    vae.requires_grad_(False)
+    for part in (vae.expand, vae.decoder):
+        part.requires_grad_(True)
+    return _train("decoder", vae, backbone, work, seed, compile, DECODER_IMAGES)
+
+
+def _train(
+    name: str, vae: PatchAutoencoder, backbone: nn.Module, work: Path, seed: int, compile: bool, images: int, stop: int | None = None
+) -> PatchAutoencoder:
+    model = RoundTrip(vae).to(memory_format=torch.channels_last)
+    backbone = backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    forward = torch.compile(model) if compile else model
+    offset = 0 if stop else IMAGES  # the decoder sees other scenes, and the features from the start
+
+    def loss_of(indices: Tensor) -> Tensor:
+        x = normalise(draw(seed, indices + offset).image).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, z = forward(x, torch.randn(len(x), LATENTS, 8, 8))
+            y = y.float()
+            loss = pixel_loss(y, x) + 1e-3 * z.float().square().mean()
+            if indices[0] + offset >= PERCEPTUAL_FROM:
+                loss = loss + 0.3 * feature_loss(backbone, y, x)
+        return loss
+
+    return train_stage(name, model, loss_of, images=images, batch=BATCH, rate=RATE, work=work, ema=0.998, decay=0.01, stop=stop).vae
+
+
+@torch.no_grad()
+def standardise(vae: PatchAutoencoder, seed: int = 0) -> PatchAutoencoder:
+    """Gives the latents zero mean per channel and unit variance over all, exactly undone by decode.
+
+    The channels keep the square root of their ratio of deviations: a compromise between weighing fine detail like
+    the rest and hardly at all.
+    """
+    z = vae.encode(normalise(draw(seed, torch.arange(500)).image)) * vae.deviation + vae.mean
+    vae.mean.copy_(z.mean((0, 2, 3))[:, None, None])
+    vae.deviation.copy_(z.std((0, 2, 3)).sqrt()[:, None, None])
+    vae.deviation *= ((z - vae.mean) / vae.deviation).std()
+    return vae

@@ -1,0 +1,99 @@
+"""The two backbones of the embedded world: ordinary timm models, trained on what is in a scene."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .loop import train_stage
+from .scenes import GROUPS, SIZE, draw
+
+CLASSES = [f"{group}: {name}" for group, names in GROUPS.items() for name in names]
+TAG = "tiny_world"
+MEAN = STD = (0.5, 0.5, 0.5)
+#: timm architecture and its arguments. Both give an 8 x 8 grid of 128 channels at the last layer.
+SPECS = {
+    "cnn": ("resnet10t", {"channels": [32, 64, 96, 128], "stem_width": 16, "output_stride": 8}),
+    "vit": (
+        "vit_tiny_patch16_224",
+        {"img_size": SIZE, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 3.0,
+         "global_pool": "avg", "class_token": True},
+    ),
+}
+#: pictures seen, batch, peak learning rate
+RECIPES = {"cnn": (320_000, 64, 4e-3), "vit": (220_000, 32, 1e-3)}
+
+
+def build(kind: str) -> nn.Module:
+    """The untrained timm model of `kind` ("cnn" or "vit") with one logit per class of every label group."""
+    architecture, arguments = SPECS[kind]
+    return timm.create_model(architecture, pretrained=False, num_classes=len(CLASSES), **arguments)
+
+
+def normalise(image: Tensor) -> Tensor:
+    return (image - MEAN[0]) / STD[0]
+
+
+def group_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy per label group, summed: logits and targets [..., 28]; all-zero targets do not count."""
+    sizes = [len(names) for names in GROUPS.values()]
+    losses = 0.0
+    for z, t in zip(logits.float().split(sizes, -1), targets.split(sizes, -1)):
+        known = t.sum(-1) > 0
+        losses = losses + F.cross_entropy(z[known], t[known])
+    return losses
+
+
+def token_targets(scenes) -> Tensor:
+    """[B, 64, 28] what each of the 8 x 8 cells shows (token labelling, Jiang et al. 2021).
+
+    Object classes where an object covers at least a fifth of the cell, zeros elsewhere; the background
+    class where it covers at least a fifth.
+    """
+    cover = F.avg_pool2d(scenes.masks, SIZE // 8).flatten(2)  # [B, 2, 64]
+    top, slot = cover.max(1)  # [B, 64]
+    parts = []
+    for name, names in GROUPS.items():
+        label = getattr(scenes, name)
+        label = label[:, None].expand(-1, 64) if label.ndim == 1 else label.gather(1, slot)
+        shown = (1 - cover.sum(1) >= 0.2) if name == "background" else (top >= 0.2)
+        parts.append(F.one_hot(label.clamp(min=0), len(names)) * shown[..., None])
+    return torch.cat(parts, -1).float()
+
+
+def train_backbone(kind: str, work: Path, images: int | None = None, seed: int = 0) -> nn.Module:
+    """Trains a backbone on training scenes drawn on the fly; returns its moving average."""
+    torch.manual_seed(seed)
+    total, batch, rate = RECIPES[kind]
+    model = build(kind).to(memory_format=torch.channels_last)
+
+    def loss_of(indices: Tensor) -> Tensor:
+        scenes = draw(seed, indices)
+        pictures = normalise(scenes.image).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = model.forward_features(pictures)
+            logits = model.forward_head(tokens)
+            cells = model.head(model.fc_norm(tokens[:, model.num_prefix_tokens :])) if kind == "vit" else None
+        loss = group_losses(logits, scenes.targets())
+        return loss if cells is None else loss + group_losses(cells, token_targets(scenes))
+
+    return train_stage(f"backbone_{kind}", model, loss_of, images=images or total, batch=batch, rate=rate, work=work)
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, count: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Share of held-out single-object scenes whose top class is right, per label group."""
+    right, total = dict.fromkeys(GROUPS, 0), 0
+    for start in range(0, count, 100):
+        scenes = draw(seed, torch.arange(start, start + 100), "held-out")
+        single = scenes.count == 1
+        logits = model(normalise(scenes.image)).split([len(names) for names in GROUPS.values()], 1)
+        for (name, _), z in zip(GROUPS.items(), logits):
+            label = getattr(scenes, name).reshape(100, -1)[:, 0]
+            right[name] += (z.argmax(1) == label)[single].sum().item()
+        total += single.sum().item()
+    return {name: value / total for name, value in right.items()}

@@ -1,0 +1,83 @@
+"""The loop shared by the stages that make the embedded world: resumable, counted in images, with EMA."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+CHECKPOINT_SECONDS = 120
+
+
+def train_stage(
+    name: str,
+    model: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    *,
+    images: int,
+    batch: int,
+    rate: float,
+    work: Path,
+    decay: float = 0.05,
+    ema: float = 0.999,
+    seed: int = 0,
+    stop: int | None = None,
+) -> nn.Module:
+    """Trains `model` on scenes 0..images-1 and returns its moving average in evaluation mode.
+
+    loss_of: picture indices [batch] -> scalar loss; it draws or looks up the pictures itself.
+    images: pictures seen in all. rate: peak of a cosine schedule with 2 % warm-up (AdamW, bf16 autocast).
+    work: folder of the checkpoint `name.pt`, written whole or not at all; a later call goes on from it, and a
+    larger `images` continues a finished stage. Random numbers depend on (seed, images seen) alone.
+    """
+    model.train()
+    average = deepcopy(model).eval().requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay, betas=(0.9, 0.99), fused=True)
+    seen, file = 0, work / f"{name}.pt"
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        seen = state["seen"]
+    saved, smooth = time.monotonic(), None
+    progress = tqdm(total=images, initial=seen, desc=name, unit="img", smoothing=0.02, mininterval=5)
+    while seen < min(images, stop or images):
+        share = seen / images
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, share / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * cos(pi * share)))
+        torch.manual_seed(seed * 1_000_003 + seen)
+        loss = loss_of(torch.arange(seen, seen + batch))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        seen += batch
+        with torch.no_grad():
+            keep = min(ema, (1 + seen / batch) / (10 + seen / batch))
+            for old, new in zip(average.state_dict().values(), model.state_dict().values()):
+                old.lerp_(new, 1 - keep) if old.is_floating_point() else old.copy_(new)
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        progress.update(batch)
+        progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or seen >= min(images, stop or images):
+            save_checkpoint(file, model, average, optimizer, seen)
+            saved = time.monotonic()
+    progress.close()
+    return average
+
+
+def save_checkpoint(file: Path, model: nn.Module, average: nn.Module, optimizer, seen: int) -> None:
+    """Writes the state of a stage to a temporary name and renames it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {"model": model.state_dict(), "average": average.state_dict()}
+    torch.save({**state, "optimizer": optimizer.state_dict(), "seen": seen}, f"{file}.part")
+    os.replace(f"{file}.part", file)

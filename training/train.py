@@ -1,0 +1,186 @@
+"""Trains an inversion model: a ControlNet and its conditional encoder on a frozen diffusion model.
+
+    accelerate launch training/train.py                                    the embedded default
+    accelerate launch training/train.py --config FILE --rate 1e-4 --output DIR
+
+Stopped at any moment, the same command goes on where it was. --help lists every field of the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.weights import InversionInfo
+from featinv_nodes.tiny_world import open_backbone
+from training.config import TrainConfig, parse_arguments
+from training.data import loader, open_source
+from training.pipeline import BaseModel, Inversion, Sampling, load_base
+from training.report import sample_panel
+
+
+def diffusion_loss(base: BaseModel, model: torch.nn.Module, latents: Tensor, features: Tensor, config: TrainConfig) -> Tensor:
+    """The base model's own objective (paper Sec. 2; Ho et al. 2020): predict the noise, or the velocity where the
+    base model does so, of latents [B, C, H, W] at random timesteps, given features [B, C_f, h, w].
+
+    A share `dropout` of the samples sees neither features (zeros) nor text (the empty prompt).
+    """
+    batch, scheduler = len(latents), base.scheduler
+    noise = torch.randn_like(latents)
+    t = torch.randint(scheduler.config.num_train_timesteps, (batch,), device=latents.device)
+    dropped = (torch.rand(batch, device=latents.device) < config.dropout)[:, None, None]
+    context = torch.where(dropped, base.text[""], base.text[config.prompt])
+    features = features.masked_fill(dropped[..., None], 0.0)
+    noisy = scheduler.add_noise(latents, noise, t)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    wanted = scheduler.get_velocity(latents, noise, t) if velocity else noise
+    found = model(base.unet, noisy, t, context, features)
+    return F.mse_loss(found.float(), wanted.float())
+
+
+def rate_at(seen: int, config: TrainConfig) -> float:
+    """Learning rate after `seen` images: linear warm-up, then constant or a half cosine to zero."""
+    ramp = min(1.0, (seen + config.batch) / max(config.warmup, 1))
+    falling = 0.5 + 0.5 * math.cos(math.pi * seen / config.max_images) if config.schedule == "cosine" else 1.0
+    return config.rate * ramp * falling
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Writes folder/checkpoint.pt whole or not at all."""
+    torch.save(state, folder / "checkpoint.pt.part")
+    os.replace(folder / "checkpoint.pt.part", folder / "checkpoint.pt")
+
+
+def train(config: TrainConfig, output: Path) -> Path:
+    """Trains until config.max_images images are seen and returns the weights file, output/NAME.safetensors."""
+    # Set up: devices, frozen parts, the trained part, data
+    accelerator = Accelerator(mixed_precision=config.precision)
+    device, processes = accelerator.device, accelerator.num_processes
+    say = tqdm.write if accelerator.is_main_process else lambda _: None
+    set_seed(config.seed)
+    base = load_base(config.base, config.prompt).to(device)
+    backbone = open_backbone(config.backbone, config.backbone_weights).to(device, memory_format=torch.channels_last)
+    source = backbone.source(config.layer, config.pooled)
+    model = Inversion.start(base, source, config.encoder_width).to(device, memory_format=torch.channels_last)
+    pictures = open_source(config.data, max(base.resolution, *backbone.input_size), config.flips, config.seed)
+    say(f"{config.name}: inverts {source.describe()} with base model {base.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+    def observe(images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the backbone and the autoencoder make of the same crop: (latents, feature values)."""
+        with torch.no_grad(), accelerator.autocast():
+            features = backbone(backbone.frame(images, "stretch"), config.layer, config.pooled).values
+            side = (base.resolution,) * 2
+            target = images if images.shape[2:] == side else F.interpolate(images, side, mode="bilinear", antialias=True)
+            return base.encode(target.contiguous(memory_format=torch.channels_last)).float(), features
+
+    # Resume
+    output.mkdir(parents=True, exist_ok=True)
+    seen, average = 0, deepcopy(model) if config.ema else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay, fused=True)
+    checkpoint = output / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        seen = state["seen"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+        say(f"resumed at {seen} images from {checkpoint}")
+    elif config.standardise:
+        first = loader(pictures, 0, 256, 0, 1, 0)
+        model.encoder.standardise(observe(next(first).to(device))[1])
+    config.save(output / "config.yaml") if accelerator.is_main_process else None
+
+    trained, optimizer = accelerator.prepare(model, optimizer)
+    if config.compile:
+        trained = torch.compile(trained)
+    batches = loader(pictures, seen, config.batch, accelerator.process_index, processes, config.workers)
+
+    def saved_model() -> Inversion:
+        return average if average is not None else accelerator.unwrap_model(trained, keep_torch_compile=False)
+
+    def save() -> None:
+        raw = accelerator.unwrap_model(trained, keep_torch_compile=False)
+        state = {"seen": seen, "model": raw.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(output, state | ({"average": average.state_dict()} if average is not None else {}))
+
+    # Train
+    progress = tqdm(total=config.max_images, initial=seen, unit="img", desc=config.name, disable=not accelerator.is_main_process, smoothing=0.02, mininterval=2)
+    log = open(output / "stats.jsonl", "a") if accelerator.is_main_process else None
+    step, losses, since = 0, [], time.perf_counter()
+    per_step = config.batch * processes
+    while seen < config.max_images:
+        images = next(batches).to(device, non_blocking=True)
+        torch.manual_seed(hash((config.seed, seen, accelerator.process_index)) % 2**63)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(seen, config)
+        latents, features = observe(images)
+        loss = diffusion_loss(base, trained, latents, features, config)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen, step = seen + per_step, step + 1
+        losses.append(loss.detach())
+        if average is not None:
+            update_average(average, model, min(config.ema, (1 + seen / per_step) / (10 + seen / per_step)))
+
+        # Report, panel, checkpoint
+        progress.update(per_step)
+        if step % 20 == 0:
+            value = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            now = time.perf_counter()
+            line = {"images": seen, "loss": value, "rate": rate_at(seen, config), "images_per_second": 20 * per_step / (now - since)}
+            losses, since = [], now
+            progress.set_postfix(loss=f"{value:.4f}")
+            if log:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+        if accelerator.is_main_process:
+            if seen // config.panel_every > (seen - per_step) // config.panel_every:
+                cosine = sample_panel(output / f"panel_{seen:09d}.png", base, backbone, saved_model().eval(), config)
+                say(f"{seen} images: cosine of 8 held-out pictures {cosine:.3f}, see panel_{seen:09d}.png")
+            if seen // config.save_every > (seen - per_step) // config.save_every or seen >= config.max_images:
+                save()
+        accelerator.wait_for_everyone()
+    progress.close()
+
+    file = output / f"{config.name}.safetensors"
+    if accelerator.is_main_process:
+        encoder = model.encoder.settings
+        info = InversionInfo(source, encoder, base.describe(), config.prompt, config.recommended, seen, asdict(config))
+        saved_model().save(file, info)
+        say(f"wrote {file}")
+    return file
+
+
+@torch.no_grad()
+def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, parameters and buffers."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for old, new in zip(average.buffers(), model.buffers()):
+        old.copy_(new)
+
+
+if __name__ == "__main__":
+    try:
+        train(*parse_arguments(__doc__))
+    except FeatInvError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
