@@ -47,7 +47,7 @@ def environment(files: list[str], use_running: bool) -> str:
 
 
 def main() -> int:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever types the command may have an older one
         sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=REQUIREMENTS)

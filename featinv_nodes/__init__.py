@@ -1,0 +1,1 @@
+"""FeatInv: see what a vision model sees."""

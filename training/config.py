@@ -23,7 +23,7 @@ class TrainConfig:
     encoder_width: hidden channels of the conditional encoder (the paper: 512). standardise: per-channel mean and
     deviation learned from the first batches. dropout: share of samples that lose features and text together.
     rate: learning rate; schedule: "constant" (the paper) or "cosine" to zero, both after `warmup` images. ema: decay
-    per step of the moving average that is saved, 0 for none. precision: "no", "bf16" or "fp16".
+    per step of the moving average that is saved, 0 for none. precision: "fp32", "bf16" or "fp16".
     workers: data loading processes. flips: "none", "horizontal" or "both". panel_every, save_every: images between
     sample panels and checkpoints. recommended: sampling settings written into the weights file.
     """
@@ -58,8 +58,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "cosine"):
             raise FeatInvError(f"schedule {self.schedule!r}: expected 'constant' or 'cosine'")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise FeatInvError(f"precision {self.precision!r}: expected 'no', 'bf16' or 'fp16'")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise FeatInvError(f"precision {self.precision!r}: expected 'fp32', 'bf16' or 'fp16'")
         if self.flips not in ("none", "horizontal", "both"):
             raise FeatInvError(f"flips {self.flips!r}: expected 'none', 'horizontal' or 'both'")
 
@@ -78,15 +78,23 @@ def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainCon
     if unknown:
         raise FeatInvError(f"{file}: unknown fields {unknown}; known: {', '.join(known)}")
     for name, value in values.items():
-        wanted = str(known[name].type).split(" |")[0]
-        if wanted == "float" and isinstance(value, (int, str)):
-            values[name] = float(value)  # YAML reads 1e-5 as text
-        elif type(value).__name__ not in str(known[name].type) and not (value is None and "None" in str(known[name].type)):
-            raise FeatInvError(f"{file}: {name} is {value!r}; expected {known[name].type}")
+        values[name] = _typed(file, name, value, str(known[name].type))
     try:
         return TrainConfig(**values)
     except TypeError as error:
         raise FeatInvError(f"{file}: {error}") from error
+
+
+def _typed(file: Path, name: str, value: object, wanted: str) -> object:
+    """The value if it is of the wanted type (a dataclass annotation), numbers for floats converted."""
+    try:
+        if wanted == "float":
+            return float(value)  # YAML reads 1e-5 as text
+    except (TypeError, ValueError):
+        pass
+    if type(value).__name__ in wanted or (value is None and "None" in wanted):
+        return value
+    raise FeatInvError(f"{file}: {name} is {value!r}; expected {wanted}")
 
 
 def parse_arguments(description: str) -> tuple[TrainConfig, Path]:

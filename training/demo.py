@@ -25,15 +25,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 from featinv_nodes.tiny_world import MODELS
+from training.cli import make_folder, run, write_json, write_text
 from training.evaluate import evaluate, gap_closed, load_pictures
 from training.images import read_image
 from training.inversion import Opened, open_model
 from training.pipeline import Sampling
-from training.reconstruct import SCOPE_NOTE, make_folder, write_json
+from training.reconstruct import SCOPE_NOTE
 from training.report import Cell, panel, save_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     sheet = panel(rows, titles, f"FeatInv on the embedded world: {opened.info.source.describe()}", notes[0] if notes else "")
     save_image(sheet, args.out / "panel.png")
-    (args.out / "index.html").write_text(page("FeatInv: what the model sees", sheet, [summary, *notes]), encoding="utf-8")
+    write_text(args.out / "index.html", page("FeatInv: what the model sees", sheet, [summary, *notes]))
     seconds = time.perf_counter() - began
     write_json(args.out / "results.json", {
         "model": args.model,
@@ -145,8 +145,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FeatInvError as error:
-        print(f"demo.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

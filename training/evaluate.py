@@ -9,7 +9,6 @@ Writes results.json, report.md and panel.png.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +21,11 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.metrics import bootstrap, cosine, frechet_distance, top_k_match
-from featinv_nodes.tiny_world import MODELS
+from training.cli import make_folder, model_parser, open_from, run, write_json, write_text
 from training.data import SUFFIXES
 from training.images import read_image
-from training.inversion import Opened, open_model
-from training.pipeline import NEGATIVES, Sampling, round_trip
-from training.reconstruct import make_folder, write_json
+from training.inversion import Opened
+from training.pipeline import Sampling, round_trip
 from training.report import panel, save_image
 from training.tiny.scenes import draw
 
@@ -60,7 +58,7 @@ def measure(opened: Opened, original: FeatureMap, framed: Tensor, pictures: Tens
     """
     seen = opened.see(pictures)
     centre = original.values.mean((0, 2, 3))
-    last = [opened.backbone.logits(_last_map(opened, x)) for x in (framed, opened.backbone.frame(pictures, "stretch"))]
+    last = [opened.backbone.logits(opened.backbone.extract(x)) for x in (framed, opened.backbone.frame(pictures, "stretch"))]
     found = {"cosine": cosine(original, seen), "cosine_centred": cosine(original, seen, centre)}
     groups = class_groups(opened)
     first = next(iter(groups.values()))
@@ -72,18 +70,6 @@ def measure(opened: Opened, original: FeatureMap, framed: Tensor, pictures: Tens
     return {name: bootstrap(values) for name, values in found.items()}
 
 
-@torch.inference_mode()
-def _last_map(opened: Opened, framed: Tensor) -> FeatureMap:
-    from featinv_nodes.core.feature_map import concatenate
-
-    return concatenate([opened.backbone(part) for part in framed.split(64)])
-
-
-def pooled_vectors(opened: Opened, framed: Tensor) -> Tensor:
-    """[N, C] pooled last-layer features, for the Frechet distance."""
-    return _last_map(opened, framed).values.mean((2, 3))
-
-
 def evaluate(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
     """All figures of a model on framed pictures, picture i drawn with seed i: ({"reconstruction", "floor", "ceiling"},
     the pictures of each). The Frechet distance is in the backbone's own pooled feature space; it is no FID."""
@@ -93,10 +79,10 @@ def evaluate(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | Non
         drawn = {"reconstruction": opened.draw(original, how, start, batch, bar.update)}
         drawn["floor"] = opened.draw(None, how, start, batch, bar.update)
     drawn["ceiling"] = torch.cat([round_trip(opened.base, part) for part in framed.split(64)])
-    results, reference = {}, pooled_vectors(opened, framed)
+    results, reference = {}, opened.backbone.extract(framed, pooled=True).values.flatten(1)
     for name, pictures in drawn.items():
         results[name] = measure(opened, original, framed, pictures, single)
-        vectors = pooled_vectors(opened, opened.backbone.frame(pictures, "stretch"))
+        vectors = opened.backbone.extract(opened.backbone.frame(pictures, "stretch"), pooled=True).values.flatten(1)
         results[name][f"frechet_distance ({opened.backbone.name}, pooled)"] = {"value": frechet_distance(reference, vectors), "n": len(vectors)}
     return results, drawn
 
@@ -120,24 +106,13 @@ def to_markdown(title: str, results: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny_cnn_last", help=f"weights file, or one of {', '.join(MODELS)}")
+    parser = model_parser(__doc__)
     parser.add_argument("--data", default="tiny", help='folder of images, or "tiny" for held-out scenes')
     parser.add_argument("--count", type=int, default=500, help="how many pictures")
     parser.add_argument("--out", type=Path, default=Path("out/evaluate"))
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--strength", type=float)
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--negative", choices=NEGATIVES)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--base")
-    parser.add_argument("--backbone")
-    parser.add_argument("--backbone-weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     make_folder(args.out)
-    opened = open_model(args.model, args.base, args.backbone_weights, args.backbone, args.device)
-    how = opened.recommended(steps=args.steps, strength=args.strength, guidance=args.guidance, negative=args.negative)
+    opened, how = open_from(args)
     framed, counts = load_pictures(opened, args.data, args.count)
     results, drawn = evaluate(opened, framed, how, None if counts is None else counts == 1, args.batch)
     scores = opened.score(opened.features(framed[:10]), drawn["reconstruction"][:10]).tolist()
@@ -150,13 +125,9 @@ def main(argv: list[str] | None = None) -> None:
         "source": opened.info.source.to_dict(), "gap_closed": gap_closed(results), **results,
     })
     text = to_markdown(args.model, results)
-    (args.out / "report.md").write_text(text)
+    write_text(args.out / "report.md", text)
     print(text)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FeatInvError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -33,12 +33,7 @@ class Opened:
 
     def features(self, framed: Tensor) -> FeatureMap:
         """Feature maps of pictures [B, 3, *input_size] at the model's own layer and pooling."""
-        source = self.info.source
-        with torch.inference_mode():
-            parts = [self.backbone(part, source.layer, source.pooled) for part in framed.to(self.base.unet.device).split(64)]
-        from featinv_nodes.core.feature_map import concatenate
-
-        return concatenate(parts)
+        return self.backbone.extract(framed, self.info.source.layer, self.info.source.pooled)
 
     def see(self, pictures: Tensor) -> FeatureMap:
         """Feature maps of drawn pictures: scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""

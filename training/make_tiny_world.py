@@ -4,7 +4,8 @@
     python training/make_tiny_world.py --stage vit     one of them
 
 Stages: cnn, vit (backbones), autoencoder, base, the four inversion models, card. Each goes on where it was stopped
-and writes its result into featinv_nodes/tiny_world/ when it is done. CARD.md there says how long each took.
+and writes its result into featinv_nodes/tiny_world/ when it is done. The stage card measures everything and writes
+CARD.md, which also says how long the stages took.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from diffusers import DDIMScheduler
 
 from featinv_nodes.core.weights import load_inversion, save_inversion, write_safetensors
 from featinv_nodes.tiny_world import BACKBONES, FOLDER, MODELS, open_backbone
+from training.card import write_card
 from training.config import CONFIGS, read_config
 from training.pipeline import load_vae
 from training.tiny import autoencoder, backbones, base
+from training.train import train
 
-STAGES = ("cnn", "vit", "autoencoder", "base", "decoder", *MODELS)
+#: pictures seen by the shipped inversion models
+INVERSION_IMAGES = {"tiny_cnn_last": 260_000, "tiny_cnn_stage": 100_000, "tiny_cnn_pooled": 60_000, "tiny_vit_last": 110_000}
+STAGES = ("cnn", "vit", "autoencoder", "base", *MODELS, "card")
 
 
 def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -34,7 +39,7 @@ def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def ship_backbone(kind: str, work: Path) -> None:
-    model = backbones.train_backbone(kind, work)
+    model = backbones.train_cnn(work) if kind == "cnn" else backbones.train_vit(work, load_cnn())
     folder = FOLDER / BACKBONES[f"tiny-{kind}"][0]
     architecture, arguments = backbones.SPECS[kind]
     config = {
@@ -54,11 +59,8 @@ def load_cnn() -> torch.nn.Module:
     return open_backbone("tiny-cnn").model
 
 
-def ship_autoencoder(work: Path, decoder: bool = False) -> None:
-    if decoder:
-        vae = autoencoder.train_decoder(work, loadload_vae(FOLDER / "base" / "vae"), load_cnn())
-    else:
-        vae = autoencoder.train_autoencoder(work, load_cnn())
+def ship_autoencoder(work: Path) -> None:
+    vae = autoencoder.train_autoencoder(work, load_cnn())
     folder = FOLDER / "base" / "vae"
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", half(vae), {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"_class_name": "PatchAutoencoder"}) + "\n")
@@ -74,10 +76,8 @@ def ship_base(work: Path) -> None:
 
 
 def ship_inversion(name: str, work: Path) -> None:
-    """The longer training of a shipped model; the configuration's own max_images is what train.py does by default."""
-    from training.train import train
-
-    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": "240000", "compile": "true", "seed": "1"})
+    """A shipped model: its configuration as train.py reads it, with more images and another seed."""
+    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": str(INVERSION_IMAGES[name]), "seed": "1"})
     info, controlnet, encoder = load_inversion(train(config, work / name))
     save_inversion(FOLDER / f"{name}.safetensors", info, controlnet, encoder, torch.float16)
 
@@ -92,10 +92,12 @@ def main() -> None:
     for stage in [args.stage] if args.stage else STAGES:
         if stage in ("cnn", "vit"):
             ship_backbone(stage, args.work)
-        elif stage in ("autoencoder", "decoder"):
-            ship_autoencoder(args.work, decoder=stage == "decoder")
+        elif stage == "autoencoder":
+            ship_autoencoder(args.work)
         elif stage == "base":
             ship_base(args.work)
+        elif stage == "card":
+            write_card()
         else:
             ship_inversion(stage, args.work)
 

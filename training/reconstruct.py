@@ -10,8 +10,6 @@ Writes every picture, panel.png with the cosine similarity under each, and resul
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -22,38 +20,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from featinv_nodes.core.backbones import FITS
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.mixing import compose, interpolate
-from featinv_nodes.tiny_world import MODELS
+from training.cli import make_folder, model_parser, open_from, run, write_json
 from training.images import read_image
-from training.inversion import Opened, open_model
-from training.pipeline import NEGATIVES, noise
+from training.inversion import Opened
+from training.pipeline import noise
 from training.report import panel, save_image, to_image
 
 SCOPE_NOTE = "The embedded model knows drawn scenes only; a photograph is outside its world and comes back as the nearest scene."
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny_cnn_last", help=f"weights file, or one of {', '.join(MODELS)}")
+    parser = model_parser(__doc__)
     parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--samples", type=int, default=1, help="reconstructions of each feature map")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise, the same for every feature map")
-    parser.add_argument("--steps", type=int, help="DDIM steps")
-    parser.add_argument("--strength", type=float, help="control strength")
-    parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none")
-    parser.add_argument("--negative", choices=NEGATIVES, help="what guidance pushes away from: empty text, or no features either")
-    parser.add_argument("--fit", choices=("crop", "stretch"), default="crop", help="how a picture is fitted to the backbone's input")
+    parser.add_argument("--fit", choices=FITS, default="crop", help="how a picture is fitted to the backbone's input")
     mixing = parser.add_mutually_exclusive_group()
     mixing.add_argument("--mix", type=float, nargs="+", metavar="W", help="mix two pictures; each W is the share of the second")
     mixing.add_argument("--mask", help="picture whose bright part takes the first picture's features, the rest the second's")
     parser.add_argument("--soft", action="store_true", help="let cells on the mask's edge blend")
-    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
-    parser.add_argument("--base", help="base model folder, where it is not the one named in the weights file")
-    parser.add_argument("--backbone", help="timm-hub folder or name of the backbone, likewise")
-    parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
@@ -73,32 +62,13 @@ def wanted_maps(opened: Opened, args: argparse.Namespace, framed: Tensor) -> lis
     return [(f"mix_{w:.2f}", interpolate([first, second], [1 - w, w])) for w in args.mix]
 
 
-def make_folder(folder: Path) -> None:
-    """Creates the results' folder. Raises FeatInvError if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise FeatInvError(f"cannot write to the folder {folder}: {error}") from error
-
-
-def write_json(file: Path, values: dict) -> None:
-    """Writes a JSON file whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(part, file)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
-    if min(args.samples, args.batch) < 1:
-        raise FeatInvError("--samples and --batch must be at least 1")
+    if args.samples < 1:
+        raise FeatInvError(f"--samples {args.samples}: expected at least 1")
     make_folder(args.out)
     pictures = [read_image(file) for file in args.image]
-    opened = open_model(args.model, args.base, args.backbone_weights, args.backbone, args.device)
-    how = opened.recommended(steps=args.steps, strength=args.strength, guidance=args.guidance, negative=args.negative)
+    opened, how = open_from(args)
     framed = torch.cat([opened.backbone.frame(x, args.fit) for x in pictures])
     maps = wanted_maps(opened, args, framed)
     wanted = concatenate([m for _, m in maps]).repeat(args.samples)
@@ -126,8 +96,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FeatInvError as error:
-        print(f"reconstruct.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.tiny_world import open_backbone
+from training.cli import run
 from training.config import TrainConfig, parse_arguments
 from training.data import loader, open_source
-from training.pipeline import BaseModel, Inversion, Sampling, load_base
+from training.pipeline import BaseModel, Inversion, load_base
 from training.report import sample_panel
 
 
@@ -70,7 +70,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 def train(config: TrainConfig, output: Path) -> Path:
     """Trains until config.max_images images are seen and returns the weights file, output/NAME.safetensors."""
     # Set up: devices, frozen parts, the trained part, data
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision))
     device, processes = accelerator.device, accelerator.num_processes
     say = tqdm.write if accelerator.is_main_process else lambda _: None
     set_seed(config.seed)
@@ -179,8 +179,4 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
 
 
 if __name__ == "__main__":
-    try:
-        train(*parse_arguments(__doc__))
-    except FeatInvError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(lambda: train(*parse_arguments(__doc__)))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .feature_map import FeatInvError, FeatureMap, FeatureSource
+from .feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
 
 LAST = "last"
 FITS = ("crop", "stretch")
@@ -86,11 +86,9 @@ class Backbone(nn.Module):
         return found.pool() if pooled else found
 
     @torch.inference_mode()
-    def extract(self, images: Tensor, layer: str = LAST, pooled: bool = False, fit: str = "crop", batch: int = 32) -> FeatureMap:
-        """Feature maps of pictures [B, 3, h, w] in 0..1 of any size, `batch` pictures at a time."""
-        from .feature_map import concatenate
-
-        return concatenate([self(self.frame(part, fit), layer, pooled) for part in images.split(batch)])
+    def extract(self, framed: Tensor, layer: str = LAST, pooled: bool = False, batch: int = 64) -> FeatureMap:
+        """Feature maps of any number of framed pictures, `batch` at a time, without gradients."""
+        return concatenate([self(part, layer, pooled) for part in framed.split(batch)])
 
     def logits(self, features: FeatureMap) -> Tensor:
         """[B, classes] the model's own head on its last-layer map; equals the model's own forward.

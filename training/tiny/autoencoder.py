@@ -15,7 +15,7 @@ from .loop import train_stage
 from .scenes import draw
 
 IMAGES, BATCH, RATE = 240_000, 64, 2e-3
-ENCODER_IMAGES, DECODER_IMAGES = 54_528, 160_000
+STOP = 54_528  # it ends early on its schedule: by then it is better than the rest needs
 PERCEPTUAL_FROM = 40_000  # pictures seen before the backbone's features join the loss
 
 
@@ -48,43 +48,28 @@ def feature_loss(backbone: nn.Module, y: Tensor, x: Tensor) -> Tensor:
 
 
 def train_autoencoder(work: Path, backbone: nn.Module, seed: int = 0, compile: bool = True) -> PatchAutoencoder:
-    """Trains both halves on scenes drawn on the fly: pixels first, then pixels and the features of the CNN.
-
-    It ends early on its schedule: the encoder is good enough to train the base model on, and train_decoder goes on.
-    """
+    """Trains on scenes drawn on the fly: pixels first, then pixels and the features of the CNN."""
     torch.manual_seed(seed)
     vae = PatchAutoencoder()
     vae.start_from_patches(normalise(draw(seed, torch.arange(500)).image))
-    return standardise(_train("autoencoder", vae, backbone, work, seed, compile, IMAGES, ENCODER_IMAGES), seed)
-
-
-def train_decoder(work: Path, vae: PatchAutoencoder, backbone: nn.Module, seed: int = 0, compile: bool = True) -> PatchAutoencoder:
-    """Trains the decoder alone; the latents stay as they are."""
-    vae.requires_grad_(False)
-    for part in (vae.expand, vae.decoder):
-        part.requires_grad_(True)
-    return _train("decoder", vae, backbone, work, seed, compile, DECODER_IMAGES)
-
-
-def _train(
-    name: str, vae: PatchAutoencoder, backbone: nn.Module, work: Path, seed: int, compile: bool, images: int, stop: int | None = None
-) -> PatchAutoencoder:
     model = RoundTrip(vae).to(memory_format=torch.channels_last)
     backbone = backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     forward = torch.compile(model) if compile else model
-    offset = 0 if stop else IMAGES  # the decoder sees other scenes, and the features from the start
 
     def loss_of(indices: Tensor) -> Tensor:
-        x = normalise(draw(seed, indices + offset).image).to(memory_format=torch.channels_last)
+        x = normalise(draw(seed, indices).image).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             y, z = forward(x, torch.randn(len(x), LATENTS, 8, 8))
             y = y.float()
             loss = pixel_loss(y, x) + 1e-3 * z.float().square().mean()
-            if indices[0] + offset >= PERCEPTUAL_FROM:
+            if indices[0] >= PERCEPTUAL_FROM:
                 loss = loss + 0.3 * feature_loss(backbone, y, x)
         return loss
 
-    return train_stage(name, model, loss_of, images=images, batch=BATCH, rate=RATE, work=work, ema=0.998, decay=0.01, stop=stop).vae
+    average = train_stage(
+        "autoencoder", model, loss_of, images=IMAGES, stop=STOP, batch=BATCH, rate=RATE, work=work, ema=0.998, decay=0.01
+    )
+    return standardise(average.vae, seed)
 
 
 @torch.no_grad()

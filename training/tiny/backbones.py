@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .loop import train_stage
-from .scenes import GROUPS, SIZE, draw
+from .scenes import GROUPS, SIZE, Scenes, draw
 
 CLASSES = [f"{group}: {name}" for group, names in GROUPS.items() for name in names]
 TAG = "tiny_world"
@@ -24,6 +24,7 @@ SPECS = {
          "global_pool": "avg", "class_token": True},
     ),
 }
+DISTIL_FROM = 113_568  # pictures seen before the CNN's features join the transformer's loss
 #: pictures seen, batch, peak learning rate
 RECIPES = {"cnn": (320_000, 64, 4e-3), "vit": (220_000, 32, 1e-3)}
 
@@ -48,7 +49,7 @@ def group_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-def token_targets(scenes) -> Tensor:
+def token_targets(scenes: Scenes) -> Tensor:
     """[B, 64, 28] what each of the 8 x 8 cells shows (token labelling, Jiang et al. 2021).
 
     Object classes where an object covers at least a fifth of the cell, zeros elsewhere; the background
@@ -65,23 +66,55 @@ def token_targets(scenes) -> Tensor:
     return torch.cat(parts, -1).float()
 
 
-def train_backbone(kind: str, work: Path, images: int | None = None, seed: int = 0) -> nn.Module:
-    """Trains a backbone on training scenes drawn on the fly; returns its moving average."""
+def train_cnn(work: Path, seed: int = 0) -> nn.Module:
+    """Trains the CNN on training scenes drawn on the fly; returns its moving average."""
     torch.manual_seed(seed)
-    total, batch, rate = RECIPES[kind]
-    model = build(kind).to(memory_format=torch.channels_last)
+    images, batch, rate = RECIPES["cnn"]
+    model = build("cnn").to(memory_format=torch.channels_last)
 
     def loss_of(indices: Tensor) -> Tensor:
         scenes = draw(seed, indices)
-        pictures = normalise(scenes.image).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = model.forward_features(pictures)
-            logits = model.forward_head(tokens)
-            cells = model.head(model.fc_norm(tokens[:, model.num_prefix_tokens :])) if kind == "vit" else None
-        loss = group_losses(logits, scenes.targets())
-        return loss if cells is None else loss + group_losses(cells, token_targets(scenes))
+            logits = model(normalise(scenes.image).to(memory_format=torch.channels_last))
+        return group_losses(logits, scenes.targets())
 
-    return train_stage(f"backbone_{kind}", model, loss_of, images=images or total, batch=batch, rate=rate, work=work)
+    return train_stage("backbone_cnn", model, loss_of, images=images, batch=batch, rate=rate, work=work)
+
+
+class Student(nn.Module):
+    """The transformer and a linear map from its tokens to the CNN's feature vectors, dropped after training."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit, self.project = vit, nn.Linear(128, 128)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> logits [B, 28], logits per cell [B, 64, 28], projected tokens [B, 64, 128]."""
+        tokens = self.vit.forward_features(x)
+        cells = tokens[:, self.vit.num_prefix_tokens :]
+        return self.vit.forward_head(tokens), self.vit.head(self.vit.fc_norm(cells)), self.project(cells)
+
+
+def train_vit(work: Path, cnn: nn.Module, seed: int = 0) -> nn.Module:
+    """Trains the transformer: labels of the scene and of each cell, then the CNN's feature vectors as well (a small
+    transformer learns shapes slowly from labels alone). Returns its moving average."""
+    torch.manual_seed(seed)
+    images, batch, rate = RECIPES["vit"]
+    model, cnn = Student(build("vit")), cnn.eval().to(memory_format=torch.channels_last)
+
+    def loss_of(indices: Tensor) -> Tensor:
+        scenes = draw(seed, indices)
+        x = normalise(scenes.image).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, cells, vectors = model(x)
+            with torch.no_grad():
+                wanted = cnn.forward_features(x).flatten(2).transpose(1, 2)
+        loss = group_losses(logits, scenes.targets()) + group_losses(cells, token_targets(scenes))
+        if indices[0] >= DISTIL_FROM:
+            loss = loss + 4 * (1 - F.cosine_similarity(vectors.float(), wanted.float(), dim=-1).mean())
+        return loss
+
+    return train_stage("backbone_vit", model, loss_of, images=images, batch=batch, rate=rate, work=work).vit
 
 
 @torch.inference_mode()

@@ -33,7 +33,7 @@ def train_stage(
     """Trains `model` on scenes 0..images-1 and returns its moving average in evaluation mode.
 
     loss_of: picture indices [batch] -> scalar loss; it draws or looks up the pictures itself.
-    images: pictures seen in all. rate: peak of a cosine schedule with 2 % warm-up (AdamW, bf16 autocast).
+    images: pictures seen in all; stop: end earlier on the same schedule. rate: peak of a cosine schedule with 2 % warm-up (AdamW, bf16 autocast).
     work: folder of the checkpoint `name.pt`, written whole or not at all; a later call goes on from it, and a
     larger `images` continues a finished stage. Random numbers depend on (seed, images seen) alone.
     """
@@ -75,7 +75,7 @@ def train_stage(
     return average
 
 
-def save_checkpoint(file: Path, model: nn.Module, average: nn.Module, optimizer, seen: int) -> None:
+def save_checkpoint(file: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, seen: int) -> None:
     """Writes the state of a stage to a temporary name and renames it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "average": average.state_dict()}

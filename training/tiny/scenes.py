@@ -88,10 +88,9 @@ def draw(seed: int, indices: Tensor, split: str = "train") -> Scenes:
             continue
         o = u[here, 20 + slot * _FIELDS_PER_OBJECT :][:, :_FIELDS_PER_OBJECT]
         radius, centre[here, slot] = _place(o, two[here], slot, u[here, 19])
-        shape, texture = _pick(o[:, 0], len(SHAPES)), _pick(o[:, 1], len(TEXTURES))
-        colour = _pick(o[:, 2], len(COLOURS))
-        labels[:, here, slot] = torch.stack([shape, texture, colour])
-        image[here], masks[here, slot] = _paint_object(image[here], o, shape, texture, colour, radius, centre[here, slot])
+        own = torch.stack([_pick(o[:, i], len(names)) for i, names in enumerate((SHAPES, TEXTURES, COLOURS))])
+        labels[:, here, slot] = own
+        image[here], masks[here, slot] = _paint_object(image[here], o, own, radius, centre[here, slot])
     image = (image * (0.94 + 0.12 * u[:, 18, None, None, None])).clamp(0, 1)
     return Scenes(image, masks, *labels, background, 1 + two.long(), centre)
 
@@ -134,8 +133,12 @@ def _grid() -> tuple[Tensor, Tensor]:
     return centre[None, None, :], centre[None, :, None]  # x [1, 1, W], y [1, H, 1]
 
 
-def _paint_object(image, o, shape, texture, colour, radius, centre) -> tuple[Tensor, Tensor]:
-    """Paints one object per picture: a filled shape with a dark rim of 1.5 pixels; returns (image, mask)."""
+def _paint_object(image: Tensor, o: Tensor, labels: Tensor, radius: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Paints one object per picture: a filled shape with a dark rim of two pixels; returns (image, mask).
+
+    o: [N, 10] random numbers. labels: [3, N] shape, texture and colour. radius [N] and centre [N, 2] in pixels.
+    """
+    shape, texture, colour = labels
     x, y = _grid()
     dx, dy = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
     tilt = ((o[:, 6] - 0.5) * pi / 6)[:, None, None]  # up to 15 degrees either way

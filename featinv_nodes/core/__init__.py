@@ -1,0 +1,1 @@
+"""The method in plain PyTorch; imports neither the host nor diffusers."""

@@ -1,0 +1,133 @@
+"""The diffusion side: ControlNet starts as nothing, steers as told, and reads and writes the weights file."""
+
+import pytest
+import torch
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.weights import InversionInfo
+from featinv_nodes.tiny_world import open_backbone
+from training.config import DEFAULT, read_config
+from training.pipeline import Inversion, Sampling, load_base, noise, round_trip, sample
+from training.tiny.scenes import draw
+from training.train import diffusion_loss
+
+PROMPT = "a drawing of the small world"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("tiny", PROMPT)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return open_backbone("tiny-cnn")
+
+
+@pytest.fixture
+def steering(base, backbone):
+    """An untrained model whose zero convolutions are filled, so that control matters."""
+    torch.manual_seed(0)
+    model = Inversion.start(base, backbone.source(), width=32).eval().requires_grad_(False)
+    for p in model.parameters():
+        if p.abs().max() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def features(backbone):
+    with torch.inference_mode():
+        return backbone(draw(0, torch.arange(2), "held-out").image)
+
+
+def test_at_first_the_output_is_exactly_the_base_models(base, backbone, features):
+    model = Inversion.start(base, backbone.source(), width=32).eval()
+    how, start = Sampling(steps=3, guidance=2.0), noise(base, 0, 2)
+    assert torch.equal(sample(base, model, features, start, how, PROMPT), sample(base, None, None, start, how, PROMPT))
+
+
+def test_strength_zero_and_an_empty_range_bypass_the_control(base, steering, features):
+    start = noise(base, 0, 2)
+    alone = sample(base, None, None, start, Sampling(steps=3), PROMPT)
+    for change in ({"strength": 0.0}, {"start": 0.5, "end": 0.5}):
+        assert torch.equal(sample(base, steering, features, start, Sampling(steps=3, **change), PROMPT), alone)
+    assert not torch.allclose(sample(base, steering, features, start, Sampling(steps=3), PROMPT), alone)
+
+
+def test_guidance_follows_its_formula(base, steering, features):
+    """One step by hand: eps = eps(null) + g (eps(features) - eps(null))."""
+    start, scheduler = noise(base, 0, 2), base.scheduler
+    with torch.inference_mode():
+        for negative in ("text", "features"):
+            got = sample(base, steering, features, start, Sampling(1, 0.7, 3.0, negative), PROMPT)
+            scheduler.set_timesteps(1)
+            (t,) = scheduler.timesteps
+            null = torch.zeros_like(features.values) if negative == "features" else features.values
+            context = [base.text[p].expand(2, -1, -1) for p in (PROMPT, "")]
+            out = [
+                steering.steer(base.unet, start, t, c, steering.hint(v, (8, 8)), 0.7) for v, c in zip((features.values, null), context)
+            ]
+            wanted = scheduler.step(out[1] + 3.0 * (out[0] - out[1]), t, start).prev_sample
+            assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()  # float32, batches of 4 against 2
+
+
+def test_rows_of_a_batch_do_not_touch_each_other(base, steering, features):
+    start, how = noise(base, 0, 2), Sampling(steps=3, guidance=2.0, negative="features")
+    both = sample(base, steering, features, start, how, PROMPT)
+    second = sample(base, steering, features.select(1), start[1:], how, PROMPT)
+    assert (both[1:] - second).abs().max() <= 1e-4 * both.abs().max()  # float32, batches of another size
+
+
+def test_noise_is_the_hosts(base):
+    assert torch.equal(noise(base, 5, 3), torch.randn(3, 24, 8, 8, generator=torch.Generator().manual_seed(5)))
+
+
+def test_weights_file_gives_the_same_pictures(base, steering, features, tmp_path):
+    info = InversionInfo(steering.source, steering.encoder.settings, base.describe(), PROMPT)
+    steering.save(tmp_path / "m.safetensors", info)
+    again, _ = Inversion.load(tmp_path / "m.safetensors", base)
+    how, start = Sampling(steps=2, guidance=2.0), noise(base, 0, 2)
+    assert torch.equal(sample(base, steering, features, start, how, PROMPT), sample(base, again, features, start, how, PROMPT))
+
+
+def test_what_does_not_fit_is_refused(base, backbone, steering, features, tmp_path):
+    other = {**base.describe(), "width": 320}
+    steering.save(tmp_path / "m.safetensors", InversionInfo(steering.source, steering.encoder.settings, other, PROMPT))
+    with pytest.raises(FeatInvError, match="width: 320 in the weights file, 64"):
+        Inversion.load(tmp_path / "m.safetensors", base)
+    with pytest.raises(FeatInvError, match="layer2"):
+        sample(base, steering, backbone(torch.rand(1, 3, 64, 64), "layer2"), noise(base, 0), Sampling(), PROMPT)
+    with pytest.raises(FeatInvError, match="prompt"):
+        load_base("tiny", "another prompt")
+    with pytest.raises(FeatInvError, match="unet"):
+        load_base(tmp_path, PROMPT)
+    for wrong in ({"steps": 0}, {"negative": "x"}, {"start": 0.6, "end": 0.5}):
+        with pytest.raises(FeatInvError):
+            Sampling(**wrong)
+
+
+def test_loss_of_perfect_velocity_is_zero_and_dropout_uses_the_null(base, features):
+    """The objective is the base model's own, and a dropped sample sees zeros and the empty prompt."""
+    seen = {}
+
+    class Perfect(torch.nn.Module):
+        def forward(self, unet, noisy, t, context, values):
+            a = base.scheduler.alphas_cumprod[t].sqrt()[:, None, None, None]
+            s = (1 - base.scheduler.alphas_cumprod[t]).sqrt()[:, None, None, None]
+            eps = (noisy - a * latents) / s
+            seen.update(context=context, values=values)
+            return a * eps - s * latents
+
+    latents = torch.randn(2, 24, 8, 8)
+    config = read_config(DEFAULT, {"dropout": "1.0"})
+    assert diffusion_loss(base, Perfect(), latents, features.values, config) < 1e-6
+    assert seen["values"].abs().max() == 0 and torch.equal(seen["context"][0], base.text[""][0])
+    diffusion_loss(base, Perfect(), latents, features.values, read_config(DEFAULT, {"dropout": "0.0"}))
+    assert torch.equal(seen["values"], features.values) and torch.equal(seen["context"][1], base.text[PROMPT][0])
+
+
+def test_round_trip_keeps_the_picture(base):
+    scenes = draw(0, torch.arange(20), "held-out").image
+    error = (round_trip(base, scenes) - scenes).square().mean()
+    assert -10 * error.log10() > 25  # dB; a broken decoder gives less than 15

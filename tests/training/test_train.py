@@ -1,0 +1,79 @@
+"""Training goes on exactly where it stopped, and its configuration says what is wrong with it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from featinv_nodes.core.feature_map import FeatInvError
+from training.config import CONFIGS, DEFAULT, read_config
+from training.data import ImageFolder, TinyWorld, loader
+from training.inversion import open_model
+from training.train import rate_at, train
+
+SMALL = {"batch": "8", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "panel_every": "1000", "save_every": "16", "warmup": "0"}
+
+
+def run(output, images, **changes):
+    return train(read_config(DEFAULT, SMALL | {"max_images": str(images)} | changes), output)
+
+
+def test_a_resumed_run_equals_one_never_stopped(tmp_path):
+    run(tmp_path / "two", 16)
+    resumed = load_file(run(tmp_path / "two", 48))
+    straight = load_file(run(tmp_path / "one", 48))
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[k], straight[k]) for k in straight)
+    assert any(not torch.equal(straight[k], v) for k, v in load_file(run(tmp_path / "short", 16)).items())
+
+
+def test_the_result_opens_as_a_model_and_states_how_it_was_made(tmp_path):
+    file = run(tmp_path, 16, pooled="true", name="mine", panel_every="16")
+    opened = open_model(str(file))
+    assert opened.info.images_seen == 16 and opened.info.source.pooled and opened.info.config["batch"] == 8
+    assert (tmp_path / "panel_000000016.png").exists() and (tmp_path / "config.yaml").exists()
+    assert read_config(tmp_path / "config.yaml").pooled
+
+
+def test_loss_falls(tmp_path):
+    """In 100 steps control learns something: steps of one average (20) are noisy, the fall is not."""
+    run(tmp_path, 1600, batch="16", rate="2e-3", encoder_width="64", save_every="4000", panel_every="4000")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert sum(losses[-2:]) < sum(losses[:2])
+
+
+def test_shipped_configurations_are_valid_and_overrides_are_typed():
+    for file in CONFIGS.glob("*.yaml"):
+        assert read_config(file).name == file.stem
+    assert read_config(DEFAULT, {"rate": "1e-5"}).rate == 1e-5
+    for field, value in {"nonsense": "1", "batch": "many", "schedule": "square", "pooled": "3"}.items():
+        with pytest.raises(FeatInvError, match=field):
+            read_config(DEFAULT, {field: value})
+    with pytest.raises(FeatInvError, match="tiny_cnn_last.yaml"):
+        read_config(CONFIGS / "none.yaml")
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = read_config(DEFAULT, {"warmup": "1000", "max_images": "10000", "rate": "1.0"})
+    assert rate_at(0, config) == config.batch / 1000
+    assert 0.9 < rate_at(1000, config) <= 1.0 and rate_at(10_000, config) < 1e-6
+
+
+def test_image_folder_is_a_function_of_seed_and_number(tmp_path):
+    for i in range(5):
+        Image.fromarray(np.full((40, 60, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    one, two = (ImageFolder(tmp_path, 32, "both", seed=1) for _ in range(2))
+    batch = one.__getitems__(list(range(10)))
+    assert batch.shape == (10, 3, 32, 32) and torch.equal(batch[7:8], two.__getitems__([7]))
+    assert sorted((batch[:5].mean((1, 2, 3)) * 255 / 50).round().tolist()) == [0, 1, 2, 3, 4]  # each file once an epoch
+    with pytest.raises(FeatInvError, match="no images"):
+        ImageFolder(tmp_path / "none", 32, "none", 0)
+
+
+def test_processes_share_a_global_batch_without_overlap():
+    whole = next(loader(TinyWorld(0), 8, 8, 0, 1, 0))
+    parts = [next(loader(TinyWorld(0), 8, 4, rank, 2, 0)) for rank in range(2)]
+    assert torch.equal(torch.cat(parts), whole)

@@ -1,0 +1,74 @@
+"""What the programs share: arguments, folders and files for results, and errors as exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.tiny_world import MODELS
+
+from .inversion import Opened, open_model
+from .pipeline import NEGATIVES, Sampling
+
+
+def model_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that choose a model and how it draws."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny_cnn_last", help=f"weights file, or one of {', '.join(MODELS)}")
+    parser.add_argument("--steps", type=int, help="DDIM steps (default for this and the next three: the weights file's own)")
+    parser.add_argument("--strength", type=float, help="control strength")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none")
+    parser.add_argument("--negative", choices=NEGATIVES, help="what guidance pushes away from: empty text, or no features either")
+    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument("--base", help="base model folder, where it is not the one named in the weights file")
+    parser.add_argument("--backbone", help="timm-hub folder or name of the backbone, likewise")
+    parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def open_from(args: argparse.Namespace) -> tuple[Opened, Sampling]:
+    """The model that the arguments name, and its sampling settings with theirs."""
+    if args.batch < 1:
+        raise FeatInvError(f"--batch {args.batch}: expected at least 1")
+    opened = open_model(args.model, args.base, args.backbone_weights, args.backbone, args.device)
+    return opened, opened.recommended(steps=args.steps, strength=args.strength, guidance=args.guidance, negative=args.negative)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates the results' folder. Raises FeatInvError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FeatInvError(f"cannot write to the folder {folder}: {error}") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def write_json(file: Path, values: dict) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def run(main: Callable[[], object]) -> None:
+    """Runs a program; bad input becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except FeatInvError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
