@@ -12,6 +12,8 @@ from featinv_nodes.core.feature_map import FeatInvError
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "tiny_cnn_last.yaml"
+#: fields that a run cannot change when it goes on
+MODEL_FIELDS = ("backbone", "layer", "pooled", "base", "prompt", "encoder_width", "standardise")
 
 
 @dataclass
@@ -64,6 +66,15 @@ class TrainConfig:
             raise FeatInvError(f"flips {self.flips!r}: expected 'none', 'horizontal' or 'both'")
 
     def save(self, file: Path) -> None:
+        """Writes the configuration beside its results.
+
+        Raises FeatInvError if the file is there already and belongs to a run of another model.
+        """
+        if file.exists():
+            old, new = yaml.safe_load(file.read_text()), asdict(self)
+            differing = [f"{name}: {old.get(name)} there, {new[name]} now" for name in MODEL_FIELDS if old.get(name) != new[name]]
+            if differing:
+                raise FeatInvError(f"{file.parent} holds a run of another model ({'; '.join(differing)}); choose another --output")
         file.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
 
 

@@ -29,7 +29,7 @@ from training.tiny import autoencoder, backbones, base
 from training.train import train
 
 #: pictures seen by the shipped inversion models
-INVERSION_IMAGES = {"tiny_cnn_last": 260_000, "tiny_cnn_stage": 100_000, "tiny_cnn_pooled": 60_000, "tiny_vit_last": 110_000}
+INVERSION_IMAGES = {"tiny_cnn_last": 224_000, "tiny_cnn_stage": 80_000, "tiny_cnn_pooled": 40_000, "tiny_vit_last": 104_000}
 STAGES = ("cnn", "vit", "autoencoder", "base", *MODELS, "card")
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.tiny_world import open_backbone
-from training.cli import run
+from training.cli import make_folder, run
 from training.config import TrainConfig, parse_arguments
 from training.data import loader, open_source
 from training.pipeline import BaseModel, Inversion, load_base
@@ -90,7 +90,9 @@ def train(config: TrainConfig, output: Path) -> Path:
             return base.encode(target.contiguous(memory_format=torch.channels_last)).float(), features
 
     # Resume
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
+    if accelerator.is_main_process:
+        config.save(output / "config.yaml")
     seen, average = 0, deepcopy(model) if config.ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay, fused=True)
     checkpoint = output / "checkpoint.pt"
@@ -105,7 +107,6 @@ def train(config: TrainConfig, output: Path) -> Path:
     elif config.standardise:
         first = loader(pictures, 0, 256, 0, 1, 0)
         model.encoder.standardise(observe(next(first).to(device))[1])
-    config.save(output / "config.yaml") if accelerator.is_main_process else None
 
     trained, optimizer = accelerator.prepare(model, optimizer)
     if config.compile:

@@ -30,6 +30,12 @@ def test_a_resumed_run_equals_one_never_stopped(tmp_path):
     assert any(not torch.equal(straight[k], v) for k, v in load_file(run(tmp_path / "short", 16)).items())
 
 
+def test_another_models_run_is_not_continued(tmp_path):
+    run(tmp_path, 8)
+    with pytest.raises(FeatInvError, match="layer: last there, layer2 now"):
+        run(tmp_path, 16, layer="layer2")
+
+
 def test_the_result_opens_as_a_model_and_states_how_it_was_made(tmp_path):
     file = run(tmp_path, 16, pooled="true", name="mine", panel_every="16")
     opened = open_model(str(file))
