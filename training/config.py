@@ -26,7 +26,8 @@ class TrainConfig:
     deviation learned from the first batches. dropout: share of samples that lose features and text together.
     rate: learning rate; schedule: "constant" (the paper) or "cosine" to zero, both after `warmup` images. ema: decay
     per step of the moving average that is saved, 0 for none. precision: "fp32", "bf16" or "fp16".
-    workers: data loading processes. flips: "none", "horizontal" or "both". panel_every, save_every: images between
+    compile: torch.compile, worth its minute on long runs. init_from: a weights file to start from: its ControlNet, and its
+    encoder too where that inverts the same features. workers: data loading processes. flips: "none", "horizontal" or "both". panel_every, save_every: images between
     sample panels and checkpoints. recommended: sampling settings written into the weights file.
     """
 
@@ -50,6 +51,7 @@ class TrainConfig:
     ema: float = 0.0
     precision: str = "bf16"
     compile: bool = False
+    init_from: str | None = None
     workers: int = 0
     flips: str = "none"
     seed: int = 0

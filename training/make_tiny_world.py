@@ -2,6 +2,7 @@
 
     python training/make_tiny_world.py                 all stages in order
     python training/make_tiny_world.py --stage vit     one of them
+    python training/make_tiny_world.py --stage base --further --work out/more     train what is shipped further
 
 Stages: cnn, vit (backbones), autoencoder, base, the four inversion models, card. Each goes on where it was stopped
 and writes its result into featinv_nodes/tiny_world/ when it is done. The stage card measures everything and writes
@@ -24,12 +25,12 @@ from featinv_nodes.core.weights import load_inversion, save_inversion, write_saf
 from featinv_nodes.tiny_world import BACKBONES, FOLDER, MODELS, open_backbone
 from training.card import write_card
 from training.config import CONFIGS, read_config
-from training.pipeline import load_vae
+from training.pipeline import load_base, load_vae
 from training.tiny import autoencoder, backbones, base
 from training.train import train
 
 #: pictures seen by the shipped inversion models
-INVERSION_IMAGES = {"tiny_cnn_last": 224_000, "tiny_cnn_stage": 80_000, "tiny_cnn_pooled": 40_000, "tiny_vit_last": 104_000}
+INVERSION_IMAGES = {"tiny_cnn_last": 300_032, "tiny_cnn_stage": 80_000, "tiny_cnn_pooled": 40_000, "tiny_vit_last": 104_000}
 STAGES = ("cnn", "vit", "autoencoder", "base", *MODELS, "card")
 
 
@@ -66,18 +67,20 @@ def ship_autoencoder(work: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"_class_name": "PatchAutoencoder"}) + "\n")
 
 
-def ship_base(work: Path) -> None:
-    unet = base.train_base(work, load_vae(FOLDER / "base" / "vae"))
+def ship_base(work: Path, further: bool) -> None:
     folder = FOLDER / "base"
+    start = load_base("tiny", base.PROMPT).unet.requires_grad_(True) if further else None
+    unet = base.train_base(work, load_vae(folder / "vae"), start=start)
     unet.half().save_pretrained(folder / "unet")
     DDIMScheduler(**base.SCHEDULE).save_pretrained(folder / "scheduler")
     text = base.prompt_embeddings()
     write_safetensors(folder / "prompts.safetensors", {base.PROMPT: text["prompt"], "": text["empty"]}, {"format": "pt"})
 
 
-def ship_inversion(name: str, work: Path) -> None:
+def ship_inversion(name: str, work: Path, further: bool) -> None:
     """A shipped model: its configuration as train.py reads it, with more images and another seed."""
-    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": str(INVERSION_IMAGES[name]), "seed": "1"})
+    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": str(INVERSION_IMAGES[name]), "seed": "1", "compile": "true"})
+    config.init_from = str(FOLDER / f"{name}.safetensors") if further else None
     info, controlnet, encoder = load_inversion(train(config, work / name))
     save_inversion(FOLDER / f"{name}.safetensors", info, controlnet, encoder, torch.float16)
 
@@ -86,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone")
     parser.add_argument("--work", type=Path, default=Path("out/tiny_world"), help="folder of the checkpoints")
+    parser.add_argument("--further", action="store_true", help="train the shipped base or inversion models further instead of new ones")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -95,11 +99,11 @@ def main() -> None:
         elif stage == "autoencoder":
             ship_autoencoder(args.work)
         elif stage == "base":
-            ship_base(args.work)
+            ship_base(args.work, args.further)
         elif stage == "card":
             write_card()
         else:
-            ship_inversion(stage, args.work)
+            ship_inversion(stage, args.work, args.further)
 
 
 if __name__ == "__main__":

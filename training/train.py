@@ -61,6 +61,17 @@ def rate_at(seen: int, config: TrainConfig) -> float:
     return config.rate * ramp * falling
 
 
+def start_from(model: Inversion, file: str, base: BaseModel) -> int:
+    """Copies the ControlNet of a weights file, and its encoder if it inverts the same features; returns the images
+    that such a model has seen, 0 for other features."""
+    other, info = Inversion.load(file, base)
+    model.controlnet.load_state_dict(other.controlnet.state_dict())
+    if info.source != model.source or info.encoder != model.encoder.settings:
+        return 0
+    model.encoder.load_state_dict(other.encoder.state_dict())
+    return info.images_seen
+
+
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Writes folder/checkpoint.pt whole or not at all."""
     torch.save(state, folder / "checkpoint.pt.part")
@@ -93,20 +104,23 @@ def train(config: TrainConfig, output: Path) -> Path:
     make_folder(output)
     if accelerator.is_main_process:
         config.save(output / "config.yaml")
-    seen, average = 0, deepcopy(model) if config.ema else None
+    seen, before = 0, 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay, fused=True)
     checkpoint = output / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        seen = state["seen"]
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+    if state:
+        seen, before = state["seen"], state["before"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if average is not None:
-            average.load_state_dict(state["average"])
         say(f"resumed at {seen} images from {checkpoint}")
-    elif config.standardise:
+    elif config.init_from:
+        before = start_from(model, config.init_from, base)
+    if seen == before == 0 and config.standardise:
         first = loader(pictures, 0, 256, 0, 1, 0)
         model.encoder.standardise(observe(next(first).to(device))[1])
+    average = deepcopy(model) if config.ema else None
+    if average is not None and state:
+        average.load_state_dict(state["average"])
 
     trained, optimizer = accelerator.prepare(model, optimizer)
     if config.compile:
@@ -118,7 +132,7 @@ def train(config: TrainConfig, output: Path) -> Path:
 
     def save() -> None:
         raw = accelerator.unwrap_model(trained, keep_torch_compile=False)
-        state = {"seen": seen, "model": raw.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {"seen": seen, "before": before, "model": raw.state_dict(), "optimizer": optimizer.state_dict()}
         save_checkpoint(output, state | ({"average": average.state_dict()} if average is not None else {}))
 
     # Train
@@ -165,7 +179,7 @@ def train(config: TrainConfig, output: Path) -> Path:
     file = output / f"{config.name}.safetensors"
     if accelerator.is_main_process:
         encoder = model.encoder.settings
-        info = InversionInfo(source, encoder, base.describe(), config.prompt, config.recommended, seen, asdict(config))
+        info = InversionInfo(source, encoder, base.describe(), config.prompt, config.recommended, before + seen, asdict(config))
         saved_model().save(file, info)
         say(f"wrote {file}")
     return file

@@ -30,6 +30,16 @@ def test_a_resumed_run_equals_one_never_stopped(tmp_path):
     assert any(not torch.equal(straight[k], v) for k, v in load_file(run(tmp_path / "short", 16)).items())
 
 
+def test_starting_from_a_model_of_the_same_or_of_other_features(tmp_path):
+    first = load_file(run(tmp_path / "first", 16))
+    same = run(tmp_path / "same", 16, init_from=str(tmp_path / "first" / "tiny_cnn_last.safetensors"), rate="0.0", weight_decay="0.0", ema="0.0")
+    assert all(torch.equal(first[k], v) for k, v in load_file(same).items()) and open_model(str(same)).info.images_seen == 32
+    other = run(tmp_path / "other", 8, init_from=str(same), layer="layer2", rate="0.0", weight_decay="0.0", ema="0.0")
+    kept = load_file(other)
+    assert all(torch.equal(first[k], v) for k, v in kept.items() if not k.startswith("controlnet_cond_embedding"))
+    assert kept["controlnet_cond_embedding.block.0.weight"].shape[1] == 64
+
+
 def test_another_models_run_is_not_continued(tmp_path):
     run(tmp_path, 8)
     with pytest.raises(FeatInvError, match="layer: last there, layer2 now"):

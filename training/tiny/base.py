@@ -64,11 +64,11 @@ def cached_latents(work: Path, vae: PatchAutoencoder, count: int = CACHED, seed:
     return torch.cat(parts)[:count]
 
 
-def train_base(work: Path, vae: PatchAutoencoder, images: int = IMAGES, seed: int = 0, compile: bool = True, stop: int | None = None) -> UNet2DConditionModel:
-    """Trains the base model on cached latents; one text in ten is empty."""
+def train_base(work: Path, vae: PatchAutoencoder, images: int = IMAGES, seed: int = 0, compile: bool = True, start: UNet2DConditionModel | None = None) -> UNet2DConditionModel:
+    """Trains the base model, `start` or a new one, on cached latents; one text in ten is empty."""
     torch.manual_seed(seed)
     latents = cached_latents(work, vae)
-    unet = build().to(memory_format=torch.channels_last)
+    unet = (start or build()).to(memory_format=torch.channels_last)
     forward = torch.compile(unet) if compile else unet
     scheduler, text = DDIMScheduler(**SCHEDULE), prompt_embeddings()
 
@@ -81,4 +81,4 @@ def train_base(work: Path, vae: PatchAutoencoder, images: int = IMAGES, seed: in
             found = forward(noisy.to(memory_format=torch.channels_last), t, context).sample
         return F.mse_loss(found.float(), wanted)
 
-    return train_stage("base", unet, loss_of, images=images, batch=BATCH, rate=RATE, work=work, ema=0.9995, decay=0.01, stop=stop)
+    return train_stage("base", unet, loss_of, images=images, batch=BATCH, rate=RATE, work=work, ema=0.9995, decay=0.01)

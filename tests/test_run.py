@@ -1,0 +1,33 @@
+"""The first command a newcomer types: it names the step that failed and installs nothing twice."""
+
+import hashlib
+import sys
+
+import pytest
+
+import run
+
+
+def test_a_failed_step_is_named(capfd):
+    with pytest.raises(SystemExit, match="failed: install the moon") as stopped:
+        run.step("install the moon", [sys.executable, "-c", "raise SystemExit(3)"])
+    assert "-c" in str(stopped.value) and "install the moon" in capfd.readouterr().out
+
+
+def test_the_running_python_is_used_when_asked():
+    assert run.environment(["requirements.txt"], use_running=True) == sys.executable
+
+
+def test_an_environment_with_the_same_requirements_is_reused(tmp_path, monkeypatch):
+    (tmp_path / "requirements.txt").write_text("pillow\n")
+    python = tmp_path / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    (tmp_path / ".venv" / "installed-1").write_text(hashlib.sha256(b"pillow\n").hexdigest())
+    ran = []
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "step", lambda what, command: ran.append(what))
+    assert run.environment(["requirements.txt"], use_running=False) == str(python) and not ran
+    (tmp_path / "requirements.txt").write_text("pillow\nnumpy\n")
+    run.environment(["requirements.txt"], use_running=False)
+    assert len(ran) == 2
