@@ -20,13 +20,13 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 class TinyWorld(Dataset):
-    """Training scenes drawn on the fly; image number n is scene n."""
+    """Training scenes drawn on the fly, on the device; image number n is scene n."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.seed, self.device = seed, device
 
     def __getitems__(self, numbers: list[int]) -> Tensor:
-        return draw(self.seed, torch.tensor(numbers)).image
+        return draw(self.seed, torch.tensor(numbers, device=self.device)).image
 
 
 class ImageFolder(Dataset):
@@ -88,10 +88,10 @@ class Batches(Sampler):
             first += self.batch * self.processes
 
 
-def open_source(name: str, size: int, flips: str, seed: int) -> Dataset:
+def open_source(name: str, size: int, flips: str, seed: int, device: torch.device | str = "cpu") -> Dataset:
     """"tiny" or a folder of images, each batch [B, 3, size, size] in 0..1."""
     if name == "tiny":
-        return TinyWorld(seed)
+        return TinyWorld(seed, device)
     if not Path(name).is_dir():
         raise FeatInvError(f"data {name!r} is neither 'tiny' nor a folder")
     return ImageFolder(Path(name), size, flips, seed)

@@ -30,7 +30,7 @@ from training.tiny import autoencoder, backbones, base
 from training.train import train
 
 #: pictures seen by the shipped inversion models
-INVERSION_IMAGES = {"tiny_cnn_last": 300_032, "tiny_cnn_stage": 80_000, "tiny_cnn_pooled": 40_000, "tiny_vit_last": 104_000}
+INVERSION_IMAGES = {"tiny_cnn_last": 256_000, "tiny_cnn_stage": 56_000, "tiny_cnn_pooled": 24_000, "tiny_vit_last": 104_000}
 STAGES = ("cnn", "vit", "autoencoder", "base", *MODELS, "card")
 
 
@@ -39,8 +39,9 @@ def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()}
 
 
-def ship_backbone(kind: str, work: Path) -> None:
-    model = backbones.train_cnn(work) if kind == "cnn" else backbones.train_vit(work, load_cnn())
+def ship_backbone(kind: str, work: Path, device: str) -> None:
+    model = backbones.train_cnn(work, device) if kind == "cnn" else backbones.train_vit(work, load_cnn(), device)
+    model = model.cpu()
     folder = FOLDER / BACKBONES[f"tiny-{kind}"][0]
     architecture, arguments = backbones.SPECS[kind]
     config = {
@@ -60,17 +61,17 @@ def load_cnn() -> torch.nn.Module:
     return open_backbone("tiny-cnn").model
 
 
-def ship_autoencoder(work: Path) -> None:
-    vae = autoencoder.train_autoencoder(work, load_cnn())
+def ship_autoencoder(work: Path, device: str) -> None:
+    vae = autoencoder.train_autoencoder(work, load_cnn(), device)
     folder = FOLDER / "base" / "vae"
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", half(vae), {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"_class_name": "PatchAutoencoder"}) + "\n")
 
 
-def ship_base(work: Path, further: bool) -> None:
+def ship_base(work: Path, device: str, further: bool) -> None:
     folder = FOLDER / "base"
     start = load_base("tiny", base.PROMPT).unet.requires_grad_(True) if further else None
-    unet = base.train_base(work, load_vae(folder / "vae"), start=start)
+    unet = base.train_base(work, load_vae(folder / "vae"), device, start=start).cpu()
     unet.half().save_pretrained(folder / "unet")
     DDIMScheduler(**base.SCHEDULE).save_pretrained(folder / "scheduler")
     text = base.prompt_embeddings()
@@ -90,16 +91,17 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone")
     parser.add_argument("--work", type=Path, default=Path("out/tiny_world"), help="folder of the checkpoints")
     parser.add_argument("--further", action="store_true", help="train the shipped base or inversion models further instead of new ones")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for stage in [args.stage] if args.stage else STAGES:
         if stage in ("cnn", "vit"):
-            ship_backbone(stage, args.work)
+            ship_backbone(stage, args.work, args.device)
         elif stage == "autoencoder":
-            ship_autoencoder(args.work)
+            ship_autoencoder(args.work, args.device)
         elif stage == "base":
-            ship_base(args.work, args.further)
+            ship_base(args.work, args.device, args.further)
         elif stage == "card":
             write_card()
         else:

@@ -89,7 +89,7 @@ def train(config: TrainConfig, output: Path) -> Path:
     backbone = open_backbone(config.backbone, config.backbone_weights).to(device, memory_format=torch.channels_last)
     source = backbone.source(config.layer, config.pooled)
     model = Inversion.start(base, source, config.encoder_width).to(device, memory_format=torch.channels_last)
-    pictures = open_source(config.data, max(base.resolution, *backbone.input_size), config.flips, config.seed)
+    pictures = open_source(config.data, max(base.resolution, *backbone.input_size), config.flips, config.seed, device if config.workers == 0 else "cpu")
     say(f"{config.name}: inverts {source.describe()} with base model {base.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
     def observe(images: Tensor) -> tuple[Tensor, Tensor]:

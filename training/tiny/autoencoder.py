@@ -47,19 +47,19 @@ def feature_loss(backbone: nn.Module, y: Tensor, x: Tensor) -> Tensor:
     return torch.stack(distances).mean()
 
 
-def train_autoencoder(work: Path, backbone: nn.Module, seed: int = 0, compile: bool = True) -> PatchAutoencoder:
+def train_autoencoder(work: Path, backbone: nn.Module, device: str = "cpu", seed: int = 0, compile: bool = True) -> PatchAutoencoder:
     """Trains on scenes drawn on the fly: pixels first, then pixels and the features of the CNN."""
     torch.manual_seed(seed)
     vae = PatchAutoencoder()
     vae.start_from_patches(normalise(draw(seed, torch.arange(500)).image))
-    model = RoundTrip(vae).to(memory_format=torch.channels_last)
-    backbone = backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    model = RoundTrip(vae).to(device, memory_format=torch.channels_last)
+    backbone = backbone.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     forward = torch.compile(model) if compile else model
 
     def loss_of(indices: Tensor) -> Tensor:
         x = normalise(draw(seed, indices).image).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            y, z = forward(x, torch.randn(len(x), LATENTS, 8, 8))
+        with torch.autocast(device, torch.bfloat16):
+            y, z = forward(x, torch.randn(len(x), LATENTS, 8, 8, device=device))
             y = y.float()
             loss = pixel_loss(y, x) + 1e-3 * z.float().square().mean()
             if indices[0] >= PERCEPTUAL_FROM:
@@ -67,9 +67,9 @@ def train_autoencoder(work: Path, backbone: nn.Module, seed: int = 0, compile: b
         return loss
 
     average = train_stage(
-        "autoencoder", model, loss_of, images=IMAGES, stop=STOP, batch=BATCH, rate=RATE, work=work, ema=0.998, decay=0.01
+        "autoencoder", model, loss_of, images=IMAGES, stop=STOP, batch=BATCH, rate=RATE, work=work, ema=0.998, decay=0.01, device=device
     )
-    return standardise(average.vae, seed)
+    return standardise(average.vae.cpu(), seed)
 
 
 @torch.no_grad()

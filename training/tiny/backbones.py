@@ -66,19 +66,19 @@ def token_targets(scenes: Scenes) -> Tensor:
     return torch.cat(parts, -1).float()
 
 
-def train_cnn(work: Path, seed: int = 0) -> nn.Module:
+def train_cnn(work: Path, device: str = "cpu", seed: int = 0) -> nn.Module:
     """Trains the CNN on training scenes drawn on the fly; returns its moving average."""
     torch.manual_seed(seed)
     images, batch, rate = RECIPES["cnn"]
-    model = build("cnn").to(memory_format=torch.channels_last)
+    model = build("cnn").to(device, memory_format=torch.channels_last)
 
     def loss_of(indices: Tensor) -> Tensor:
         scenes = draw(seed, indices)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             logits = model(normalise(scenes.image).to(memory_format=torch.channels_last))
         return group_losses(logits, scenes.targets())
 
-    return train_stage("backbone_cnn", model, loss_of, images=images, batch=batch, rate=rate, work=work)
+    return train_stage("backbone_cnn", model, loss_of, images=images, batch=batch, rate=rate, work=work, device=device)
 
 
 class Student(nn.Module):
@@ -95,17 +95,17 @@ class Student(nn.Module):
         return self.vit.forward_head(tokens), self.vit.head(self.vit.fc_norm(cells)), self.project(cells)
 
 
-def train_vit(work: Path, cnn: nn.Module, seed: int = 0) -> nn.Module:
+def train_vit(work: Path, cnn: nn.Module, device: str = "cpu", seed: int = 0) -> nn.Module:
     """Trains the transformer: labels of the scene and of each cell, then the CNN's feature vectors as well (a small
     transformer learns shapes slowly from labels alone). Returns its moving average."""
     torch.manual_seed(seed)
     images, batch, rate = RECIPES["vit"]
-    model, cnn = Student(build("vit")), cnn.eval().to(memory_format=torch.channels_last)
+    model, cnn = Student(build("vit")).to(device), cnn.eval().to(device, memory_format=torch.channels_last)
 
     def loss_of(indices: Tensor) -> Tensor:
         scenes = draw(seed, indices)
         x = normalise(scenes.image).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             logits, cells, vectors = model(x)
             with torch.no_grad():
                 wanted = cnn.forward_features(x).flatten(2).transpose(1, 2)
@@ -114,7 +114,7 @@ def train_vit(work: Path, cnn: nn.Module, seed: int = 0) -> nn.Module:
             loss = loss + 4 * (1 - F.cosine_similarity(vectors.float(), wanted.float(), dim=-1).mean())
         return loss
 
-    return train_stage("backbone_vit", model, loss_of, images=images, batch=batch, rate=rate, work=work).vit
+    return train_stage("backbone_vit", model, loss_of, images=images, batch=batch, rate=rate, work=work, device=device).vit
 
 
 @torch.inference_mode()

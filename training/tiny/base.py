@@ -23,7 +23,7 @@ from .scenes import draw
 WIDTHS, TOKENS, CONTEXT = (64, 96), 4, 64
 PROMPT = "a drawing of the small world"
 IMAGES, BATCH, RATE = 345_600, 64, 1.5e-3
-CACHED = 120_000  # scenes whose latents are kept; each is seen about three times
+CACHED, PART = 120_000, 10_000  # scenes whose latents are kept; each is seen about three times
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
     "prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing",
@@ -46,39 +46,42 @@ def prompt_embeddings() -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def cached_latents(work: Path, vae: PatchAutoencoder, count: int = CACHED, seed: int = 0) -> Tensor:
+def cached_latents(work: Path, vae: PatchAutoencoder, device: str, count: int, seed: int = 0) -> Tensor:
     """fp16 [count, 24, 8, 8] latents of training scenes, encoded once in parts that survive an interruption."""
-    parts = []
-    for start in tqdm(range(0, count, 10_000), desc="latents", unit="10k"):
+    parts, vae = [], vae.to(device, memory_format=torch.channels_last)
+    for start in tqdm(range(0, count, PART), desc="latents", unit="part"):
         file = work / "latents" / f"{start}.pt"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             chunk = []
-            for first in range(start, start + 10_000, 100):
-                x = normalise(draw(seed, torch.arange(first, first + 100)).image).to(memory_format=torch.channels_last)
-                with torch.autocast("cpu", torch.bfloat16):
-                    chunk.append(vae.encode(x).half())
+            for first in range(start, start + PART, 100):
+                x = normalise(draw(seed, torch.arange(first, first + 100, device=device)).image).to(memory_format=torch.channels_last)
+                with torch.autocast(device, torch.bfloat16):
+                    chunk.append(vae.encode(x).half().cpu())
             torch.save(torch.cat(chunk), f"{file}.part")
             Path(f"{file}.part").rename(file)
         parts.append(torch.load(file, weights_only=True))
     return torch.cat(parts)[:count]
 
 
-def train_base(work: Path, vae: PatchAutoencoder, images: int = IMAGES, seed: int = 0, compile: bool = True, start: UNet2DConditionModel | None = None) -> UNet2DConditionModel:
+def train_base(
+    work: Path, vae: PatchAutoencoder, device: str = "cpu", seed: int = 0, compile: bool = True, start: UNet2DConditionModel | None = None
+) -> UNet2DConditionModel:
     """Trains the base model, `start` or a new one, on cached latents; one text in ten is empty."""
     torch.manual_seed(seed)
-    latents = cached_latents(work, vae)
-    unet = (start or build()).to(memory_format=torch.channels_last)
+    latents = cached_latents(work, vae, device, CACHED).to(device)
+    unet = (start or build()).to(device, memory_format=torch.channels_last)
     forward = torch.compile(unet) if compile else unet
-    scheduler, text = DDIMScheduler(**SCHEDULE), prompt_embeddings()
+    scheduler = DDIMScheduler(**SCHEDULE)
+    text = {name: embedding.to(device) for name, embedding in prompt_embeddings().items()}
 
     def loss_of(indices: Tensor) -> Tensor:
-        z = latents[torch.randint(len(latents), indices.shape)].float()
-        t, noise = torch.randint(1000, (len(z),)), torch.randn_like(z)
-        context = torch.where(torch.rand(len(z), 1, 1) < 0.1, text["empty"], text["prompt"])
+        z = latents[torch.randint(len(latents), indices.shape, device=device)].float()
+        t, noise = torch.randint(1000, (len(z),), device=device), torch.randn_like(z)
+        context = torch.where(torch.rand(len(z), 1, 1, device=device) < 0.1, text["empty"], text["prompt"])
         noisy, wanted = scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             found = forward(noisy.to(memory_format=torch.channels_last), t, context).sample
         return F.mse_loss(found.float(), wanted)
 
-    return train_stage("base", unet, loss_of, images=images, batch=BATCH, rate=RATE, work=work, ema=0.9995, decay=0.01)
+    return train_stage("base", unet, loss_of, images=IMAGES, batch=BATCH, rate=RATE, work=work, ema=0.9995, decay=0.01, device=device)

@@ -29,13 +29,14 @@ def train_stage(
     ema: float = 0.999,
     seed: int = 0,
     stop: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """Trains `model` on scenes 0..images-1 and returns its moving average in evaluation mode.
 
     loss_of: picture indices [batch] -> scalar loss; it draws or looks up the pictures itself.
     images: pictures seen in all; stop: end earlier on the same schedule. rate: peak of a cosine schedule with 2 % warm-up (AdamW, bf16 autocast).
     work: folder of the checkpoint `name.pt`, written whole or not at all; a later call goes on from it, and a
-    larger `images` continues a finished stage. Random numbers depend on (seed, images seen) alone.
+    larger `images` continues a finished stage. device: where `model` is and the indices are made. Random numbers depend on (seed, images seen) alone.
     """
     model.train()
     average = deepcopy(model).eval().requires_grad_(False)
@@ -43,7 +44,7 @@ def train_stage(
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay, betas=(0.9, 0.99), fused=True)
     seen, file = 0, work / f"{name}.pt"
     if file.exists():
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -55,7 +56,7 @@ def train_stage(
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, share / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * cos(pi * share)))
         torch.manual_seed(seed * 1_000_003 + seen)
-        loss = loss_of(torch.arange(seen, seen + batch))
+        loss = loss_of(torch.arange(seen, seen + batch, device=device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -67,13 +67,17 @@ class Scenes:
 
 
 def draw(seed: int, indices: Tensor, split: str = "train") -> Scenes:
-    """Draws the scenes of `indices` ([B], int64, any non-negative numbers) of a split.
+    """Draws the scenes of `indices` ([B], int64, any non-negative numbers) of a split, on the device of `indices`.
 
-    The same (seed, split, index) gives the same scene in any batch. Raises ValueError for an unknown
-    split.
+    The same (seed, split, index) gives the same scene in any batch. Raises ValueError for an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {SPLITS}")
+    with indices.device:
+        return _draw(seed, indices, split)
+
+
+def _draw(seed: int, indices: Tensor, split: str) -> Scenes:
     batch = len(indices)
     u = _uniforms(seed, indices, SPLITS.index(split))
     two = u[:, 0] < 0.2

@@ -1,0 +1,66 @@
+"""The stages that make the embedded world run, stop and go on; at a few pictures each, for their wiring."""
+
+import pytest
+import torch
+
+from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
+from training.tiny import autoencoder, backbones, base
+from training.tiny.loop import train_stage
+from training.tiny.scenes import draw
+
+
+def regress(work, **changes):
+    """A line fitted to noisy points: everything random comes from the loop's own seeding."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+
+    def loss_of(indices):
+        x = torch.randn(len(indices), 1)
+        return (model(x) - 3 * x - 1).square().mean()
+
+    return train_stage("line", model, loss_of, **{"images": 640, "batch": 8, "rate": 0.1, "work": work} | changes)
+
+
+def test_a_stopped_stage_goes_on_as_if_never_stopped(tmp_path):
+    regress(tmp_path / "two", stop=200)
+    resumed, straight = regress(tmp_path / "two"), regress(tmp_path / "one")
+    assert torch.equal(resumed.weight, straight.weight) and torch.equal(resumed.bias, straight.bias)
+    assert abs(straight.weight.item() - 3) < 0.5
+    assert [f.name for f in (tmp_path / "two").iterdir()] == ["line.pt"]
+
+
+@pytest.fixture
+def cnn():
+    torch.manual_seed(0)
+    return backbones.build("cnn").requires_grad_(False)
+
+
+def test_backbone_stages(tmp_path, monkeypatch, cnn):
+    monkeypatch.setattr(backbones, "RECIPES", {"cnn": (32, 16, 1e-3), "vit": (32, 16, 1e-3)})
+    monkeypatch.setattr(backbones, "DISTIL_FROM", 16)
+    for model in (backbones.train_cnn(tmp_path), backbones.train_vit(tmp_path, cnn)):
+        assert backbones.accuracy(model, 100).keys() == backbones.GROUPS.keys()
+    cells = backbones.token_targets(draw(0, torch.arange(50)))
+    assert cells.shape == (50, 64, 28) and cells.sum(-1).max() == 4
+
+
+def test_autoencoder_starts_from_patches_and_standardises(tmp_path, monkeypatch, cnn):
+    x = backbones.normalise(draw(0, torch.arange(100)).image)
+    plain = PatchAutoencoder()
+    plain.start_from_patches(x)
+    error = (plain.decode(plain.encode(x)) - x).square().mean()
+    assert error < 0.15 * x.var()  # 24 of 192 components keep most of a drawn picture
+    for name, value in {"IMAGES": 32, "STOP": 32, "BATCH": 16, "PERCEPTUAL_FROM": 16}.items():
+        monkeypatch.setattr(autoencoder, name, value)
+    vae = autoencoder.train_autoencoder(tmp_path, cnn, compile=False)
+    z = vae.encode(backbones.normalise(draw(0, torch.arange(500)).image))
+    assert z.mean((0, 2, 3)).abs().max() < 1e-3 and abs(z.std() - 1) < 0.01
+
+
+def test_base_stage_caches_latents_once(tmp_path, monkeypatch):
+    for name, value in {"IMAGES": 32, "BATCH": 16, "CACHED": 200, "PART": 100}.items():
+        monkeypatch.setattr(base, name, value)
+    unet = base.train_base(tmp_path, PatchAutoencoder(), compile=False)
+    assert len(list((tmp_path / "latents").glob("*.pt"))) == 2
+    further = base.train_base(tmp_path / "more", PatchAutoencoder(), compile=False, start=unet.requires_grad_(True))
+    assert further.config.in_channels == 24
