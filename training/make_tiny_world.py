@@ -4,7 +4,7 @@
     python training/make_tiny_world.py --stage vit     one of them
     python training/make_tiny_world.py --stage base --further --work out/more     train what is shipped further
 
-Stages: cnn, vit (backbones), autoencoder, base, the four inversion models, card. Each goes on where it was stopped
+Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, card. Each goes on where it was stopped
 and writes its result into featinv_nodes/tiny_world/ when it is done. The stage card measures everything and writes
 CARD.md, which also says how long the stages took.
 """
@@ -30,8 +30,8 @@ from training.tiny import autoencoder, backbones, base
 from training.train import train
 
 #: pictures seen by the shipped inversion models
-INVERSION_IMAGES = {"tiny_cnn_last": 256_000, "tiny_cnn_stage": 56_000, "tiny_cnn_pooled": 24_000, "tiny_vit_last": 104_000}
-STAGES = ("cnn", "vit", "autoencoder", "base", *MODELS, "card")
+INVERSION_IMAGES = {"tiny_cnn_last": 208_000, "tiny_cnn_stage": 32_000, "tiny_cnn_pooled": 12_800, "tiny_vit_last": 104_000}
+STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "card")
 
 
 def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -61,8 +61,11 @@ def load_cnn() -> torch.nn.Module:
     return open_backbone("tiny-cnn").model
 
 
-def ship_autoencoder(work: Path, device: str) -> None:
-    vae = autoencoder.train_autoencoder(work, load_cnn(), device)
+def ship_autoencoder(work: Path, device: str, decoder: bool) -> None:
+    if decoder:
+        vae = autoencoder.train_decoder(work, load_vae(FOLDER / "base" / "vae"), load_cnn(), device)
+    else:
+        vae = autoencoder.train_autoencoder(work, load_cnn(), device)
     folder = FOLDER / "base" / "vae"
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", half(vae), {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"_class_name": "PatchAutoencoder"}) + "\n")
@@ -98,8 +101,8 @@ def main() -> None:
     for stage in [args.stage] if args.stage else STAGES:
         if stage in ("cnn", "vit"):
             ship_backbone(stage, args.work, args.device)
-        elif stage == "autoencoder":
-            ship_autoencoder(args.work, args.device)
+        elif stage in ("autoencoder", "decoder"):
+            ship_autoencoder(args.work, args.device, stage == "decoder")
         elif stage == "base":
             ship_base(args.work, args.device, args.further)
         elif stage == "card":

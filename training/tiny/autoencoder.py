@@ -16,6 +16,8 @@ from .scenes import draw
 
 IMAGES, BATCH, RATE = 240_000, 64, 2e-3
 STOP = 54_528  # it ends early on its schedule: by then it is better than the rest needs
+DECODER_IMAGES = 112_000
+DECODER_NOISE = (0.6, 0.8)  # largest deviation in the first quarter, and after it
 PERCEPTUAL_FROM = 40_000  # pictures seen before the backbone's features join the loss
 
 
@@ -70,6 +72,35 @@ def train_autoencoder(work: Path, backbone: nn.Module, device: str = "cpu", seed
         "autoencoder", model, loss_of, images=IMAGES, stop=STOP, batch=BATCH, rate=RATE, work=work, ema=0.998, decay=0.01, device=device
     )
     return standardise(average.vae.cpu(), seed)
+
+
+def train_decoder(
+    work: Path, vae: PatchAutoencoder, backbone: nn.Module, device: str = "cpu", seed: int = 0, compile: bool = True
+) -> PatchAutoencoder:
+    """Trains the decoder alone to forgive noisy latents, as those that a diffusion model draws are (RAE, Zheng et al.
+    2025, trains its decoder so). The latents stay as they are, so models trained on them stay valid.
+
+    The noise has a deviation between 0 and DECODER_NOISE, one level per picture, in units of the latents' own.
+    """
+    vae.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    backbone = backbone.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    for part in (vae.expand, vae.decoder):
+        part.requires_grad_(True)
+    decode = torch.compile(vae.decode) if compile else vae.decode
+
+    def loss_of(indices: Tensor) -> Tensor:
+        x = normalise(draw(seed, indices + IMAGES).image).to(memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                z = vae.encode(x).float()
+            largest = DECODER_NOISE[int(indices[0]) >= DECODER_IMAGES // 4]
+            level = largest * torch.rand(len(z), 1, 1, 1, device=device)
+            y = decode(z + level * torch.randn_like(z)).float()
+            return pixel_loss(y, x) + 0.3 * feature_loss(backbone, y, x)
+
+    return train_stage(
+        "decoder", vae, loss_of, images=DECODER_IMAGES, batch=BATCH, rate=RATE, work=work, ema=0.998, decay=0.01, device=device
+    ).cpu()
 
 
 @torch.no_grad()
