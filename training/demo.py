@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     rows.append([(framed[0], "first"), *cells, (framed[1], "second")])
     titles.append("interpolation")
     say("composing two feature maps")
-    cells, composition = composed(opened, framed[2:], how)
+    cells, composition = composed(opened, framed[[5, 4]], how)
     rows.append(cells)
     titles.append("composition")
 
