@@ -50,24 +50,26 @@ def class_groups(opened: Opened) -> dict[str, slice]:
     return {g: slice(groups.index(g), groups.index(g) + groups.count(g)) for g in dict.fromkeys(groups)}
 
 
-def measure(opened: Opened, original: FeatureMap, framed: Tensor, pictures: Tensor, single: Tensor | None) -> dict:
-    """Faithfulness of pictures to the originals: every entry {"value", "low", "high", "n"} with a 95 % interval.
+def measure(opened: Opened, original: FeatureMap, last: FeatureMap, pictures: Tensor, single: Tensor | None) -> tuple[dict, Tensor]:
+    """Faithfulness of pictures to the originals: every entry {"value", "low", "high", "n"} with a 95 % interval; and
+    the pictures' pooled last-layer vectors [N, C]. original: the maps asked for; last: the originals' last layer.
 
     cosine, cosine_centred (the originals' mean vector removed), top-1 and top-5 match of the backbone's classes; in
     the embedded world also the top-1 match of every label group on scenes of a single object.
     """
     seen = opened.see(pictures)
     centre = original.values.mean((0, 2, 3))
-    last = [opened.backbone.logits(opened.backbone.extract(x)) for x in (framed, opened.backbone.frame(pictures, "stretch"))]
+    again = opened.backbone.extract(opened.backbone.frame(pictures, "stretch"))
+    logits = [opened.backbone.logits(x) for x in (last, again)]
     found = {"cosine": cosine(original, seen), "cosine_centred": cosine(original, seen, centre)}
     groups = class_groups(opened)
     first = next(iter(groups.values()))
     for k in (1, 5):
-        found[f"top{k}_match"] = top_k_match(last[0][:, first], last[1][:, first], k).float()
+        found[f"top{k}_match"] = top_k_match(logits[0][:, first], logits[1][:, first], k).float()
     if single is not None:
         for name, part in groups.items():
-            found[f"{name}_match_single"] = top_k_match(last[0][:, part], last[1][:, part], 1).float()[single]
-    return {name: bootstrap(values) for name, values in found.items()}
+            found[f"{name}_match_single"] = top_k_match(logits[0][:, part], logits[1][:, part], 1).float()[single]
+    return {name: bootstrap(values) for name, values in found.items()}, again.pool().values.flatten(1)
 
 
 def evaluate(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
@@ -79,11 +81,10 @@ def evaluate(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | Non
         drawn = {"reconstruction": opened.draw(original, how, start, batch, bar.update)}
         drawn["floor"] = opened.draw(None, how, start, batch, bar.update)
     drawn["ceiling"] = torch.cat([round_trip(opened.base, part) for part in framed.split(64)])
-    results, reference = {}, opened.backbone.extract(framed, pooled=True).values.flatten(1)
+    results, last = {}, opened.backbone.extract(framed)
     for name, pictures in drawn.items():
-        results[name] = measure(opened, original, framed, pictures, single)
-        vectors = opened.backbone.extract(opened.backbone.frame(pictures, "stretch"), pooled=True).values.flatten(1)
-        results[name][f"frechet_distance ({opened.backbone.name}, pooled)"] = {"value": frechet_distance(reference, vectors), "n": len(vectors)}
+        results[name], vectors = measure(opened, original, last, pictures, single)
+        results[name][f"frechet_distance ({opened.backbone.name}, pooled)"] = {"value": frechet_distance(last.pool().values.flatten(1), vectors), "n": len(vectors)}
     return results, drawn
 
 

@@ -29,7 +29,8 @@ class InversionInfo:
 
     source: the features it inverts. encoder: settings for build_encoder. base: {"name", "width" (first block),
     "context" (cross-attention width), "latent_channels"}. prompt: text of the positive prompt. recommended:
-    {"strength", "guidance", "steps"}. images_seen: pictures in training. config: the training configuration.
+    {"strength", "guidance", "steps", "negative"}, "negative" being what guidance pushes away from: "text" or
+    "features". images_seen: pictures in training. config: the training configuration.
     metrics: as measured when it was saved.
     """
 
@@ -37,7 +38,7 @@ class InversionInfo:
     encoder: dict
     base: dict
     prompt: str
-    recommended: dict = field(default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "steps": 50})
+    recommended: dict = field(default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50})
     images_seen: int = 0
     config: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
