@@ -24,6 +24,8 @@ class TrainConfig:
     layer, pooled: what is inverted. base: "tiny" or a diffusers folder. data: "tiny" or a folder of images.
     encoder_width: hidden channels of the conditional encoder (the paper: 512). standardise: per-channel mean and
     deviation learned from the first batches. dropout: share of samples that lose features and text together.
+    cycle: weight of the cycle consistency, 1 - cos of the features of the predicted picture, 0 for none (the paper);
+    cycle_below: timesteps, of the base model's 1000, below which it counts.
     rate: learning rate; schedule: "constant" (the paper) or "cosine" to zero, both after `warmup` images. ema: decay
     per step of the moving average that is saved, 0 for none. precision: "fp32", "bf16" or "fp16".
     compile: torch.compile, worth its minute on long runs. init_from: a weights file to start from: its ControlNet, and its
@@ -43,6 +45,8 @@ class TrainConfig:
     encoder_width: int = 512
     standardise: bool = False
     dropout: float = 0.15
+    cycle: float = 0.0
+    cycle_below: int = 1000
     batch: int = 8
     rate: float = 1e-5
     schedule: str = "constant"

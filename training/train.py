@@ -31,27 +31,9 @@ from featinv_nodes.tiny_world import open_backbone
 from training.cli import make_folder, run
 from training.config import TrainConfig, parse_arguments
 from training.data import loader, open_source
+from training.objective import training_loss
 from training.pipeline import BaseModel, Inversion, load_base
 from training.report import sample_panel
-
-
-def diffusion_loss(base: BaseModel, model: torch.nn.Module, latents: Tensor, features: Tensor, config: TrainConfig) -> Tensor:
-    """The base model's own objective (paper Sec. 2; Ho et al. 2020): predict the noise, or the velocity where the
-    base model does so, of latents [B, C, H, W] at random timesteps, given features [B, C_f, h, w].
-
-    A share `dropout` of the samples sees neither features (zeros) nor text (the empty prompt).
-    """
-    batch, scheduler = len(latents), base.scheduler
-    noise = torch.randn_like(latents)
-    t = torch.randint(scheduler.config.num_train_timesteps, (batch,), device=latents.device)
-    dropped = (torch.rand(batch, device=latents.device) < config.dropout)[:, None, None]
-    context = torch.where(dropped, base.text[""], base.text[config.prompt])
-    features = features.masked_fill(dropped[..., None], 0.0)
-    noisy = scheduler.add_noise(latents, noise, t)
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    wanted = scheduler.get_velocity(latents, noise, t) if velocity else noise
-    found = model(base.unet, noisy, t, context, features)
-    return F.mse_loss(found.float(), wanted.float())
 
 
 def rate_at(seen: int, config: TrainConfig) -> float:
@@ -146,7 +128,8 @@ def train(config: TrainConfig, output: Path) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(seen, config)
         latents, features = observe(images)
-        loss = diffusion_loss(base, trained, latents, features, config)
+        with accelerator.autocast():
+            loss = training_loss(base, backbone, trained, latents, features, config)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,15 +1,18 @@
 """The diffusion side: ControlNet starts as nothing, steers as told, and reads and writes the weights file."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.tiny_world import open_backbone
 from training.config import DEFAULT, read_config
+from training.objective import cycle_distance, predicted_clean, training_loss
 from training.pipeline import Inversion, Sampling, load_base, noise, round_trip, sample
 from training.tiny.scenes import draw
-from training.train import diffusion_loss
 
 PROMPT = "a drawing of the small world"
 
@@ -107,7 +110,7 @@ def test_what_does_not_fit_is_refused(base, backbone, steering, features, tmp_pa
             Sampling(**wrong)
 
 
-def test_loss_of_perfect_velocity_is_zero_and_dropout_uses_the_null(base, features):
+def test_loss_of_perfect_velocity_is_zero_and_dropout_uses_the_null(base, backbone, features):
     """The objective is the base model's own, and a dropped sample sees zeros and the empty prompt."""
     seen = {}
 
@@ -121,10 +124,47 @@ def test_loss_of_perfect_velocity_is_zero_and_dropout_uses_the_null(base, featur
 
     latents = torch.randn(2, 24, 8, 8)
     config = read_config(DEFAULT, {"dropout": "1.0"})
-    assert diffusion_loss(base, Perfect(), latents, features.values, config) < 1e-6
+    assert training_loss(base, backbone, Perfect(), latents, features.values, config) < 1e-6
     assert seen["values"].abs().max() == 0 and torch.equal(seen["context"][0], base.text[""][0])
-    diffusion_loss(base, Perfect(), latents, features.values, read_config(DEFAULT, {"dropout": "0.0"}))
+    training_loss(base, backbone, Perfect(), latents, features.values, read_config(DEFAULT, {"dropout": "0.0"}))
     assert torch.equal(seen["values"], features.values) and torch.equal(seen["context"][1], base.text[PROMPT][0])
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+def test_clean_latents_follow_from_a_perfect_prediction(base, kind):
+    clean, noise_, t = torch.randn(4, 24, 8, 8), torch.randn(4, 24, 8, 8), torch.tensor([0, 300, 700, 999])
+    scheduler = DDIMScheduler.from_config(base.scheduler.config, prediction_type=kind)
+    found = scheduler.get_velocity(clean, noise_, t) if kind == "v_prediction" else noise_
+    noisy = scheduler.add_noise(clean, noise_, t)
+    again = predicted_clean(replace(base, scheduler=scheduler), noisy, found, t)
+    assert (again - clean).abs().max() < 1e-3  # at t = 999 the noise hides all but 1/15 of the signal
+
+
+def test_cycle_distance_sees_the_features_and_reaches_the_latents(base, backbone):
+    scenes = draw(0, torch.arange(8), "held-out").image
+    with torch.inference_mode():
+        values = backbone(scenes).values
+    config, latents = read_config(DEFAULT), base.encode(scenes).detach().clone().requires_grad_(True)
+    distance = cycle_distance(base, backbone, latents, values.clone(), config)
+    other = cycle_distance(base, backbone, latents.detach().flip(0), values.clone(), config)
+    assert distance < 0.05 < 0.3 < other  # the autoencoder's round trip against unrelated pictures
+    distance.backward()
+    assert latents.grad.abs().max() > 0 and all(p.grad is None for p in [*backbone.parameters(), *base.vae.parameters()])
+
+
+def test_cycle_weight_adds_the_distance_of_what_is_shown(base, backbone, features):
+    class Same(torch.nn.Module):
+        def forward(self, unet, noisy, t, context, values):
+            return torch.zeros_like(noisy)
+
+    def loss(**changes):
+        torch.manual_seed(0)
+        return training_loss(base, backbone, Same(), torch.zeros(2, 24, 8, 8), features.values, read_config(DEFAULT, changes)).item()
+
+    plain = loss(dropout="0.0")
+    assert loss(dropout="0.0", cycle="1.0") > plain + 0.1
+    assert loss(dropout="0.0", cycle="1.0", cycle_below="0") == plain
+    assert loss(dropout="1.0", cycle="1.0") == loss(dropout="1.0")
 
 
 def test_round_trip_keeps_the_picture(base):

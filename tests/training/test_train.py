@@ -10,9 +10,10 @@ from featinv_nodes.core.feature_map import FeatInvError
 from training.config import CONFIGS, DEFAULT, read_config
 from training.data import ImageFolder, TinyWorld, loader
 from training.inversion import open_model
+from training.objective import training_loss
 from training.pipeline import Inversion
 from training.tiny.scenes import draw
-from training.train import diffusion_loss, rate_at, train
+from training.train import rate_at, train
 
 SMALL = {"batch": "8", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "panel_every": "1000", "save_every": "16", "warmup": "0"}
 
@@ -64,7 +65,7 @@ def test_training_helps_on_scenes_it_never_saw(tmp_path):
     for model in (Inversion.start(opened.base, features.source, 64), opened.model):
         torch.manual_seed(0)
         with torch.inference_mode():
-            losses.append(diffusion_loss(opened.base, model, latents, features.values, config).item())
+            losses.append(training_loss(opened.base, opened.backbone, model, latents, features.values, config).item())
     assert losses[1] < losses[0] * 0.99
 
 

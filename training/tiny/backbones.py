@@ -26,7 +26,7 @@ SPECS = {
 }
 DISTIL_FROM = 113_568  # pictures seen before the CNN's features join the transformer's loss
 #: pictures seen, batch, peak learning rate
-RECIPES = {"cnn": (320_000, 64, 4e-3), "vit": (290_016, 32, 1e-3)}
+RECIPES = {"cnn": (320_000, 64, 4e-3), "vit": (600_000, 32, 1e-3)}
 
 
 def build(kind: str) -> nn.Module:
