@@ -26,8 +26,8 @@ def peak_memory() -> float:
 
 def reconstruct(repeats: int = 5) -> None:
     """Seconds from feature maps to pictures of a batch of 16, after one run that is not counted."""
+    from featinv_nodes.tiny_world.scenes import draw
     from training.inversion import open_model
-    from training.tiny.scenes import draw
 
     opened = open_model("tiny_cnn_last")
     framed = opened.backbone.frame(draw(0, torch.arange(16), "held-out").image)
@@ -44,7 +44,7 @@ def reconstruct(repeats: int = 5) -> None:
 
 def world(count: int = 4000) -> None:
     """Scenes drawn per second in batches of 64."""
-    from training.tiny.scenes import draw
+    from featinv_nodes.tiny_world.scenes import draw
 
     draw(0, torch.arange(64))
     began = time.perf_counter()

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from featinv_nodes.core.feature_map import FeatInvError
-
-from .tiny.scenes import draw
+from featinv_nodes.tiny_world.scenes import draw
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 

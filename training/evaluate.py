@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.metrics import bootstrap, cosine, frechet_distance, top_k_match
+from featinv_nodes.tiny_world.scenes import draw
 from training.cli import make_folder, model_parser, open_from, run, write_json, write_text
 from training.data import SUFFIXES
 from training.images import read_image
 from training.inversion import Opened
 from training.pipeline import Sampling, round_trip
 from training.report import panel, save_image
-from training.tiny.scenes import draw
 
 
 def load_pictures(opened: Opened, data: str, count: int) -> tuple[Tensor, Tensor | None]:
@@ -39,15 +39,6 @@ def load_pictures(opened: Opened, data: str, count: int) -> tuple[Tensor, Tensor
     if len(files) < count:
         raise FeatInvError(f"{data} holds {len(files)} images; asked for {count}. Give a folder with more, or a smaller --count")
     return torch.cat([opened.backbone.frame(read_image(f)) for f in tqdm(files, desc="reading")]), None
-
-
-def class_groups(opened: Opened) -> dict[str, slice]:
-    """Label groups in the logits: those that the backbone's class names state as "group: name", else one of all."""
-    names = opened.backbone.classes
-    if not names:
-        return {"class": slice(None)}
-    groups = [name.split(":")[0] for name in names]
-    return {g: slice(groups.index(g), groups.index(g) + groups.count(g)) for g in dict.fromkeys(groups)}
 
 
 def measure(opened: Opened, original: FeatureMap, last: FeatureMap, pictures: Tensor, single: Tensor | None) -> tuple[dict, Tensor]:
@@ -62,7 +53,7 @@ def measure(opened: Opened, original: FeatureMap, last: FeatureMap, pictures: Te
     again = opened.backbone.extract(opened.backbone.frame(pictures, "stretch"))
     logits = [opened.backbone.logits(x) for x in (last, again)]
     found = {"cosine": cosine(original, seen), "cosine_centred": cosine(original, seen, centre)}
-    groups = class_groups(opened)
+    groups = opened.backbone.groups
     first = next(iter(groups.values()))
     for k in (1, 5):
         found[f"top{k}_match"] = top_k_match(logits[0][:, first], logits[1][:, first], k).float()

@@ -4,7 +4,7 @@
     python training/make_tiny_world.py --stage vit     one of them
     python training/make_tiny_world.py --stage base --further --work out/more     train what is shipped further
 
-Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, card. Each goes on where it was stopped
+Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, concepts, card. Each goes on where it was stopped
 and writes its result into featinv_nodes/tiny_world/ when it is done. The stage card measures everything and writes
 CARD.md, which also says how long the stages took.
 """
@@ -21,17 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from diffusers import DDIMScheduler
 
+from featinv_nodes.core.concepts import save_concepts
 from featinv_nodes.core.weights import load_inversion, save_inversion, write_safetensors
-from featinv_nodes.tiny_world import BACKBONES, FOLDER, MODELS, open_backbone
+from featinv_nodes.tiny_world import BACKBONES, CONCEPTS, FOLDER, MODELS, open_backbone
 from training.card import write_card
 from training.config import CONFIGS, read_config
 from training.pipeline import load_base, load_vae
 from training.tiny import autoencoder, backbones, base
+from training.tiny.concepts import fit_concepts
 from training.train import train
 
 #: pictures seen by the shipped inversion models
 INVERSION_IMAGES = {"tiny_cnn_last": 208_000, "tiny_cnn_stage": 32_000, "tiny_cnn_pooled": 12_800, "tiny_vit_last": 104_000}
-STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "card")
+STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "concepts", "card")
 
 
 def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -105,6 +107,8 @@ def main() -> None:
             ship_autoencoder(args.work, args.device, stage == "decoder")
         elif stage == "base":
             ship_base(args.work, args.device, args.further)
+        elif stage == "concepts":
+            save_concepts(FOLDER / CONCEPTS, fit_concepts(open_backbone("tiny-cnn")))
         elif stage == "card":
             write_card()
         else:

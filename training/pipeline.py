@@ -55,7 +55,8 @@ class BaseModel:
     def describe(self) -> dict:
         """What a weights file records to recognise a base model that fits."""
         c = self.unet.config
-        return {"name": self.name, "width": c.block_out_channels[0], "context": c.cross_attention_dim, "latent_channels": c.in_channels}
+        heads = c.num_attention_heads or c.attention_head_dim  # diffusers' older name for the same number
+        return {"name": self.name, "width": c.block_out_channels[0], "context": c.cross_attention_dim, "latent_channels": c.in_channels, "heads": heads}
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, h, w] in 0..1 -> scaled latents: the mean of the autoencoder's posterior."""

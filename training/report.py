@@ -11,10 +11,10 @@ from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.metrics import cosine
+from featinv_nodes.tiny_world.scenes import draw
 
 from .config import TrainConfig
 from .pipeline import BaseModel, Inversion, Sampling, noise, sample
-from .tiny.scenes import draw
 
 TILE, GAP, CAPTION = 144, 8, 20
 INK, PAPER = (30, 30, 34), (255, 255, 255)

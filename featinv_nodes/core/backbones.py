@@ -113,6 +113,31 @@ class Backbone(nn.Module):
             values = values.permute(0, 2, 3, 1)
         return self.model.forward_head(values).float()
 
+    @property
+    def groups(self) -> dict[str, slice]:
+        """Label groups in the logits: those that the class names state as "group: name", else one of all."""
+        if not self.classes:
+            return {"class": slice(None)}
+        groups = [name.split(":")[0] for name in self.classes]
+        return {g: slice(groups.index(g), groups.index(g) + groups.count(g)) for g in dict.fromkeys(groups)}
+
+    def top_classes(self, logits: Tensor, k: int) -> list[list[tuple[str, float]]]:
+        """For each row of logits [B, classes]: the k most probable (name, probability) of every label group."""
+        found: list[list[tuple[str, float]]] = [[] for _ in logits]
+        for part in self.groups.values():
+            chances = logits[:, part].softmax(1)
+            best, numbers = chances.topk(min(k, chances.shape[1]), 1)
+            for row, values, places in zip(found, best.tolist(), (numbers + (part.start or 0)).tolist()):
+                row += [(self._class_name(n), v) for n, v in zip(places, values)]
+        return found
+
+    def _class_name(self, number: int) -> str:
+        if self.classes:
+            return self.classes[number]
+        if self.model.num_classes == 1000:
+            return timm.data.ImageNetInfo().index_to_description(number)
+        return f"class {number}"
+
     def _is_tokens(self) -> bool:
         return hasattr(self.model, "num_prefix_tokens") or hasattr(self.model, "patch_embed") and not hasattr(self.model, "output_fmt")
 

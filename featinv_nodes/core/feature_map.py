@@ -81,6 +81,10 @@ class FeatureMap:
     def __len__(self) -> int:
         return len(self.values)
 
+    def to(self, device: torch.device | str) -> FeatureMap:
+        """The same map on another device."""
+        return FeatureMap(self.values.to(device), self.source, None if self.prefix is None else self.prefix.to(device))
+
     def pool(self) -> FeatureMap:
         """Averages over the locations (paper Sec. 2, pooled features): values [B, C, 1, 1]."""
         if self.source.pooled:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .encoders import KINDS, build_encoder
@@ -28,7 +28,7 @@ class InversionInfo:
     """What a weights file says of itself.
 
     source: the features it inverts. encoder: settings for build_encoder. base: {"name", "width" (first block),
-    "context" (cross-attention width), "latent_channels"}. prompt: text of the positive prompt. recommended:
+    "context" (cross-attention width), "latent_channels", "heads" (attention heads)}. prompt: text of the positive prompt. recommended:
     {"strength", "guidance", "steps", "negative"}, "negative" being what guidance pushes away from: "text" or
     "features". images_seen: pictures in training. config: the training configuration.
     metrics: as measured when it was saved.
@@ -63,7 +63,7 @@ def write_safetensors(file: str | Path, tensors: dict[str, Tensor], metadata: di
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     try:
-        save_file(tensors, part, metadata)
+        part.write_bytes(save(tensors, metadata))  # save_file would make a file that only its owner can read
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)

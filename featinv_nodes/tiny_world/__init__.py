@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..core.backbones import Backbone, load_backbone
 from ..core.feature_map import FeatInvError
+
+if TYPE_CHECKING:
+    from ..core.backbones import Backbone
 
 FOLDER = Path(__file__).parent
 #: short name -> (timm-hub folder, name in a FeatureSource)
@@ -13,9 +16,14 @@ BACKBONES = {"tiny-cnn": ("backbone_cnn", "resnet10t.tiny_world"), "tiny-vit": (
 #: shipped inversion models, in the order of the card
 MODELS = ("tiny_cnn_last", "tiny_cnn_stage", "tiny_cnn_pooled", "tiny_vit_last")
 
+#: subspaces of the CNN's last layer: its backgrounds and its objects
+CONCEPTS = "tiny_cnn_concepts.safetensors"
+
 
 def open_backbone(name: str, weights: str | Path | None = None) -> Backbone:
     """An embedded backbone by its short name or source name, any other one by load_backbone."""
+    from ..core.backbones import load_backbone  # timm takes seconds to import
+
     for short, (folder, full) in BACKBONES.items():
         if name in (short, full):
             return load_backbone(str(FOLDER / folder))

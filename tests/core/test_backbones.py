@@ -65,7 +65,7 @@ def test_tokens_keep_their_place_on_the_grid():
 
 @pytest.mark.parametrize("short", BACKBONES)
 def test_embedded_backbones_classify_held_out_scenes(short):
-    from training.tiny.scenes import draw
+    from featinv_nodes.tiny_world.scenes import draw
 
     backbone = open_backbone(short)
     scenes = draw(0, torch.arange(300), "held-out")

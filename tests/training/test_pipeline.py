@@ -9,10 +9,10 @@ from diffusers import DDIMScheduler
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.tiny_world import open_backbone
+from featinv_nodes.tiny_world.scenes import draw
 from training.config import DEFAULT, read_config
 from training.objective import cycle_distance, predicted_clean, training_loss
 from training.pipeline import Inversion, Sampling, load_base, noise, round_trip, sample
-from training.tiny.scenes import draw
 
 PROMPT = "a drawing of the small world"
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import FOLDER, MODELS
+from featinv_nodes.tiny_world.scenes import draw
 from training import demo, evaluate, reconstruct
 from training.images import read_image
 from training.inversion import open_model
-from training.tiny.scenes import draw
 
 ROOT = Path(__file__).resolve().parents[2]
 

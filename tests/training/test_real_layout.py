@@ -8,10 +8,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from featinv_nodes.tiny_world.scenes import draw
 from training.config import DEFAULT, read_config
 from training.inversion import open_model
 from training.pipeline import load_base, round_trip
-from training.tiny.scenes import draw
 from training.train import train
 
 PROMPT = "a b"

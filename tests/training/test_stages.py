@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
+from featinv_nodes.tiny_world.scenes import draw
 from training.tiny import autoencoder, backbones, base
 from training.tiny.loop import train_stage
-from training.tiny.scenes import draw
 
 
 def regress(work, **changes):

@@ -7,12 +7,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.tiny_world.scenes import draw
 from training.config import CONFIGS, DEFAULT, read_config
 from training.data import ImageFolder, TinyWorld, loader
 from training.inversion import open_model
 from training.objective import training_loss
 from training.pipeline import Inversion
-from training.tiny.scenes import draw
 from training.train import rate_at, train
 
 SMALL = {"batch": "8", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "panel_every": "1000", "save_every": "16", "warmup": "0"}

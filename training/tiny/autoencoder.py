@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featinv_nodes.core.patch_autoencoder import LATENTS, PatchAutoencoder
+from featinv_nodes.tiny_world.scenes import draw
 
 from .backbones import normalise
 from .loop import train_stage
-from .scenes import draw
 
 IMAGES, BATCH, RATE = 240_000, 64, 2e-3
 STOP = 54_528  # it ends early on its schedule: by then it is better than the rest needs

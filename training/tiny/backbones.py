@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from featinv_nodes.tiny_world.scenes import GROUPS, SIZE, Scenes, draw
+
 from .loop import train_stage
-from .scenes import GROUPS, SIZE, Scenes, draw
 
 CLASSES = [f"{group}: {name}" for group, names in GROUPS.items() for name in names]
 TAG = "tiny_world"

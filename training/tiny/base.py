@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
+from featinv_nodes.tiny_world.scenes import draw
 
 from .backbones import normalise
 from .loop import train_stage
-from .scenes import draw
 
 WIDTHS, TOKENS, CONTEXT = (64, 96), 4, 64
 PROMPT = "a drawing of the small world"

@@ -1,0 +1,59 @@
+"""Feature maps and their agreement as pictures: principal components as colours, heat maps, captions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from .feature_map import FeatInvError, FeatureMap
+
+#: dark to bright, equal steps in lightness (colours of matplotlib's viridis)
+HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+
+def principal_components(features: FeatureMap) -> Tensor:
+    """[B, 3, H, W] in 0..1: the three directions of largest variance over all locations of the batch as red, green
+    and blue, each from its 1st to its 99th percentile. Raises FeatInvError for a single vector."""
+    x = features.values.float().transpose(0, 1).flatten(1).T  # [B * H * W, C]
+    if len(x) < 2:
+        raise FeatInvError("one pooled vector has no principal components; give a spatial feature map or a batch")
+    x = x - x.mean(0)
+    _, _, directions = torch.linalg.svd(x, full_matrices=False)
+    shown = x @ directions[:3].T
+    shown = F.pad(shown * shown.pow(3).sum(0).sign(), (0, 3 - shown.shape[1]))  # a sign that does not depend on the solver
+    low, high = shown.quantile(0.01, 0), shown.quantile(0.99, 0)
+    shown = ((shown - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
+    batch, _, height, width = features.values.shape
+    return shown.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+
+
+def heat_map(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """[B, H, W] -> [B, 3, H, W] colours in 0..1, from `low` (dark) to `high` (bright)."""
+    colours = torch.tensor(HEAT, device=values.device) / 255
+    place = ((values.float() - low) / (high - low)).clamp(0, 1) * (len(HEAT) - 1)
+    below = place.floor().long().clamp(max=len(HEAT) - 2)
+    share = (place - below)[..., None]
+    return (colours[below] * (1 - share) + colours[below + 1] * share).permute(0, 3, 1, 2)
+
+
+def enlarge(pictures: Tensor, side: int) -> Tensor:
+    """Pictures [B, C, h, w] repeated cell by cell until the longer side reaches `side` pixels or little more."""
+    factor = max(1, -(-side // max(pictures.shape[2:])))
+    return pictures.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
+def captioned(pictures: Tensor, captions: list[str], side: int = 256) -> Tensor:
+    """Pictures [B, 3, h, w] in 0..1, enlarged to at least `side`, each with its caption on white below it."""
+    pictures = enlarge(pictures, side)
+    width = pictures.shape[3]
+    font = ImageFont.load_default(max(12, width // 16))
+    bar = round(font.size * 1.5)
+    strips = []
+    for text in captions:
+        strip = Image.new("RGB", (width, bar), "white")
+        ImageDraw.Draw(strip).text((width / 2, bar / 2), text, (30, 30, 34), font, anchor="mm")
+        strips.append(torch.from_numpy(np.asarray(strip, np.float32) / 255).permute(2, 0, 1))
+    return torch.cat([pictures.cpu(), torch.stack(strips)], 2)

@@ -1,0 +1,1 @@
+"""The only place that imports comfy: model loading, the feature ControlNet, folders."""

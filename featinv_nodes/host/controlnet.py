@@ -1,0 +1,153 @@
+"""The feature ControlNet: the host's ControlNet, whose hint is a feature map read by the conditional encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.hooks
+import comfy.model_management as management
+import comfy.ops
+import comfy.patcher_extension
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..core.feature_map import FeatInvError, FeatureMap
+from ..core.weights import InversionInfo, load_inversion
+from .models import managed
+from .unet import ldm_config, to_ldm
+
+#: What guidance pushes away from: the same features with the negative text (the paper), or zero features as well,
+#: the combination that training drops to.
+NEGATIVES = ("text and features", "text")
+UNCONDITIONAL = 1  # the host's number for the negative conditioning
+PLACES = "featinv_places"
+
+
+def note_places(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):  # noqa: ANN001, ANN201
+    """A wrapper around the host's batching: writes down the whole latent's size and the area of each conditioning,
+    which the host does not tell a ControlNet when it hands it a cut-out."""
+    areas = {c["uuid"]: c.get("area") for group in conds if group for c in group}
+    model_options.setdefault("transformer_options", {})[PLACES] = {"size": tuple(x.shape[2:]), "areas": areas}
+    return executor(model, conds, x, timestep, model_options)
+
+
+def _hooks() -> comfy.hooks.HookGroup:
+    wrappers = {comfy.patcher_extension.WrappersMP.CALC_COND_BATCH: {PLACES: [note_places]}}
+    group = comfy.hooks.HookGroup()
+    group.add(comfy.hooks.TransformerOptionsHook({"wrappers": wrappers}))
+    return group
+
+
+class FeatureControl(comfy.controlnet.ControlNet):
+    """A ControlNet steered by a FeatureMap.
+
+    It chains with stock ControlNets in either order. The encoder runs once per sampling run, for the whole latent;
+    cut-outs (area conditioning) take their part of the result. One map serves any batch; of more maps than latents
+    the first are used, fewer are repeated in turn, as the host does with hint pictures.
+    """
+
+    def __init__(self, control_model: torch.nn.Module | None, encoder: torch.nn.Module | None, info: InversionInfo, **options) -> None:
+        super().__init__(control_model, compression_ratio=1, **options)
+        self.encoder = None if encoder is None else managed(encoder)
+        self.info = info
+        self.features: FeatureMap | None = None
+        self.negative = NEGATIVES[0]
+        self.encoded: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+
+    def applied(self, features: FeatureMap, strength: float, span: tuple[float, float], negative: str) -> FeatureControl:
+        """A copy that steers towards `features`; span: start and end as shares of the sampling process."""
+        features.source.require(self.info.source, "the feature map", "the inversion model")
+        if negative not in NEGATIVES:
+            raise FeatInvError(f"negative {negative!r}: expected one of {NEGATIVES}")
+        control = self.copy()
+        control.features, control.negative = features, negative
+        control.strength, control.timestep_percent_range = strength, span
+        control.extra_hooks = _hooks()
+        return control
+
+    def copy(self) -> FeatureControl:
+        other = FeatureControl(None, None, self.info, load_device=self.load_device, manual_cast_dtype=self.manual_cast_dtype)
+        other.control_model, other.control_model_wrapped, other.encoder = self.control_model, self.control_model_wrapped, self.encoder
+        other.features, other.negative = self.features, self.negative
+        self.copy_to(other)
+        return other
+
+    def pre_run(self, model: torch.nn.Module, percent_to_timestep_function) -> None:  # noqa: ANN001
+        self.require_base(model)
+        super().pre_run(model, percent_to_timestep_function)
+
+    def require_base(self, model: torch.nn.Module) -> None:
+        """Raises FeatInvError if the base model is not of the kind that the weights were trained on."""
+        have = getattr(model.model_config, "unet_config", {})
+        pairs = (("width", "model_channels"), ("context", "context_dim"), ("latent_channels", "in_channels"))
+        wrong = [f"{ours} {self.info.base[ours]} in the weights file, {have.get(theirs)} in the model" for ours, theirs in pairs if self.info.base[ours] != have.get(theirs)]
+        if wrong:
+            name = self.info.base["name"]
+            source = "LoadTinyWorld" if name == "tiny" else f"Load Checkpoint with {name} or another SD 1.x model"
+            raise FeatInvError(f"FeatInvControlNet and the sampler's model do not fit: {'; '.join(wrong)}. The weights were trained on {name}; connect {source}")
+
+    def get_control(self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict) -> dict | None:
+        places = transformer_options.get(PLACES, {"size": tuple(x_noisy.shape[2:]), "areas": {}})
+        steered, null = self.hints(places["size"])
+        per_chunk = x_noisy.shape[0] // batched_number
+        kinds, uuids = transformer_options["cond_or_uncond"], transformer_options["uuids"]
+        chunks = []
+        for kind, uuid in zip(kinds, uuids):
+            hint = null if null is not None and kind == UNCONDITIONAL else steered
+            chunks.append(comfy.utils.repeat_to_batch_size(cut(hint, places["areas"].get(uuid)), per_chunk))
+        dtype = self.manual_cast_dtype or self.control_model.dtype
+        self.cond_hint = torch.cat(chunks).to(x_noisy.device, dtype)
+        return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
+
+    def hints(self, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """The encoded features [M, C_d, *size], and the encoded zeros [1, C_d, *size] where guidance pushes away
+        from them; computed once per run and size."""
+        if size not in self.encoded:
+            values = self.features.values.to(self.encoder.load_device)
+            encoder = self.encoder.model
+            null = encoder(torch.zeros_like(values[:1]), size) if self.negative == NEGATIVES[0] else None
+            self.encoded[size] = (encoder(values, size), null)
+        return self.encoded[size]
+
+    def get_models(self) -> list:
+        return [*super().get_models(), self.encoder]
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
+        """Bytes, an estimate: the ControlNet's activations are about half of the base model's, which the host knows;
+        the encoder's are its widest layers on a 64 x 64 latent, float32."""
+        widest = self.info.encoder["channels"] + 2 * self.info.encoder.get("width", 512)
+        return super().inference_memory_requirements(dtype) + 4 * 64 * 64 * widest * len(self.features)
+
+    def cleanup(self) -> None:
+        self.encoded = {}
+        super().cleanup()
+
+
+def cut(hint: Tensor, area: list[int] | tuple[int, ...] | None) -> Tensor:
+    """The part of a hint [M, C, H, W] under an area (h, w, y, x) in latent cells, clipped as the host clips."""
+    if area is None:
+        return hint
+    h, w, y, x = area
+    return hint[:, :, y : y + h, x : x + w]
+
+
+def load_feature_control(file: Path) -> FeatureControl:
+    """Opens a weights file. Raises FeatInvError for anything but a complete file whose tensors all find their place."""
+    info, tensors, encoder = load_inversion(file)
+    config = ldm_config(tensors, info.base["heads"])
+    own = to_ldm(tensors, config)
+    device = management.get_torch_device()
+    dtype = management.unet_dtype(model_params=-1, supported_dtypes=[torch.float16, torch.bfloat16, torch.float32])
+    cast = management.unet_manual_cast(dtype, device)
+    config |= {"dtype": dtype, "device": management.unet_offload_device(), "operations": comfy.ops.pick_operations(dtype, cast, disable_fast_fp8=True)}
+    config["hint_channels"] = 3  # the stock hint block, replaced below
+    config.pop("out_channels")
+    model = comfy.cldm.cldm.ControlNet(**config)
+    model.input_hint_block = comfy.ldm.modules.diffusionmodules.openaimodel.TimestepEmbedSequential()  # hints arrive encoded
+    missing, unexpected = model.load_state_dict(own, strict=False)
+    if missing or unexpected:
+        raise FeatInvError(f"{file} does not fit the SD 1.x architecture: missing {missing[:4]}, unexpected {unexpected[:4]}")
+    return FeatureControl(model.eval().requires_grad_(False), encoder, info, load_device=device, manual_cast_dtype=cast)

@@ -1,0 +1,34 @@
+"""The pack's model folders, `models/backbones`, `models/featinv` and `models/featinv_concepts`, wherever the host keeps them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ..core.feature_map import FeatInvError
+
+BACKBONES, CONTROLS, CONCEPTS = "backbones", "featinv", "featinv_concepts"
+EXTENSIONS = {".safetensors"}
+
+
+def register() -> None:
+    """Adds the folders beside the host's other models; folders named in extra_model_paths.yaml stay."""
+    for name in (BACKBONES, CONTROLS, CONCEPTS):
+        folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+        paths, _ = folder_paths.folder_names_and_paths[name]
+        folder_paths.folder_names_and_paths[name] = (paths, set(EXTENSIONS))
+
+
+def names(folder: str) -> list[str]:
+    """The files of a folder, with their subfolders, as the host's widgets name them."""
+    return folder_paths.get_filename_list(folder)
+
+
+def path(folder: str, name: str) -> Path:
+    """The file behind a name. Raises FeatInvError that says where it was looked for."""
+    found = folder_paths.get_full_path(folder, name)
+    if found is None:
+        places = ", ".join(folder_paths.get_folder_paths(folder))
+        raise FeatInvError(f"{name} is not in {places}. Put the .safetensors file there and press R to refresh the list")
+    return Path(found)

@@ -1,0 +1,55 @@
+"""Models as the host manages them: loaded when needed, unloaded with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ..core.backbones import LAST, Backbone
+from ..core.feature_map import FeatureMap, concatenate
+
+#: newer hosts have a patcher for models that take part in their own memory scheme
+Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def managed(model: nn.Module, load: torch.device | None = None) -> comfy.model_patcher.ModelPatcher:
+    """A patcher for a float32 module: it computes on the host's device and rests where the host lets models rest."""
+    return comfy.model_patcher.ModelPatcher(model, load_device=load or management.get_torch_device(), offload_device=management.unet_offload_device())
+
+
+class ManagedBackbone:
+    """A backbone and its patcher. Pictures and feature maps stay on the host's intermediate device."""
+
+    BATCH = 16
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.patcher = managed(backbone)
+
+    @property
+    def name(self) -> str:
+        return self.backbone.name
+
+    def extract(self, framed: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
+        """Feature maps of framed pictures [B, 3, *input_size] in 0..1; float32, with the host's progress bar."""
+        bar = comfy.utils.ProgressBar(len(framed))
+        parts = []
+        for part in framed.split(self.BATCH):
+            parts.append(self._run(lambda x: self.backbone(x, layer, pooled).to(management.intermediate_device()), part))
+            bar.update(len(part))
+        return concatenate(parts)
+
+    def logits(self, features: FeatureMap) -> Tensor:
+        """[B, classes] the model's own head on a last-layer map."""
+        return self._run(lambda values: self.backbone.logits(features.to(values.device)), features.values)
+
+    def _run(self, function: Callable[[Tensor], Tensor | FeatureMap], x: Tensor) -> Tensor | FeatureMap:
+        # an estimate: activations of a few times the pictures, per stage
+        management.load_models_gpu([self.patcher], memory_required=x.numel() * 4 * 64)
+        result = function(x.to(self.patcher.load_device))
+        return result.to(management.intermediate_device())

@@ -1,0 +1,155 @@
+"""Nodes that make and combine feature maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..core.feature_map import FeatInvError, FeatureMap, concatenate
+from .types import CATEGORY, Backbone, Features, channels_first, channels_last
+
+MIXES = ("interpolate", "sweep", "compose")
+
+
+class ExtractFeatures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_ExtractFeatures",
+            display_name="Extract Features",
+            category=CATEGORY,
+            description="Reads a picture with a backbone and gives its feature map at a layer: what the model sees, ready to be mixed and inverted.",
+            inputs=[
+                Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
+                io.Image.Input("image", tooltip="One picture or a batch, any size."),
+                io.String.Input("layer", default="last", tooltip="'last' is the map that the model's own classifier reads; the other names are listed by Load Backbone."),
+                io.Boolean.Input("pooled", default=False, tooltip="Average over all locations: what is in the picture, but not where. Needs an inversion model trained on pooled features."),
+                io.Combo.Input("fit", options=["crop", "stretch"], default="crop", tooltip="How the picture comes to the model's input size: centre crop as in the model's own evaluation, or the whole picture stretched."),
+            ],
+            outputs=[
+                Features.Output("features", display_name="features", tooltip="The feature map of each picture."),
+                io.Image.Output("seen", display_name="seen", tooltip="What the model saw: the picture at the model's input size."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, backbone, image, layer, pooled, fit) -> io.NodeOutput:  # noqa: ANN001
+        framed = backbone.backbone.frame(channels_first(image).cpu(), fit)
+        return io.NodeOutput(backbone.extract(framed, layer.strip(), pooled), channels_last(framed))
+
+
+class FeatureMix(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_FeatureMix",
+            display_name="Feature Mix",
+            category=CATEGORY,
+            description="Mixes feature maps of one backbone and layer: a weighted mean, a sweep from a to b as a batch, or b inside a mask and a outside.",
+            inputs=[
+                Features.Input("features_a", tooltip="The first feature map."),
+                Features.Input("features_b", tooltip="The second one, from the same backbone and layer."),
+                io.Combo.Input("mode", options=list(MIXES), default="interpolate", tooltip="interpolate: mean by the weights. sweep: a batch from a to b in equal steps. compose: b inside the mask, a outside."),
+                io.Float.Input("weight_a", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of a (interpolate). Weights are divided by their sum."),
+                io.Float.Input("weight_b", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of b (interpolate)."),
+                io.Int.Input("steps", default=5, min=2, max=64, tooltip="Maps in the sweep, a and b included. Give Empty Latent Image the same batch size."),
+                io.Boolean.Input("soft_edge", default=False, tooltip="compose: cells that the mask covers in part are mixed by that part, instead of belonging to one side."),
+                io.Mask.Input("mask", optional=True, tooltip="compose: where b goes. Brought to the feature map's resolution."),
+                Features.Input("features_c", optional=True, tooltip="interpolate: a third feature map."),
+                io.Float.Input("weight_c", default=0.5, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Weight of c, if connected."),
+                Features.Input("features_d", optional=True, tooltip="interpolate: a fourth feature map."),
+                io.Float.Input("weight_d", default=0.5, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Weight of d, if connected."),
+            ],
+            outputs=[Features.Output("features", display_name="features", tooltip="The mixed feature map, or the sweep as a batch.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, features_a, features_b, mode, weight_a, weight_b, steps, soft_edge, mask=None, features_c=None, weight_c=0.5, features_d=None, weight_d=0.5  # noqa: ANN001
+    ) -> io.NodeOutput:
+        from ..core.mixing import compose, interpolate
+
+        if mode == "interpolate":
+            given = [(features_a, weight_a), (features_b, weight_b), (features_c, weight_c), (features_d, weight_d)]
+            maps, weights = zip(*[(m, w) for m, w in given if m is not None])
+            return io.NodeOutput(interpolate(same_batch(maps), weights))
+        a, b = same_batch([features_a, features_b])
+        if mode == "sweep":
+            return io.NodeOutput(concatenate([interpolate([a, b], [1 - w, w]) for w in torch.linspace(0, 1, steps).tolist()]))
+        if mask is None:
+            raise FeatInvError("Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor")
+        return io.NodeOutput(compose(b, a, mask.cpu(), soft_edge))
+
+
+def same_batch(maps: list[FeatureMap] | tuple[FeatureMap, ...]) -> list[FeatureMap]:
+    """Single maps repeated to the size of the batches among them. Raises FeatInvError for batches of two sizes."""
+    sizes = {len(m) for m in maps} - {1}
+    if len(sizes) > 1:
+        raise FeatInvError(f"Feature Mix: batches of {sorted(sizes)} feature maps; give equal numbers, or single maps")
+    size = sizes.pop() if sizes else 1
+    return [m.repeat(size) if len(m) == 1 else m for m in maps]
+
+
+class SaveFeatures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_SaveFeatures",
+            display_name="Save Features",
+            category=CATEGORY,
+            description="Writes feature maps with their source to a .safetensors file in the output folder.",
+            inputs=[
+                Features.Input("features", tooltip="What to save."),
+                io.String.Input("filename_prefix", default="features/features", tooltip="Folder and beginning of the file's name, below the output folder; a number is added."),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, features, filename_prefix) -> io.NodeOutput:  # noqa: ANN001
+        from ..core.feature_files import save_features
+
+        folder, name, _, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+        used = {f.name for f in Path(folder).glob(f"{name}_*.safetensors")}
+        number = next(n for n in range(1, len(used) + 2) if f"{name}_{n:05}.safetensors" not in used)
+        file = Path(folder) / f"{name}_{number:05}.safetensors"
+        save_features(file, features)
+        return io.NodeOutput(ui={"text": [str(file.relative_to(folder_paths.get_output_directory()))]})
+
+
+def saved_files() -> list[str]:
+    """Feature files below the input and the output folder, as the host annotates names."""
+    found = []
+    for kind, folder in (("output", folder_paths.get_output_directory()), ("input", folder_paths.get_input_directory())):
+        found += [f"{file.relative_to(folder).as_posix()} [{kind}]" for file in sorted(Path(folder).rglob("*.safetensors"))]
+    return found
+
+
+class LoadFeatures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_LoadFeatures",
+            display_name="Load Features",
+            category=CATEGORY,
+            description="Reads feature maps that Save Features wrote.",
+            inputs=[io.Combo.Input("file", options=saved_files(), tooltip="A file below the output or the input folder.")],
+            outputs=[Features.Output("features", display_name="features", tooltip="The feature maps, with their source.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        return f"{file} {Path(folder_paths.get_annotated_filepath(file)).stat().st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        from ..core.feature_files import load_features
+
+        return io.NodeOutput(load_features(folder_paths.get_annotated_filepath(file)))
+
+
+NODES = [ExtractFeatures, FeatureMix, SaveFeatures, LoadFeatures]

@@ -1,0 +1,148 @@
+"""Nodes that open models: backbones, inversion models, the embedded default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from comfy_api.latest import io
+
+from ..core.feature_map import FeatInvError
+from ..host import folders
+from ..tiny_world import BACKBONES, MODELS, model_file
+from .types import CATEGORY, EMBEDDED, Backbone, Control, channels_last
+
+
+def modified(folder: str, name: str) -> str:
+    """Changes when the file behind a widget's name does."""
+    return name if name.endswith(EMBEDDED) else f"{name} {folders.path(folder, name).stat().st_mtime_ns}"
+
+
+class LoadBackbone(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        options = [name + EMBEDDED for name in BACKBONES] + folders.names(folders.BACKBONES)
+        return io.Schema(
+            node_id="FeatInv_LoadBackbone",
+            display_name="Load Backbone",
+            category=CATEGORY,
+            description="Opens a vision model (timm) whose feature maps are extracted and inverted. Local files only; nothing is downloaded.",
+            inputs=[
+                io.Combo.Input("weights", options=options, default=options[0], tooltip="A .safetensors file in models/backbones, a timm-hub folder there (its model.safetensors), or an embedded model."),
+                io.String.Input("timm_name", default="", tooltip="The timm name, architecture.tag, such as convnext_base.fb_in22k_ft_in1k. Empty: the file's name, or the folder's own configuration. Ignored for embedded models."),
+            ],
+            outputs=[
+                Backbone.Output("backbone", display_name="backbone", tooltip="The vision model, with its own input size, colour normalisation and crop."),
+                io.String.Output("layers", display_name="layers", tooltip="The names of the layers that Extract Features can read, one per line. Connect Preview Any to see them."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, weights: str, timm_name: str) -> str:
+        return modified(folders.BACKBONES, weights)
+
+    @classmethod
+    def execute(cls, weights: str, timm_name: str) -> io.NodeOutput:
+        from ..core.backbones import load_backbone
+        from ..host.models import ManagedBackbone
+        from ..tiny_world import open_backbone
+
+        if weights.endswith(EMBEDDED):
+            backbone = open_backbone(weights.removesuffix(EMBEDDED))
+        else:
+            file = folders.path(folders.BACKBONES, weights)
+            is_folder = (file.parent / "config.json").is_file() and file.name == "model.safetensors"
+            backbone = load_backbone(str(file.parent)) if is_folder and not timm_name else load_backbone(timm_name or file.stem, file)
+        return io.NodeOutput(ManagedBackbone(backbone), "\n".join(backbone.layers))
+
+
+class LoadFeatInvControlNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        options = [name + EMBEDDED for name in MODELS] + folders.names(folders.CONTROLS)
+        return io.Schema(
+            node_id="FeatInv_LoadFeatInvControlNet",
+            display_name="Load FeatInv ControlNet",
+            category=CATEGORY,
+            description="Opens an inversion model: a ControlNet and the encoder that reads feature maps of one backbone and layer.",
+            inputs=[
+                io.Combo.Input("weights", options=options, default=options[0], tooltip="A weights file in models/featinv, as training/train.py writes it, or an embedded model."),
+            ],
+            outputs=[
+                Control.Output("control_net", display_name="control_net", tooltip="The inversion model for FeatInv ControlNet."),
+                io.String.Output("about", display_name="about", tooltip="What it inverts, its base model and prompt, and the recommended strength, guidance (cfg) and steps."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, weights: str) -> str:
+        return modified(folders.CONTROLS, weights)
+
+    @classmethod
+    def execute(cls, weights: str) -> io.NodeOutput:
+        from ..host.controlnet import load_feature_control
+
+        embedded = weights.endswith(EMBEDDED)
+        file: Path = model_file(weights.removesuffix(EMBEDDED)) if embedded else folders.path(folders.CONTROLS, weights)
+        control = load_feature_control(file)
+        info = control.info
+        how = ", ".join(f"{name} {value}" for name, value in info.recommended.items())
+        about = f"inverts {info.source.describe()}\nbase model: {info.base['name']}\nprompt: {info.prompt}\nrecommended: {how}\ntrained on {info.images_seen:,} images"
+        return io.NodeOutput(control, about)
+
+
+class LoadTinyWorld(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_LoadTinyWorld",
+            display_name="Load Tiny World",
+            category=CATEGORY,
+            description="The embedded diffusion model of drawn scenes, 64 x 64 pixels: everything works with it at once, without a download or a GPU.",
+            inputs=[],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="The base model, for KSampler (sampler ddim, scheduler simple)."),
+                io.Conditioning.Output("positive", display_name="positive", tooltip="Its one prompt, for FeatInv ControlNet."),
+                io.Conditioning.Output("negative", display_name="negative", tooltip="The empty prompt, for FeatInv ControlNet."),
+                io.Vae.Output("vae", display_name="vae", tooltip="Its autoencoder, for VAE Decode and VAE Encode."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from ..host import tiny_world
+
+        vae = tiny_world.load_vae()
+        positive, negative = tiny_world.load_conditioning()
+        return io.NodeOutput(tiny_world.load_model(vae), positive, negative, tiny_world.as_host_vae(vae))
+
+
+class TinyWorldScenes(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_TinyWorldScenes",
+            display_name="Tiny World Scenes",
+            category=CATEGORY,
+            description="Draws scenes of the embedded world that no model has seen in training: pictures to invert.",
+            inputs=[
+                io.Int.Input("first", default=0, min=0, max=2**31 - 1, tooltip="Number of the first scene; the same number gives the same scene for ever."),
+                io.Int.Input("count", default=1, min=1, max=64, tooltip="How many scenes, one after the other."),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image", tooltip="The scenes, 64 x 64 pixels."),
+                io.Mask.Output("mask", display_name="mask", tooltip="Where the first object of each scene is."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, first: int, count: int) -> io.NodeOutput:
+        from ..tiny_world.scenes import draw
+
+        if count < 1:
+            raise FeatInvError(f"count {count}: expected at least one scene")
+        scenes = draw(0, torch.arange(first, first + count), "held-out")
+        return io.NodeOutput(channels_last(scenes.image), scenes.masks[:, 0])
+
+
+NODES = [LoadBackbone, LoadFeatInvControlNet, LoadTinyWorld, TinyWorldScenes]

@@ -1,0 +1,102 @@
+"""Nodes that show: similarity, principal components, classes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..core.feature_map import FeatInvError
+from .types import CATEGORY, Backbone, Features, channels_first, channels_last
+
+
+class FeatureSimilarity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_FeatureSimilarity",
+            display_name="Feature Similarity",
+            category=CATEGORY,
+            description="How faithful a reconstruction is: the backbone reads it again, and the cosine similarity with the feature map asked for is written under the picture.",
+            inputs=[
+                Features.Input("features", tooltip="The feature map asked for; one for all pictures, or one per picture."),
+                Backbone.Input("backbone", tooltip="The backbone that made it."),
+                io.Image.Input("image", tooltip="The reconstruction, one picture or a batch."),
+            ],
+            outputs=[
+                io.Image.Output("captioned", display_name="captioned", tooltip="The pictures with their cosine similarity below, as in the paper's figures."),
+                io.Image.Output("map", display_name="map", tooltip="The cosine similarity at each location, dark 0 to bright 1."),
+                io.Float.Output("cosine", display_name="cosine", tooltip="Mean cosine similarity over pictures and locations, -1 to 1."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, features, backbone, image) -> io.NodeOutput:  # noqa: ANN001
+        from ..core.metrics import cosine_per_location
+        from ..core.pictures import captioned, enlarge, heat_map
+
+        pictures = channels_first(image).cpu()
+        if len(features) == 1:
+            features = features.repeat(len(pictures))
+        if len(features) != len(pictures):
+            raise FeatInvError(f"Feature Similarity: {len(features)} feature maps and {len(pictures)} pictures; give equal numbers, or one map")
+        source = features.source
+        again = backbone.extract(backbone.backbone.frame(pictures, "stretch"), source.layer, source.pooled)
+        similarity = cosine_per_location(features, again)
+        scores = similarity.mean((1, 2))
+        shown = captioned(pictures, [f"cosine {score:.3f}" for score in scores.tolist()])
+        return io.NodeOutput(channels_last(shown), channels_last(enlarge(heat_map(similarity), 256)), scores.mean().item())
+
+
+class PreviewFeatures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_PreviewFeatures",
+            display_name="Preview Features",
+            category=CATEGORY,
+            description="Shows feature maps: their three principal components as red, green and blue. Like colours are like features.",
+            inputs=[Features.Input("features", tooltip="One feature map or a batch; a batch shares its colours.")],
+            outputs=[io.Image.Output("image", display_name="image", tooltip="The maps in false colours.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, features) -> io.NodeOutput:  # noqa: ANN001
+        from ..core.pictures import enlarge, principal_components
+
+        image = channels_last(enlarge(principal_components(features), 256))
+        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+class ClassifyImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_ClassifyImage",
+            display_name="Classify Image",
+            category=CATEGORY,
+            description="What the backbone takes a picture for: its most probable classes.",
+            inputs=[
+                Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
+                io.Image.Input("image", tooltip="One picture or a batch."),
+                io.Combo.Input("fit", options=["crop", "stretch"], default="stretch", tooltip="Centre crop as in the model's own evaluation, or the whole picture stretched (right for reconstructions)."),
+                io.Int.Input("top", default=1, min=1, max=10, tooltip="How many classes to name, of each group of labels."),
+            ],
+            outputs=[
+                io.Image.Output("captioned", display_name="captioned", tooltip="The pictures, the most probable class below each."),
+                io.String.Output("classes", display_name="classes", tooltip="A line per picture: classes with their probabilities."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, backbone, image, fit, top) -> io.NodeOutput:  # noqa: ANN001
+        from ..core.pictures import captioned
+
+        pictures = channels_first(image).cpu()
+        logits = backbone.logits(backbone.extract(backbone.backbone.frame(pictures, fit)))
+        best = backbone.backbone.top_classes(logits, top)
+        lines = ["; ".join(f"{name} {share:.0%}" for name, share in found) for found in best]
+        firsts = [", ".join(name.split(": ")[-1] for name, _ in found[::top]) for found in best]
+        return io.NodeOutput(channels_last(captioned(pictures, firsts)), "\n".join(lines))
+
+
+NODES = [FeatureSimilarity, PreviewFeatures, ClassifyImage]
