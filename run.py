@@ -3,8 +3,10 @@
 
     python3 run.py demo [--image FILE ...]    set up, then invert, mix and compose pictures; results in out/demo
     python3 run.py test [PYTEST ARGUMENTS]    set up, then run every test
+    python3 run.py comfy [HOST ARGUMENTS]     start ComfyUI (COMFYUI_PATH, or ~/comfy/ComfyUI) with the pack linked in
 
-Both make .venv beside this file and use it again the next time. --no-venv uses the running Python instead.
+The first two make .venv beside this file and use it again the next time. --no-venv uses the running Python instead.
+comfy runs the checkout with its own environment and installs nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,13 +49,44 @@ def environment(files: list[str], use_running: bool) -> str:
     return str(python)
 
 
+def comfy_checkout() -> tuple[Path, str]:
+    """(checkout, its Python): COMFYUI_PATH's first, or comfy-cli's default place; COMFYUI_PYTHON, or its .venv or venv."""
+    named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)[0]
+    root = Path(named) if named else Path.home() / "comfy" / "ComfyUI"
+    if not (root / "main.py").is_file():
+        sys.exit(f"no ComfyUI at {root}: clone it there, or name your checkout in COMFYUI_PATH")
+    inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+    own = [root / name / inside for name in (".venv", "venv")]
+    return root, os.environ.get("COMFYUI_PYTHON") or next((str(p) for p in own if p.exists()), sys.executable)
+
+
+def start_comfy(arguments: list[str]) -> int:
+    """Links the pack and a first workflow into the checkout and starts it."""
+    root, python = comfy_checkout()
+    link = root / "custom_nodes" / "ComfyUI-FeatInv"
+    if not link.exists() and ROOT.parent != root / "custom_nodes":
+        try:
+            link.symlink_to(ROOT, target_is_directory=True)
+        except OSError as error:
+            sys.exit(f"could not link {link} to {ROOT} ({error}); copy the folder there instead")
+        print(f"linked {link}")
+    saved = root / "user" / "default" / "workflows"
+    if not (saved / "featinv_reconstruct.json").exists():
+        saved.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "workflows" / "tiny_reconstruct.json", saved / "featinv_reconstruct.json")
+    print("open the workflow featinv_reconstruct, and press Run", flush=True)
+    return subprocess.call([python, "main.py", *arguments], cwd=root)
+
+
 def main() -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 - whoever types the command may have an older one
         sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=REQUIREMENTS)
+    parser.add_argument("command", choices=[*REQUIREMENTS, "comfy"])
     parser.add_argument("--no-venv", action="store_true", help="use the running Python and what is installed in it")
     args, rest = parser.parse_known_args()
+    if args.command == "comfy":
+        return start_comfy(rest)
     python = environment(REQUIREMENTS[args.command], args.no_venv)
     program = ["-m", "pytest"] if args.command == "test" else [str(ROOT / "training" / "demo.py")]
     return subprocess.call([python, *program, *rest], cwd=ROOT if args.command == "test" else None)

@@ -31,3 +31,18 @@ def test_an_environment_with_the_same_requirements_is_reused(tmp_path, monkeypat
     (tmp_path / "requirements.txt").write_text("pillow\nnumpy\n")
     run.environment(["requirements.txt"], use_running=False)
     assert len(ran) == 2
+
+
+def test_comfy_links_the_pack_and_a_first_workflow(tmp_path, monkeypatch, capfd):
+    checkout = tmp_path / "ComfyUI"
+    (checkout / "custom_nodes").mkdir(parents=True)
+    monkeypatch.setenv("COMFYUI_PATH", str(checkout))
+    monkeypatch.setenv("COMFYUI_PYTHON", sys.executable)
+    with pytest.raises(SystemExit, match="no ComfyUI at"):
+        run.start_comfy([])
+    (checkout / "main.py").write_text("import sys; print('started', *sys.argv[1:])")
+    for _ in range(2):  # it can be repeated
+        assert run.start_comfy(["--cpu"]) == 0
+    assert "started --cpu" in capfd.readouterr().out
+    assert (checkout / "custom_nodes" / "ComfyUI-FeatInv" / "run.py").is_file()
+    assert (checkout / "user" / "default" / "workflows" / "featinv_reconstruct.json").is_file()

@@ -72,6 +72,8 @@ class FeatureMix(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..core.mixing import compose, interpolate
 
+        if mode not in MIXES:  # the oldest hosts let any text through
+            raise FeatInvError(f"Feature Mix: mode {mode!r}; expected one of {MIXES}")
         if mode == "interpolate":
             given = [(features_a, weight_a), (features_b, weight_b), (features_c, weight_c), (features_d, weight_d)]
             maps, weights = zip(*[(m, w) for m, w in given if m is not None])

@@ -22,8 +22,8 @@ from .loop import train_stage
 
 WIDTHS, TOKENS, CONTEXT = (64, 96), 4, 64
 PROMPT = "a drawing of the small world"
-IMAGES, BATCH, RATE = 1_200_000, 64, 1.5e-3
-CACHED, PART = 300_000, 10_000  # scenes whose latents are kept; each is seen about four times
+IMAGES, BATCH, RATE = 1_000_000, 64, 1.5e-3
+CACHED, PART = 300_000, 10_000  # scenes whose latents are kept; each is seen about three times
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
     "prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing",

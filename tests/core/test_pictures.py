@@ -1,0 +1,50 @@
+"""Pictures of feature maps, and feature maps on disk."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from featinv_nodes.core.feature_files import load_features, save_features
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.pictures import captioned, enlarge, heat_map, principal_components
+
+SOURCE = FeatureSource("net.tag", "last", False, 6, (4, 4), (32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+
+def test_like_features_have_like_colours():
+    """Two kinds of vectors give two colours, whatever their order; the sign does not depend on chance."""
+    kinds = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]])
+    values = kinds[places].permute(2, 0, 1)[None]
+    colours = principal_components(FeatureMap(values, SOURCE))
+    assert colours.shape == (1, 3, 4, 4) and 0 <= colours.min() and colours.max() <= 1
+    one, other = colours[0][:, places == 0], colours[0][:, places == 1]
+    assert one.std(1).max() < 1e-3 and other.std(1).max() < 1e-3 and (one[:, 0] - other[:, 0]).abs().max() > 0.9
+    pooled = FeatureMap(values.mean((2, 3), keepdim=True), FeatureSource(**{**SOURCE.to_dict(), "pooled": True}))
+    with pytest.raises(FeatInvError, match="pooled"):
+        principal_components(pooled)
+
+
+def test_heat_grows_brighter():
+    brightness = heat_map(torch.linspace(0, 1, 9)[None, None])[0].sum(0)[0]
+    assert (brightness.diff() > 0).all() and heat_map(torch.tensor([[[-5.0, 7.0]]])).shape == (1, 3, 1, 2)
+
+
+def test_captions_stand_below_the_enlarged_picture():
+    pictures = torch.full((2, 3, 64, 64), 0.5)
+    shown = captioned(pictures, ["cosine 0.912", ""])
+    assert shown.shape[0] == 2 and shown.shape[3] == 256 and shown.shape[2] > 256
+    assert shown[0, :, 256:].min() < 0.3 and shown[1, :, 256:].min() == 1 and (shown[:, :, :256] == 0.5).all()
+    assert enlarge(pictures, 64).shape == pictures.shape
+
+
+def test_feature_files_come_back_bit_for_bit(tmp_path):
+    features = FeatureMap(torch.randn(2, 6, 4, 4), SOURCE, torch.randn(2, 1, 6))
+    save_features(tmp_path / "f.safetensors", features)
+    again = load_features(tmp_path / "f.safetensors")
+    assert torch.equal(again.values, features.values) and torch.equal(again.prefix, features.prefix) and again.source == SOURCE
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes()[:100])
+    for name, words in {"foreign": "no feature map", "cut": "not a complete", "none": "does not exist"}.items():
+        with pytest.raises(FeatInvError, match=words):
+            load_features(tmp_path / f"{name}.safetensors")

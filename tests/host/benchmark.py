@@ -1,0 +1,59 @@
+"""What the pack costs in a real host: a stock ControlNet and ours side by side, and the time to import the pack.
+
+    python tests/host/benchmark.py        every ComfyUI checkout that the tests find
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hosts import PACK, Server, find_hosts
+
+PROGRAM = '''
+import runpy, statistics, sys, time
+world_of = runpy.run_path({inside!r}, run_name="library")
+import torch
+import nodes
+torch.set_num_threads(1)
+World, stock_control = world_of["World"], world_of["stock_control"]
+with torch.inference_mode():
+    world = World()
+    stock = stock_control(world)
+    hint = torch.rand(1, 64, 64, 3)
+    ours = world.apply(guide_away_from="text")
+    theirs = nodes.ControlNetApplyAdvanced().apply_controlnet(world.positive, world.negative, stock, hint, 1.0, 0.0, 1.0)
+    times = {{"ours": [], "stock": []}}
+    for number in range({rounds}):
+        pair = [("ours", ours), ("stock", theirs)]
+        for name, conditioning in pair[:: 1 if number % 2 else -1]:
+            start = time.perf_counter()
+            world.draw(conditioning, batch=4)
+            times[name].append(time.perf_counter() - start)
+ratios = [a / b for a, b in zip(times["ours"], times["stock"])]
+import json
+print(json.dumps({{"ratio": statistics.median(ratios), "ours": min(times["ours"]), "stock": min(times["stock"])}}))
+'''
+
+
+def main(rounds: int = 41) -> None:
+    for host in find_hosts():
+        with tempfile.TemporaryDirectory() as folder:
+            program = Path(folder) / "program.py"
+            program.write_text(PROGRAM.format(inside=str(Path(__file__).with_name("inside.py")), rounds=rounds))
+            found = host.run_inside(program, PACK, folder)
+            server = Server(host, Path(folder) / "base")
+            seconds = re.search(r"([\d.]+) seconds: .*FeatInv", server.log)
+            server.stop()
+        print(
+            f"ComfyUI {host.version}: ours costs {found['ratio']:.3f} of a stock ControlNet's time (median of {rounds} pairs, 10 steps, 4 pictures, "
+            f"{found['ours']:.3f} s against {found['stock']:.3f} s at best); import {seconds.group(1) if seconds else '?'} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+// Opens workflows in the host's real frontend, queues them, and says what happened; one line of JSON.
+//
+//     node browser.mjs URL OUT FILE...
+//
+// Needs playwright-core (its folder in PLAYWRIGHT_CORE, or where node finds it) and Chromium (CHROMIUM).
+import { createRequire } from "node:module";
+import { mkdirSync, readFileSync } from "node:fs";
+import { basename, join } from "node:path";
+
+const require = createRequire(join(process.cwd(), "x.js"));
+const { chromium } = require(process.env.PLAYWRIGHT_CORE || "playwright-core");
+const [url, out, ...files] = process.argv.slice(2);
+mkdirSync(out, { recursive: true });
+
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
+  args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
+});
+const page = await browser.newPage({ viewport: { width: 2400, height: 1250 } });
+const trouble = [];
+page.on("pageerror", (error) => trouble.push(`page error: ${error.message}`));
+page.on("console", (message) => message.type() === "error" && trouble.push(message.text()));
+
+await page.goto(url);
+await page.waitForFunction(() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100, null, { timeout: 120000 });
+await page.evaluate(() => window.app.api.fetchApi("/settings", {
+  method: "POST",
+  body: JSON.stringify({ "Comfy.TutorialCompleted": true, "Comfy.Workflow.ShowMissingModelsWarning": false, "Comfy.Graph.CanvasInfo": false }),
+}));
+await page.reload();
+await page.waitForFunction(() => window.app?.graph && window.app.canvas && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100, null, { timeout: 120000 });
+await page.waitForTimeout(2000);
+await page.keyboard.press("Escape");
+
+const found = {};
+for (const file of files) {
+  const name = basename(file).replace(/\.\w+$/, "");
+  trouble.length = 0;
+  if (file.endsWith(".png")) {
+    // as a dropped picture: the frontend reads the workflow out of it
+    const bytes = readFileSync(file).toString("base64");
+    await page.evaluate(async ([b64, label]) => {
+      const blob = await (await fetch(`data:image/png;base64,${b64}`)).blob();
+      await window.app.handleFile(new File([blob], label, { type: "image/png" }));
+    }, [bytes, basename(file)]);
+  } else {
+    const workflow = JSON.parse(readFileSync(file, "utf8"));
+    await page.evaluate((data) => window.app.loadGraphData(data), workflow);
+  }
+  await page.waitForTimeout(600);
+  const state = await page.evaluate(() => {
+    const nodes = window.app.graph._nodes ?? window.app.graph.nodes;
+    const dialog = [...document.querySelectorAll('[role="dialog"]')].map((d) => d.innerText.slice(0, 200));
+    return {
+      nodes: nodes.length,
+      unknown: nodes.filter((n) => n.has_errors || !(n.type in window.LiteGraph.registered_node_types)).map((n) => n.type),
+      dialogs: dialog,
+      unlinked: nodes.flatMap((n) => (n.inputs ?? []).filter((i) => i.link != null && !window.app.graph.links.get?.(i.link) && !window.app.graph.links[i.link]).map((i) => `${n.type}.${i.name}`)),
+    };
+  });
+  const ran = basename(file).startsWith("tiny") && file.endsWith(".json") ? await page.evaluate(() => new Promise((done) => {
+    const api = window.app.api, seen = { progress: 0, pictures: 0, error: null };
+    const progress = () => (seen.progress += 1);
+    const executed = (event) => (seen.pictures += event.detail?.output?.images?.length ?? 0);
+    const end = (error) => {
+      seen.error = error;
+      for (const [type, listener] of Object.entries(listeners)) api.removeEventListener(type, listener);
+      done(seen);
+    };
+    const listeners = { progress, executed, execution_error: (e) => end(e.detail.exception_message), execution_success: () => end(null) };
+    for (const [type, listener] of Object.entries(listeners)) api.addEventListener(type, listener);
+    window.app.queuePrompt(0);
+    setTimeout(() => end("no end in 120 s"), 120000);
+  })) : null;
+  await page.evaluate(() => {
+    const nodes = window.app.graph._nodes ?? window.app.graph.nodes, ds = window.app.canvas.ds;
+    const left = Math.min(...nodes.map((n) => n.pos[0])), top = Math.min(...nodes.map((n) => n.pos[1] - 40));
+    const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0])), bottom = Math.max(...nodes.map((n) => n.pos[1] + n.size[1]));
+    ds.scale = Math.min((window.innerWidth - 260) / (right - left), (window.innerHeight - 200) / (bottom - top), 1);
+    ds.offset = [90 / ds.scale - left, 90 / ds.scale - top];
+    window.app.canvas.setDirty(true, true);
+  });
+  await page.waitForTimeout(600);
+  await page.screenshot({ path: join(out, `${name}.png`) });
+  found[basename(file)] = { ...state, ran, trouble: [...trouble] };
+}
+if (process.env.NODE_PICTURES) {
+  // each kind of node of the pack, alone, for the help pages
+  mkdirSync(process.env.NODE_PICTURES, { recursive: true });
+  const types = await page.evaluate(() => Object.keys(window.LiteGraph.registered_node_types).filter((t) => t.startsWith("FeatInv")));
+  for (const type of types) {
+    const clip = await page.evaluate((type) => {
+      window.app.graph.clear();
+      const node = window.LiteGraph.createNode(type), ds = window.app.canvas.ds;
+      node.pos = [300, 200];
+      window.app.graph.add(node);
+      node.setSize([Math.max(node.size[0], 320), node.computeSize()[1]]);
+      ds.scale = 1.25;
+      ds.offset = [0, 0];
+      window.app.canvas.setDirty(true, true);
+      const box = window.app.canvas.canvas.getBoundingClientRect();
+      return { x: box.left + 290 * 1.25, y: box.top + 162 * 1.25, width: (node.size[0] + 20) * 1.25, height: (node.size[1] + 46) * 1.25 };
+    }, type);
+    await page.waitForTimeout(500);
+    await page.screenshot({ path: join(process.env.NODE_PICTURES, `${type}.png`), clip });
+  }
+}
+await browser.close();
+console.log(JSON.stringify(found));

@@ -1,0 +1,131 @@
+"""Where the ComfyUI checkouts are, and how to run something in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parents[2]
+DEFAULT = Path.home() / "comfy" / "ComfyUI"  # where comfy-cli puts it
+
+
+@dataclass(frozen=True)
+class Host:
+    """A checkout and the Python that runs it: COMFYUI_PYTHON, or the checkout's own .venv or venv."""
+
+    root: Path
+
+    @property
+    def python(self) -> str:
+        inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+        own = [self.root / name / inside for name in (".venv", "venv")]
+        return os.environ.get("COMFYUI_PYTHON") or next((str(p) for p in own if p.exists()), "python3")
+
+    @property
+    def version(self) -> str:
+        text = (self.root / "comfyui_version.py").read_text()
+        return text.split('"')[1]
+
+    def run_inside(self, program: Path, *arguments: str | Path, timeout: int = 600) -> dict:
+        """Runs a program in the host's environment; returns the JSON on the last line that it prints."""
+        command = [self.python, str(program), str(self.root), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise RuntimeError(f"{program.name} failed in ComfyUI {self.version}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def find_hosts() -> list[Host]:
+    """The checkouts named in COMFYUI_PATH (joined by the platform's path separator), else comfy-cli's default place."""
+    named = [Path(p) for p in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if p]
+    places = named or [DEFAULT]
+    return [Host(p) for p in places if (p / "comfyui_version.py").is_file()]
+
+
+class Server:
+    """A host started over a temporary base directory, with the pack linked in under an unusual name."""
+
+    def __init__(self, host: Host, base: Path, pack: Path = PACK, name: str = "FeatInv-copy.2") -> None:
+        for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
+            (base / folder).mkdir(parents=True, exist_ok=True)
+        (base / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.base, self.log_file = base, base / "log.txt"
+        command = [
+            host.python, str(host.root / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
+            "--disable-auto-launch", "--disable-api-nodes", "--database-url", f"sqlite:///{base}/user/c.db",
+        ]  # fmt: skip
+        with open(self.log_file, "w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=base, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self.wait(lambda: self.get("/system_stats"), 180, "start")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def get(self, path: str) -> dict:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.loads(answer.read())
+
+    def file(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read()
+
+    def post(self, path: str, body: dict) -> tuple[int, dict]:
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, json.loads(answer.read() or b"{}")
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def submit(self, prompt: dict) -> str:
+        status, answer = self.post("/prompt", {"prompt": prompt})
+        assert status == 200, json.dumps(answer, indent=1)
+        return answer["prompt_id"]
+
+    def result(self, prompt_id: str, seconds: int = 180) -> dict:
+        """The history of a prompt once it has ended, well or not."""
+        return self.wait(lambda: self.get(f"/history/{prompt_id}")[prompt_id], seconds, f"finish {prompt_id}")
+
+    def run(self, prompt: dict, seconds: int = 180) -> dict:
+        """Outputs by node id of a prompt that succeeds."""
+        found = self.result(self.submit(prompt), seconds)
+        assert found["status"]["status_str"] == "success", json.dumps(found["status"]["messages"], indent=1)[-3000:]
+        return found["outputs"]
+
+    def failure(self, prompt: dict) -> str:
+        """The message of a prompt that fails while it runs."""
+        found = self.result(self.submit(prompt))
+        errors = [m[1]["exception_message"] for m in found["status"]["messages"] if m[0] == "execution_error"]
+        assert errors, "the prompt did not fail"
+        return errors[0].strip()
+
+    def wait(self, ask, seconds: int, what: str) -> dict:
+        """Asks until there is an answer."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                return ask()
+            except (urllib.error.URLError, KeyError, ConnectionError, TimeoutError):
+                if self.process.poll() is not None:
+                    raise RuntimeError(f"the host ended:\n{self.log[-4000:]}") from None
+                time.sleep(0.2)  # polls another process; nothing is timed by it
+        raise TimeoutError(f"the host did not {what} in {seconds} s:\n{self.log[-4000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)

@@ -1,0 +1,346 @@
+"""Runs in a host's environment, in the host's process, and prints one line of JSON: what the tests assert on.
+
+    python inside.py HOST_ROOT PACK BASE_DIRECTORY
+"""
+
+import asyncio
+import gc
+import importlib.util
+import json
+import logging
+import sys
+from pathlib import Path
+
+HOST, PACK, BASE = sys.argv[1:4]
+sys.path[0] = HOST
+from comfy.cli_args import args
+
+args.cpu, args.base_directory = True, BASE
+
+import comfy.controlnet
+import comfy.model_management as management
+import comfy.sample
+import comfy.samplers
+import nodes
+import torch
+
+before = set(sys.modules)
+spec = importlib.util.spec_from_file_location("pack of any name", f"{PACK}/__init__.py", submodule_search_locations=[PACK])
+pack = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = pack
+spec.loader.exec_module(pack)
+NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())}
+IMPORTED = set(sys.modules) - before
+
+sys.path.append(PACK)
+from training.inversion import open_model
+from training.pipeline import Inversion, Sampling, noise, sample
+
+STEPS, SEED = 10, 7
+
+
+def run(node: str, **inputs):
+    result = NODES[node].execute(**inputs).result
+    return result if len(result) > 1 else result[0]
+
+
+def error_of(function, *arguments, **inputs) -> str:
+    try:
+        function(*arguments, **inputs)
+    except BaseException as error:  # newer hosts interrupt with one
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+class World:
+    """The embedded world, opened in the host."""
+
+    def __init__(self) -> None:
+        self.model, self.positive, self.negative, self.vae = run("FeatInv_LoadTinyWorld")
+        self.backbone, _ = run("FeatInv_LoadBackbone", weights="tiny-cnn (embedded)", timm_name="")
+        self.control, _ = run("FeatInv_LoadFeatInvControlNet", weights="tiny_cnn_last (embedded)")
+        self.features = self.extract(0, 3)
+
+    def extract(self, first: int, count: int, **changes):
+        image, _ = run("FeatInv_TinyWorldScenes", first=first, count=count)
+        return run("FeatInv_ExtractFeatures", **{"backbone": self.backbone, "image": image, "layer": "last", "pooled": False, "fit": "crop", **changes})[0]
+
+    def apply(self, positive=None, negative=None, **changes):
+        inputs = {
+            "control_net": self.control, "features": self.features, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0,
+            "guide_away_from": "text and features", **changes,
+        }  # fmt: skip
+        return run("FeatInvControlNet", positive=positive or self.positive, negative=negative or self.negative, **inputs)
+
+    def draw(self, conditioning, guidance=3.0, batch=3, size=(8, 8), callback=None) -> torch.Tensor:
+        latent = torch.zeros(batch, 24, *size)
+        start = comfy.sample.prepare_noise(latent, SEED)
+        return comfy.sample.sample(self.model, start, STEPS, guidance, "ddim", "simple", *conditioning, latent, seed=SEED, callback=callback, disable_pbar=True)
+
+
+def parity(world: World) -> list[dict]:
+    """The host's sampler against training/reconstruct.py's, same file, seed and steps."""
+    opened = open_model("tiny_cnn_last")
+    features = opened.features(opened.backbone.frame(torch.from_numpy(run("FeatInv_TinyWorldScenes", first=0, count=3)[0].numpy()).movedim(-1, 1)))
+    found = []
+    for away, negative in (("text and features", "features"), ("text", "text")):
+        for strength, guidance, end, size in ((0.6, 1.0, 1.0, (8, 8)), (1.0, 4.0, 1.0, (8, 8)), (0.6, 4.0, 0.5, (6, 12)), (1.0, 4.0, 0.5, (8, 8)), (1.0, 1.0, 1.0, (6, 12))):
+            ours = world.draw(world.apply(strength=strength, end_percent=end, guide_away_from=away), guidance, size=size)
+            how = Sampling(STEPS, strength, guidance, negative, 0.0, end)
+            theirs = sample(opened.base, opened.model, features, noise(opened.base, SEED, 3, size), how, opened.info.prompt)
+            found.append({"case": [away, strength, guidance, end, size], "difference": relative(ours, theirs)})
+    halves = world.apply(*world.apply(strength=0.3), strength=0.3)  # residuals add up, so two halves are one whole
+    theirs = sample(opened.base, opened.model, features, noise(opened.base, SEED, 3), Sampling(STEPS, 0.6, 4.0, "features"), opened.info.prompt)
+    found.append({"case": "stacked", "difference": relative(world.draw(halves, 4.0), theirs)})
+    return found
+
+
+def stock_control(world: World) -> comfy.controlnet.ControlNet:
+    """A stock ControlNet of the embedded size that reads a hint picture, random but for its zero convolutions' size."""
+    import copy
+
+    from comfy.cldm.cldm import ControlNet
+    from comfy.ops import disable_weight_init
+
+    module = sys.modules["pack of any name.featinv_nodes.host.unet"]
+    tensors, _ = sys.modules["pack of any name.featinv_nodes.core.weights"].load_inversion(f"{PACK}/featinv_nodes/tiny_world/tiny_cnn_last.safetensors")[1:]
+    config = module.ldm_config(tensors, 4) | {"hint_channels": 3, "dtype": torch.float32, "operations": disable_weight_init}
+    config.pop("out_channels")
+    torch.manual_seed(1)
+    model = ControlNet(**config)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.02 if "hint" in name else 0.05)
+    model.load_state_dict({k: v for k, v in copy.deepcopy(world.control.control_model).state_dict().items() if "hint" not in k}, strict=False)
+    return comfy.controlnet.ControlNet(model, load_device=torch.device("cpu"))
+
+
+def stacking(world: World) -> dict:
+    """With a stock ControlNet, before ours and after it."""
+    stock = stock_control(world)
+    hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
+    apply_stock = nodes.ControlNetApplyAdvanced().apply_controlnet
+
+    first = world.draw(apply_stock(*world.apply(), stock, hint, 0.5, 0.0, 1.0))
+    last = world.draw(world.apply(*apply_stock(world.positive, world.negative, stock, hint, 0.5, 0.0, 1.0)))
+    alone = world.draw(world.apply())
+    return {"order": relative(first, last), "stock_matters": relative(first, alone)}
+
+
+def counts(world: World) -> dict:
+    """How often the ControlNet and the encoder run in one sampling run with guidance."""
+    calls = {"control": 0, "encoder": 0}
+
+    def count(name):
+        def hook(module, inputs, output):
+            calls[name] += 1
+
+        return hook
+
+    hooks = [world.control.control_model.zero_convs[0].register_forward_hook(count("control")), world.control.encoder.model.register_forward_hook(count("encoder"))]
+    world.draw(world.apply())
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def missing_requirement() -> list[str]:
+    """What is logged where timm is not installed."""
+    lines, find = [], pack.find_spec
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    pack.find_spec = lambda name: None if name == "timm" else find(name)
+    count = len(asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list()))
+    pack.find_spec = find
+    logging.getLogger().removeHandler(handler)
+    return [*lines, f"{count} nodes"]
+
+
+def batches(world: World) -> dict:
+    """Fewer, equal and more maps than latents: each row against the picture of its own map."""
+    maps = world.features
+    reference = world.draw(world.apply())
+    one = world.draw(world.apply(features=maps.select(0)))
+    two = world.draw(world.apply(features=maps.select(slice(0, 2))))
+    four = world.draw(world.apply(features=world.extract(0, 4)))
+    return {
+        "one_serves_all": relative(one[0], reference[0]),
+        "fewer_repeat": max(relative(two[:2], reference[:2]), relative(two[2], one[2])),
+        "more_are_cut": relative(four, reference),
+    }
+
+
+def areas(world: World) -> dict:
+    """Area conditioning: a cut-out gets its own part of the encoded features, set before or after our node."""
+    hints = []
+    hook = world.control.control_model.input_hint_block.register_forward_hook(lambda module, inputs, output: hints.append(output.clone()))
+    whole = world.draw(world.apply())
+    full = hints[-1]
+    hints.clear()
+    positive, negative = world.apply()
+    (after,) = nodes.ConditioningSetArea().append(positive, 32, 64, 32, 0, 1.0)  # the right half, in pixels
+    world.draw((after, negative))
+    seen = [h for h in hints if h.shape[-1] == 4]
+    (before_node,) = nodes.ConditioningSetAreaPercentage().append(world.positive, 0.5, 1.0, 0.5, 0.0, 1.0)
+    hints.clear()
+    world.draw(world.apply(positive=before_node))
+    seen_before = [h for h in hints if h.shape[-1] == 4]
+    hook.remove()
+    (everywhere,) = nodes.ConditioningSetArea().append(positive, 64, 64, 0, 0, 1.0)
+    steered = slice(3, 6) if full.shape[0] == 6 and not torch.equal(full[3], full[4]) else slice(0, 3)
+    return {
+        "after": relative(seen[-1][-3:] if seen[-1].shape[0] == 3 else seen[-1][steered], full[steered][..., 4:]),
+        "before": relative(seen_before[-1][-3:] if seen_before[-1].shape[0] == 3 else seen_before[-1][steered], full[steered][..., 4:]),
+        "whole": relative(world.draw((everywhere, negative)), whole),
+    }
+
+
+def interruption(world: World) -> dict:
+    """Stopped in the middle, then run again."""
+    reference = world.draw(world.apply())
+
+    def stop(step, *rest):
+        if step == 3:
+            management.interrupt_current_processing()
+            management.throw_exception_if_processing_interrupted()  # as the host's progress bar does
+
+    stopped = error_of(world.draw, world.apply(), callback=stop)
+    return {"stopped": stopped, "again": relative(world.draw(world.apply()), reference)}
+
+
+def memory(world: World) -> dict:
+    """Live tensors after 3 and after 20 runs with changing features."""
+    found = {}
+    for number in range(1, 21):
+        world.draw(world.apply(features=world.extract(3 * number, 3)))
+        if number in (3, 20):
+            gc.collect()
+            found[str(number)] = sum(1 for o in gc.get_objects() if type(o) is torch.Tensor)
+    return found
+
+
+def unloading(world: World) -> dict:
+    """All models out of memory, and back."""
+    reference = world.draw(world.apply())
+    managed = {id(m.model) for m in management.current_loaded_models}
+    ours = {"backbone": world.backbone.patcher, "control": world.control.control_model_wrapped, "encoder": world.control.encoder, "model": world.model}
+    was = {name: id(patcher) in managed or any(m.model is not None and m.model.model is patcher.model for m in management.current_loaded_models) for name, patcher in ours.items()}
+    management.unload_all_models()
+    left = len(management.current_loaded_models)
+    return {"managed": was, "left": left, "again": relative(world.draw(world.apply()), reference), "features": relative(world.extract(0, 3).values, world.features.values)}
+
+
+def low_memory(world: World) -> dict:
+    """The ControlNet's weights cast one by one, as the host does when memory is short."""
+    reference = world.draw(world.apply())
+    modules = [m for m in world.control.control_model.modules() if hasattr(m, "comfy_cast_weights")]
+    for m in modules:
+        m.comfy_cast_weights = True
+    again = relative(world.draw(world.apply()), reference)
+    for m in modules:
+        m.comfy_cast_weights = False
+    return {"modules": len(modules), "difference": again}
+
+
+def real_size(folder: Path) -> dict:
+    """A file of SD 1.x size with random weights: every tensor finds its place and the residuals equal diffusers'."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    from featinv_nodes.core.feature_map import FeatureSource
+    from featinv_nodes.core.weights import InversionInfo
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=32, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280),
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, attention_head_dim=8,
+    )  # fmt: skip
+    described = {"name": "MiniSD", "width": 320, "context": 768, "latent_channels": 4, "heads": 8}
+    source = FeatureSource("convnext_base.fb_in22k_ft_in1k", "last", False, 1024, (9, 9), (288, 288), (0.5,) * 3, (0.5,) * 3)
+    from featinv_nodes.core.encoders import build_encoder
+
+    settings = {"kind": "conv", "channels": 1024, "out_channels": 320, "width": 512}
+    model = Inversion(ControlNetModel.from_unet(unet), build_encoder(settings), source).eval().requires_grad_(False)
+    del unet
+    for name, p in model.named_parameters():
+        if p.abs().max() == 0 and "norm" not in name:
+            torch.nn.init.normal_(p, std=0.02)
+    file = folder / "real.safetensors"
+    model.save(file, InversionInfo(source, settings, described, "p"))
+    load = sys.modules["pack of any name.featinv_nodes.host.controlnet"].load_feature_control
+    with torch.inference_mode():
+        control = load(file)
+        values, x, t, text = torch.randn(1, 1024, 9, 9), torch.randn(1, 4, 32, 32), torch.tensor([500]), torch.randn(1, 77, 768)
+        theirs, middle = model.controlnet(x, t, text, model.hint(values, (32, 32)), return_dict=False)
+        ours = control.control_model(x=x, hint=control.encoder.model(values, (32, 32)), timesteps=t.float(), context=text)
+    file.unlink()
+    return {"difference": max(relative(a, b) for a, b in zip([*ours["output"], *ours["middle"]], [*theirs, middle])), "residuals": len(theirs) + 1}
+
+
+def bad_inputs(world: World, folder: Path) -> dict[str, str]:
+    """The message of each mistake."""
+    weights = folder / "models" / "featinv"
+    weights.mkdir(parents=True, exist_ok=True)
+    shipped = Path(PACK, "featinv_nodes", "tiny_world", "tiny_cnn_last.safetensors").read_bytes()
+    (weights / "cut.safetensors").write_bytes(shipped[:100_000])
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, weights / "foreign.safetensors")
+    vit, _ = run("FeatInv_LoadBackbone", weights="tiny-vit (embedded)", timm_name="")
+    control = sys.modules["pack of any name.featinv_nodes.host.controlnet"]
+    concepts, _ = run("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)")
+    broken = world.features.values.clone()
+    broken[0, 0, 0, 0] = float("nan")
+    wide = world.control.copy()
+    from dataclasses import replace
+
+    wide.info = replace(world.control.info, base={**world.control.info.base, "name": "MiniSD", "width": 320, "context": 768})
+    load = "FeatInv_LoadFeatInvControlNet"
+    return {
+        "other backbone": error_of(world.apply, features=world.extract(0, 1, backbone=vit)),
+        "other layer": error_of(world.apply, features=world.extract(0, 1, layer="layer2")),
+        "other pooling": error_of(world.apply, features=world.extract(0, 1, pooled=True)),
+        "unknown layer": error_of(world.extract, 0, 1, layer="layer9"),
+        "other normalisation": error_of(world.apply, features=replace(world.features, source=replace(world.features.source, mean=(0.4, 0.4, 0.4)))),
+        "nan": error_of(replace, world.features, values=broken),
+        "base model": error_of(world.draw, world.apply(control_net=wide)),
+        "concepts": error_of(run, "FeatInv_ConceptAttenuate", features=world.extract(0, 1, backbone=vit), concepts=concepts, names="0", factor=0.25),
+        "concept number": error_of(run, "FeatInv_ConceptAttenuate", features=world.features, concepts=concepts, names="99", factor=0.25),
+        "truncated": error_of(control.load_feature_control, weights / "cut.safetensors"),
+        "foreign": error_of(control.load_feature_control, weights / "foreign.safetensors"),
+        "missing": error_of(run, load, weights="none.safetensors"),
+        "no mask": error_of(run, "FeatInv_FeatureMix", features_a=world.features, features_b=world.features, mode="compose", weight_a=0.5, weight_b=0.5, steps=5, soft_edge=False),
+        "mixed sources": error_of(run, "FeatInv_FeatureMix", features_a=world.features, features_b=world.extract(0, 3, layer="layer2"), mode="interpolate", weight_a=0.5, weight_b=0.5, steps=5, soft_edge=False),
+    }  # fmt: skip
+
+
+def main() -> None:
+    folder = Path(BASE)
+    with torch.inference_mode():
+        world = World()
+        strengthless = world.apply(strength=0.0)
+        found = {
+            "imported": sorted(IMPORTED),
+            "nodes": sorted(NODES),
+            "bypass": strengthless[0] is world.positive and strengthless[1] is world.negative,
+            "missing": missing_requirement(),
+            "parity": parity(world),
+            "stacking": stacking(world),
+            "counts": counts(world),
+            "batches": batches(world),
+            "areas": areas(world),
+            "interruption": interruption(world),
+            "memory": memory(world),
+            "unloading": unloading(world),
+            "low_memory": low_memory(world),
+            "bad_inputs": bad_inputs(world, folder),
+        }
+    found["real_size"] = real_size(folder)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Writes workflows/: every graph in the frontend's form, the pictures of the tiny ones drawn by a real host.
+
+    python tests/host/make_workflows.py            with the first ComfyUI checkout that the tests find
+
+NAME.json is the workflow, NAME.jpg its thumbnail, NAME.png the same picture carrying the workflow for drag and drop.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from graph import Graph, Node, Ref, dump, to_prompt
+from hosts import PACK, Server, find_hosts
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+FOLDER = PACK / "workflows"
+RESULT = "Result"
+PROMPT = "a high-quality, detailed, and professional image"
+HUB = "https://huggingface.co"
+
+
+class Tiny:
+    """The embedded world: nothing to download."""
+
+    name, side, steps, guidance = "tiny", 64, 20, 3.0
+    strength = {"last": 1.0, "vit": 1.0}
+    note = "Runs at once, on a processor too: models and pictures are part of the pack."
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        world = graph.add("FeatInv_LoadTinyWorld")
+        self.model, self.positive, self.negative, self.vae = (world[i] for i in range(4))
+
+    def backbone(self, kind: str = "cnn") -> Node:
+        return self.graph.add("FeatInv_LoadBackbone", weights=f"tiny-{kind} (embedded)", timm_name="")
+
+    def control(self, kind: str = "cnn") -> Node:
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"tiny_{kind}_last (embedded)")
+
+    def picture(self, number: int) -> Node:
+        return self.graph.add("FeatInv_TinyWorldScenes", first=(2, 13, 24)[number], count=1)
+
+    def concepts(self) -> tuple[Node, str]:
+        return self.graph.add("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)"), "object"
+
+
+class MiniSD:
+    """The paper's base model and backbones; the inversion model is one that train.py made."""
+
+    name, side, steps, guidance = "minisd", 256, 50, 1.75
+    note = (
+        f"Needs MiniSD ({HUB}/justinpinkney/miniSD) in models/checkpoints, the backbone's timm weights in models/backbones, "
+        "and an inversion model in models/featinv, trained with `accelerate launch training/train.py`."
+    )
+    TIMM = {"cnn": "convnext_base.fb_in22k_ft_in1k", "vit": "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k"}
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        models = [{"name": "miniSD.ckpt", "url": f"{HUB}/justinpinkney/miniSD/resolve/main/miniSD.ckpt", "directory": "checkpoints"}]
+        checkpoint = graph.add("CheckpointLoaderSimple", models=models, ckpt_name="miniSD.ckpt")
+        self.model, self.vae = checkpoint[0], checkpoint[2]
+        self.positive, self.negative = (graph.add("CLIPTextEncode", clip=checkpoint[1], text=text)[0] for text in (PROMPT, ""))
+
+    def backbone(self, kind: str = "cnn") -> Node:
+        name = self.TIMM[kind]
+        models = [{"name": f"{name}.safetensors", "url": f"{HUB}/timm/{name}/resolve/main/model.safetensors", "directory": "backbones"}]
+        return self.graph.add("FeatInv_LoadBackbone", models=models, weights=f"{name}.safetensors", timm_name="")
+
+    def control(self, kind: str = "cnn") -> Node:
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights={"cnn": "convnext_last.safetensors", "vit": "swinv2_last.safetensors"}[kind])
+
+    def picture(self, number: int) -> Node:
+        return self.graph.add("LoadImage", image="example.png")
+
+    def concepts(self) -> tuple[Node, str]:
+        return self.graph.add("FeatInv_LoadConcepts", file="convnext_last_concepts.safetensors"), "0"
+
+
+def draw(world: Tiny | MiniSD, features: Ref, control: Node, batch: int = 1, seed: int = 7, away: str | None = None) -> Node:
+    """Feature map -> pictures, by the stock sampler."""
+    g = world.graph
+    steered = g.add(
+        "FeatInvControlNet", positive=world.positive, negative=world.negative, control_net=control[0], features=features, strength=1.0,
+        start_percent=0.0, end_percent=1.0, guide_away_from=away or ("text and features" if world.name == "tiny" else "text"),
+    )  # fmt: skip
+    latent = g.add("EmptyLatentImage", width=world.side, height=world.side, batch_size=batch)
+    sampled = g.add(
+        "KSampler", model=world.model, positive=steered[0], negative=steered[1], latent_image=latent[0], seed=seed, steps=world.steps,
+        cfg=world.guidance, sampler_name="ddim", scheduler="simple", denoise=1.0,
+    )  # fmt: skip
+    return g.add("VAEDecode", samples=sampled[0], vae=world.vae)
+
+
+def extract(world: Tiny | MiniSD, backbone: Node, number: int) -> tuple[Node, Node]:
+    picture = world.picture(number)
+    return picture, world.graph.add("FeatInv_ExtractFeatures", backbone=backbone[0], image=picture[0], layer="last", pooled=False, fit="crop")
+
+
+def compare(world: Tiny | MiniSD, features: Ref, backbone: Node, pictures: Node, title: str = RESULT) -> None:
+    """The pictures with their cosine similarity, which is also shown as a number."""
+    similar = world.graph.add("FeatInv_FeatureSimilarity", features=features, backbone=backbone[0], image=pictures[0])
+    world.graph.add("PreviewImage", title=title, images=similar[0])
+    world.graph.add("PreviewAny", title="Cosine similarity", source=similar[2])
+
+
+def reconstruct(world: Tiny | MiniSD) -> str:
+    backbone, control = world.backbone(), world.control()
+    picture, features = extract(world, backbone, 0)
+    pictures = draw(world, features[0], control)
+    compare(world, features[0], backbone, pictures)
+    world.graph.add("FeatInv_PreviewFeatures", features=features[0])
+    classes = world.graph.add("FeatInv_ClassifyImage", backbone=backbone[0], image=pictures[0], fit="stretch", top=1)
+    world.graph.add("PreviewImage", title="What the model takes it for", images=classes[0])
+    world.graph.add("PreviewImage", title="Original, as the model saw it", images=features[1])
+    return "**What did the model see?** The picture on the left becomes a feature map; the sampler draws a new picture that has the same map. The number below it, the cosine similarity, says how alike the two maps are: 1 is the same."
+
+
+def seeds(world: Tiny | MiniSD) -> str:
+    backbone, control = world.backbone(), world.control()
+    picture, features = extract(world, backbone, 1)
+    compare(world, features[0], backbone, draw(world, features[0], control, batch=4))
+    world.graph.add("PreviewImage", title="Original, as the model saw it", images=features[1])
+    return "**What does the model not care about?** Four pictures of one feature map, each from other noise. What stays the same is what the model sees; what varies is what it ignores."
+
+
+def interpolate(world: Tiny | MiniSD) -> str:
+    backbone, control = world.backbone(), world.control()
+    a, b = (extract(world, backbone, i)[1] for i in (0, 1))
+    mixed = world.graph.add("FeatInv_FeatureMix", features_a=a[0], features_b=b[0], mode="sweep", weight_a=0.5, weight_b=0.5, steps=5, soft_edge=False)
+    compare(world, mixed[0], backbone, draw(world, mixed[0], control, batch=5))
+    return "**What lies between two pictures?** Feature maps in equal steps from a to b, each drawn (the paper's Fig. 7). The similarity is usually lowest in the middle: a mean of two maps is not always a map that some picture has. Steps in Feature Mix and batch size in Empty Latent Image belong together."
+
+
+def compose(world: Tiny | MiniSD) -> str:
+    g = world.graph
+    backbone, control = world.backbone(), world.control()
+    (_, a), (inner, b) = (extract(world, backbone, i) for i in (0, 1))
+    mask = inner[1]
+    mixed = g.add("FeatInv_FeatureMix", features_a=a[0], features_b=b[0], mode="compose", weight_a=0.5, weight_b=0.5, steps=5, soft_edge=False, mask=mask)
+    compare(world, mixed[0], backbone, draw(world, mixed[0], control))
+    g.add("PreviewImage", title="Outside", images=a[1])
+    g.add("PreviewImage", title="Inside", images=b[1])
+    shown = g.add("MaskToImage", mask=mask)
+    g.add("PreviewImage", title="Mask", images=shown[0])
+    return "**Put one picture's object into another.** The feature map of b inside the mask, of a outside (the paper's Fig. 8). Paint your own mask on a loaded picture with the mask editor; it is brought to the feature map's resolution."
+
+
+def attenuate(world: Tiny | MiniSD) -> str:
+    g = world.graph
+    backbone, control = world.backbone(), world.control()
+    picture, features = extract(world, backbone, 0)
+    concepts, name = world.concepts()
+    weaker = g.add("FeatInv_ConceptAttenuate", features=features[0], concepts=concepts[0], names=name, factor=0.25)
+    compare(world, weaker[0], backbone, draw(world, weaker[0], control))
+    g.add("PreviewImage", title="Original, as the model saw it", images=features[1])
+    shown = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
+    g.add("PreviewImage", title="Where each concept is active", images=shown[0])
+    g.add("PreviewAny", title="The concepts", source=concepts[1])
+    return f"**Turn a concept down.** The feature map is taken apart into concepts; one of them ({name}) is multiplied by the factor, and the result is drawn. Names and numbers of the concepts are listed; try another."
+
+
+def viz(world: Tiny | MiniSD) -> str:
+    g = world.graph
+    backbone, control = world.backbone(), world.control()
+    picture, features = extract(world, backbone, 0)
+    concepts, name = world.concepts()
+    weaker = g.add("FeatInv_ConceptAttenuate", features=features[0], concepts=concepts[0], names=name, factor=0.25)
+    original, attenuated = (draw(world, f[0], control, batch=5) for f in (features, weaker))
+    found = g.add("FeatInv_Viz", original=original[0], attenuated=attenuated[0], threshold=0.33)
+    g.add("PreviewImage", title=RESULT, images=g.add("ImageScale", image=found[0], upscale_method="nearest-exact", width=256, height=256, crop="disabled")[0])
+    g.add("PreviewImage", title="Difference", images=g.add("ImageScale", image=found[1], upscale_method="nearest-exact", width=256, height=256, crop="disabled")[0])
+    compare(world, features[0], backbone, original, "Original map, five seeds")
+    return "**Where does a concept live?** FeatInv-Viz (the paper's Algorithm 1): five pictures of the map and five of the map with the concept at a quarter, seed by seed the same; the pixels that change are the concept's. Both samplers must have the same seed."
+
+
+def backbones(world: Tiny | MiniSD) -> str:
+    for kind, title in (("cnn", RESULT), ("vit", "Result of the transformer")):
+        backbone, control = world.backbone(kind), world.control(kind)
+        picture, features = extract(world, backbone, 2)
+        compare(world, features[0], backbone, draw(world, features[0], control, batch=2), title)
+    return "**Do two models see the same?** One picture, inverted from the feature map of a convolutional network and from that of a transformer, with the same noise. What one keeps and the other loses tells them apart."
+
+
+WORKFLOWS = {"reconstruct": reconstruct, "seeds": seeds, "interpolate": interpolate, "compose": compose, "attenuate": attenuate, "viz": viz, "backbones": backbones}
+
+
+def graphs() -> dict[str, Graph]:
+    """All workflows by name."""
+    found = {}
+    for kind in (Tiny, MiniSD):
+        for name, build in WORKFLOWS.items():
+            graph = Graph()
+            world = kind(graph)
+            graph.note = f"{build(world)}\n\n{world.note}"
+            found[f"{world.name}_{name}"] = graph
+    return found
+
+
+def results(server: Server, workflow: dict, outputs: dict) -> Image.Image:
+    """The pictures of the nodes titled Result (and those beside them that show an original), in a row."""
+    shown = [n for n in workflow["nodes"] if n["type"] == "PreviewImage" and (n.get("title", "").startswith(RESULT) or "Original, as" in n.get("title", ""))]
+    shown.sort(key=lambda n: not n["title"].startswith("Original"))
+    pictures = []
+    for node in shown:
+        for entry in outputs[str(node["id"])]["images"]:
+            query = f"/view?filename={entry['filename']}&subfolder={entry['subfolder']}&type={entry['type']}"
+            pictures.append(Image.open(io.BytesIO(server.file(query))).convert("RGB"))
+    side = 256
+    pictures = [p.resize((side, round(p.height * side / p.width)), Image.Resampling.NEAREST) if p.width != side else p for p in pictures]
+    sheet = Image.new("RGB", (sum(p.width for p in pictures) + 8 * (len(pictures) - 1), max(p.height for p in pictures)), "white")
+    x = 0
+    for p in pictures:
+        sheet.paste(p, (x, 0))
+        x += p.width + 8
+    return sheet
+
+
+def write(server: Server, name: str, graph: Graph, info: dict) -> None:
+    workflow = graph.frontend(info)
+    (FOLDER / f"{name}.json").write_text(dump(workflow))
+    if not name.startswith("tiny"):
+        return
+    prompt = to_prompt(workflow, info)
+    picture = results(server, workflow, server.run(prompt))
+    carried = PngInfo()
+    carried.add_text("prompt", json.dumps(prompt))
+    carried.add_text("workflow", json.dumps(workflow))
+    picture.save(FOLDER / f"{name}.png", pnginfo=carried)
+    picture.save(FOLDER / f"{name}.jpg", quality=88)
+    print(f"wrote {name}: {picture.size}")
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as base:
+        server = Server(find_hosts()[0], Path(base))
+        try:
+            info = server.get("/object_info")
+            for name, graph in graphs().items():
+                write(server, name, graph, info)
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()

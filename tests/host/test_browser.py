@@ -1,0 +1,60 @@
+"""The workflows in the host's real frontend. Needs node with playwright-core (PLAYWRIGHT_CORE) and Chromium."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parents[1] / "workflows"
+CORE = os.environ.get("PLAYWRIGHT_CORE", str(Path.home() / "pw" / "node_modules" / "playwright-core"))
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+#: files that the workflows of real models name; empty, so that the frontend finds them
+PLACEHOLDERS = {
+    "models/checkpoints": ["miniSD.ckpt"],
+    "models/backbones": ["convnext_base.fb_in22k_ft_in1k.safetensors", "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k.safetensors"],
+    "models/featinv": ["convnext_last.safetensors", "swinv2_last.safetensors"],
+    "models/featinv_concepts": ["convnext_last_concepts.safetensors"],
+    "input": ["example.png"],
+}
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("node") and Path(CORE).is_dir() and CHROMIUM), reason="no browser: needs node, playwright-core (PLAYWRIGHT_CORE) and Chromium"
+)
+
+
+@pytest.fixture(scope="session")
+def seen(host, tmp_path_factory):
+    """What the browser reports of every workflow, and of every picture that carries one."""
+    from hosts import Server
+
+    base = tmp_path_factory.mktemp(f"browser-{host.version}")
+    for folder, names in PLACEHOLDERS.items():
+        (base / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (base / folder / name).touch()
+    shutil.copy(FOLDER / "tiny_reconstruct.png", base / "input" / "example.png")
+    server = Server(host, base)
+    try:
+        files = [*sorted(FOLDER.glob("*.json")), *sorted(FOLDER.glob("*.png"))]
+        command = ["node", str(HERE / "browser.mjs"), server.url, str(base / "shots"), *map(str, files)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | {"PLAYWRIGHT_CORE": CORE, "CHROMIUM": CHROMIUM})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    finally:
+        server.stop()
+
+
+def test_every_workflow_opens_without_a_missing_node_a_red_box_or_an_error(seen):
+    for name, state in seen.items():
+        assert state["nodes"] > 5 and not state["unknown"] and not state["dialogs"] and not state["unlinked"], (name, state)
+        ours = [line for line in state["trouble"] if "404" not in line and "Content Security Policy" not in line]
+        assert not ours, (name, ours)  # the frontend's own look-ups of help pages and downloads apart
+
+
+def test_queueing_shows_progress_and_pictures(seen):
+    for name, state in seen.items():
+        if name.startswith("tiny") and name.endswith(".json"):
+            assert state["ran"]["error"] is None and state["ran"]["progress"] > 5 and state["ran"]["pictures"] > 0, (name, state)

@@ -1,0 +1,91 @@
+"""The pack inside a real ComfyUI's process: what inside.py measured there."""
+
+import pytest
+
+#: float32 sums in another order; the largest seen is 3e-6
+CLOSE = 1e-5
+
+
+def test_loading_imports_no_heavy_library(measured):
+    heavy = {"timm", "diffusers", "accelerate", "einops", "transformers"}
+    assert not heavy & {name.split(".")[0] for name in measured["imported"]}
+
+
+def test_a_missing_requirement_gives_one_line(measured):
+    line, nodes = measured["missing"]
+    assert "timm is missing" in line and "pip install" in line and nodes == "16 nodes"
+
+
+def test_the_same_picture_as_the_command_line(measured):
+    """Every strength, guidance, range, negative, size and batch, and two stacked controls: one weights file, one result."""
+    assert len(measured["parity"]) == 11
+    assert {str(p["case"]): p["difference"] for p in measured["parity"] if not p["difference"] <= CLOSE} == {}
+
+
+def test_strength_zero_is_a_bypass(measured):
+    assert measured["bypass"]
+
+
+def test_chains_with_a_stock_controlnet_in_either_order(measured):
+    assert measured["stacking"]["order"] <= CLOSE and measured["stacking"]["stock_matters"] > 0.01
+
+
+def test_encodes_once_per_run_and_keeps_both_conditionings_in_one_batch(measured):
+    assert measured["counts"] == {"control": 10, "encoder": 2}  # ten steps; the features and the trained null
+
+
+def test_batches_of_any_number_of_maps(measured):
+    assert max(measured["batches"].values()) <= CLOSE
+
+
+def test_area_conditioning_cuts_the_features_alike(measured):
+    assert max(measured["areas"].values()) <= CLOSE
+
+
+def test_interrupted_sampling_leaves_nothing_behind(measured):
+    assert measured["interruption"]["stopped"].startswith("InterruptProcessingException")
+    assert measured["interruption"]["again"] == 0
+
+
+def test_memory_returns_to_where_it_was(measured):
+    assert measured["memory"]["20"] <= measured["memory"]["3"]
+
+
+def test_models_are_managed_unloaded_and_come_back(measured):
+    found = measured["unloading"]
+    assert all(found["managed"].values()) and found["left"] == 0
+    assert found["again"] == 0 and found["features"] == 0
+
+
+def test_weights_may_be_cast_one_by_one(measured):
+    assert measured["low_memory"]["modules"] > 50 and measured["low_memory"]["difference"] <= CLOSE
+
+
+def test_a_file_of_real_size_finds_its_place(measured):
+    """SD 1.x architecture, random weights: the host's residuals equal diffusers'."""
+    assert measured["real_size"]["residuals"] == 13 and measured["real_size"]["difference"] <= CLOSE
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    {
+        "other backbone": ["vit_tiny_patch16_224.tiny_world", "resnet10t.tiny_world", "Use the same backbone"],
+        "other layer": ["layer2 against last", "channels: 64 against 128"],
+        "other pooling": ["pooled: True against False"],
+        "unknown layer": ["no layer 'layer9'", "last, act1, layer1"],
+        "other normalisation": ["mean: (0.4, 0.4, 0.4) against (0.5, 0.5, 0.5)"],
+        "nan": ["NaN or infinite", "check the picture"],
+        "base model": ["width 320 in the weights file, 64 in the model", "context 768", "Load Checkpoint"],
+        "concepts": ["the concepts", "vit_tiny_patch16_224.tiny_world"],
+        "concept number": ["there are 8: 0 sky"],
+        "truncated": ["cut.safetensors", "download or copy it again"],
+        "foreign": ["foreign.safetensors", "no FeatInv weights file"],
+        "missing": ["none.safetensors is not in", "featinv", "press R"],
+        "no mask": ["needs a mask"],
+        "mixed sources": ["layer: last against layer2"],
+    }.items(),
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_a_mistake_is_named_on_both_sides(measured, mistake, words):
+    message = measured["bad_inputs"][mistake]
+    assert message.startswith("FeatInvError") and not [w for w in words if w not in message], message

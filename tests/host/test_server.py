@@ -1,0 +1,133 @@
+"""The pack in a running ComfyUI, over HTTP, linked in under an unusual name."""
+
+import json
+import re
+from pathlib import Path
+
+from graph import declared
+
+HERE = Path(__file__).parent
+SCENE = {"class_type": "FeatInv_TinyWorldScenes", "inputs": {"first": 0, "count": 1}}
+
+
+def nodes_of(server):
+    return {name: about for name, about in server.get("/object_info").items() if name.startswith("FeatInv")}
+
+
+def frozen(about):
+    """What a saved workflow depends on: names, types, order and defaults of inputs, names and types of outputs."""
+    inputs = [[name, kind, options.get("default")] for name, kind, options in declared(about)]
+    return {"inputs": inputs, "outputs": [list(pair) for pair in zip(about["output_name"], about["output"])]}
+
+
+def test_loads_without_a_warning(server):
+    assert not [line for line in server.log.splitlines() if re.search("featinv|timm", line.lower()) and re.search("fail|warn|error|traceback|missing", line.lower())]
+
+
+def test_schemas_are_frozen(server):
+    """Saved workflows keep widget values by their place. To change a schema on purpose, append, and write the file anew."""
+    snapshot = json.loads((HERE / "schema.json").read_text())
+    found = {name: frozen(about) for name, about in nodes_of(server).items()}
+    assert found.keys() == snapshot.keys()
+    assert {name: value for name, value in found.items() if value != snapshot[name]} == {}
+
+
+def test_everything_is_explained(server):
+    """A description, a tooltip on each input and output, and a help page with a picture that names every input."""
+    for name, about in nodes_of(server).items():
+        assert about["description"] and about["category"] == "FeatInv"
+        assert all(about["output_tooltips"]), name
+        page = server.file(f"/extensions/FeatInv-copy.2/docs/{name}.md").decode()
+        assert server.file(f"/extensions/FeatInv-copy.2/docs/{name}.png")[:4] == b"\x89PNG"
+        for part in ("## Inputs", "## Outputs", "## Example", "## Errors"):
+            assert part in page, (name, part)
+        for entry, _, options in declared(about):
+            assert options.get("tooltip"), (name, entry)
+            assert f"**{entry}**" in page and options["tooltip"] in page, (name, entry)
+
+
+def test_workflows_stand_in_the_template_browser(server):
+    listed = server.get("/api/workflow_templates")
+    assert {path.stem for path in (HERE.parents[1] / "workflows").glob("*.json")} <= set(listed["FeatInv-copy.2"])
+
+
+def test_a_failing_prompt_says_what_to_connect(server):
+    prompt = {
+        "1": SCENE,
+        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": "tiny-vit (embedded)", "timm_name": ""}},
+        "3": {"class_type": "FeatInv_ExtractFeatures", "inputs": {"backbone": ["2", 0], "image": ["1", 0], "layer": "last", "pooled": False, "fit": "crop"}},
+        "4": {"class_type": "FeatInv_LoadTinyWorld", "inputs": {}},
+        "5": {"class_type": "FeatInv_LoadFeatInvControlNet", "inputs": {"weights": "tiny_cnn_last (embedded)"}},
+        "6": steer("4", "5", "3"),
+        "7": sampler("4", "6", steps=2),
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["4", 3]}},
+        "9": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}},
+        "10": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+    }
+    message = server.failure(prompt)
+    assert "vit_tiny_patch16_224.tiny_world" in message and "resnet10t.tiny_world" in message and "Use the same backbone" in message
+    prompt["2"]["inputs"]["weights"] = "tiny-cnn (embedded)"
+    assert server.run(prompt)["9"]["images"]
+
+
+def steer(world, control, features):
+    return {
+        "class_type": "FeatInvControlNet",
+        "inputs": {
+            "positive": [world, 1], "negative": [world, 2], "control_net": [control, 0], "features": [features, 0], "strength": 1.0,
+            "start_percent": 0.0, "end_percent": 1.0, "guide_away_from": "text and features",
+        },
+    }  # fmt: skip
+
+
+def sampler(world, steered, steps):
+    return {
+        "class_type": "KSampler",
+        "inputs": {
+            "model": [world, 0], "positive": [steered, 0], "negative": [steered, 1], "latent_image": ["10", 0], "seed": 1, "steps": steps,
+            "cfg": 3.0, "sampler_name": "ddim", "scheduler": "simple", "denoise": 1.0,
+        },
+    }  # fmt: skip
+
+
+def test_interrupted_then_queued_again(server):
+    prompt = {
+        "1": SCENE,
+        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": "tiny-cnn (embedded)", "timm_name": ""}},
+        "3": {"class_type": "FeatInv_ExtractFeatures", "inputs": {"backbone": ["2", 0], "image": ["1", 0], "layer": "last", "pooled": False, "fit": "crop"}},
+        "4": {"class_type": "FeatInv_LoadTinyWorld", "inputs": {}},
+        "5": {"class_type": "FeatInv_LoadFeatInvControlNet", "inputs": {"weights": "tiny_cnn_last (embedded)"}},
+        "6": steer("4", "5", "3"),
+        "7": sampler("4", "6", steps=10_000),
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["4", 3]}},
+        "9": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}},
+        "10": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+    }
+    number = server.submit(prompt)
+
+    def stopped():
+        server.post("/interrupt", {})
+        return server.get(f"/history/{number}")[number]
+
+    assert any(kind == "execution_interrupted" for kind, _ in server.wait(stopped, 60, "stop")["status"]["messages"])
+    prompt["7"]["inputs"]["steps"] = 3
+    assert server.run(prompt)["9"]["images"]
+
+
+def test_features_survive_the_disk(server):
+    prompt = {
+        "1": SCENE,
+        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": "tiny-vit (embedded)", "timm_name": ""}},
+        "3": {"class_type": "FeatInv_ExtractFeatures", "inputs": {"backbone": ["2", 0], "image": ["1", 0], "layer": "last", "pooled": False, "fit": "crop"}},
+        "4": {"class_type": "FeatInv_SaveFeatures", "inputs": {"features": ["3", 0], "filename_prefix": "features/mine"}},
+    }
+    (name,) = server.run(prompt)["4"]["text"]
+    assert name == str(Path("features") / "mine_00001.safetensors") and (server.base / "output" / name).is_file()
+    again = {
+        "1": SCENE,
+        "2": prompt["2"],
+        "3": {"class_type": "FeatInv_LoadFeatures", "inputs": {"file": "features/mine_00001.safetensors [output]"}},
+        "4": {"class_type": "FeatInv_FeatureSimilarity", "inputs": {"features": ["3", 0], "backbone": ["2", 0], "image": ["1", 0]}},
+        "5": {"class_type": "PreviewAny", "inputs": {"source": ["4", 2]}},
+    }
+    assert float(server.run(again)["5"]["text"][0]) > 0.9999

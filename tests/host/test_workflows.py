@@ -1,0 +1,64 @@
+"""Every shipped workflow: its two forms agree, it runs on a fresh host, and the result is what it promises."""
+
+import json
+from pathlib import Path
+
+import pytest
+from graph import to_prompt
+from make_workflows import graphs
+from PIL import Image
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+FILES = sorted(FOLDER.glob("*.json"))
+TINY = [f for f in FILES if f.name.startswith("tiny")]
+#: least cosine similarity that each shows: of the map asked for, or of the mixed one, which no picture may have
+LEAST = {"reconstruct": 0.8, "seeds": 0.8, "interpolate": 0.7, "compose": 0.6, "attenuate": 0.4, "viz": 0.8, "backbones": 0.6}
+
+
+def id_of(path):
+    return path.stem
+
+
+@pytest.mark.parametrize("file", FILES, ids=id_of)
+def test_is_what_its_source_builds(server, file):
+    """The frontend's form, read as the frontend reads it, is the graph that was meant: none has gone stale."""
+    info = server.get("/object_info")
+    workflow = json.loads(file.read_text())
+    found, meant = to_prompt(workflow, info), graphs()[file.stem].prompt()
+    assert found.keys() == meant.keys()
+    for number, node in meant.items():
+        assert found[number]["class_type"] == node["class_type"]
+        for name, value in node["inputs"].items():
+            assert found[number]["inputs"][name] == value, (node["class_type"], name)
+    notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) == 1 and len(notes[0]["widgets_values"][0]) > 80
+
+
+@pytest.mark.parametrize("file", TINY, ids=id_of)
+def test_runs_and_shows_what_it_promises(server, file):
+    outputs = server.run(to_prompt(json.loads(file.read_text()), server.get("/object_info")))
+    workflow = json.loads(file.read_text())
+    numbers = [float(outputs[str(n["id"])]["text"][0]) for n in workflow["nodes"] if n.get("title") == "Cosine similarity"]
+    assert numbers and min(numbers) >= LEAST[file.stem.removeprefix("tiny_")]
+    result = next(n for n in workflow["nodes"] if n.get("title") == "Result")
+    assert outputs[str(result["id"])]["images"]
+
+
+@pytest.mark.parametrize("file", TINY, ids=id_of)
+def test_the_picture_carries_the_workflow(server, file):
+    with Image.open(file.with_suffix(".png")) as picture:
+        assert json.loads(picture.text["workflow"]) == json.loads(file.read_text())
+        assert json.loads(picture.text["prompt"]) == to_prompt(json.loads(file.read_text()), server.get("/object_info"))
+    with Image.open(file.with_suffix(".jpg")) as thumbnail:
+        assert thumbnail.height >= 256
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f not in TINY], ids=id_of)
+def test_only_files_are_missing_for_the_others(server, file):
+    """A fresh host refuses the workflows of real models for their files alone; each download names its folder."""
+    workflow = json.loads(file.read_text())
+    _, answer = server.post("/prompt", {"prompt": to_prompt(workflow, server.get("/object_info"))})
+    wrong = [(error["type"], error["extra_info"].get("input_name")) for node in answer["node_errors"].values() for error in node["errors"]]
+    assert {"ckpt_name"} <= {name for _, name in wrong} <= {"ckpt_name", "weights", "image", "file"}, wrong
+    named = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    assert {m["directory"] for m in named} == {"checkpoints", "backbones"} and all(m["url"].startswith("https://") for m in named)
