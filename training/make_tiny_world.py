@@ -85,7 +85,7 @@ def ship_base(work: Path, device: str, further: bool) -> None:
 
 def ship_inversion(name: str, work: Path, further: bool) -> None:
     """A shipped model: its configuration as train.py reads it, with more images and another seed."""
-    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": str(INVERSION_IMAGES[name]), "seed": "1", "compile": "true"})
+    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": str(INVERSION_IMAGES[name]), "seed": "2" if further else "1", "compile": "true"})
     config.init_from = str(FOLDER / f"{name}.safetensors") if further else None
     info, controlnet, encoder = load_inversion(train(config, work / name))
     save_inversion(FOLDER / f"{name}.safetensors", info, controlnet, encoder, torch.float16)
