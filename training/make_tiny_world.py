@@ -32,7 +32,7 @@ from training.tiny.concepts import fit_concepts
 from training.train import train
 
 #: pictures seen by the shipped inversion models
-INVERSION_IMAGES = {"tiny_cnn_last": 208_000, "tiny_cnn_stage": 32_000, "tiny_cnn_pooled": 12_800, "tiny_vit_last": 104_000}
+INVERSION_IMAGES = {"tiny_cnn_last": 180_000, "tiny_cnn_stage": 90_000, "tiny_cnn_pooled": 15_000, "tiny_vit_last": 90_000}
 STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "concepts", "card")
 
 
