@@ -22,7 +22,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from featinv_nodes.core.concepts import save_concepts
-from featinv_nodes.core.weights import load_inversion, save_inversion, write_safetensors
+from featinv_nodes.core.files import write_safetensors
+from featinv_nodes.core.weights import load_inversion, save_inversion
 from featinv_nodes.tiny_world import BACKBONES, CONCEPTS, FOLDER, MODELS, open_backbone
 from training.card import write_card
 from training.config import CONFIGS, read_config

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from .feature_map import FeatInvError, FeatureMap, FeatureSource
-from .weights import write_safetensors
+from .feature_map import FeatureMap, FeatureSource
+from .files import read_about, read_tensors, write_safetensors
 
 KEY = "featinv_features"
 
@@ -23,14 +21,6 @@ def save_features(file: str | Path, features: FeatureMap) -> None:
 
 def load_features(file: str | Path) -> FeatureMap:
     """Reads what save_features wrote. Raises FeatInvError for a missing, truncated or foreign file."""
-    try:
-        with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get(KEY)
-            if text is None:
-                raise FeatInvError(f"{file} is no feature map: its metadata has no entry {KEY!r}; SaveFeatures writes such files")
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-    except FileNotFoundError as error:
-        raise FeatInvError(f"feature file {file} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise FeatInvError(f"{file} is not a complete safetensors file ({error}); save or copy it again") from error
-    return FeatureMap(tensors["values"], FeatureSource.from_dict(json.loads(text)), tensors.get("prefix"))
+    about = read_about(file, KEY, "feature map")
+    tensors = read_tensors(file)
+    return FeatureMap(tensors["values"], FeatureSource.from_dict(about), tensors.get("prefix"))

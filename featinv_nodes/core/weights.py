@@ -7,17 +7,15 @@ Tensors: the ControlNet in the diffusers layout, fp16 or fp32, and the condition
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .encoders import KINDS, build_encoder
 from .feature_map import FeatInvError, FeatureSource
+from .files import read_about, read_tensors, write_safetensors
 
 FORMAT = 1
 ENCODER_PREFIX = "controlnet_cond_embedding."
@@ -57,33 +55,12 @@ def save_inversion(file: str | Path, info: InversionInfo, controlnet: dict[str, 
     write_safetensors(file, tensors, {"featinv": json.dumps(asdict(info))})
 
 
-def write_safetensors(file: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file under a temporary name and renames it."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    try:
-        part.write_bytes(save(tensors, metadata))  # save_file would make a file that only its owner can read
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def read_info(file: str | Path) -> InversionInfo:
     """The metadata of a weights file, without its tensors.
 
     Raises FeatInvError for a missing, truncated or foreign file, another format version, or an unknown encoder.
     """
-    try:
-        with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get("featinv")
-    except FileNotFoundError as error:
-        raise FeatInvError(f"weights file {file} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise FeatInvError(f"{file} is not a complete safetensors file ({error}); download or copy it again") from error
-    if text is None:
-        raise FeatInvError(f"{file} is no FeatInv weights file: its metadata has no entry 'featinv'")
-    found = json.loads(text)
+    found = read_about(file, "featinv", "FeatInv weights file")
     if found.get("format") != FORMAT:
         raise FeatInvError(f"{file} has format version {found.get('format')}; this release reads version {FORMAT}")
     info = InversionInfo(**{**found, "source": FeatureSource.from_dict(found["source"])})
@@ -98,8 +75,7 @@ def load_inversion(file: str | Path) -> tuple[InversionInfo, dict[str, Tensor], 
     Raises FeatInvError as read_info does, and for encoder tensors that are missing, unexpected or misshapen.
     """
     info = read_info(file)
-    with safe_open(file, "pt") as opened:
-        tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}
+    tensors = {key: value.float() for key, value in read_tensors(file).items()}
     encoder = build_encoder(info.encoder)
     own = {k.removeprefix(ENCODER_PREFIX): tensors.pop(k) for k in list(tensors) if k.startswith(ENCODER_PREFIX)}
     try:

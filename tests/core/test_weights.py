@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featinv_nodes.core import weights
+from featinv_nodes.core import files
 from featinv_nodes.core.encoders import ConvEncoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.weights import InversionInfo, load_inversion, read_info, save_inversion
@@ -56,7 +56,7 @@ def test_standardised_features_have_mean_zero_and_deviation_one():
 
 
 def rewrite_info(file, **changes):
-    with weights.safe_open(file, "pt") as opened:
+    with files.safe_open(file, "pt") as opened:
         text = json.loads(opened.metadata()["featinv"])
     save_file(load_file(file), file, {"featinv": json.dumps(text | changes)})
 
@@ -94,7 +94,7 @@ def test_nothing_half_written_stays_behind(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights.os, "replace", full_disk)
+    monkeypatch.setattr(files.os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         saved(tmp_path, torch.float16)
     assert os.listdir(tmp_path) == ["m.safetensors"] and (tmp_path / "m.safetensors").read_bytes() == before

@@ -88,7 +88,7 @@ def parity(world: World) -> list[dict]:
     features = opened.features(opened.backbone.frame(torch.from_numpy(run("FeatInv_TinyWorldScenes", first=0, count=3)[0].numpy()).movedim(-1, 1)))
     found = []
     for away, negative in (("text and features", "features"), ("text", "text")):
-        for strength, guidance, end, size in ((0.6, 1.0, 1.0, (8, 8)), (1.0, 4.0, 1.0, (8, 8)), (0.6, 4.0, 0.5, (6, 12)), (1.0, 4.0, 0.5, (8, 8)), (1.0, 1.0, 1.0, (6, 12))):
+        for strength, guidance, end, size in ((0.6, 1.0, 1.0, (8, 8)), (1.0, 4.0, 1.0, (8, 8)), (0.6, 4.0, 0.5, (6, 12)), (1.0, 4.0, 0.5, (8, 8)), (1.0, 1.0, 1.0, (16, 12))):
             ours = world.draw(world.apply(strength=strength, end_percent=end, guide_away_from=away), guidance, size=size)
             how = Sampling(STEPS, strength, guidance, negative, 0.0, end)
             theirs = sample(opened.base, opened.model, features, noise(opened.base, SEED, 3, size), how, opened.info.prompt)

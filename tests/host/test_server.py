@@ -7,7 +7,6 @@ from pathlib import Path
 from graph import declared
 
 HERE = Path(__file__).parent
-SCENE = {"class_type": "FeatInv_TinyWorldScenes", "inputs": {"first": 0, "count": 1}}
 
 
 def nodes_of(server):
@@ -51,80 +50,73 @@ def test_workflows_stand_in_the_template_browser(server):
     assert {path.stem for path in (HERE.parents[1] / "workflows").glob("*.json")} <= set(listed["FeatInv-copy.2"])
 
 
-def test_a_failing_prompt_says_what_to_connect(server):
-    prompt = {
-        "1": SCENE,
-        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": "tiny-vit (embedded)", "timm_name": ""}},
+def inversion(backbone="tiny-cnn", first=0, steps=3):
+    """A whole inversion as the server takes it; node 9 shows the picture."""
+    return {
+        "1": {"class_type": "FeatInv_TinyWorldScenes", "inputs": {"first": first, "count": 1}},
+        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": f"{backbone} (embedded)", "timm_name": ""}},
         "3": {"class_type": "FeatInv_ExtractFeatures", "inputs": {"backbone": ["2", 0], "image": ["1", 0], "layer": "last", "pooled": False, "fit": "crop"}},
         "4": {"class_type": "FeatInv_LoadTinyWorld", "inputs": {}},
         "5": {"class_type": "FeatInv_LoadFeatInvControlNet", "inputs": {"weights": "tiny_cnn_last (embedded)"}},
-        "6": steer("4", "5", "3"),
-        "7": sampler("4", "6", steps=2),
+        "6": {
+            "class_type": "FeatInvControlNet",
+            "inputs": {
+                "positive": ["4", 1], "negative": ["4", 2], "control_net": ["5", 0], "features": ["3", 0], "strength": 1.0,
+                "start_percent": 0.0, "end_percent": 1.0, "guide_away_from": "text and features",
+            },
+        },
+        "7": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["4", 0], "positive": ["6", 0], "negative": ["6", 1], "latent_image": ["10", 0], "seed": 1, "steps": steps,
+                "cfg": 3.0, "sampler_name": "ddim", "scheduler": "simple", "denoise": 1.0,
+            },
+        },
         "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["4", 3]}},
         "9": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}},
         "10": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-    }
-    message = server.failure(prompt)
+    }  # fmt: skip
+
+
+def test_a_failing_prompt_says_what_to_connect(server):
+    message = server.failure(inversion("tiny-vit"))
     assert "vit_tiny_patch16_224.tiny_world" in message and "resnet10t.tiny_world" in message and "Use the same backbone" in message
-    prompt["2"]["inputs"]["weights"] = "tiny-cnn (embedded)"
-    assert server.run(prompt)["9"]["images"]
-
-
-def steer(world, control, features):
-    return {
-        "class_type": "FeatInvControlNet",
-        "inputs": {
-            "positive": [world, 1], "negative": [world, 2], "control_net": [control, 0], "features": [features, 0], "strength": 1.0,
-            "start_percent": 0.0, "end_percent": 1.0, "guide_away_from": "text and features",
-        },
-    }  # fmt: skip
-
-
-def sampler(world, steered, steps):
-    return {
-        "class_type": "KSampler",
-        "inputs": {
-            "model": [world, 0], "positive": [steered, 0], "negative": [steered, 1], "latent_image": ["10", 0], "seed": 1, "steps": steps,
-            "cfg": 3.0, "sampler_name": "ddim", "scheduler": "simple", "denoise": 1.0,
-        },
-    }  # fmt: skip
+    assert server.run(inversion())["9"]["images"]
 
 
 def test_interrupted_then_queued_again(server):
-    prompt = {
-        "1": SCENE,
-        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": "tiny-cnn (embedded)", "timm_name": ""}},
-        "3": {"class_type": "FeatInv_ExtractFeatures", "inputs": {"backbone": ["2", 0], "image": ["1", 0], "layer": "last", "pooled": False, "fit": "crop"}},
-        "4": {"class_type": "FeatInv_LoadTinyWorld", "inputs": {}},
-        "5": {"class_type": "FeatInv_LoadFeatInvControlNet", "inputs": {"weights": "tiny_cnn_last (embedded)"}},
-        "6": steer("4", "5", "3"),
-        "7": sampler("4", "6", steps=10_000),
-        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["4", 3]}},
-        "9": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}},
-        "10": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-    }
-    number = server.submit(prompt)
+    number = server.submit(inversion(steps=10_000))
 
     def stopped():
         server.post("/interrupt", {})
         return server.get(f"/history/{number}")[number]
 
     assert any(kind == "execution_interrupted" for kind, _ in server.wait(stopped, 60, "stop")["status"]["messages"])
-    prompt["7"]["inputs"]["steps"] = 3
-    assert server.run(prompt)["9"]["images"]
+    assert server.run(inversion())["9"]["images"]
+
+
+def test_twenty_queued_runs_with_changing_features(server):
+    """All succeed, and what the host holds does not grow with them."""
+
+    def queue(numbers):
+        for number in [server.submit(inversion(first=n)) for n in numbers]:
+            assert server.result(number)["status"]["status_str"] == "success"
+        return server.resident()
+
+    before = queue(range(100, 110))
+    assert queue(range(110, 130)) < before + 50e6  # bytes; the models alone are larger
 
 
 def test_features_survive_the_disk(server):
+    whole = inversion("tiny-vit")
     prompt = {
-        "1": SCENE,
-        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": "tiny-vit (embedded)", "timm_name": ""}},
-        "3": {"class_type": "FeatInv_ExtractFeatures", "inputs": {"backbone": ["2", 0], "image": ["1", 0], "layer": "last", "pooled": False, "fit": "crop"}},
+        **{number: whole[number] for number in "123"},
         "4": {"class_type": "FeatInv_SaveFeatures", "inputs": {"features": ["3", 0], "filename_prefix": "features/mine"}},
     }
     (name,) = server.run(prompt)["4"]["text"]
     assert name == str(Path("features") / "mine_00001.safetensors") and (server.base / "output" / name).is_file()
     again = {
-        "1": SCENE,
+        "1": prompt["1"],
         "2": prompt["2"],
         "3": {"class_type": "FeatInv_LoadFeatures", "inputs": {"file": "features/mine_00001.safetensors [output]"}},
         "4": {"class_type": "FeatInv_FeatureSimilarity", "inputs": {"features": ["3", 0], "backbone": ["2", 0], "image": ["1", 0]}},

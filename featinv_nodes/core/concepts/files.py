@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from ..feature_map import FeatInvError, FeatureSource
-from ..weights import write_safetensors
+from ..files import read_about, read_tensors, write_safetensors
 from .decomposition import Concepts
 
 KEY, FORMAT = "featinv_concepts", 1
@@ -28,18 +26,9 @@ def save_concepts(file: str | Path, concepts: Concepts) -> None:
 
 def load_concepts(file: str | Path) -> Concepts:
     """Reads a concept file. Raises FeatInvError for a missing, truncated or foreign one, or another format version."""
-    try:
-        with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get(KEY)
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()} if text else {}
-    except FileNotFoundError as error:
-        raise FeatInvError(f"concept file {file} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise FeatInvError(f"{file} is not a complete safetensors file ({error}); download or copy it again") from error
-    if text is None:
-        raise FeatInvError(f"{file} is no concept file: its metadata has no entry {KEY!r}")
-    about = json.loads(text)
+    about = read_about(file, KEY, "concept file")
     if about.get("format") != FORMAT:
         raise FeatInvError(f"{file} has format version {about.get('format')}; this release reads version {FORMAT}")
+    tensors = read_tensors(file)
     bases = [tensors[f"basis.{i}"] for i in range(len(about["labels"]))]
     return Concepts(bases, about["labels"], FeatureSource.from_dict(about["source"]), tensors.get("mean"), about["method"], about["settings"])
