@@ -18,8 +18,14 @@ COUNT = 500
 HISTORY = """
 The transformer also learned from the CNN's feature vectors, and the autoencoder's loss includes the CNN's features.
 
-Minutes that the stages took, two or three side by side on two processor cores: cnn 19, vit 54, autoencoder 7, decoder
-23, base 45, tiny_cnn_last 44, tiny_cnn_stage 15, tiny_cnn_pooled 5, tiny_vit_last 21.
+The inversion models' loss includes the cycle consistency (`cycle` in `training/configs/`), so they were trained towards
+the cosine that is reported; the columns "other backbone" ask the embedded backbone that took no part in their training. The counts of
+their images include earlier states of the same models, trained without it on a base model that had seen 345,600
+pictures (tiny_cnn_last 208,000, tiny_cnn_stage 32,000, tiny_cnn_pooled 12,800, and tiny_vit_last 104,000 for an earlier
+state of the transformer).
+
+Minutes that the stages took, two or three side by side on two processor cores: cnn 19, vit 112, autoencoder 7, decoder
+23, base 120, tiny_cnn_last 88, tiny_cnn_stage 36, tiny_cnn_pooled 10, tiny_vit_last 47.
 """
 
 

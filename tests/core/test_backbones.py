@@ -73,7 +73,7 @@ def test_embedded_backbones_classify_held_out_scenes(short):
     with torch.inference_mode():
         logits = backbone.logits(backbone(backbone.frame(scenes.image)))
     right = (logits[:, :10].argmax(1) == scenes.shape[:, 0])[single].float().mean()
-    assert right > {"tiny-cnn": 0.99, "tiny-vit": 0.9}[short]  # measured 1.00 and 0.94 on 2,000 scenes
+    assert right > {"tiny-cnn": 0.99, "tiny-vit": 0.97}[short]  # measured 1.00 and 0.99 on 2,000 scenes
     assert backbone.classes[0].startswith("shape: ")
 
 
