@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 FOLDER = PACK / "workflows"
 RESULT = "Result"
+GIVEN = ("Original, as", "Outside", "Inside")  # titles of the pictures that a result is made from
 PROMPT = "a high-quality, detailed, and professional image"
 HUB = "https://huggingface.co"
 
@@ -204,8 +205,8 @@ def graphs() -> dict[str, Graph]:
 
 def results(server: Server, workflow: dict, outputs: dict) -> Image.Image:
     """The pictures of the nodes titled Result (and those beside them that show an original), in a row."""
-    shown = [n for n in workflow["nodes"] if n["type"] == "PreviewImage" and (n.get("title", "").startswith(RESULT) or "Original, as" in n.get("title", ""))]
-    shown.sort(key=lambda n: not n["title"].startswith("Original"))
+    shown = [n for n in workflow["nodes"] if n["type"] == "PreviewImage" and n["title"].startswith((RESULT, *GIVEN))]
+    shown.sort(key=lambda n: not n["title"].startswith(GIVEN))
     pictures = []
     for node in shown:
         for entry in outputs[str(node["id"])]["images"]:

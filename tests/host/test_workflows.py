@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
 TINY = [f for f in FILES if f.name.startswith("tiny")]
 #: least cosine similarity that each shows: of the map asked for, or of the mixed one, which no picture may have
-LEAST = {"reconstruct": 0.8, "seeds": 0.8, "interpolate": 0.7, "compose": 0.6, "attenuate": 0.4, "viz": 0.8, "backbones": 0.6}
+LEAST = {"reconstruct": 0.9, "seeds": 0.9, "interpolate": 0.8, "compose": 0.65, "attenuate": 0.5, "viz": 0.9, "backbones": 0.6}
 
 
 def id_of(path):
