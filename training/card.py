@@ -22,10 +22,11 @@ The inversion models' loss includes the cycle consistency (`cycle` in `training/
 the cosine that is reported; the columns "other backbone" ask the embedded backbone that took no part in their training. The counts of
 their images include earlier states of the same models, trained without it on a base model that had seen 345,600
 pictures (tiny_cnn_last 208,000, tiny_cnn_stage 32,000, tiny_cnn_pooled 12,800, and tiny_vit_last 104,000 for an earlier
-state of the transformer).
+state of the transformer). The last 36,032 of tiny_cnn_last are a run of their own, `--init-from` the file that the stage made,
+`--rate 6e-4 --cycle 3`.
 
 Minutes that the stages took, two or three side by side on two processor cores: cnn 19, vit 112, autoencoder 7, decoder
-23, base 120, tiny_cnn_last 88, tiny_cnn_stage 36, tiny_cnn_pooled 10, tiny_vit_last 47.
+23, base 120, tiny_cnn_last 98, tiny_cnn_stage 36, tiny_cnn_pooled 10, tiny_vit_last 47.
 """
 
 
