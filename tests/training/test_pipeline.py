@@ -159,7 +159,7 @@ def test_cycle_weight_adds_the_distance_of_what_is_shown(base, backbone, feature
 
     def loss(**changes):
         torch.manual_seed(0)
-        return training_loss(base, backbone, Same(), torch.zeros(2, 24, 8, 8), features.values, read_config(DEFAULT, changes)).item()
+        return training_loss(base, backbone, Same(), torch.zeros(2, 24, 8, 8), features.values, read_config(DEFAULT, {"cycle": "0.0"} | changes)).item()
 
     plain = loss(dropout="0.0")
     assert loss(dropout="0.0", cycle="1.0") > plain + 0.1
