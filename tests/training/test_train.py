@@ -15,7 +15,7 @@ from training.objective import training_loss
 from training.pipeline import Inversion
 from training.train import rate_at, train
 
-SMALL = {"batch": "8", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "panel_every": "1000", "save_every": "16", "warmup": "0"}
+SMALL = {"batch": "8", "cycle": "0.0", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "panel_every": "1000", "save_every": "16", "warmup": "0"}
 
 
 def run(output, images, **changes):
@@ -60,7 +60,7 @@ def test_training_helps_on_scenes_it_never_saw(tmp_path):
     opened = open_model(str(run(tmp_path, 1600, batch="16", rate="2e-3", encoder_width="64", save_every="4000", panel_every="4000")))
     scenes = draw(0, torch.arange(256), "held-out").image
     latents, features = opened.base.encode(scenes), opened.features(scenes)
-    config = read_config(DEFAULT, {"dropout": "0.0"})
+    config = read_config(DEFAULT, {"dropout": "0.0", "cycle": "0.0"})
     losses = []
     for model in (Inversion.start(opened.base, features.source, 64), opened.model):
         torch.manual_seed(0)
