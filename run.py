@@ -49,20 +49,24 @@ def environment(files: list[str], use_running: bool) -> str:
     return str(python)
 
 
-def comfy_checkout() -> tuple[Path, str]:
-    """(checkout, its Python): COMFYUI_PATH's first, or comfy-cli's default place; COMFYUI_PYTHON, or its .venv or venv."""
-    named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)[0]
-    root = Path(named) if named else Path.home() / "comfy" / "ComfyUI"
-    if not (root / "main.py").is_file():
-        sys.exit(f"no ComfyUI at {root}: clone it there, or name your checkout in COMFYUI_PATH")
+def comfy_checkouts() -> list[Path]:
+    """Where ComfyUI is looked for: COMFYUI_PATH, several joined by the platform's separator, or comfy-cli's default place."""
+    named = [Path(p) for p in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if p]
+    return named or [Path.home() / "comfy" / "ComfyUI"]
+
+
+def comfy_python(root: Path) -> str:
+    """The Python that runs a checkout: COMFYUI_PYTHON, or its own .venv or venv, or the running one."""
     inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
     own = [root / name / inside for name in (".venv", "venv")]
-    return root, os.environ.get("COMFYUI_PYTHON") or next((str(p) for p in own if p.exists()), sys.executable)
+    return os.environ.get("COMFYUI_PYTHON") or next((str(p) for p in own if p.exists()), sys.executable)
 
 
 def start_comfy(arguments: list[str]) -> int:
     """Links the pack and a first workflow into the checkout and starts it."""
-    root, python = comfy_checkout()
+    root = comfy_checkouts()[0]
+    if not (root / "main.py").is_file():
+        sys.exit(f"no ComfyUI at {root}: clone it there, or name your checkout in COMFYUI_PATH")
     link = root / "custom_nodes" / "ComfyUI-FeatInv"
     if not link.exists() and ROOT.parent != root / "custom_nodes":
         try:
@@ -75,7 +79,7 @@ def start_comfy(arguments: list[str]) -> int:
         saved.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "workflows" / "tiny_reconstruct.json", saved / "featinv_reconstruct.json")
     print("open the workflow featinv_reconstruct, and press Run", flush=True)
-    return subprocess.call([python, "main.py", *arguments], cwd=root)
+    return subprocess.call([comfy_python(root), "main.py", *arguments], cwd=root)
 
 
 def main() -> int:

@@ -104,9 +104,7 @@ def load_vae(folder: Path) -> AutoencoderKL | PatchAutoencoder:
     """The autoencoder of a base model folder, by its config.json."""
     if json.loads((folder / "config.json").read_text())["_class_name"] != "PatchAutoencoder":
         return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    vae = PatchAutoencoder()
-    vae.load_state_dict({k: v.float() for k, v in load_file(folder / "diffusion_pytorch_model.safetensors").items()})
-    return vae
+    return PatchAutoencoder.load(folder / "diffusion_pytorch_model.safetensors")
 
 
 @torch.inference_mode()

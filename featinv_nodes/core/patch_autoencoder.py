@@ -5,7 +5,10 @@ A plain module, so that the trainer and the host share it. Pictures are [B, 3, 8
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,6 +52,13 @@ class PatchAutoencoder(nn.Module):
             *(Residual(64) for _ in range(3)), nn.Conv2d(64, 128, 1), nn.PixelShuffle(2),
             *(Residual(32) for _ in range(2)), _zero(nn.Conv2d(32, 12, 3, padding=1)), nn.PixelShuffle(2),
         )
+
+    @classmethod
+    def load(cls, file: Path) -> PatchAutoencoder:
+        """Reads a state dict, in float32, for evaluation."""
+        vae = cls()
+        vae.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+        return vae.eval().requires_grad_(False)
 
     def encode(self, x: Tensor) -> Tensor:
         """Pictures -> latents of zero mean and unit variance over the training scenes."""

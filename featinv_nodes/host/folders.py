@@ -13,11 +13,11 @@ EXTENSIONS = {".safetensors"}
 
 
 def register() -> None:
-    """Adds the folders beside the host's other models; folders named in extra_model_paths.yaml stay."""
+    """Adds the folders beside the host's other models; folders named in extra_model_paths.yaml, and what other packs look for there, stay."""
     for name in (BACKBONES, CONTROLS, CONCEPTS):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
-        paths, _ = folder_paths.folder_names_and_paths[name]
-        folder_paths.folder_names_and_paths[name] = (paths, set(EXTENSIONS))
+        paths, known = folder_paths.folder_names_and_paths[name]
+        folder_paths.folder_names_and_paths[name] = (paths, set(known) | EXTENSIONS)
 
 
 def names(folder: str) -> list[str]:

@@ -62,9 +62,7 @@ def load_model(vae: PatchAutoencoder) -> ModelPatcher:
 
 
 def load_vae() -> PatchAutoencoder:
-    vae = PatchAutoencoder()
-    vae.load_state_dict({k: v.float() for k, v in load_file(BASE / "vae" / "diffusion_pytorch_model.safetensors").items()})
-    return vae.eval().requires_grad_(False)
+    return PatchAutoencoder.load(BASE / "vae" / "diffusion_pytorch_model.safetensors")
 
 
 def as_host_vae(vae: PatchAutoencoder) -> comfy.sd.VAE:

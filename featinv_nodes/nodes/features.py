@@ -12,6 +12,7 @@ from ..core.feature_map import FeatInvError, FeatureMap, concatenate
 from .types import CATEGORY, Backbone, Features, channels_first, channels_last
 
 MIXES = ("interpolate", "sweep", "compose")
+FOLDER = "features"  # of the output and the input folder
 
 
 class ExtractFeatures(io.ComfyNode):
@@ -105,7 +106,7 @@ class SaveFeatures(io.ComfyNode):
             description="Writes feature maps with their source to a .safetensors file in the output folder.",
             inputs=[
                 Features.Input("features", tooltip="What to save."),
-                io.String.Input("filename_prefix", default="features/features", tooltip="Folder and beginning of the file's name, below the output folder; a number is added."),
+                io.String.Input("filename_prefix", default=f"{FOLDER}/features", tooltip="Folder and beginning of the file's name, below the output folder; a number is added. Load Features lists what is in features/."),
             ],
             outputs=[],
             is_output_node=True,
@@ -124,10 +125,11 @@ class SaveFeatures(io.ComfyNode):
 
 
 def saved_files() -> list[str]:
-    """Feature files below the input and the output folder, as the host annotates names."""
+    """Feature files in the folder `features` of output and input, as the host annotates names. Only there: this runs
+    whenever the host describes its nodes, and output folders grow large."""
     found = []
     for kind, folder in (("output", folder_paths.get_output_directory()), ("input", folder_paths.get_input_directory())):
-        found += [f"{file.relative_to(folder).as_posix()} [{kind}]" for file in sorted(Path(folder).rglob("*.safetensors"))]
+        found += [f"{file.relative_to(folder).as_posix()} [{kind}]" for file in sorted(Path(folder, FOLDER).rglob("*.safetensors"))]
     return found
 
 
@@ -139,7 +141,7 @@ class LoadFeatures(io.ComfyNode):
             display_name="Load Features",
             category=CATEGORY,
             description="Reads feature maps that Save Features wrote.",
-            inputs=[io.Combo.Input("file", options=saved_files(), tooltip="A file below the output or the input folder.")],
+            inputs=[io.Combo.Input("file", options=saved_files(), tooltip="A file in the folder features of output or input.")],
             outputs=[Features.Output("features", display_name="features", tooltip="The feature maps, with their source.")],
         )
 

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -13,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parents[2]
-DEFAULT = Path.home() / "comfy" / "ComfyUI"  # where comfy-cli puts it
+sys.path.append(str(PACK))
+
+from run import comfy_checkouts, comfy_python
 
 
 @dataclass(frozen=True)
 class Host:
-    """A checkout and the Python that runs it: COMFYUI_PYTHON, or the checkout's own .venv or venv."""
+    """A checkout and the Python that runs it."""
 
     root: Path
 
     @property
     def python(self) -> str:
-        inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
-        own = [self.root / name / inside for name in (".venv", "venv")]
-        return os.environ.get("COMFYUI_PYTHON") or next((str(p) for p in own if p.exists()), "python3")
+        return comfy_python(self.root)
 
     @property
     def version(self) -> str:
@@ -43,10 +44,8 @@ class Host:
 
 
 def find_hosts() -> list[Host]:
-    """The checkouts named in COMFYUI_PATH (joined by the platform's path separator), else comfy-cli's default place."""
-    named = [Path(p) for p in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if p]
-    places = named or [DEFAULT]
-    return [Host(p) for p in places if (p / "comfyui_version.py").is_file()]
+    """The checkouts of run.py's rule that are there."""
+    return [Host(p) for p in comfy_checkouts() if (p / "comfyui_version.py").is_file()]
 
 
 class Server:
