@@ -28,7 +28,8 @@ class TrainConfig:
     cycle_below: timesteps, of the base model's 1000, below which it counts.
     rate: learning rate; schedule: "constant" (the paper) or "cosine" to zero, both after `warmup` images. ema: decay
     per step of the moving average that is saved, 0 for none. precision: "fp32", "bf16" or "fp16".
-    compile: torch.compile, worth its minute on long runs. init_from: a weights file to start from: its ControlNet, and its
+    compile: torch.compile, worth its minute on long runs. graph: the whole step as one CUDA graph, for small models on one
+    GPU. init_from: a weights file to start from: its ControlNet, and its
     encoder too where that inverts the same features. workers: data loading processes. flips: "none", "horizontal" or "both". panel_every, save_every: images between
     sample panels and checkpoints. recommended: sampling settings written into the weights file.
     """
@@ -55,6 +56,7 @@ class TrainConfig:
     ema: float = 0.0
     precision: str = "bf16"
     compile: bool = False
+    graph: bool = False
     init_from: str | None = None
     workers: int = 0
     flips: str = "none"

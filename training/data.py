@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
 
+AT_ONCE = 4096  # scenes drawn together on a GPU, where a batch takes no longer than a few
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -22,10 +23,17 @@ class TinyWorld(Dataset):
     """Training scenes drawn on the fly, on the device; image number n is scene n."""
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        self.seed, self.device = seed, device
+        self.seed, self.device = seed, torch.device(device)
+        self._part: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __getitems__(self, numbers: list[int]) -> Tensor:
-        return draw(self.seed, torch.tensor(numbers, device=self.device)).image
+        wanted = torch.tensor(numbers, device=self.device)
+        if self.device.type == "cpu" or numbers[0] // AT_ONCE != numbers[-1] // AT_ONCE:
+            return draw(self.seed, wanted).image
+        part = numbers[0] // AT_ONCE
+        if self._part[0] != part:
+            self._part = part, draw(self.seed, torch.arange(part * AT_ONCE, (part + 1) * AT_ONCE, device=self.device)).image
+        return self._part[1][wanted - part * AT_ONCE]
 
 
 class ImageFolder(Dataset):

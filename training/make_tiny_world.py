@@ -32,7 +32,7 @@ from training.tiny import autoencoder, backbones, base
 from training.tiny.concepts import fit_concepts
 from training.train import train
 
-#: pictures seen by the shipped inversion models
+#: pictures of one run of a stage; what the shipped files have seen in all stands in CARD.md
 INVERSION_IMAGES = {"tiny_cnn_last": 180_000, "tiny_cnn_stage": 90_000, "tiny_cnn_pooled": 15_000, "tiny_vit_last": 90_000}
 STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "concepts", "card")
 
@@ -74,19 +74,20 @@ def ship_autoencoder(work: Path, device: str, decoder: bool) -> None:
     (folder / "config.json").write_text(json.dumps({"_class_name": "PatchAutoencoder"}) + "\n")
 
 
-def ship_base(work: Path, device: str, further: bool) -> None:
+def ship_base(work: Path, device: str, further: bool, scale: dict) -> None:
     folder = FOLDER / "base"
     start = load_base("tiny", base.PROMPT).unet.requires_grad_(True) if further else None
-    unet = base.train_base(work, load_vae(folder / "vae"), device, start=start).cpu()
+    unet = base.train_base(work, load_vae(folder / "vae"), device, start=start, **scale).cpu()
     unet.half().save_pretrained(folder / "unet")
     DDIMScheduler(**base.SCHEDULE).save_pretrained(folder / "scheduler")
     text = base.prompt_embeddings()
     write_safetensors(folder / "prompts.safetensors", {base.PROMPT: text["prompt"], "": text["empty"]}, {"format": "pt"})
 
 
-def ship_inversion(name: str, work: Path, further: bool) -> None:
+def ship_inversion(name: str, work: Path, further: bool, scale: dict) -> None:
     """A shipped model: its configuration as train.py reads it, with more images and another seed."""
-    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": str(INVERSION_IMAGES[name]), "seed": "2" if further else "1", "compile": "true"})
+    scale = {"images": INVERSION_IMAGES[name], "compile": True} | scale
+    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": str(scale.pop("images")), "seed": "2" if further else "1"} | {k: str(v) for k, v in scale.items()})
     config.init_from = str(FOLDER / f"{name}.safetensors") if further else None
     info, controlnet, encoder = load_inversion(train(config, work / name))
     save_inversion(FOLDER / f"{name}.safetensors", info, controlnet, encoder, torch.float16)
@@ -99,7 +100,13 @@ def main() -> None:
     parser.add_argument("--further", action="store_true", help="train the shipped base or inversion models further instead of new ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
+    parser.add_argument("--images", type=int, help="pictures seen by the base or inversion model (default: what two processor cores do in hours)")
+    parser.add_argument("--batch", type=int, help="pictures per step of these")
+    parser.add_argument("--rate", type=float, help="peak learning rate of these")
+    parser.add_argument("--graph", action="store_true", help="one CUDA graph per step instead of torch.compile, for these")
     args = parser.parse_args()
+    scale = {k: v for k, v in {"images": args.images, "batch": args.batch, "rate": args.rate}.items() if v is not None}
+    scale |= {"graph": True, "compile": False} if args.graph else {}
     torch.set_num_threads(args.threads)
     for stage in [args.stage] if args.stage else STAGES:
         if stage in ("cnn", "vit"):
@@ -107,13 +114,13 @@ def main() -> None:
         elif stage in ("autoencoder", "decoder"):
             ship_autoencoder(args.work, args.device, stage == "decoder")
         elif stage == "base":
-            ship_base(args.work, args.device, args.further)
+            ship_base(args.work, args.device, args.further, scale)
         elif stage == "concepts":
             save_concepts(FOLDER / CONCEPTS, fit_concepts(open_backbone("tiny-cnn")))
         elif stage == "card":
             write_card()
         else:
-            ship_inversion(stage, args.work, args.further)
+            ship_inversion(stage, args.work, args.further, scale)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,10 +32,14 @@ def training_loss(base: BaseModel, backbone: Backbone, model: torch.nn.Module, l
     wanted = scheduler.get_velocity(latents, noise, t) if velocity else noise
     found = model(base.unet, noisy, t, context, shown).float()
     loss = F.mse_loss(found, wanted.float())
-    chosen = ~dropped & (t < config.cycle_below)
-    if config.cycle and chosen.any():
-        clean = predicted_clean(base, noisy[chosen], found[chosen], t[chosen])
-        loss = loss + config.cycle * cycle_distance(base, backbone, clean, features[chosen], config)
+    if config.cycle:
+        chosen = ~dropped & (t < config.cycle_below)
+        # as many rows as are chosen on average, so that memory and shapes stay the same from step to step
+        count = math.ceil(batch * (1 - config.dropout) * config.cycle_below / scheduler.config.num_train_timesteps)
+        rows = chosen.int().argsort(descending=True, stable=True)[:count]
+        clean = predicted_clean(base, noisy[rows], found.index_select(0, rows), t[rows])
+        distance = cycle_distance(base, backbone, clean, features[rows], config)
+        loss = loss + config.cycle * (distance * chosen[rows]).sum() / chosen[rows].sum().clamp(min=1)
     return loss
 
 
@@ -46,7 +52,7 @@ def predicted_clean(base: BaseModel, noisy: Tensor, found: Tensor, t: Tensor) ->
 
 
 def cycle_distance(base: BaseModel, backbone: Backbone, clean: Tensor, features: Tensor, config: TrainConfig) -> Tensor:
-    """Mean over pictures and locations of 1 - cos(F(D(x0_hat)), f), D the decoder and F the backbone: the cycle
+    """[B] means over locations of 1 - cos(F(D(x0_hat)), f), D the decoder and F the backbone: the cycle
     consistency of ControlNet++ (Li et al. 2024) with features as the condition. Gradients reach `clean`."""
-    seen = backbone(backbone.frame(base.decode(clean), "stretch"), config.layer, config.pooled).values
-    return 1 - F.cosine_similarity(seen.float(), features.float(), dim=1).mean()
+    seen = backbone.values(backbone.frame(base.decode(clean), "stretch"), config.layer, config.pooled)
+    return 1 - F.cosine_similarity(seen.float(), features.float(), dim=1).mean((1, 2))

@@ -31,6 +31,8 @@ from featinv_nodes.tiny_world import open_backbone
 from training.cli import make_folder, run
 from training.config import TrainConfig, parse_arguments
 from training.data import loader, open_source
+from training.ema import update_average
+from training.graph import capture, check_device, set_rate
 from training.objective import training_loss
 from training.pipeline import BaseModel, Inversion, load_base
 from training.report import sample_panel
@@ -65,6 +67,8 @@ def train(config: TrainConfig, output: Path) -> Path:
     # Set up: devices, frozen parts, the trained part, data
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision))
     device, processes = accelerator.device, accelerator.num_processes
+    if config.graph:
+        check_device(device)
     say = tqdm.write if accelerator.is_main_process else lambda _: None
     set_seed(config.seed)
     base = load_base(config.base, config.prompt).to(device)
@@ -77,7 +81,7 @@ def train(config: TrainConfig, output: Path) -> Path:
     def observe(images: Tensor) -> tuple[Tensor, Tensor]:
         """What the backbone and the autoencoder make of the same crop: (latents, feature values)."""
         with torch.no_grad(), accelerator.autocast():
-            features = backbone(backbone.frame(images, "stretch"), config.layer, config.pooled).values
+            features = backbone.values(backbone.frame(images, "stretch"), config.layer, config.pooled).float()
             side = (base.resolution,) * 2
             target = images if images.shape[2:] == side else F.interpolate(images, side, mode="bilinear", antialias=True)
             return base.encode(target.contiguous(memory_format=torch.channels_last)).float(), features
@@ -118,24 +122,36 @@ def train(config: TrainConfig, output: Path) -> Path:
         save_checkpoint(output, state | ({"average": average.state_dict()} if average is not None else {}))
 
     # Train
+    images = next(loader(pictures, seen, config.batch, 0, 1, 0)).to(device)  # each batch is copied here
+
+    def gradients() -> Tensor:
+        latents, features = observe(images)
+        with accelerator.autocast():
+            loss = training_loss(base, backbone, trained, latents, features, config)
+        accelerator.backward(loss)
+        return loss.detach()
+
+    def update() -> None:
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def plain_step() -> Tensor:
+        loss = gradients()
+        update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    take_step = capture(gradients, update, optimizer) if config.graph else plain_step
     progress = tqdm(total=config.max_images, initial=seen, unit="img", desc=config.name, disable=not accelerator.is_main_process, smoothing=0.02, mininterval=2)
     log = open(output / "stats.jsonl", "a") if accelerator.is_main_process else None
     step, losses, since = 0, [], time.perf_counter()
     per_step = config.batch * processes
     while seen < config.max_images:
-        images = next(batches).to(device, non_blocking=True)
+        images.copy_(next(batches), non_blocking=True)
         torch.manual_seed(hash((config.seed, seen, accelerator.process_index)) % 2**63)
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(seen, config)
-        latents, features = observe(images)
-        with accelerator.autocast():
-            loss = training_loss(base, backbone, trained, latents, features, config)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        set_rate(optimizer, rate_at(seen, config))
+        losses.append(take_step().clone())
         seen, step = seen + per_step, step + 1
-        losses.append(loss.detach())
         if average is not None:
             update_average(average, model, min(config.ema, (1 + seen / per_step) / (10 + seen / per_step)))
 
@@ -166,14 +182,6 @@ def train(config: TrainConfig, output: Path) -> Path:
         saved_model().save(file, info)
         say(f"wrote {file}")
     return file
-
-
-@torch.no_grad()
-def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, parameters and buffers."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for old, new in zip(average.buffers(), model.buffers()):
-        old.copy_(new)
 
 
 if __name__ == "__main__":

@@ -80,10 +80,18 @@ class Backbone(nn.Module):
 
     def forward(self, framed: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
         """Feature maps of framed pictures [B, 3, *input_size] in 0..1. Gradients reach the pictures if they ask."""
-        source = self.source(layer)
-        values, prefix = self._spatial((framed.to(self._mean) - self._mean) / self._std, layer)
-        found = FeatureMap(values.float(), source, prefix)
+        values, prefix = self._spatial(self._normalised(framed), layer)
+        found = FeatureMap(values.float(), self.source(layer), prefix)
         return found.pool() if pooled else found
+
+    def values(self, framed: Tensor, layer: str = LAST, pooled: bool = False) -> Tensor:
+        """The bare values [B, C, H, W] of forward's feature maps, unchecked: what training reads, without waiting for
+        the device."""
+        values, _ = self._spatial(self._normalised(framed), layer)
+        return values.mean((2, 3), keepdim=True) if pooled else values
+
+    def _normalised(self, framed: Tensor) -> Tensor:
+        return (framed.to(self._mean) - self._mean) / self._std
 
     @torch.inference_mode()
     def extract(self, framed: Tensor, layer: str = LAST, pooled: bool = False, batch: int = 64) -> FeatureMap:

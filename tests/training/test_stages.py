@@ -58,9 +58,10 @@ def test_autoencoder_starts_from_patches_and_standardises(tmp_path, monkeypatch,
 
 
 def test_base_stage_caches_latents_once(tmp_path, monkeypatch):
-    for name, value in {"IMAGES": 32, "BATCH": 16, "CACHED": 200, "PART": 100}.items():
+    for name, value in {"CACHED": 200, "PART": 100}.items():
         monkeypatch.setattr(base, name, value)
-    unet = base.train_base(tmp_path, PatchAutoencoder(), compile=False)
+    small = {"images": 600, "batch": 64, "compile": False}
+    unet = base.train_base(tmp_path, PatchAutoencoder(), **small)
     assert len(list((tmp_path / "latents").glob("*.pt"))) == 2
-    further = base.train_base(tmp_path / "more", PatchAutoencoder(), compile=False, start=unet.requires_grad_(True))
+    further = base.train_base(tmp_path / "more", PatchAutoencoder(), **small, start=unet.requires_grad_(True))
     assert further.config.in_channels == 24

@@ -23,7 +23,7 @@ from .loop import train_stage
 WIDTHS, TOKENS, CONTEXT = (64, 96), 4, 64
 PROMPT = "a drawing of the small world"
 IMAGES, BATCH, RATE = 1_000_000, 64, 1.5e-3
-CACHED, PART = 300_000, 10_000  # scenes whose latents are kept; each is seen about three times
+CACHED, PART = 2_000_000, 10_000  # scenes whose latents are kept at most; else each is used about three times
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
     "prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing",
@@ -54,8 +54,8 @@ def cached_latents(work: Path, vae: PatchAutoencoder, device: str, count: int, s
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             chunk = []
-            for first in range(start, start + PART, 100):
-                x = normalise(draw(seed, torch.arange(first, first + 100, device=device)).image).to(memory_format=torch.channels_last)
+            for numbers in torch.arange(start, start + PART, device=device).split(100 if device == "cpu" else 5000):
+                x = normalise(draw(seed, numbers).image).to(memory_format=torch.channels_last)
                 with torch.autocast(device, torch.bfloat16):
                     chunk.append(vae.encode(x).half().cpu())
             torch.save(torch.cat(chunk), f"{file}.part")
@@ -65,11 +65,20 @@ def cached_latents(work: Path, vae: PatchAutoencoder, device: str, count: int, s
 
 
 def train_base(
-    work: Path, vae: PatchAutoencoder, device: str = "cpu", seed: int = 0, compile: bool = True, start: UNet2DConditionModel | None = None
+    work: Path,
+    vae: PatchAutoencoder,
+    device: str = "cpu",
+    seed: int = 0,
+    start: UNet2DConditionModel | None = None,
+    images: int = IMAGES,
+    batch: int = BATCH,
+    rate: float = RATE,
+    compile: bool = True,
+    graph: bool = False,
 ) -> UNet2DConditionModel:
     """Trains the base model, `start` or a new one, on cached latents; one text in ten is empty."""
     torch.manual_seed(seed)
-    latents = cached_latents(work, vae, device, CACHED).to(device)
+    latents = cached_latents(work, vae, device, min(CACHED, images // 3)).to(device)
     unet = (start or build()).to(device, memory_format=torch.channels_last)
     forward = torch.compile(unet) if compile else unet
     scheduler = DDIMScheduler(**SCHEDULE)
@@ -84,4 +93,4 @@ def train_base(
             found = forward(noisy.to(memory_format=torch.channels_last), t, context).sample
         return F.mse_loss(found.float(), wanted)
 
-    return train_stage("base", unet, loss_of, images=IMAGES, batch=BATCH, rate=RATE, work=work, ema=0.9995, decay=0.01, device=device)
+    return train_stage("base", unet, loss_of, images=images, batch=batch, rate=rate, work=work, ema=0.9995, decay=0.01, device=device, graph=graph)

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.ema import update_average
+from training.graph import capture, check_device, set_rate
+
 CHECKPOINT_SECONDS = 120
 
 
@@ -30,14 +33,18 @@ def train_stage(
     seed: int = 0,
     stop: int | None = None,
     device: torch.device | str = "cpu",
+    graph: bool = False,
 ) -> nn.Module:
     """Trains `model` on scenes 0..images-1 and returns its moving average in evaluation mode.
 
     loss_of: picture indices [batch] -> scalar loss; it draws or looks up the pictures itself.
     images: pictures seen in all; stop: end earlier on the same schedule. rate: peak of a cosine schedule with 2 % warm-up (AdamW, bf16 autocast).
     work: folder of the checkpoint `name.pt`, written whole or not at all; a later call goes on from it, and a
-    larger `images` continues a finished stage. device: where `model` is and the indices are made. Random numbers depend on (seed, images seen) alone.
+    larger `images` continues a finished stage. device: where `model` is and the indices are made. Random numbers depend
+    on (seed, images seen) alone. graph: the step as one CUDA graph; loss_of must then not read values back.
     """
+    if graph:
+        check_device(device)
     model.train()
     average = deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -49,26 +56,38 @@ def train_stage(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         seen = state["seen"]
+    indices = torch.arange(seen, seen + batch, device=device)
+
+    def gradients() -> Tensor:
+        loss = loss_of(indices)
+        loss.backward()
+        return loss.detach()
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+    def plain_step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = gradients()
+        update()
+        return loss
+
+    take_step = capture(gradients, update, optimizer) if graph else plain_step
     saved, smooth = time.monotonic(), None
     progress = tqdm(total=images, initial=seen, desc=name, unit="img", smoothing=0.02, mininterval=5)
     while seen < min(images, stop or images):
         share = seen / images
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, share / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * cos(pi * share)))
+        set_rate(optimizer, rate * min(1, share / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * cos(pi * share))))
         torch.manual_seed(seed * 1_000_003 + seen)
-        loss = loss_of(torch.arange(seen, seen + batch, device=device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        loss = take_step()
         seen += batch
-        with torch.no_grad():
-            keep = min(ema, (1 + seen / batch) / (10 + seen / batch))
-            for old, new in zip(average.state_dict().values(), model.state_dict().values()):
-                old.lerp_(new, 1 - keep) if old.is_floating_point() else old.copy_(new)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        indices += batch
+        update_average(average, model, min(ema, (1 + seen / batch) / (10 + seen / batch)))
+        smooth = loss.clone() if smooth is None else smooth.lerp(loss, 0.02)
         progress.update(batch)
-        progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if seen // batch % 50 == 0:  # reading the number waits for the device
+            progress.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)
         if time.monotonic() - saved > CHECKPOINT_SECONDS or seen >= min(images, stop or images):
             save_checkpoint(file, model, average, optimizer, seen)
             saved = time.monotonic()

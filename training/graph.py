@@ -1,0 +1,74 @@
+"""A training step as one CUDA graph: for small models, whose kernels take less time than launching them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from featinv_nodes.core.feature_map import FeatInvError
+
+WARM_UP = 3
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises FeatInvError if there are no CUDA graphs on the device."""
+    if torch.device(device).type != "cuda":
+        raise FeatInvError(f"a step can become a CUDA graph on a CUDA device only, not on {device}; leave --graph out")
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of every group; a captured one keeps its tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def capture(gradients: Callable[[], Tensor], update: Callable[[], object], optimizer: torch.optim.AdamW) -> Callable[[], Tensor]:
+    """gradients() and then update() as one graph, which the result replays; it returns the loss.
+
+    gradients: reads tensors that keep their place, runs forward and backward and returns the loss; it runs WARM_UP
+    times before, without a trace but in the moving statistics of normalisations. update: clips and steps; it runs with
+    the replays alone. Neither may wait for the device. Random numbers follow torch.manual_seed at each replay.
+    """
+    _prepare(optimizer)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            gradients()
+            optimizer.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = gradients()
+        update()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def _prepare(optimizer: torch.optim.Optimizer) -> None:
+    """Makes an AdamW fit for capture: its rate is a tensor, its state exists already. A fresh state stays as good as new."""
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+        group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
+    if optimizer.state:
+        return
+    rates = [group["lr"].clone() for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"].zero_()
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"].copy_(rate)
+        for p in group["params"]:
+            p.grad = None
+            optimizer.state[p]["step"].zero_()
