@@ -86,8 +86,10 @@ def ship_base(work: Path, device: str, further: bool, scale: dict) -> None:
 
 def ship_inversion(name: str, work: Path, further: bool, scale: dict) -> None:
     """A shipped model: its configuration as train.py reads it, with more images and another seed."""
-    scale = {"images": INVERSION_IMAGES[name], "compile": True} | scale
-    config = read_config(CONFIGS / f"{name}.yaml", {"max_images": str(scale.pop("images")), "seed": "2" if further else "1"} | {k: str(v) for k, v in scale.items()})
+    scale = {"compile": True, "seed": 2 if further else 1} | scale
+    images = scale.pop("images", INVERSION_IMAGES[name])
+    scale |= {"max_images": images, "warmup": images // 50, "save_every": images // 20, "panel_every": images // 4}
+    config = read_config(CONFIGS / f"{name}.yaml", {k: str(v) for k, v in scale.items()})
     config.init_from = str(FOLDER / f"{name}.safetensors") if further else None
     info, controlnet, encoder = load_inversion(train(config, work / name))
     save_inversion(FOLDER / f"{name}.safetensors", info, controlnet, encoder, torch.float16)
