@@ -42,6 +42,7 @@ def capture(gradients: Callable[[], Tensor], update: Callable[[], object], optim
             gradients()
             optimizer.zero_grad(set_to_none=True)
     torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.empty_cache()  # the graph keeps memory of its own
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = gradients()

@@ -25,14 +25,14 @@ from featinv_nodes.core.concepts import save_concepts
 from featinv_nodes.core.files import write_safetensors
 from featinv_nodes.core.weights import load_inversion, save_inversion
 from featinv_nodes.tiny_world import BACKBONES, CONCEPTS, FOLDER, MODELS, open_backbone
+from training.base_model import load_base, load_vae
 from training.card import write_card
 from training.config import CONFIGS, read_config
-from training.pipeline import load_base, load_vae
 from training.tiny import autoencoder, backbones, base
 from training.tiny.concepts import fit_concepts
 from training.train import train
 
-#: pictures of one run of a stage; what the shipped files have seen in all stands in CARD.md
+#: pictures that two processor cores see in hours; the shipped files saw more on a GPU, see CARD.md
 INVERSION_IMAGES = {"tiny_cnn_last": 180_000, "tiny_cnn_stage": 90_000, "tiny_cnn_pooled": 15_000, "tiny_vit_last": 90_000}
 STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "concepts", "card")
 

@@ -20,7 +20,7 @@ from .models import managed
 from .unet import ldm_config, to_ldm
 
 #: What guidance pushes away from: the same features with the negative text (the paper), or zero features as well,
-#: the combination that training drops to.
+#: the combination that training drops to. The node repeats the names: at start-up this module is too heavy for it.
 NEGATIVES = ("text and features", "text")
 UNCONDITIONAL = 1  # the host's number for the negative conditioning
 PLACES = "featinv_places"

@@ -30,5 +30,6 @@ def path(folder: str, name: str) -> Path:
     found = folder_paths.get_full_path(folder, name)
     if found is None:
         places = ", ".join(folder_paths.get_folder_paths(folder))
-        raise FeatInvError(f"{name} is not in {places}. Put the .safetensors file there and press R to refresh the list")
+        fetch = " (python3 run.py download CONFIG fetches a configuration's)" if folder == BACKBONES else ""
+        raise FeatInvError(f"{name} is not in {places}. Put the .safetensors file there{fetch} and press R to refresh the list")
     return Path(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.controlnet import NEGATIVES
 from .types import CATEGORY, Control, Features
 
 
@@ -24,7 +23,7 @@ class FeatInvControlNet(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01, tooltip="Control strength: how much the feature map decides. 0 leaves the sampler alone."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001, tooltip="When control begins, as a share of the sampling process."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="When control ends."),
-                io.Combo.Input("guide_away_from", options=list(NEGATIVES), default=NEGATIVES[0], tooltip="What guidance (cfg) pushes away from: no text and no features (the combination that training saw, more faithful), or the negative text with the same features (the paper)."),
+                io.Combo.Input("guide_away_from", options=["text and features", "text"], default="text and features", tooltip="What guidance (cfg) pushes away from: no text and no features (the combination that training saw, more faithful), or the negative text with the same features (the paper)."),
             ],
             outputs=[
                 io.Conditioning.Output("positive_out", display_name="positive", tooltip="For KSampler's positive."),

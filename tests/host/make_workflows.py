@@ -30,7 +30,7 @@ HUB = "https://huggingface.co"
 class Tiny:
     """The embedded world: nothing to download."""
 
-    name, side, steps, guidance = "tiny", 64, 10, 2.5
+    name, side, steps, guidance = "tiny", 64, 10, 1.5
     note = "Runs at once, on a processor too: models and pictures are part of the pack."
 
     def __init__(self, graph: Graph) -> None:
