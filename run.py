@@ -4,8 +4,10 @@
     python3 run.py demo [--image FILE ...]    set up, then invert, mix and compose pictures; results in out/demo
     python3 run.py test [PYTEST ARGUMENTS]    set up, then run every test
     python3 run.py comfy [HOST ARGUMENTS]     start ComfyUI (COMFYUI_PATH, or ~/comfy/ComfyUI) with the pack linked in
+    python3 run.py download CONFIG [--to DIR] set up, then fetch the backbone and base model of a training configuration
+                                              into DIR: the models folder of that ComfyUI, or models/ where there is none
 
-The first two make .venv beside this file and use it again the next time. --no-venv uses the running Python instead.
+All but comfy make .venv beside this file and use it again the next time. --no-venv uses the running Python instead.
 comfy runs the checkout with its own environment and installs nothing.
 """
 
@@ -20,7 +22,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-REQUIREMENTS = {"demo": ["requirements.txt"], "test": ["requirements.txt", "training/requirements.txt"]}
+REQUIREMENTS = {"demo": ["requirements.txt"], "test": ["requirements.txt", "training/requirements.txt"], "download": ["requirements.txt"]}
 
 
 def step(what: str, command: list[str]) -> None:
@@ -53,6 +55,11 @@ def comfy_checkouts() -> list[Path]:
     """Where ComfyUI is looked for: COMFYUI_PATH, several joined by the platform's separator, or comfy-cli's default place."""
     named = [Path(p) for p in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if p]
     return named or [Path.home() / "comfy" / "ComfyUI"]
+
+
+def models_folder() -> Path:
+    """Where files for the models go: to the first ComfyUI that is there, else beside this file."""
+    return next((root / "models" for root in comfy_checkouts() if (root / "main.py").is_file()), ROOT / "models")
 
 
 def comfy_python(root: Path) -> str:
@@ -92,7 +99,11 @@ def main() -> int:
     if args.command == "comfy":
         return start_comfy(rest)
     python = environment(REQUIREMENTS[args.command], args.no_venv)
-    program = ["-m", "pytest"] if args.command == "test" else [str(ROOT / "training" / "demo.py")]
+    program = {
+        "demo": [str(ROOT / "training" / "demo.py")],
+        "test": ["-m", "pytest"],
+        "download": [str(ROOT / "training" / "download.py"), "--to", str(models_folder())],  # a later --to wins
+    }[args.command]
     return subprocess.call([python, *program, *rest], cwd=ROOT if args.command == "test" else None)
 
 

@@ -46,3 +46,14 @@ def test_comfy_links_the_pack_and_a_first_workflow(tmp_path, monkeypatch, capfd)
     assert "started --cpu" in capfd.readouterr().out
     assert (checkout / "custom_nodes" / "ComfyUI-FeatInv" / "run.py").is_file()
     assert (checkout / "user" / "default" / "workflows" / "featinv_reconstruct.json").is_file()
+
+
+def test_files_are_fetched_into_the_comfyui_that_is_there(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: called.append(command[1:]) or 0)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--no-venv", "download", "tiny_cnn_last", "--base", "owner/name"])
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    program, given = str(run.ROOT / "training" / "download.py"), ["tiny_cnn_last", "--base", "owner/name"]
+    assert run.main() == 0 and called.pop() == [program, "--to", str(run.ROOT / "models"), *given]
+    (tmp_path / "main.py").touch()
+    assert run.main() == 0 and called.pop() == [program, "--to", str(tmp_path / "models"), *given]

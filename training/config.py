@@ -8,12 +8,13 @@ from pathlib import Path
 
 import yaml
 
+from featinv_nodes.core.encoders import KINDS
 from featinv_nodes.core.feature_map import FeatInvError
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "tiny_cnn_last.yaml"
 #: fields that a run cannot change when it goes on
-MODEL_FIELDS = ("backbone", "layer", "pooled", "base", "prompt", "encoder_width", "standardise")
+MODEL_FIELDS = ("backbone", "input_size", "layer", "pooled", "base", "prompt", "encoder", "encoder_width", "standardise")
 
 
 @dataclass
@@ -21,8 +22,9 @@ class TrainConfig:
     """Everything that decides a run. Counts are in images unless said otherwise.
 
     backbone: "tiny-cnn", "tiny-vit", a timm name or a timm-hub folder; backbone_weights: its .safetensors file.
-    layer, pooled: what is inverted. base: "tiny" or a diffusers folder. data: "tiny" or a folder of images.
-    encoder_width: hidden channels of the conditional encoder (the paper: 512). standardise: per-channel mean and
+    input_size: side of the pictures it reads, where that is not timm's default. layer, pooled: what is inverted.
+    base: "tiny", a diffusers folder, a single file of Stable Diffusion 1.x, or owner/name in the hub's cache.
+    data: "tiny" or a folder of images. encoder: "conv" or "perceiver"; encoder_width: its hidden channels (the paper: 512). standardise: per-channel mean and
     deviation learned from the first batches. dropout: share of samples that lose features and text together.
     cycle: weight of the cycle consistency, 1 - cos of the features of the predicted picture, 0 for none (the paper);
     cycle_below: timesteps, of the base model's 1000, below which it counts.
@@ -41,8 +43,10 @@ class TrainConfig:
     prompt: str
     max_images: int
     backbone_weights: str | None = None
+    input_size: int | None = None
     layer: str = "last"
     pooled: bool = False
+    encoder: str = "conv"
     encoder_width: int = 512
     standardise: bool = False
     dropout: float = 0.15
@@ -66,6 +70,8 @@ class TrainConfig:
     recommended: dict = field(default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50})
 
     def __post_init__(self) -> None:
+        if self.encoder not in KINDS:
+            raise FeatInvError(f"encoder {self.encoder!r}: expected one of {', '.join(KINDS)}")
         if self.schedule not in ("constant", "cosine"):
             raise FeatInvError(f"schedule {self.schedule!r}: expected 'constant' or 'cosine'")
         if self.precision not in ("fp32", "bf16", "fp16"):
@@ -87,11 +93,11 @@ class TrainConfig:
 
 
 def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainConfig:
-    """A YAML file with fields replaced by YAML texts. Raises FeatInvError for unknown or missing fields and for
-    values of the wrong type."""
+    """A YAML file, over those it names under `extends`, with fields replaced by YAML texts. Raises FeatInvError for
+    unknown or missing fields and for values of the wrong type."""
     if not file.is_file():
         raise FeatInvError(f"configuration {file} does not exist; shipped: {', '.join(sorted(f.name for f in CONFIGS.glob('*.yaml')))}")
-    values = yaml.safe_load(file.read_text()) | {k: yaml.safe_load(v) for k, v in (overrides or {}).items()}
+    values = _values(file) | {k: yaml.safe_load(v) for k, v in (overrides or {}).items()}
     known = {f.name: f for f in fields(TrainConfig)}
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -102,6 +108,18 @@ def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainCon
         return TrainConfig(**values)
     except TypeError as error:
         raise FeatInvError(f"{file}: {error}") from error
+
+
+def _values(file: Path) -> dict:
+    """A YAML file's fields over those of the files that it extends, the last named first."""
+    own = yaml.safe_load(file.read_text())
+    parents = own.pop("extends", [])
+    values = {}
+    for name in [parents] if isinstance(parents, str) else parents:
+        if not (file.parent / name).is_file():
+            raise FeatInvError(f"{file} extends {name}, which does not exist beside it")
+        values |= _values(file.parent / name)
+    return values | own
 
 
 def _typed(file: Path, name: str, value: object, wanted: str) -> object:

@@ -15,7 +15,8 @@ from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.tiny_world import model_file, open_backbone
 
-from .pipeline import BaseModel, Inversion, Sampling, load_base, noise, sample
+from .base_model import BaseModel, load_base
+from .pipeline import Inversion, Sampling, noise, sample
 
 
 @dataclass
@@ -73,7 +74,9 @@ def open_model(name: str, base: str | None = None, backbone_weights: str | None 
     backbone_weights: where the file's backbone is. Raises FeatInvError where a part is missing or does not fit."""
     file: Path = model_file(name)
     info = read_info(file)
-    source = open_backbone(backbone or info.source.backbone, backbone_weights).to(device, memory_format=torch.channels_last)
+    height, width = info.source.input_size
+    side = height if height == width else None  # what it reads where that is not its own default
+    source = open_backbone(backbone or info.source.backbone, backbone_weights, side).to(device, memory_format=torch.channels_last)
     info.source.require(source.source(info.source.layer, info.source.pooled), f"{file.name}", "the backbone")
     frozen = load_base(base or info.base["name"], info.prompt).to(device)
     model, _ = Inversion.load(file, frozen)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
 
+from .base_model import BaseModel
 from .config import TrainConfig
-from .pipeline import BaseModel
 
 
 def training_loss(base: BaseModel, backbone: Backbone, model: torch.nn.Module, latents: Tensor, features: Tensor, config: TrainConfig) -> Tensor:

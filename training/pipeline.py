@@ -1,127 +1,24 @@
-"""The diffusion side of the method in diffusers' classes: base model, ControlNet, sampling."""
+"""The diffusion side of the method in diffusers' classes: the steered model and sampling."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featinv_nodes.core.encoders import build_encoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from featinv_nodes.core.patch_autoencoder import PATCH, PatchAutoencoder
 from featinv_nodes.core.weights import InversionInfo, load_inversion, save_inversion
-from featinv_nodes.tiny_world import FOLDER
+
+from .base_model import BaseModel
 
 #: What guidance pushes away from: the same features with empty text (the paper), or zero features with empty text,
 #: the combination that training drops to.
 NEGATIVES = ("text", "features")
-
-
-@dataclass
-class BaseModel:
-    """A frozen latent diffusion model in diffusers' folder layout.
-
-    text: prompt -> embedding [1, T, D], with "" for the empty prompt.
-    """
-
-    name: str
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL | PatchAutoencoder
-    scheduler: DDIMScheduler
-    text: dict[str, Tensor]
-
-    @property
-    def latent_size(self) -> int:
-        """Side of the latents the base model was trained at."""
-        return self.unet.config.sample_size
-
-    @property
-    def downscale(self) -> int:
-        """Pixels per latent cell."""
-        tiny = isinstance(self.vae, PatchAutoencoder)
-        return PATCH if tiny else 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def resolution(self) -> int:
-        """Side in pixels of the pictures the base model was trained at."""
-        return self.latent_size * self.downscale
-
-    def describe(self) -> dict:
-        """What a weights file records to recognise a base model that fits."""
-        c = self.unet.config
-        heads = c.num_attention_heads or c.attention_head_dim  # diffusers' older name for the same number
-        return {"name": self.name, "width": c.block_out_channels[0], "context": c.cross_attention_dim, "latent_channels": c.in_channels, "heads": heads}
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, h, w] in 0..1 -> scaled latents: the mean of the autoencoder's posterior."""
-        x = pictures * 2 - 1
-        if isinstance(self.vae, PatchAutoencoder):
-            return self.vae.encode(x)
-        return self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> pictures [B, 3, h, w] in 0..1."""
-        if isinstance(self.vae, PatchAutoencoder):
-            x = self.vae.decode(latents)
-        else:
-            x = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return (x.float() / 2 + 0.5).clamp(0, 1)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModel:
-        self.unet.to(device, dtype, memory_format=torch.channels_last)
-        self.vae.to(device, dtype, memory_format=torch.channels_last)
-        self.text = {prompt: value.to(device, dtype) for prompt, value in self.text.items()}
-        return self
-
-
-def load_base(path: str | Path, prompt: str) -> BaseModel:
-    """Reads a base model from a local diffusers folder (unet/, vae/, scheduler/ and either text_encoder/ and
-    tokenizer/ or prompts.safetensors, which holds an embedding per prompt); "tiny" is the embedded one.
-
-    The text encoder is used once and let go. Raises FeatInvError for a folder that lacks a part.
-    """
-    folder = FOLDER / "base" if str(path) == "tiny" else Path(path)
-    missing = [part for part in ("unet", "vae", "scheduler") if not (folder / part).is_dir()]
-    if missing:
-        raise FeatInvError(f"base model {folder}: no folder {', '.join(missing)}; expected a diffusers folder")
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-    vae = load_vae(folder / "vae")
-    scheduler = DDIMScheduler.from_pretrained(
-        folder / "scheduler", timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-    )
-    for module in (unet, vae):
-        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return BaseModel(str(path), unet, vae, scheduler, _text(folder, prompt))
-
-
-def load_vae(folder: Path) -> AutoencoderKL | PatchAutoencoder:
-    """The autoencoder of a base model folder, by its config.json."""
-    if json.loads((folder / "config.json").read_text())["_class_name"] != "PatchAutoencoder":
-        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    return PatchAutoencoder.load(folder / "diffusion_pytorch_model.safetensors")
-
-
-@torch.inference_mode()
-def _text(folder: Path, prompt: str) -> dict[str, Tensor]:
-    file = folder / "prompts.safetensors"
-    if file.is_file():
-        text = {name: value.float() for name, value in load_file(file).items()}
-        if prompt not in text:
-            raise FeatInvError(f"{file} has no embedding of the prompt {prompt!r}; it has {sorted(text)}")
-        return text
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
-    tokens = tokenizer(["", prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    empty, wanted = encoder(tokens)[0].clone().split(1)
-    return {"": empty, prompt: wanted}
 
 
 class Inversion(nn.Module):
@@ -133,10 +30,12 @@ class Inversion(nn.Module):
         self.controlnet, self.encoder, self.source = controlnet, encoder, source
 
     @classmethod
-    def start(cls, base: BaseModel, source: FeatureSource, width: int = 512) -> Inversion:
+    def start(cls, base: BaseModel, source: FeatureSource, width: int = 512, kind: str = "conv") -> Inversion:
         """A copy of the base model's encoder with zero convolutions: at first the output equals the base model's."""
         controlnet = ControlNetModel.from_unet(base.unet)
-        settings = {"kind": "conv", "channels": source.channels, "out_channels": base.describe()["width"], "width": width}
+        settings = {"kind": kind, "channels": source.channels, "out_channels": base.describe()["width"], "width": width}
+        if kind == "perceiver":
+            settings |= {"tokens": [1, 1] if source.pooled else list(source.grid), "queries": [base.latent_size] * 2}
         model = cls(controlnet, build_encoder(settings), source)
         return model.train().requires_grad_(True)
 

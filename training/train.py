@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.tiny_world import open_backbone
+from training.base_model import BaseModel, load_base
 from training.cli import make_folder, run
 from training.config import TrainConfig, parse_arguments
 from training.data import loader, open_source
 from training.ema import update_average
 from training.graph import capture, check_device, set_rate
 from training.objective import training_loss
-from training.pipeline import BaseModel, Inversion, load_base
+from training.pipeline import Inversion
 from training.report import sample_panel
 
 
@@ -72,9 +73,9 @@ def train(config: TrainConfig, output: Path) -> Path:
     say = tqdm.write if accelerator.is_main_process else lambda _: None
     set_seed(config.seed)
     base = load_base(config.base, config.prompt).to(device)
-    backbone = open_backbone(config.backbone, config.backbone_weights).to(device, memory_format=torch.channels_last)
+    backbone = open_backbone(config.backbone, config.backbone_weights, config.input_size).to(device, memory_format=torch.channels_last)
     source = backbone.source(config.layer, config.pooled)
-    model = Inversion.start(base, source, config.encoder_width).to(device, memory_format=torch.channels_last)
+    model = Inversion.start(base, source, config.encoder_width, config.encoder).to(device, memory_format=torch.channels_last)
     pictures = open_source(config.data, max(base.resolution, *backbone.input_size), config.flips, config.seed, device if config.workers == 0 else "cpu")
     say(f"{config.name}: inverts {source.describe()} with base model {base.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -19,11 +22,24 @@ LAST = "last"
 FITS = ("crop", "stretch")
 
 
+class LastMap(NamedTuple):
+    """How a model's forward_features lays out its last map.
+
+    form: "NCHW", "NHWC" or "NLC" (timm's letters; L: prefix tokens, then the grid row by row). channels: C.
+    grid: (H, W). prefix: number of class and register tokens.
+    """
+
+    form: str
+    channels: int
+    grid: tuple[int, int]
+    prefix: int = 0
+
+
 class Backbone(nn.Module):
     """A frozen timm model.
 
     `layers` lists what can be inverted: "last", the map that the model's own head reads, and every stage or block
-    that timm names in feature_info. Shapes are read from the model by one forward pass of zeros, never from a table.
+    that timm names in feature_info. Shapes are read from the model by passes of zeros, never from a table.
     """
 
     def __init__(self, model: nn.Module, name: str, classes: list[str] | None = None) -> None:
@@ -39,7 +55,8 @@ class Backbone(nn.Module):
         self.register_buffer("_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(self.std)[:, None, None], persistent=False)
         info = getattr(model, "feature_info", None) or []
-        self._stages = [stage["module"] for stage in getattr(info, "info", info)]
+        names = [stage["module"] for stage in getattr(info, "info", info)]
+        self._stages = {name: names.index(name) for name in names if name}
         self._sources: dict[str, FeatureSource] = {}
 
     @property
@@ -49,13 +66,8 @@ class Backbone(nn.Module):
     def source(self, layer: str = LAST, pooled: bool = False) -> FeatureSource:
         """Where maps of a layer come from. Raises FeatInvError for a layer that the model does not offer."""
         if layer not in self._sources:
-            blank = torch.zeros(1, 3, *self.input_size, device=self._mean.device, dtype=self._mean.dtype)
-            with torch.inference_mode():
-                values, _ = self._spatial(blank, layer)
-            channels, *grid = values.shape[1:]
-            self._sources[layer] = FeatureSource(
-                self.name, layer, False, channels, tuple(grid), self.input_size, self.mean, self.std
-            )
+            channels, grid = self._size(layer)
+            self._sources[layer] = FeatureSource(self.name, layer, False, channels, grid, self.input_size, self.mean, self.std)
         known = self._sources[layer]
         return FeatureSource(**{**known.to_dict(), "pooled": pooled})
 
@@ -107,19 +119,15 @@ class Backbone(nn.Module):
         if features.source.layer != LAST or features.source.pooled:
             raise FeatInvError(f"the classifier head of {self.name} reads layer {LAST!r}, unpooled; got {features.source.describe()}")
         features.source.require(self.source(), "the feature map", "the backbone")
-        values = features.values.to(self._mean)
-        if self._is_tokens():
-            prefix = features.prefix
-            count = getattr(self.model, "num_prefix_tokens", 0)
-            if count and prefix is None:
-                if getattr(self.model, "global_pool", "token") in ("token", ""):
-                    raise FeatInvError(f"the head of {self.name} reads the class token, which this feature map no longer has")
-                prefix = values.new_zeros(len(values), count, values.shape[1])  # an averaging head skips them
-            values = values.flatten(2).transpose(1, 2)
-            values = values if not count else torch.cat([prefix.to(values), values], 1)
-        elif getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-            values = values.permute(0, 2, 3, 1)
-        return self.model.forward_head(values).float()
+        values, prefix = features.values.to(self._mean), features.prefix
+        if prefix is None and self.last_map.prefix:
+            # Two fillings in place of the lost tokens: a head that does not read them answers alike.
+            ramp = torch.linspace(-1, 1, values.shape[1]).to(values).expand(len(values), self.last_map.prefix, -1)
+            answer, other = self._head(values, ramp), self._head(values, -ramp)
+            if not torch.equal(answer, other):
+                raise FeatInvError(f"the head of {self.name} reads the class token, which this feature map no longer has")
+            return answer
+        return self._head(values, prefix)
 
     @property
     def groups(self) -> dict[str, slice]:
@@ -146,68 +154,131 @@ class Backbone(nn.Module):
             return timm.data.ImageNetInfo().index_to_description(number)
         return f"class {number}"
 
-    def _is_tokens(self) -> bool:
-        return hasattr(self.model, "num_prefix_tokens") or hasattr(self.model, "patch_embed") and not hasattr(self.model, "output_fmt")
+    @cached_property
+    def last_map(self) -> LastMap:
+        """The last map's layout, from one or two passes of zeros. Raises FeatInvError if the head reads no spatial map."""
+        with torch.inference_mode():
+            out = self.model.forward_features(self._blank())
+        if not isinstance(out, Tensor):
+            raise FeatInvError(f"the head of {self.name} reads {len(out)} maps, not one; {self._other_layers()}")
+        if out.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            return LastMap("NHWC", out.shape[3], tuple(out.shape[1:3]))
+        if out.ndim == 4:
+            return LastMap("NCHW", out.shape[1], tuple(out.shape[2:]))
+        # Tokens do not say their grid: the same tokens, as forward_intermediates shapes them, do.
+        grid = self._size(next(reversed(self._stages)))[1] if self.layers[1:] else (0, 0)
+        prefix = out.shape[1] - grid[0] * grid[1]
+        known = getattr(self.model, "num_prefix_tokens", None)  # where timm does not say: a class token or none
+        if out.ndim != 3 or prefix not in ((0, 1) if known is None else (known,)):
+            raise FeatInvError(
+                f"the head of {self.name} reads no spatial map: its last output has the shape {tuple(out.shape)}, "
+                f"its grid {grid[0]}x{grid[1]}; {self._other_layers()}"
+            )
+        return LastMap("NLC", out.shape[2], grid, prefix)
+
+    def _other_layers(self) -> str:
+        return f"choose one of the layers {_some(self.layers[1:], 16)}"
+
+    def _blank(self) -> Tensor:
+        return torch.zeros(1, 3, *self.input_size, device=self._mean.device, dtype=self._mean.dtype)
+
+    def _size(self, layer: str) -> tuple[int, tuple[int, int]]:
+        """(C, (H, W)) of a layer's map."""
+        if layer == LAST:
+            return self.last_map.channels, self.last_map.grid
+        with torch.inference_mode():
+            values, _ = self._spatial(self._blank(), layer)
+        return values.shape[1], tuple(values.shape[2:])
 
     def _spatial(self, x: Tensor, layer: str) -> tuple[Tensor, Tensor | None]:
         """Normalised pictures to (values [B, C, H, W], prefix tokens [B, P, C] or None)."""
-        if layer == LAST:
-            out = self.model.forward_features(x)
-            if out.ndim == 4:
-                return (out.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else out), None
-            if out.ndim == 3:
-                count = getattr(self.model, "num_prefix_tokens", 0)
-                height, width = self._token_grid(x, out.shape[1] - count)
-                return out[:, count:].transpose(1, 2).unflatten(2, (height, width)), out[:, :count] if count else None
-            raise FeatInvError(f"{self.name} has no spatial map at its last layer (shape {tuple(out.shape)})")
         if layer not in self.layers:
-            raise FeatInvError(f"{self.name} has no layer {layer!r}; choose one of {', '.join(self.layers)}")
-        index = self._stages.index(layer)
-        (values,) = self.model.forward_intermediates(x, indices=[index], intermediates_only=True, output_fmt="NCHW")
-        return values, None
+            raise FeatInvError(f"{self.name} has no layer {layer!r}; choose one of {_some(self.layers, 16)}")
+        if layer != LAST:
+            (values,) = self.model.forward_intermediates(
+                x, indices=[self._stages[layer]], stop_early=True, output_fmt="NCHW", intermediates_only=True
+            )
+            return values, None
+        form, _, grid, count = self.last_map
+        out = self.model.forward_features(x)
+        if form == "NLC":
+            return out[:, count:].transpose(1, 2).unflatten(2, grid), out[:, :count] if count else None
+        return (out.permute(0, 3, 1, 2) if form == "NHWC" else out), None
 
-    def _token_grid(self, x: Tensor, tokens: int) -> tuple[int, int]:
-        embed = getattr(self.model, "patch_embed", None)
-        grid = embed.dynamic_feat_size(x.shape[2:]) if hasattr(embed, "dynamic_feat_size") else getattr(embed, "grid_size", None)
-        if grid is None or grid[0] * grid[1] != tokens:
-            raise FeatInvError(f"{self.name}: {tokens} tokens at the last layer do not form its patch grid {grid}")
-        return tuple(grid)
+    def _head(self, values: Tensor, prefix: Tensor | None) -> Tensor:
+        """The inverse of _spatial for the last layer, then the model's own head: [B, classes]."""
+        form = self.last_map.form
+        if form == "NLC":
+            values = values.flatten(2).transpose(1, 2)
+            values = values if prefix is None else torch.cat([prefix.to(values), values], 1)
+        elif form == "NHWC":
+            values = values.permute(0, 2, 3, 1)
+        return self.model.forward_head(values).float()
 
 
-def load_backbone(name: str, weights: str | Path | None = None) -> Backbone:
+def load_backbone(name: str, weights: str | Path | None = None, input_size: int | None = None) -> Backbone:
     """A backbone from local files alone; the network is never asked.
 
     name: timm architecture[.tag], with weights a .safetensors file of its state dict; or a timm-hub folder
-    (config.json and model.safetensors), whose configuration then decides everything. Raises FeatInvError for an
-    unknown name (with the nearest known ones), a missing or unreadable file, and keys that do not fit.
+    (config.json and model.safetensors), whose configuration then decides. input_size: side in pixels, where not the
+    model's own. Raises FeatInvError for an unknown name (with the nearest known ones), a missing or unreadable file,
+    keys that do not fit, and a side that the model cannot read.
     """
     folder = Path(name)
     if weights is None and (folder / "config.json").is_file():
-        return _from_folder(folder)
-    architecture = name.split(".")[0]
+        return _from_folder(folder, input_size)
+    backbone = untrained_backbone(name, input_size)
+    if weights is None:
+        raise FeatInvError(f"backbone {name} needs a local weights file (.safetensors) or a timm-hub folder; python3 run.py download CONFIG fetches a configuration's")
+    _fill(backbone.model, name, Path(weights))
+    return backbone
+
+
+def untrained_backbone(name: str, input_size: int | None = None) -> Backbone:
+    """A backbone at random weights, which says what its maps are. name, input_size: as in load_backbone."""
+    architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         near = ", ".join(get_close_matches(architecture, timm.list_models(), 4, 0.5)) or "none near"
         raise FeatInvError(f"timm does not know the architecture {architecture!r}; similar names: {near}")
-    if weights is None:
-        raise FeatInvError(f"backbone {name} needs a local weights file (.safetensors) or a timm-hub folder; nothing is downloaded")
-    return Backbone(_filled(timm.create_model(name, pretrained=False), Path(weights)), name)
+    tagged = timm.list_models(f"{architecture}.*", include_tags=True)
+    if tag and name not in tagged:
+        near = ", ".join(get_close_matches(name, tagged, 4, 0)) or "none"
+        raise FeatInvError(f"timm knows no {name!r}; similar names: {near}; without a tag: {architecture}")
+    known = timm.get_pretrained_cfg(name)
+    return _build(name, name, None, known.to_dict() if known else {}, input_size)
 
 
-def _from_folder(folder: Path) -> Backbone:
+def _from_folder(folder: Path, input_size: int | None) -> Backbone:
     try:
         config = json.loads((folder / "config.json").read_text())
-        architecture = config["architecture"]
+        architecture, known = config["architecture"], config.get("pretrained_cfg", {})
     except (ValueError, KeyError) as error:
         raise FeatInvError(f"{folder / 'config.json'} is not a timm-hub configuration: {error}") from error
-    model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    tag = config.get("pretrained_cfg", {}).get("tag", "")
-    classes = config.get("label_names")
-    return Backbone(_filled(model, folder / "model.safetensors"), f"{architecture}.{tag}" if tag else architecture, classes)
+    name = f"{architecture}.{known['tag']}" if known.get("tag") else architecture
+    backbone = _build(f"local-dir:{folder}", name, config.get("label_names"), known, input_size)
+    _fill(backbone.model, architecture, folder / "model.safetensors")
+    return backbone
 
 
-def _filled(model: nn.Module, file: Path) -> nn.Module:
+def _build(what: str, name: str, classes: list[str] | None, known: dict, side: int | None) -> Backbone:
+    """timm's model `what` at random weights. known: its pretrained_cfg."""
+    overlay = {"input_size": (3, side, side)} if side else {}
+    if side and tuple(known.get("test_input_size") or ()) == overlay["input_size"]:
+        overlay["crop_pct"] = known.get("test_crop_pct") or known.get("crop_pct", 1.0)  # timm evaluates at that size so
+    try:
+        backbone = Backbone(timm.create_model(what, pretrained=False, pretrained_cfg_overlay=overlay or None), name, classes)
+        if side:
+            backbone.source()  # whether it runs at that size
+    except (RuntimeError, AssertionError) as error:
+        raise FeatInvError(f"timm cannot run {name}{f' at {side} pixels' if side else ''}: {error}") from error
+    if side and backbone.input_size != (side, side):
+        raise FeatInvError(f"{name} reads {backbone.input_size[0]} x {backbone.input_size[1]} pixels and cannot be set to {side}; leave the input size out")
+    return backbone
+
+
+def _fill(model: nn.Module, name: str, file: Path) -> None:
     if not file.is_file():
-        raise FeatInvError(f"backbone weights {file} do not exist")
+        raise FeatInvError(f"backbone weights {file} do not exist; python3 run.py download CONFIG fetches a configuration's")
     try:
         state = load_file(file)
     except SafetensorError as error:
@@ -216,5 +287,25 @@ def _filled(model: nn.Module, file: Path) -> nn.Module:
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise FeatInvError(f"{file} does not fit {type(model).__name__}: {error}") from error
-    return model
+        raise FeatInvError(
+            f"{file} does not fit {name}: {_misfits(model.state_dict(), state)}. Give the "
+            "weights of this model, or the name they were made for (a timm-hub folder, if classes or input size are not timm's)"
+        ) from error
+
+
+def _misfits(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """Which keys differ, a few of each kind by name; without BatchNorm's counters, which torch fills in."""
+    expected, found = ({k: v.shape for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (expected, found))
+    reshaped = [k for k in expected if k in found and found[k] != expected[k]]
+    kinds = {
+        "missing": [k for k in expected if k not in found],
+        "unexpected": [k for k in found if k not in expected],
+        "misshapen": [f"{k} {list(found[k])} instead of {list(expected[k])}" for k in reshaped],
+    }
+    kinds = {kind: keys for kind, keys in kinds.items() if keys}
+    return "; ".join(f"{kind} {_some(keys, 8 // len(kinds))}" for kind, keys in kinds.items())
+
+
+def _some(names: Collection[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more

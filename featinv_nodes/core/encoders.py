@@ -1,4 +1,4 @@
-"""Conditional encoders: from a feature map to the diffusion model's first internal representation (paper Sec. 2)."""
+"""Conditional encoders: from a feature map to the diffusion model's first internal representation (paper Sec. 2, App. A.1)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class ConvEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What every encoder has: `mean` and `deviation` [C], which standardise each channel first; 0 and 1 (the paper)
+    leave it as it is."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("deviation", torch.ones(channels))
+
+    def standardise(self, values: Tensor) -> None:
+        """Sets mean and deviation per channel from feature maps [B, C, H, W] of the training set."""
+        flat = values.float().transpose(0, 1).flatten(1)
+        self.mean.copy_(flat.mean(1))
+        self.deviation.copy_(flat.std(1).clamp(min=1e-4))
+
+    def standardised(self, values: Tensor) -> Tensor:
+        """Feature values [B, C, H, W] with the training set's mean and deviation taken out."""
+        return (values - self.mean[:, None, None]) / self.deviation[:, None, None]
+
+
+class ConvEncoder(Encoder):
     """The paper's conditional input encoder: bilinear upsampling to the latent grid, then a shallow CNN.
 
     Three 3x3 convolutions (C_f -> width -> width -> C_d) with SiLU between them; the last starts at zero, so that an
     untrained model leaves the base model's output unchanged. A pooled map [B, C, 1, 1] is thereby copied to every
-    location. `mean` and `deviation` [C] standardise each channel first; 0 and 1 (the paper) leave it as it is.
+    location.
     """
 
     def __init__(self, channels: int, out_channels: int, width: int = 512) -> None:
         """channels: C_f of the feature map. out_channels: C_d, the base model's first width. width: hidden channels."""
-        super().__init__()
+        super().__init__(channels)
         self.settings = {"kind": "conv", "channels": channels, "out_channels": out_channels, "width": width}
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("deviation", torch.ones(channels))
         self.block = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
             nn.SiLU(),
@@ -31,19 +49,56 @@ class ConvEncoder(nn.Module):
         nn.init.zeros_(self.block[-1].weight)
         nn.init.zeros_(self.block[-1].bias)
 
-    def standardise(self, values: Tensor) -> None:
-        """Sets mean and deviation per channel from feature maps [B, C, H, W] of the training set."""
-        flat = values.float().transpose(0, 1).flatten(1)
-        self.mean.copy_(flat.mean(1))
-        self.deviation.copy_(flat.std(1).clamp(min=1e-4))
+    def forward(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Feature values [B, C, h, w] -> hint [B, C_d, *size], size being the latent grid (H, W)."""
+        return self.block(F.interpolate(self.standardised(values), size, mode="bilinear", align_corners=False))
+
+
+class PerceiverEncoder(Encoder):
+    """The paper's alternative (App. A.1): a learned grid of queries reads the feature map by cross-attention, as in
+    Perceiver (Jaegle et al. 2021), so that no place of the hint is bound to a place of the map.
+
+    One query per cell of the latent grid, bilinearly scaled to other latents; a learned position is added to each
+    token of the map. Width, heads and the layer after the attention are not in the paper; the projection to C_d starts
+    at zero, as in ConvEncoder.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, width: int = 512, tokens: tuple[int, int] = (1, 1), queries: tuple[int, int] = (32, 32), heads: int = 8
+    ) -> None:
+        """channels: C_f. out_channels: C_d. width: of queries and tokens. tokens: (h, w) of the map. queries: latent
+        grid (H, W) of training. heads: of the attention, dividing width."""
+        super().__init__(channels)
+        self.settings = {"kind": "perceiver", "channels": channels, "out_channels": out_channels, "width": width,
+                         "tokens": list(tokens), "queries": list(queries), "heads": heads}  # fmt: skip
+        self.heads = heads
+        self.queries = nn.Parameter(torch.randn(1, width, *queries) * 0.02)
+        self.position = nn.Parameter(torch.randn(1, width, *tokens) * 0.02)
+        self.read = nn.Conv2d(channels, width, 1)
+        self.query_norm, self.token_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_query, self.to_key_value, self.merge = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.perceptron = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.out = nn.Linear(width, out_channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Feature values [B, C, h, w] -> hint [B, C_d, *size], size being the latent grid (H, W)."""
-        x = (values - self.mean[:, None, None]) / self.deviation[:, None, None]
-        return self.block(F.interpolate(x, size, mode="bilinear", align_corners=False))
+        tokens = self.read(self.standardised(values)) + self.position
+        tokens = self.token_norm(tokens.flatten(2).transpose(1, 2))  # [B, h w, width]
+        grid = F.interpolate(self.queries, size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+        grid = grid.expand(len(values), -1, -1)  # [B, H W, width]
+        q, k, v = (
+            x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for x in (self.to_query(self.query_norm(grid)), *self.to_key_value(tokens).chunk(2, 2))
+        )
+        read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = grid + self.merge(read)
+        x = x + self.perceptron(self.norm(x))
+        return self.out(x).transpose(1, 2).unflatten(2, tuple(size))
 
 
-KINDS = {"conv": ConvEncoder}
+KINDS = {"conv": ConvEncoder, "perceiver": PerceiverEncoder}
 
 
 def build_encoder(settings: dict) -> nn.Module:

@@ -1,11 +1,16 @@
-"""safetensors files with a JSON text about themselves in their metadata: weights, concepts, feature maps."""
+"""safetensors files with a JSON text about themselves in their metadata: weights, concepts, feature maps; and foreign
+PyTorch checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -46,3 +51,23 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
     """All tensors of a file that read_about accepted, on the CPU."""
     with safe_open(file, "pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The state dict of a foreign .ckpt, .pth or .pt file, of a Lightning checkpoint too. Objects besides tensors are
+    never made. Raises FeatInvError for a file that is damaged, holds such objects, or no state dict."""
+    try:
+        # mapped, so that what is left behind is not read either; files of before PyTorch 1.6 are no zip and cannot be
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"Unsupported (global: GLOBAL \S+|.*)|$", str(error))[0] or type(error).__name__
+        raise FeatInvError(
+            f"{file} was not opened, because it is damaged or holds objects besides tensors, which could run foreign code ({reason}). "
+            "If you trust its origin, save its state_dict alone where it was made: torch.save({'state_dict': model.state_dict()}, ...)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        raise FeatInvError(f"{file} is not a complete PyTorch checkpoint ({type(error).__name__}: {str(error)[:120]}); download or copy it again") from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict):
+        raise FeatInvError(f"{file} holds a {type(state).__name__}; expected a state dict, or a Lightning checkpoint with one")
+    return state

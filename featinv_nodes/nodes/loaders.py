@@ -30,6 +30,7 @@ class LoadBackbone(io.ComfyNode):
             inputs=[
                 io.Combo.Input("weights", options=options, default=options[0], tooltip="A .safetensors file in models/backbones, a timm-hub folder there (its model.safetensors), or an embedded model."),
                 io.String.Input("timm_name", default="", tooltip="The timm name, architecture.tag, such as convnext_base.fb_in22k_ft_in1k. Empty: the file's name, or the folder's own configuration. Ignored for embedded models."),
+                io.Int.Input("input_size", default=0, min=0, max=4096, tooltip="Side in pixels of the pictures the model reads; 0 for the model's own. The paper's ConvNeXt reads 288. Must be the one that the inversion model was trained with."),
             ],
             outputs=[
                 Backbone.Output("backbone", display_name="backbone", tooltip="The vision model, with its own input size, colour normalisation and crop."),
@@ -38,21 +39,22 @@ class LoadBackbone(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, weights: str, timm_name: str) -> str:
+    def fingerprint_inputs(cls, weights: str, timm_name: str, input_size: int) -> str:
         return modified(folders.BACKBONES, weights)
 
     @classmethod
-    def execute(cls, weights: str, timm_name: str) -> io.NodeOutput:
+    def execute(cls, weights: str, timm_name: str, input_size: int) -> io.NodeOutput:
         from ..core.backbones import load_backbone
         from ..host.models import ManagedBackbone
         from ..tiny_world import open_backbone
 
         if weights.endswith(EMBEDDED):
-            backbone = open_backbone(weights.removesuffix(EMBEDDED))
+            backbone = open_backbone(weights.removesuffix(EMBEDDED), input_size=input_size or None)
         else:
             file = folders.path(folders.BACKBONES, weights)
             is_folder = (file.parent / "config.json").is_file() and file.name == "model.safetensors"
-            backbone = load_backbone(str(file.parent)) if is_folder and not timm_name else load_backbone(timm_name or file.stem, file)
+            name, own = (str(file.parent), None) if is_folder and not timm_name else (timm_name or file.stem, file)
+            backbone = load_backbone(name, own, input_size or None)
         return io.NodeOutput(ManagedBackbone(backbone), "\n".join(backbone.layers))
 
 

@@ -20,14 +20,14 @@ MODELS = ("tiny_cnn_last", "tiny_cnn_stage", "tiny_cnn_pooled", "tiny_vit_last")
 CONCEPTS = "tiny_cnn_concepts.safetensors"
 
 
-def open_backbone(name: str, weights: str | Path | None = None) -> Backbone:
+def open_backbone(name: str, weights: str | Path | None = None, input_size: int | None = None) -> Backbone:
     """An embedded backbone by its short name or source name, any other one by load_backbone."""
     from ..core.backbones import load_backbone  # timm takes seconds to import
 
     for short, (folder, full) in BACKBONES.items():
         if name in (short, full):
-            return load_backbone(str(FOLDER / folder))
-    return load_backbone(name, weights)
+            return load_backbone(str(FOLDER / folder), input_size=input_size)
+    return load_backbone(name, weights, input_size)
 
 
 def model_file(name: str) -> Path:

@@ -9,18 +9,28 @@ from featinv_nodes.core.backbones import Backbone, load_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import BACKBONES, open_backbone
 
-FAMILIES = {
-    "resnet18": {},
-    "convnext_atto": {},
-    "swinv2_tiny_window8_256": {},
-    "vit_tiny_patch16_224": {},
-    "deit3_small_patch16_224": {"depth": 2},
-    "vit_small_patch14_reg4_dinov2": {"img_size": 70, "depth": 2, "num_classes": 7},
-    "vit_base_patch16_siglip_224": {"depth": 1, "embed_dim": 96, "num_heads": 3, "num_classes": 7},
-}
+SMALL = {"depth": 2, "num_classes": 7}
+FAMILIES = [
+    ("resnet18", {"pretrained_cfg_overlay": {"input_size": (3, 64, 96)}}),  # timm's way to state a CNN's input size
+    ("convnext_atto", {}),
+    ("swinv2_tiny_window8_256", {"img_size": (64, 96), "window_size": 4, "depths": (1, 1, 1, 1)}),  # NHWC
+    ("pvt_v2_b0", {}),  # NCHW, though it has a patch embedding
+    ("levit_128s", {}),  # tokens of a grid smaller than the patches'
+    ("coat_lite_tiny", {}),  # a class token that num_prefix_tokens does not state
+    ("vit_tiny_patch16_224", {}),
+    ("vit_tiny_patch16_224", {"img_size": (64, 96), "global_pool": "avg", **SMALL}),
+    ("deit3_small_patch16_224", {"depth": 2}),
+    ("vit_small_patch14_reg4_dinov2", {"img_size": (70, 56), **SMALL}),
+    ("vit_base_patch16_siglip_224", {"embed_dim": 96, "num_heads": 3, **SMALL}),  # attention pooling
+]
+NAMED = [(name, arguments) for name, arguments in FAMILIES if name.startswith(("resnet", "swin", "levit", "vit_small"))]
 
 
-def random_backbone(name, **arguments):
+def each(families):
+    return pytest.mark.parametrize("name, arguments", families, ids=[f"{n}-{'-'.join(a)}" for n, a in families])
+
+
+def random_backbone(name, arguments):
     torch.manual_seed(0)
     return Backbone(timm.create_model(name, **arguments), name)
 
@@ -30,31 +40,73 @@ def normalised(backbone, x):
     return (x - mean) / std
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_head_on_the_extracted_map_gives_the_models_own_logits(name):
-    backbone = random_backbone(name, **FAMILIES[name])
+def assert_close(ours, own):
+    assert ours.shape == own.shape
+    assert (own - ours).abs().max() <= 1e-5 * own.abs().max()  # float32 rounding of the same operations
+
+
+@each(FAMILIES)
+def test_head_on_the_extracted_map_gives_the_models_own_logits(name, arguments):
+    backbone = random_backbone(name, arguments)
     x = torch.rand(2, 3, *backbone.input_size)
     with torch.inference_mode():
         own = backbone.model(normalised(backbone, x))
-        ours = backbone.logits(backbone(x))
-    assert (own - ours).abs().max() <= 1e-5 * own.abs().max().clamp(min=1)  # float32 rounding of the same operations
+        assert_close(backbone.logits(backbone(x)), own)
+    assert (own[0] - own[1]).abs().max() > 1e-3 * own.abs().max()  # two pictures, two answers
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swinv2_tiny_window8_256", "vit_tiny_patch16_224"])
-def test_every_offered_layer_has_a_spatial_map_of_its_stated_source(name):
-    backbone = random_backbone(name)
-    for layer in backbone.layers:
-        x = torch.rand(1, 3, *backbone.input_size)
-        with torch.inference_mode():
+@each(NAMED)
+def test_every_offered_layer_is_timms_own_map_with_its_stated_source(name, arguments):
+    backbone = random_backbone(name, arguments)
+    x = torch.rand(1, 3, *backbone.input_size)
+    with torch.inference_mode():
+        timms = backbone.model.forward_intermediates(normalised(backbone, x), intermediates_only=True, output_fmt="NCHW")
+        last = backbone.model.forward_intermediates(normalised(backbone, x), indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")
+        assert len(backbone.layers) == 1 + len(timms)
+        for layer, own in zip(backbone.layers, [*last, *timms]):
             found, pooled = backbone(x, layer), backbone(x, layer, pooled=True)
-        assert tuple(found.values.shape[1:]) == (found.source.channels, *found.source.grid)
-        assert torch.allclose(pooled.values[:, :, 0, 0], found.values.mean((2, 3)), atol=1e-6)
-        assert pooled.source == backbone.source(layer, pooled=True)
+            assert_close(found.values, own)
+            assert (found.source.channels, *found.source.grid) == own.shape[1:]
+            assert torch.allclose(pooled.values[:, :, 0, 0], found.values.mean((2, 3)), atol=1e-6)
+            assert pooled.source == backbone.source(layer, pooled=True)
+
+
+@each(NAMED)
+def test_gradients_reach_the_pictures_also_after_an_extraction(name, arguments):
+    """timm keeps some tensors of an earlier pass (LeViT's biases); those of an extraction must not stand in the way."""
+    backbone = random_backbone(name, arguments)
+    x = torch.rand(1, 3, *backbone.input_size)
+    backbone.extract(x)
+    for layer in backbone.layers[:2]:
+        picture = x.clone().requires_grad_()
+        backbone.values(picture, layer).square().sum().backward()
+        assert picture.grad.isfinite().all() and picture.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_map_without_its_prefix_serves_a_head_that_does_not_read_it(pool):
+    backbone = random_backbone("vit_tiny_patch16_224", {"img_size": 64, "global_pool": pool, **SMALL})
+    with torch.inference_mode():
+        features = backbone(torch.rand(2, 3, 64, 64))
+        mixed = features.with_values(features.values)
+        if pool == "avg":
+            assert torch.equal(backbone.logits(mixed), backbone.logits(features))
+        else:
+            with pytest.raises(FeatInvError, match="class token"):
+                backbone.logits(mixed)
+
+
+@pytest.mark.parametrize("name, reason", [("crossvit_9_240", "2 maps"), ("pit_ti_224", "no spatial map")])
+def test_a_head_without_one_map_leaves_the_named_layers(name, reason):
+    backbone = random_backbone(name, {})
+    with pytest.raises(FeatInvError, match=f"{reason}.*{backbone.layers[1]}"):
+        backbone.source()
+    assert backbone.source(backbone.layers[1]).grid > (1, 1)
 
 
 def test_tokens_keep_their_place_on_the_grid():
     """The patch that changes is the cell that changes most, at the first block."""
-    backbone = random_backbone("vit_tiny_patch16_224", depth=1)
+    backbone = random_backbone("vit_tiny_patch16_224", {"depth": 1})
     x = torch.full((1, 3, 224, 224), 0.5)
     y = x.clone()
     y[:, :, 32:48, 160:176] = 1.0  # patch row 2, column 10
@@ -91,6 +143,8 @@ def test_frame_crops_the_centre_or_takes_the_whole_picture():
 def test_bad_names_layers_and_files_are_named(tmp_path):
     with pytest.raises(FeatInvError, match="convnext_base"):
         load_backbone("convnext_bas")
+    with pytest.raises(FeatInvError, match="resnet18.a1_in1k"):
+        load_backbone("resnet18.a9_in1k")
     with pytest.raises(FeatInvError, match="weights file"):
         load_backbone("resnet18")
     with pytest.raises(FeatInvError, match="does not exist|do not exist"):
@@ -110,3 +164,18 @@ def test_weights_file_of_a_timm_model_loads(tmp_path):
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     backbone = load_backbone("resnet18.a1_in1k", tmp_path / "w.safetensors")
     assert backbone.name == "resnet18.a1_in1k" and torch.equal(backbone.model.fc.weight, model.fc.weight)
+
+
+def test_weights_of_another_architecture_are_told_key_by_key(tmp_path):
+    """Briefly: some keys of every kind by name, the others counted."""
+    file = tmp_path / "w.safetensors"
+    save_file(timm.create_model("resnet50").state_dict(), file)
+    with pytest.raises(FeatInvError) as error:
+        load_backbone("resnet18.a1_in1k", file)
+    message = str(error.value)
+    assert "unexpected layer1.0.bn3.bias" in message and "resnet18.a1_in1k" in message and "missing" not in message
+    assert "misshapen layer1.0.conv1.weight [64, 64, 1, 1] instead of [64, 64, 3, 3]" in message
+    assert message.count(" more") == 2 and len(message) < 700
+    save_file(timm.create_model("resnet18", num_classes=10).state_dict(), file)
+    with pytest.raises(FeatInvError, match=r"misshapen fc.weight \[10, 512\] instead of \[1000, 512\], fc.bias"):
+        load_backbone("resnet18", file)

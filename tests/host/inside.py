@@ -61,7 +61,7 @@ class World:
 
     def __init__(self) -> None:
         self.model, self.positive, self.negative, self.vae = run("FeatInv_LoadTinyWorld")
-        self.backbone, _ = run("FeatInv_LoadBackbone", weights="tiny-cnn (embedded)", timm_name="")
+        self.backbone, _ = run("FeatInv_LoadBackbone", weights="tiny-cnn (embedded)", timm_name="", input_size=0)
         self.control, _ = run("FeatInv_LoadFeatInvControlNet", weights="tiny_cnn_last (embedded)")
         self.features = self.extract(0, 3)
 
@@ -289,7 +289,7 @@ def bad_inputs(world: World, folder: Path) -> dict[str, str]:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, weights / "foreign.safetensors")
-    vit, _ = run("FeatInv_LoadBackbone", weights="tiny-vit (embedded)", timm_name="")
+    vit, _ = run("FeatInv_LoadBackbone", weights="tiny-vit (embedded)", timm_name="", input_size=0)
     control = sys.modules["pack of any name.featinv_nodes.host.controlnet"]
     concepts, _ = run("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)")
     broken = world.features.values.clone()

@@ -39,7 +39,7 @@ class Tiny:
         self.model, self.positive, self.negative, self.vae = (world[i] for i in range(4))
 
     def backbone(self, kind: str = "cnn") -> Node:
-        return self.graph.add("FeatInv_LoadBackbone", weights=f"tiny-{kind} (embedded)", timm_name="")
+        return self.graph.add("FeatInv_LoadBackbone", weights=f"tiny-{kind} (embedded)", timm_name="", input_size=0)
 
     def control(self, kind: str = "cnn") -> Node:
         return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"tiny_{kind}_last (embedded)")
@@ -57,7 +57,8 @@ class MiniSD:
     name, side, steps, guidance = "minisd", 256, 50, 1.75
     note = (
         f"Needs MiniSD ({HUB}/justinpinkney/miniSD) in models/checkpoints, the backbone's timm weights in models/backbones, "
-        "and an inversion model in models/featinv, trained with `accelerate launch training/train.py`."
+        "and an inversion model in models/featinv, trained with "
+        "`accelerate launch training/train.py --config training/configs/convnext.yaml` (or `swinv2.yaml`)."
     )
     TIMM = {"cnn": "convnext_base.fb_in22k_ft_in1k", "vit": "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k"}
 
@@ -71,10 +72,11 @@ class MiniSD:
     def backbone(self, kind: str = "cnn") -> Node:
         name = self.TIMM[kind]
         models = [{"name": f"{name}.safetensors", "url": f"{HUB}/timm/{name}/resolve/main/model.safetensors", "directory": "backbones"}]
-        return self.graph.add("FeatInv_LoadBackbone", models=models, weights=f"{name}.safetensors", timm_name="")
+        size = {"cnn": 288, "vit": 0}[kind]  # the paper's ConvNeXt
+        return self.graph.add("FeatInv_LoadBackbone", models=models, weights=f"{name}.safetensors", timm_name="", input_size=size)
 
     def control(self, kind: str = "cnn") -> Node:
-        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights={"cnn": "convnext_last.safetensors", "vit": "swinv2_last.safetensors"}[kind])
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights={"cnn": "convnext.safetensors", "vit": "swinv2.safetensors"}[kind])
 
     def picture(self, number: int) -> Node:
         return self.graph.add("LoadImage", image="example.png")

@@ -54,7 +54,7 @@ def inversion(backbone="tiny-cnn", first=0, steps=3):
     """A whole inversion as the server takes it; node 9 shows the picture."""
     return {
         "1": {"class_type": "FeatInv_TinyWorldScenes", "inputs": {"first": first, "count": 1}},
-        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": f"{backbone} (embedded)", "timm_name": ""}},
+        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": f"{backbone} (embedded)", "timm_name": "", "input_size": 0}},
         "3": {"class_type": "FeatInv_ExtractFeatures", "inputs": {"backbone": ["2", 0], "image": ["1", 0], "layer": "last", "pooled": False, "fit": "crop"}},
         "4": {"class_type": "FeatInv_LoadTinyWorld", "inputs": {}},
         "5": {"class_type": "FeatInv_LoadFeatInvControlNet", "inputs": {"weights": "tiny_cnn_last (embedded)"}},

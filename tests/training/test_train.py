@@ -69,9 +69,45 @@ def test_training_helps_on_scenes_it_never_saw(tmp_path):
     assert losses[1] < losses[0] * 0.99
 
 
-def test_shipped_configurations_are_valid_and_overrides_are_typed():
+def test_the_perceiver_encoder_trains_and_opens(tmp_path):
+    opened = open_model(str(run(tmp_path, 16, encoder="perceiver")))
+    assert opened.info.encoder["kind"] == "perceiver" and opened.info.encoder["tokens"] == [8, 8] and opened.info.encoder["queries"] == [8, 8]
+    assert opened.draw(opened.features(draw(0, torch.arange(1)).image), opened.recommended(steps=1), opened.noise([0])).shape == (1, 3, 64, 64)
+
+
+def test_a_graph_needs_a_cuda_device(tmp_path):
+    with pytest.raises(FeatInvError, match="CUDA device only"):
+        run(tmp_path, 16, graph="true")
+
+
+#: the rows of the paper's Tables 1 and 3 and of Fig. 4: name -> (timm name, input size, layer, pooled, encoder, images)
+EPOCH = 1_281_167
+CONVNEXT = ("convnext_base.fb_in22k_ft_in1k", 288)
+SWINV2 = ("swinv2_base_window12to24_192to384.ms_in22k_ft_in1k", None)
+PAPER = {
+    **{f"{name}{'_pooled' * pooled}": (*backbone, "last", pooled, "conv", 3 * EPOCH) for pooled in (False, True) for name, backbone in {
+        "resnet50": ("resnet50.tv_in1k", None), "resnet50b": ("resnet50.a1_in1k", None), "convnext": CONVNEXT, "swinv2": SWINV2}.items()},
+    "swinv2_perceiver": (*SWINV2, "last", False, "perceiver", 3 * EPOCH),
+    **{f"convnext_stage{n}": (*CONVNEXT, f"stages.{n - 1}", False, "conv", EPOCH) for n in (1, 2, 3)},
+}  # fmt: skip
+
+
+def test_a_configuration_for_every_row_of_the_paper():
+    for name, row in PAPER.items():
+        c = read_config(CONFIGS / f"{name}.yaml")
+        assert (c.backbone, c.input_size, c.layer, c.pooled, c.encoder, c.max_images) == row
+        assert (c.batch, c.rate, c.dropout, c.schedule, c.ema, c.cycle, c.standardise, c.encoder_width) == (8, 1e-5, 0.15, "constant", 0, 0, False, 512)
+        assert (c.recommended["strength"], c.recommended["guidance"]) == ((1.5, 8.0) if c.pooled else (1.0, 1.75))
+        fast = read_config(CONFIGS / f"{name}_fast.yaml")
+        assert (fast.backbone, fast.layer, fast.pooled, fast.encoder, fast.prompt) == (c.backbone, c.layer, c.pooled, c.encoder, c.prompt) and fast.batch > c.batch
+
+
+def test_shipped_configurations_are_valid_and_overrides_are_typed(tmp_path):
     for file in CONFIGS.glob("*.yaml"):
         assert read_config(file).name == file.stem
+    (tmp_path / "mine.yaml").write_text("extends: nothing.yaml\nname: mine\n")
+    with pytest.raises(FeatInvError, match="extends nothing.yaml"):
+        read_config(tmp_path / "mine.yaml")
     assert read_config(DEFAULT, {"rate": "1e-5"}).rate == 1e-5
     for field, value in {"nonsense": "1", "batch": "many", "schedule": "square", "pooled": "3"}.items():
         with pytest.raises(FeatInvError, match=field):
