@@ -75,7 +75,7 @@ def _base(name: str, to: Path) -> Need | None:
         raise FeatInvError(f"base model {name!r} is neither a folder here nor a hub repository; expected owner/name or owner/name/FILE.safetensors")
     repository, file = parts["repository"], parts["file"]
     if file:
-        return Need(repository, to / "checkpoints", _named(file), [], f"Load Checkpoint: {file}")
+        return Need(repository, to / "checkpoints", _named(file), ["--base", str(to / "checkpoints" / file)], f"Load Checkpoint: {file}")
     folder = to / "diffusers" / repository.split("/")[1]
     return Need(repository, folder, choose_base, ["--base", str(folder)], f"DiffusersLoader: {folder.name}")
 

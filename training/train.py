@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.tiny_world import open_backbone
+from training import memory
 from training.base_model import BaseModel, load_base
 from training.cli import make_folder, run
 from training.config import TrainConfig, parse_arguments
@@ -76,6 +77,8 @@ def train(config: TrainConfig, output: Path) -> Path:
     backbone = open_backbone(config.backbone, config.backbone_weights, config.input_size).to(device, memory_format=torch.channels_last)
     source = backbone.source(config.layer, config.pooled)
     model = Inversion.start(base, source, config.encoder_width, config.encoder).to(device, memory_format=torch.channels_last)
+    parts = (model, [base.unet, base.vae, backbone], bool(config.ema), device)
+    memory.require(*parts)
     pictures = open_source(config.data, max(base.resolution, *backbone.input_size), config.flips, config.seed, device if config.workers == 0 else "cpu")
     say(f"{config.name}: inverts {source.describe()} with base model {base.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
@@ -151,7 +154,10 @@ def train(config: TrainConfig, output: Path) -> Path:
         images.copy_(next(batches), non_blocking=True)
         torch.manual_seed(hash((config.seed, seen, accelerator.process_index)) % 2**63)
         set_rate(optimizer, rate_at(seen, config))
-        losses.append(take_step().clone())
+        try:
+            losses.append(take_step().clone())
+        except torch.OutOfMemoryError as error:
+            raise memory.explain(error, *parts, config.batch) from error
         seen, step = seen + per_step, step + 1
         if average is not None:
             update_average(average, model, min(config.ema, (1 + seen / per_step) / (10 + seen / per_step)))

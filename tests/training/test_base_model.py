@@ -1,14 +1,20 @@
 """A base model opens from every layout it comes in, to the same model, and says what is wrong with others."""
 
+import shutil
+from functools import partial
+
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.tiny_world import FOLDER
 from training import stable_diffusion
 from training.base_model import load_base
 from training.stable_diffusion import KNOWN, PROMPT, Tokens, build_text_encoder, load_single_file
+from training.tiny.base import PROMPT as TINY_PROMPT
 
 SMALL_UNET = {**stable_diffusion.UNET, "sample_size": 8, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 16, "attention_head_dim": 4}
 SMALL_VAE = {**stable_diffusion.VAE, "block_out_channels": (32, 32, 64, 64), "sample_size": 64}
@@ -109,6 +115,16 @@ def test_the_known_prompts_need_no_tokenizer():
     assert ids[1, 1:11].tolist() == KNOWN[PROMPT] and (ids[1, 11:] == 49407).all()
     with pytest.raises(FeatInvError, match="not in the hub's cache"):
         Tokens()(["a cat"])
+
+
+def test_a_repository_in_the_hubs_cache_is_opened_by_its_name(tmp_path, monkeypatch):
+    commit, folder = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--nobody--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    shutil.copytree(FOLDER / "base", folder / "snapshots" / commit)
+    monkeypatch.setattr("training.base_model.snapshot_download", partial(huggingface_hub.snapshot_download, cache_dir=tmp_path))
+    found, wanted = load_base("nobody/tiny", TINY_PROMPT), load_base("tiny", TINY_PROMPT)
+    assert found.name == "nobody/tiny" and torch.equal(found.unet.conv_in.weight, wanted.unet.conv_in.weight)
 
 
 class Foreign:

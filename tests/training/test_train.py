@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
+from training import memory
 from training.config import CONFIGS, DEFAULT, read_config
 from training.data import ImageFolder, TinyWorld, loader
 from training.inversion import open_model
@@ -73,6 +74,25 @@ def test_the_perceiver_encoder_trains_and_opens(tmp_path):
     opened = open_model(str(run(tmp_path, 16, encoder="perceiver")))
     assert opened.info.encoder["kind"] == "perceiver" and opened.info.encoder["tokens"] == [8, 8] and opened.info.encoder["queries"] == [8, 8]
     assert opened.draw(opened.features(draw(0, torch.arange(1)).image), opened.recommended(steps=1), opened.noise([0])).shape == (1, 3, 64, 64)
+
+
+def test_too_little_memory_is_said_before_and_during_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 0.02)
+    with pytest.raises(FeatInvError, match="GB for weights and optimizer alone"):
+        run(tmp_path, 16)
+    monkeypatch.undo()
+
+    def step(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("training.train.training_loss", step)
+    with pytest.raises(FeatInvError, match=r"at batch 8.*lower --batch.*no room"):
+        run(tmp_path, 16)
+
+
+def test_memory_counts_weights_gradients_moments_and_average():
+    million = torch.nn.Linear(1000, 1000, bias=False)
+    assert memory.needed(million, [million], True) == pytest.approx(0.024) and memory.needed(million, [], False) == pytest.approx(0.016)
 
 
 def test_a_graph_needs_a_cuda_device(tmp_path):

@@ -1,0 +1,41 @@
+"""Whether a training run fits a device's memory, said before it starts."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from featinv_nodes.core.feature_map import FeatInvError
+
+
+def available(device: torch.device) -> float:
+    """GB of a device: all of a GPU's, this computer's for a processor; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / 1e9
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return float("inf")
+
+
+def needed(trained: nn.Module, frozen: list[nn.Module], average: bool) -> float:
+    """GB that weights (float32), gradients, AdamW's two moments and the moving average take; activations come on top."""
+    own, others = (sum(p.numel() for m in modules for p in m.parameters()) for modules in ([trained], frozen))
+    return (own * (16 + 4 * average) + others * 4) / 1e9
+
+
+def require(trained: nn.Module, frozen: list[nn.Module], average: bool, device: torch.device) -> None:
+    """Raises FeatInvError if not even weights and optimizer fit."""
+    wanted, there = needed(trained, frozen, average), available(device)
+    if wanted > there:
+        raise FeatInvError(f"training needs {wanted:.1f} GB for weights and optimizer alone, and more with each picture of the batch; {device} has {there:.1f} GB")
+
+
+def explain(error: torch.OutOfMemoryError, trained: nn.Module, frozen: list[nn.Module], average: bool, device: torch.device, batch: int) -> FeatInvError:
+    """What to do when a step did not fit."""
+    return FeatInvError(
+        f"{device} ran out of its {available(device):.1f} GB at batch {batch}: weights and optimizer take {needed(trained, frozen, average):.1f} GB, "
+        f"the rest is for the batch; lower --batch. What was saved is kept ({str(error).splitlines()[0]})"
+    )
