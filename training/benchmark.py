@@ -5,7 +5,7 @@
     python training/benchmark.py model           real size, random weights: parameters, GMAC, memory, time of a step
     python training/benchmark.py training        real size: a training step beside that of the paper's released code
 
-The last two take --config NAME (default convnext), --batch and --graph.
+The last two take --config NAME (default convnext_last), --batch and --graph.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ PARTS = {"reconstruct": reconstruct, "world": world, "model": model, "training":
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--config", default="convnext", help="a configuration of training/configs, or a file")
+    parser.add_argument("--config", default="convnext_last", help="a configuration of training/configs, or a file")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1, help="steps that count")
     parser.add_argument("--precision", default="bf16", help="of our step")

@@ -58,7 +58,7 @@ class MiniSD:
     note = (
         f"Needs MiniSD ({HUB}/justinpinkney/miniSD) in models/checkpoints, the backbone's timm weights in models/backbones, "
         "and an inversion model in models/featinv, trained with "
-        "`accelerate launch training/train.py --config training/configs/convnext.yaml` (or `swinv2.yaml`)."
+        "`accelerate launch training/train.py --config training/configs/convnext_last.yaml` (or `swinv2_last.yaml`)."
     )
     TIMM = {"cnn": "convnext_base.fb_in22k_ft_in1k", "vit": "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k"}
 
@@ -76,7 +76,7 @@ class MiniSD:
         return self.graph.add("FeatInv_LoadBackbone", models=models, weights=f"{name}.safetensors", timm_name="", input_size=size)
 
     def control(self, kind: str = "cnn") -> Node:
-        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights={"cnn": "convnext.safetensors", "vit": "swinv2.safetensors"}[kind])
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights={"cnn": "convnext_last.safetensors", "vit": "swinv2_last.safetensors"}[kind])
 
     def picture(self, number: int) -> Node:
         return self.graph.add("LoadImage", image="example.png")

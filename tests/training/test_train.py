@@ -105,7 +105,7 @@ EPOCH = 1_281_167
 CONVNEXT = ("convnext_base.fb_in22k_ft_in1k", 288)
 SWINV2 = ("swinv2_base_window12to24_192to384.ms_in22k_ft_in1k", None)
 PAPER = {
-    **{f"{name}{'_pooled' * pooled}": (*backbone, "last", pooled, "conv", 3 * EPOCH) for pooled in (False, True) for name, backbone in {
+    **{f"{name}_{'pooled' if pooled else 'last'}": (*backbone, "last", pooled, "conv", 3 * EPOCH) for pooled in (False, True) for name, backbone in {
         "resnet50": ("resnet50.tv_in1k", None), "resnet50b": ("resnet50.a1_in1k", None), "convnext": CONVNEXT, "swinv2": SWINV2}.items()},
     "swinv2_perceiver": (*SWINV2, "last", False, "perceiver", 3 * EPOCH),
     **{f"convnext_stage{n}": (*CONVNEXT, f"stages.{n - 1}", False, "conv", EPOCH) for n in (1, 2, 3)},
