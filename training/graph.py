@@ -27,6 +27,12 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+def make_plain(optimizer: torch.optim.Optimizer) -> None:
+    """Takes out what a captured run leaves in a checkpoint, so that the run goes on in either way."""
+    for group in optimizer.param_groups:
+        group["capturable"], group["lr"] = False, float(group["lr"])
+
+
 def capture(gradients: Callable[[], Tensor], update: Callable[[], object], optimizer: torch.optim.AdamW) -> Callable[[], Tensor]:
     """gradients() and then update() as one graph, which the result replays; it returns the loss.
 

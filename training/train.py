@@ -34,7 +34,7 @@ from training.cli import make_folder, run
 from training.config import TrainConfig, parse_arguments
 from training.data import loader, open_source
 from training.ema import update_average
-from training.graph import capture, check_device, set_rate
+from training.graph import capture, check_device, make_plain, set_rate
 from training.objective import training_loss
 from training.pipeline import Inversion
 from training.report import sample_panel
@@ -102,6 +102,7 @@ def train(config: TrainConfig, output: Path) -> Path:
         seen, before = state["seen"], state["before"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        make_plain(optimizer)
         say(f"resumed at {seen} images from {checkpoint}")
     elif config.init_from:
         before = start_from(model, config.init_from, base)

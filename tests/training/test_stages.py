@@ -29,6 +29,17 @@ def test_a_stopped_stage_goes_on_as_if_never_stopped(tmp_path):
     assert [f.name for f in (tmp_path / "two").iterdir()] == ["line.pt"]
 
 
+def test_a_run_of_graphs_goes_on_without_them(tmp_path):
+    """What CUDA graphs need in the optimizer does not bind the next run."""
+    regress(tmp_path, stop=200)
+    state = torch.load(tmp_path / "line.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group["capturable"], group["lr"] = True, torch.tensor(group["lr"])
+    torch.save(state, tmp_path / "line.pt")
+    regress(tmp_path / "straight")
+    assert torch.equal(regress(tmp_path).weight, regress(tmp_path / "straight").weight)
+
+
 @pytest.fixture
 def cnn():
     torch.manual_seed(0)

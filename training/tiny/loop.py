@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.ema import update_average
-from training.graph import capture, check_device, set_rate
+from training.graph import capture, check_device, make_plain, set_rate
 
 CHECKPOINT_SECONDS = 120
 
@@ -55,6 +55,7 @@ def train_stage(
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
+        make_plain(optimizer)
         seen = state["seen"]
     indices = torch.arange(seen, seen + batch, device=device)
 
