@@ -111,7 +111,7 @@ def _folder(path: str) -> Path:
         except OSError:
             pass
     if not Path(path).is_dir():
-        raise FeatInvError(f"there is no base model {path!r}: no folder, no file, not in the hub's cache; python3 run.py download CONFIG fetches a configuration's")
+        raise FeatInvError(f"there is no base model {path!r}: no folder, no file, not in the hub's cache; python3 run.py download CONFIG fetches a configuration's, see https://huggingface.co/{path}")
     return Path(path)
 
 

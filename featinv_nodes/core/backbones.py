@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
 
 LAST = "last"
+HUB = "https://huggingface.co"
 FITS = ("crop", "stretch")
 
 
@@ -229,7 +230,7 @@ def load_backbone(name: str, weights: str | Path | None = None, input_size: int 
         return _from_folder(folder, input_size)
     backbone = untrained_backbone(name, input_size)
     if weights is None:
-        raise FeatInvError(f"backbone {name} needs a local weights file (.safetensors) or a timm-hub folder; python3 run.py download CONFIG fetches a configuration's")
+        raise FeatInvError(f"backbone {name} needs a local weights file (.safetensors) or a timm-hub folder: python3 run.py download CONFIG, or {HUB}/timm/{name}")
     _fill(backbone.model, name, Path(weights))
     return backbone
 

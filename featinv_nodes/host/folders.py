@@ -30,6 +30,7 @@ def path(folder: str, name: str) -> Path:
     found = folder_paths.get_full_path(folder, name)
     if found is None:
         places = ", ".join(folder_paths.get_folder_paths(folder))
-        fetch = " (python3 run.py download CONFIG fetches a configuration's)" if folder == BACKBONES else ""
+        page = "https://huggingface.co/timm/" + name.removesuffix(".safetensors").removesuffix("/model")
+        fetch = f" (from {page}, or by python3 run.py download CONFIG)" if folder == BACKBONES else ""
         raise FeatInvError(f"{name} is not in {places}. Put the .safetensors file there{fetch} and press R to refresh the list")
     return Path(found)

@@ -5,7 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from featinv_nodes.core.backbones import Backbone, load_backbone
+from featinv_nodes.core.backbones import Backbone, load_backbone, untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import BACKBONES, open_backbone
 
@@ -179,3 +179,18 @@ def test_weights_of_another_architecture_are_told_key_by_key(tmp_path):
     save_file(timm.create_model("resnet18", num_classes=10).state_dict(), file)
     with pytest.raises(FeatInvError, match=r"misshapen fc.weight \[10, 512\] instead of \[1000, 512\], fc.bias"):
         load_backbone("resnet18", file)
+
+
+def test_missing_weights_name_the_command_and_the_page():
+    with pytest.raises(FeatInvError, match=r"run.py download CONFIG.*timm/resnet18.a1_in1k"):
+        load_backbone("resnet18.a1_in1k")
+
+
+def test_another_input_size_is_read_and_refused_where_the_model_is_fixed():
+    backbone = untrained_backbone("convnext_atto.d2_in1k", 288)
+    assert backbone.input_size == (288, 288) and backbone.source().grid == (9, 9)
+    assert backbone.crop_pct == timm.get_pretrained_cfg("convnext_atto.d2_in1k").test_crop_pct  # timm evaluates at 288 so
+    with pytest.raises(FeatInvError, match="cannot be set to 288"):
+        open_backbone("tiny-vit", input_size=288)
+    with pytest.raises(FeatInvError, match="at 8 pixels"):
+        untrained_backbone("vit_tiny_patch16_224", 8)
