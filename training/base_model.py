@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -85,7 +85,7 @@ def load_base(path: str | Path, prompt: str) -> BaseModel:
 
     path: "tiny", the embedded one; a diffusers folder (unet/, vae/, scheduler/ and either text_encoder/ and tokenizer/
     or prompts.safetensors, which holds an embedding per prompt); a single .safetensors or .ckpt file of Stable
-    Diffusion 1.x; or owner/name of a repository in the hub's cache. The text encoder is used once and let go.
+    Diffusion 1.x; or a repository in the hub's cache, owner/name, or owner/name/FILE for a single file. The text encoder is used once and let go.
     Raises FeatInvError for what is none of these, lacks a part, or is another architecture.
     """
     if str(path).endswith((".safetensors", ".ckpt")):
@@ -136,6 +136,9 @@ def _from_folder(folder: Path, prompt: str) -> Loaded:
 
 
 def _from_file(file: Path, prompt: str) -> Loaded:
+    if not file.is_file() and len(file.parts) == 3 and not file.is_absolute():
+        cached = try_to_load_from_cache("/".join(file.parts[:2]), file.parts[2])
+        file = Path(cached) if isinstance(cached, str) else file
     if not file.is_file():
         raise FeatInvError(f"base model {file} does not exist; python3 run.py download CONFIG --base OWNER/NAME/FILE fetches one")
     unet, vae, scheduler, encoder = stable_diffusion.load_single_file(file)

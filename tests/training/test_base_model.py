@@ -127,6 +127,18 @@ def test_a_repository_in_the_hubs_cache_is_opened_by_its_name(tmp_path, monkeypa
     assert found.name == "nobody/tiny" and torch.equal(found.unet.conv_in.weight, wanted.unet.conv_in.weight)
 
 
+def test_a_single_file_in_the_hubs_cache(state, tmp_path, monkeypatch):
+    commit, folder = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--nobody--sd"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    save_file(state, folder / "snapshots" / commit / "sd.safetensors")
+    monkeypatch.setattr("training.base_model.try_to_load_from_cache", partial(huggingface_hub.try_to_load_from_cache, cache_dir=tmp_path))
+    assert load_base("nobody/sd/sd.safetensors", PROMPT).name == "nobody/sd/sd.safetensors"
+    with pytest.raises(FeatInvError, match="does not exist"):
+        load_base("nobody/sd/other.safetensors", PROMPT)
+
+
 class Foreign:
     """Something that a pickle must not make."""
 
