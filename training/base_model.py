@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.files import HUB
 from featinv_nodes.core.patch_autoencoder import PATCH, PatchAutoencoder
 from featinv_nodes.tiny_world import FOLDER
 
@@ -25,7 +26,7 @@ Loaded = tuple[UNet2DConditionModel, AutoencoderKL | PatchAutoencoder, DDIMSched
 
 @dataclass
 class BaseModel:
-    """A frozen latent diffusion model in diffusers' folder layout.
+    """A frozen latent diffusion model in diffusers' classes.
 
     text: prompt -> embedding [1, T, D], with "" for the empty prompt.
     """
@@ -85,8 +86,8 @@ def load_base(path: str | Path, prompt: str) -> BaseModel:
 
     path: "tiny", the embedded one; a diffusers folder (unet/, vae/, scheduler/ and either text_encoder/ and tokenizer/
     or prompts.safetensors, which holds an embedding per prompt); a single .safetensors or .ckpt file of Stable
-    Diffusion 1.x; or a repository in the hub's cache, owner/name, or owner/name/FILE for a single file. The text encoder is used once and let go.
-    Raises FeatInvError for what is none of these, lacks a part, or is another architecture.
+    Diffusion 1.x; or a repository in the hub's cache, owner/name, or owner/name/FILE for a
+    single file. The text encoder is used once and let go. Raises FeatInvError for what is none of these, lacks a part, or is another architecture.
     """
     if str(path).endswith((".safetensors", ".ckpt")):
         unet, vae, scheduler, text = _from_file(Path(path), prompt)
@@ -111,7 +112,7 @@ def _folder(path: str) -> Path:
         except OSError:
             pass
     if not Path(path).is_dir():
-        raise FeatInvError(f"there is no base model {path!r}: no folder, no file, not in the hub's cache; python3 run.py download CONFIG fetches a configuration's, see https://huggingface.co/{path}")
+        raise FeatInvError(f"there is no base model {path!r}: no folder, no file, not in the hub's cache; python3 run.py download CONFIG fetches a configuration's, see {HUB}/{path}")
     return Path(path)
 
 

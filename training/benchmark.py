@@ -66,7 +66,7 @@ def model(args: argparse.Namespace) -> None:
         context = parts.base.text[""].expand(args.batch, -1, -1)
         seconds = real_size.seconds(lambda: parts.model.steer(parts.base.unet, x, t, context, hint), 1, 1)
     print(f"sampling step, float32, batch {args.batch}: {seconds:.2f} s, peak memory {real_size.peak_memory():.1f} GB")
-    report(args, "training step", real_size.seconds(real_size.our_step(parts, picture, True, args.graph), args.repeats, 1))
+    report(args, "training step, latents cached", real_size.seconds(real_size.our_step(parts, picture, True, args.graph), args.repeats, 1))
 
 
 def training(args: argparse.Namespace) -> None:

@@ -40,6 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="tiny", help=f"folder of pictures, or tiny for {SCENES} drawn scenes")
     parser.add_argument("--backbone", default="tiny-cnn", help="timm-hub folder or name, tiny-cnn or tiny-vit")
     parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
+    parser.add_argument("--input-size", type=int, help="side of the pictures it reads, where not its own: that of the inversion model")
     parser.add_argument("--layer", default=LAST, help="layer of the backbone; relevance is known for the last one only")
     parser.add_argument("--fit", choices=FITS, default="crop", help="how a picture is fitted to the backbone's input")
     parser.add_argument("--method", choices=METHODS, default="mcd")
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.count < 1:
         raise FeatInvError(f"--count {args.count}: expected at least 1")
     make_folder(args.out.parent)
-    backbone = open_backbone(args.backbone, args.backbone_weights).to(args.device)
+    backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size).to(args.device)
     source = backbone.source(args.layer)
     concepts = own_directions(args.directions, source) if args.directions else None
     vectors, maps = collect(backbone, args)

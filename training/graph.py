@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: for small models, whose kernels take less time than launching them."""
+"""A training step, plain or as one CUDA graph: for small models, whose kernels take less time than launching them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,25 @@ def make_plain(optimizer: torch.optim.Optimizer) -> None:
         group["capturable"], group["lr"] = False, float(group["lr"])
 
 
-def capture(gradients: Callable[[], Tensor], update: Callable[[], object], optimizer: torch.optim.AdamW) -> Callable[[], Tensor]:
-    """gradients() and then update() as one graph, which the result replays; it returns the loss.
+def training_step(gradients: Callable[[], Tensor], update: Callable[[], object], optimizer: torch.optim.Optimizer, graph: bool) -> Callable[[], Tensor]:
+    """One step: gradients() runs forward and backward and returns the loss, update() clips and steps; the step returns
+    the loss.
 
-    gradients: reads tensors that keep their place, runs forward and backward and returns the loss; it runs WARM_UP
-    times before, without a trace but in the moving statistics of normalisations. update: clips and steps; it runs with
-    the replays alone. Neither may wait for the device. Random numbers follow torch.manual_seed at each replay.
+    graph: as one CUDA graph, which the result replays. gradients then reads tensors that keep their place and runs
+    WARM_UP times before, without a trace but in the moving statistics of normalisations; neither may wait for the
+    device; random numbers follow torch.manual_seed at each replay, and the loss is overwritten by the next.
     """
+
+    def plain() -> Tensor:
+        loss = gradients()
+        update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return _capture(gradients, update, optimizer) if graph else plain
+
+
+def _capture(gradients: Callable[[], Tensor], update: Callable[[], object], optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
     _prepare(optimizer)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

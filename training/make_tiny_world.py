@@ -4,9 +4,10 @@
     python training/make_tiny_world.py --stage vit     one of them
     python training/make_tiny_world.py --stage base --further --work out/more     train what is shipped further
 
-Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, concepts, card. Each goes on where it was stopped
-and writes its result into featinv_nodes/tiny_world/ when it is done. The stage card measures everything and writes
-CARD.md, which also says how long the stages took.
+Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, concepts,
+card. Each goes on where it was stopped and writes its result into featinv_nodes/tiny_world/ when it is done. The stage
+card measures everything and writes CARD.md, which also says how long the stages took, and with which --images, --batch
+and --graph the shipped files were made on a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from featinv_nodes.core.weights import load_inversion, save_inversion
 from featinv_nodes.tiny_world import BACKBONES, CONCEPTS, FOLDER, MODELS, open_backbone
 from training.base_model import load_base, load_vae
 from training.card import write_card
+from training.cli import run
 from training.config import CONFIGS, read_config
+from training.graph import check_device
 from training.tiny import autoencoder, backbones, base
 from training.tiny.concepts import fit_concepts
 from training.train import train
@@ -109,6 +112,8 @@ def main() -> None:
     args = parser.parse_args()
     scale = {k: v for k, v in {"images": args.images, "batch": args.batch, "rate": args.rate}.items() if v is not None}
     scale |= {"graph": True, "compile": False} if args.graph else {}
+    if args.graph:
+        check_device(args.device)
     torch.set_num_threads(args.threads)
     for stage in [args.stage] if args.stage else STAGES:
         if stage in ("cnn", "vit"):
@@ -126,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

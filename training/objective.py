@@ -14,6 +14,16 @@ from .base_model import BaseModel
 from .config import TrainConfig
 
 
+@torch.no_grad()
+def observe(base: BaseModel, backbone: Backbone, images: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """What the autoencoder and the backbone make of the same crops [B, 3, h, w] in 0..1: latents [B, C, H, W] and
+    feature values [B, C_f, h, w], float32."""
+    features = backbone.values(backbone.frame(images, "stretch"), config.layer, config.pooled).float()
+    side = (base.resolution,) * 2
+    target = images if images.shape[2:] == side else F.interpolate(images, side, mode="bilinear", antialias=True)
+    return base.encode(target.contiguous(memory_format=torch.channels_last)).float(), features
+
+
 def training_loss(base: BaseModel, backbone: Backbone, model: torch.nn.Module, latents: Tensor, features: Tensor, config: TrainConfig) -> Tensor:
     """The base model's own objective (paper Sec. 2; Ho et al. 2020): predict the noise, or the velocity where the
     base model does so, of latents [B, C, H, W] at random timesteps, given features [B, C_f, h, w].

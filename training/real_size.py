@@ -23,8 +23,8 @@ from featinv_nodes.core.backbones import Backbone, untrained_backbone
 
 from .base_model import BaseModel
 from .config import TrainConfig
-from .graph import capture
-from .objective import training_loss
+from .graph import training_step
+from .objective import observe, training_loss
 from .pipeline import Inversion
 from .stable_diffusion import CLIP, SCHEDULE, UNET, VAE, build_text_encoder
 
@@ -90,27 +90,25 @@ def released_step(parts: Parts, pictures: Tensor) -> Callable[[], Tensor]:
 
 
 def our_step(parts: Parts, pictures: Tensor, cached: bool, graph: bool) -> Callable[[], Tensor]:
-    """train.py's step on `pictures`: autocast, the frozen parts cast once, channels_last. cached: the latents are there
-    already. graph: the step as one CUDA graph."""
+    """train.py's step on `pictures`: autocast, channels_last, fused optimizer. cached: the latents are there already.
+    graph: the step as one CUDA graph."""
     p, device = parts, parts.base.unet.device.type
-    half = torch.bfloat16 if p.config.precision == "bf16" else torch.float32
-    p.base.to(device, half)
-    p.backbone.to(memory_format=torch.channels_last)
-    p.model.to(memory_format=torch.channels_last)
+    p.base.to(device)
+    for module in (p.backbone, p.model):
+        module.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(p.model.parameters(), lr=1e-5, fused=True)
-
-    def encode() -> Tensor:
-        target = F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True)
-        return torch.cat([p.base.encode(x.to(half, memory_format=torch.channels_last)) for x in target.split(16)]).float()
-
-    with torch.no_grad():
-        kept = encode() if cached else None
+    precision = {"device_type": device, "dtype": torch.bfloat16, "enabled": p.config.precision == "bf16"}
+    with torch.autocast(**precision):
+        kept = observe(p.base, p.backbone, pictures, p.config)[0] if cached else None
 
     def gradients() -> Tensor:
-        with torch.autocast(device, half, enabled=half != torch.float32):
-            with torch.no_grad():
-                latents = kept if cached else encode()
-                features = p.backbone.values(p.backbone.frame(pictures, "stretch"), p.config.layer, p.config.pooled).float()
+        with torch.autocast(**precision):
+            if cached:
+                with torch.no_grad():
+                    features = p.backbone.values(p.backbone.frame(pictures, "stretch"), p.config.layer, p.config.pooled).float()
+                latents = kept
+            else:
+                latents, features = observe(p.base, p.backbone, pictures, p.config)
             loss = training_loss(p.base, p.backbone, p.model, latents, features, p.config)
         loss.backward()
         return loss.detach()
@@ -119,13 +117,7 @@ def our_step(parts: Parts, pictures: Tensor, cached: bool, graph: bool) -> Calla
         torch.nn.utils.clip_grad_norm_(p.model.parameters(), 1.0)
         optimizer.step()
 
-    def step() -> Tensor:
-        loss = gradients()
-        update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    return capture(gradients, update, optimizer) if graph else step
+    return training_step(gradients, update, optimizer, graph)
 
 
 def seconds(step: Callable[[], object], repeats: int, warm_up: int = 2) -> float:

@@ -28,7 +28,7 @@ CLIP = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num
 PROMPT = "a high-quality, detailed, and professional image"
 KNOWN = {"": [], PROMPT: [320, 1400, 268, 3027, 267, 12609, 267, 537, 4774, 2867]}
 TOKENIZER = "openai/clip-vit-large-patch14"
-UNET_PREFIX, VAE_PREFIX, CLIP_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+UNET_PREFIX, CLIP_PREFIX = "model.diffusion_model.", "cond_stage_model.transformer."
 
 
 def build_text_encoder() -> nn.Module:
@@ -64,7 +64,6 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         state = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
     except SafetensorError as error:
         raise FeatInvError(f"{file} is not a readable safetensors file: {error}") from error
-    state = state.get("state_dict", state)
     found = [tuple(state[UNET_PREFIX + key].shape) if UNET_PREFIX + key in state else None for key in (
         "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")]  # fmt: skip
     width, context = UNET["block_out_channels"][0], UNET["cross_attention_dim"]

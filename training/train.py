@@ -23,7 +23,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from featinv_nodes.core.weights import InversionInfo
@@ -34,8 +33,8 @@ from training.cli import make_folder, run
 from training.config import TrainConfig, parse_arguments
 from training.data import loader, open_source
 from training.ema import update_average
-from training.graph import capture, check_device, make_plain, set_rate
-from training.objective import training_loss
+from training.graph import check_device, make_plain, set_rate, training_step
+from training.objective import observe, training_loss
 from training.pipeline import Inversion
 from training.report import sample_panel
 
@@ -82,14 +81,6 @@ def train(config: TrainConfig, output: Path) -> Path:
     pictures = open_source(config.data, max(base.resolution, *backbone.input_size), config.flips, config.seed, device if config.workers == 0 else "cpu")
     say(f"{config.name}: inverts {source.describe()} with base model {base.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
-    def observe(images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the backbone and the autoencoder make of the same crop: (latents, feature values)."""
-        with torch.no_grad(), accelerator.autocast():
-            features = backbone.values(backbone.frame(images, "stretch"), config.layer, config.pooled).float()
-            side = (base.resolution,) * 2
-            target = images if images.shape[2:] == side else F.interpolate(images, side, mode="bilinear", antialias=True)
-            return base.encode(target.contiguous(memory_format=torch.channels_last)).float(), features
-
     # Resume
     make_folder(output)
     if accelerator.is_main_process:
@@ -108,7 +99,8 @@ def train(config: TrainConfig, output: Path) -> Path:
         before = start_from(model, config.init_from, base)
     if seen == before == 0 and config.standardise:
         first = loader(pictures, 0, 256, 0, 1, 0)
-        model.encoder.standardise(observe(next(first).to(device))[1])
+        with accelerator.autocast():
+            model.encoder.standardise(observe(base, backbone, next(first).to(device), config)[1])
     average = deepcopy(model) if config.ema else None
     if average is not None and state:
         average.load_state_dict(state["average"])
@@ -127,11 +119,11 @@ def train(config: TrainConfig, output: Path) -> Path:
         save_checkpoint(output, state | ({"average": average.state_dict()} if average is not None else {}))
 
     # Train
-    images = next(loader(pictures, seen, config.batch, 0, 1, 0)).to(device)  # each batch is copied here
+    images = next(batches).to(device)  # the later batches are copied here
 
     def gradients() -> Tensor:
-        latents, features = observe(images)
         with accelerator.autocast():
+            latents, features = observe(base, backbone, images, config)
             loss = training_loss(base, backbone, trained, latents, features, config)
         accelerator.backward(loss)
         return loss.detach()
@@ -140,19 +132,12 @@ def train(config: TrainConfig, output: Path) -> Path:
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    def plain_step() -> Tensor:
-        loss = gradients()
-        update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    take_step = capture(gradients, update, optimizer) if config.graph else plain_step
+    take_step = training_step(gradients, update, optimizer, config.graph)
     progress = tqdm(total=config.max_images, initial=seen, unit="img", desc=config.name, disable=not accelerator.is_main_process, smoothing=0.02, mininterval=2)
     log = open(output / "stats.jsonl", "a") if accelerator.is_main_process else None
     step, losses, since = 0, [], time.perf_counter()
     per_step = config.batch * processes
     while seen < config.max_images:
-        images.copy_(next(batches), non_blocking=True)
         torch.manual_seed(hash((config.seed, seen, accelerator.process_index)) % 2**63)
         set_rate(optimizer, rate_at(seen, config))
         try:
@@ -160,6 +145,8 @@ def train(config: TrainConfig, output: Path) -> Path:
         except torch.OutOfMemoryError as error:
             raise memory.explain(error, *parts, config.batch) from error
         seen, step = seen + per_step, step + 1
+        if seen < config.max_images:
+            images.copy_(next(batches), non_blocking=True)
         if average is not None:
             update_average(average, model, min(config.ema, (1 + seen / per_step) / (10 + seen / per_step)))
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
+from .files import HUB
 
 LAST = "last"
-HUB = "https://huggingface.co"
 FITS = ("crop", "stretch")
 
 
@@ -268,8 +268,9 @@ def _build(what: str, name: str, classes: list[str] | None, known: dict, side: i
         overlay["crop_pct"] = known.get("test_crop_pct") or known.get("crop_pct", 1.0)  # timm evaluates at that size so
     try:
         backbone = Backbone(timm.create_model(what, pretrained=False, pretrained_cfg_overlay=overlay or None), name, classes)
-        if side:
-            backbone.source()  # whether it runs at that size
+        if side:  # whether it runs at that size, whatever its head reads
+            with torch.inference_mode():
+                backbone.model.forward_features(backbone._blank())
     except (RuntimeError, AssertionError) as error:
         raise FeatInvError(f"timm cannot run {name}{f' at {side} pixels' if side else ''}: {error}") from error
     if side and backbone.input_size != (side, side):

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .feature_map import FeatInvError
 
+#: where files of models have their pages
+HUB = "https://huggingface.co"
+
 
 def write_safetensors(file: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file under a temporary name and renames it."""

@@ -7,13 +7,15 @@ from pathlib import Path
 import folder_paths
 
 from ..core.feature_map import FeatInvError
+from ..core.files import HUB
 
 BACKBONES, CONTROLS, CONCEPTS = "backbones", "featinv", "featinv_concepts"
 EXTENSIONS = {".safetensors"}
 
 
 def register() -> None:
-    """Adds the folders beside the host's other models; folders named in extra_model_paths.yaml, and what other packs look for there, stay."""
+    """Adds the folders beside the host's other models; folders named in extra_model_paths.yaml, and what other packs
+    look for there, stay."""
     for name in (BACKBONES, CONTROLS, CONCEPTS):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
         paths, known = folder_paths.folder_names_and_paths[name]
@@ -30,7 +32,7 @@ def path(folder: str, name: str) -> Path:
     found = folder_paths.get_full_path(folder, name)
     if found is None:
         places = ", ".join(folder_paths.get_folder_paths(folder))
-        page = "https://huggingface.co/timm/" + name.removesuffix(".safetensors").removesuffix("/model")
+        page = f"{HUB}/timm/{name.removesuffix('.safetensors').removesuffix('/model')}"
         fetch = f" (from {page}, or by python3 run.py download CONFIG)" if folder == BACKBONES else ""
         raise FeatInvError(f"{name} is not in {places}. Put the .safetensors file there{fetch} and press R to refresh the list")
     return Path(found)

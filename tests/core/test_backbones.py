@@ -194,3 +194,9 @@ def test_another_input_size_is_read_and_refused_where_the_model_is_fixed():
         open_backbone("tiny-vit", input_size=288)
     with pytest.raises(FeatInvError, match="at 8 pixels"):
         untrained_backbone("vit_tiny_patch16_224", 8)
+
+
+def test_a_stage_is_read_at_a_given_size_where_the_head_reads_no_map():
+    """An inversion model is opened with the size that it was trained at."""
+    backbone = untrained_backbone("pit_ti_224", 224)
+    assert backbone.source(backbone.layers[1]).input_size == (224, 224)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.ema import update_average
-from training.graph import capture, check_device, make_plain, set_rate
+from training.graph import check_device, make_plain, set_rate, training_step
 
 CHECKPOINT_SECONDS = 120
 
@@ -68,13 +68,7 @@ def train_stage(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
-    def plain_step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = gradients()
-        update()
-        return loss
-
-    take_step = capture(gradients, update, optimizer) if graph else plain_step
+    take_step = training_step(gradients, update, optimizer, graph)
     saved, smooth = time.monotonic(), None
     progress = tqdm(total=images, initial=seen, desc=name, unit="img", smoothing=0.02, mininterval=5)
     while seen < min(images, stop or images):
