@@ -8,9 +8,6 @@ Writes panel.png, index.html (opens without a server) and results.json.
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import platform
 import sys
 import time
@@ -22,19 +19,18 @@ print("loading PyTorch and diffusers ...", flush=True)
 import diffusers
 import timm
 import torch
-from PIL import Image
 from torch import Tensor
 
+from featinv_nodes.core.images import read_image
 from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 from featinv_nodes.tiny_world import MODELS
 from training.cli import make_folder, run, write_json, write_text
 from training.evaluate import evaluate, gap_closed, load_pictures
-from training.images import read_image
 from training.inversion import Opened, open_model
 from training.pipeline import Sampling
 from training.reconstruct import SCOPE_NOTE
-from training.report import Cell, panel, save_image
+from training.report import Cell, page, panel, save_image
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -70,16 +66,6 @@ def composed(opened: Opened, framed: Tensor, how: Sampling) -> tuple[list[Cell],
     inside = at_grid(mask, wanted.source.grid)[:, 0].bool()
     cells = [(framed[0], "left half from"), (framed[1], "right half from"), *captions(drawn, agreement.mean((1, 2)))]
     return cells, {"cosine_inside": agreement[inside].mean().item(), "cosine_outside": agreement[~inside].mean().item()}
-
-
-def page(title: str, image: Image.Image, paragraphs: list[str]) -> str:
-    """One HTML file with the panel inside it."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    text = "".join(f"<p>{html.escape(p)}</p>" for p in paragraphs)
-    style = "body{font:16px/1.5 system-ui,sans-serif;max-width:1700px;margin:2rem auto;padding:0 1rem}img{max-width:100%}"
-    picture = f'<img alt="panel of originals and reconstructions" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style><h1>{title}</h1>{text}{picture}</html>\n'
 
 
 def main(argv: list[str] | None = None) -> None:

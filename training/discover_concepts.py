@@ -1,38 +1,41 @@
-"""Finds concepts in a backbone's feature maps of a folder of pictures and writes one concept file.
+"""Finds concepts in a backbone's feature maps of a folder of pictures and writes one concept file and a page about it.
 
     python training/discover_concepts.py --data FOLDER --backbone resnet50.a1_in1k --backbone-weights FILE --out concepts.safetensors
     python training/discover_concepts.py                 (the embedded world: drawn scenes and its CNN)
-    python training/discover_concepts.py --directions FILE      (your own directions instead of a method)
+    python training/discover_concepts.py --concepts auto        (as many clusters as completeness asks for)
+    python training/discover_concepts.py --method sae --concepts 256 --active 8
+    python training/discover_concepts.py --directions FILE      (your own directions or sparse autoencoder, instead of a method)
 
-Prints for each concept its dimension, its share of the feature norm (shares of oblique parts sum to more than one), and
-its relevance: the share of the top classes' logits, less the head's bias, that it contributes. Memory: --count vectors a
-few times over, and the feature maps of 64 pictures.
+The folder holds the pictures of one class, or a folder per class. Prints for each concept its dimension, its share of
+the feature norm (shares of oblique parts sum to more than one), its relevance (the share of the top classes' logits,
+less the head's bias, that it contributes) and the classes to whose logits it adds most. The page beside the concept
+file, NAME.html, shows where each concept is. Memory: --count vectors a few times over, the maps of 128 pictures, and
+what the method takes (featinv_nodes/core/concepts/discovery.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from featinv_nodes.core.backbones import FITS, LAST, Backbone
 from featinv_nodes.core.concepts import METHODS, Concepts, discover, own_directions, save_concepts
-from featinv_nodes.core.concepts.relevance import class_weights, completeness, relevance
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
+from featinv_nodes.core.concepts.collect import Collected, Folder, Pictures, collect
+from featinv_nodes.core.concepts.statistics import judge, remarks, table, top_weights, with_statistics
+from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import open_backbone
 from featinv_nodes.tiny_world.scenes import draw
-from training.cli import make_folder, run
-from training.data import SUFFIXES
-from training.images import read_image
+from training.cli import make_folder, run, write_text
+from training.concept_page import page
 
-SCENES, JUDGED, BATCH = 400, 64, 16
+SCENES, AUTO = 400, "auto"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -44,9 +47,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--layer", default=LAST, help="layer of the backbone; relevance is known for the last one only")
     parser.add_argument("--fit", choices=FITS, default="crop", help="how a picture is fitted to the backbone's input")
     parser.add_argument("--method", choices=METHODS, default="mcd")
-    parser.add_argument("--directions", type=Path, help="safetensors file of your own directions, instead of a method")
+    parser.add_argument("--directions", type=Path, help="safetensors file of your own directions or sparse autoencoder, instead of a method")
     parser.add_argument("--count", type=int, default=20_000, help="feature vectors, at most, drawn evenly from the pictures")
-    parser.add_argument("--concepts", type=int, default=8, help="clusters or directions to look for")
+    parser.add_argument("--concepts", default="8", help="clusters, directions or atoms to look for; auto: clusters until they are complete (mcd)")
+    parser.add_argument("--active", type=int, help="sae: atoms active in each vector (default: an eighth of all, 16 at most)")
     parser.add_argument("--centred", action="store_true", help="mcd: bases by PCA about each cluster's mean, as published")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/concepts.safetensors"), help="the concept file")
@@ -54,106 +58,58 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def find_files(data: str, count: int, seed: int) -> list[Path]:
-    """Pictures below a folder, shuffled; no more of them than vectors are wanted."""
-    if not Path(data).is_dir():
-        raise FeatInvError(f"data {data!r} is neither 'tiny' nor a folder")
-    files = sorted(f for f in Path(data).rglob("*") if f.suffix.lower() in SUFFIXES)
-    if not files:
-        raise FeatInvError(f"no images ({', '.join(sorted(SUFFIXES))}) below {data}")
-    return [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count].tolist()]
+def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
+    """The feature vectors and what is judged, with progress; says what was read and what could not be."""
+    if args.data == "tiny":
+        pictures = Pictures(draw(args.seed, torch.arange(SCENES)).image, backbone, name="scene")
+    elif Path(args.data).is_dir():
+        pictures = Folder(Path(args.data), backbone, args.fit, args.count, args.seed)
+    else:
+        raise FeatInvError(f"data {args.data!r} is neither 'tiny' nor a folder")
+    with tqdm(total=len(pictures), desc="features", unit="picture") as bar:
+        found = collect(pictures, lambda x: backbone.extract(x.to(args.device), args.layer), args.count, args.seed, advance(bar))
+    print("\n".join(filter(None, [pictures.skipped(), f"read {found.describe()}"])))
+    return found
 
 
-def read(backbone: Backbone, files: list[Path], fit: str, unreadable: list[str]) -> Tensor:
-    """[b, 3, *input_size] framed pictures; why others cannot be read goes to `unreadable`."""
-    framed = [torch.empty(0, 3, *backbone.input_size)]
-    for file in files:
-        try:
-            framed.append(backbone.frame(read_image(file), fit))
-        except FeatInvError as error:
-            unreadable.append(str(error))
-    return torch.cat(framed)
-
-
-def collect(backbone: Backbone, args: argparse.Namespace) -> tuple[Tensor, FeatureMap]:
-    """(vectors [N, C], as many from each picture, at random places; the whole maps of the first 64 pictures or more)."""
-    tiny = args.data == "tiny"
-    files = list(range(SCENES)) if tiny else find_files(args.data, args.count, args.seed)
-    each, unreadable = -(-args.count // len(files)), []
-    generator = torch.Generator().manual_seed(args.seed)
-    vectors, maps = [], []
-    with tqdm(total=len(files), desc="features", unit="picture") as bar:
-        for start in range(0, len(files), BATCH):
-            part = files[start : start + BATCH]
-            framed = backbone.frame(draw(args.seed, torch.tensor(part)).image) if tiny else read(backbone, part, args.fit, unreadable)
-            bar.update(len(part))
-            if not len(framed):
-                continue
-            found = backbone.extract(framed.to(args.device), args.layer).to("cpu")
-            cells = found.values.flatten(2).transpose(1, 2)  # [b, H * W, C]
-            vectors += [c[torch.randperm(len(c), generator=generator)[:each]] for c in cells]
-            if sum(map(len, maps)) < JUDGED:
-                maps.append(found)
-    if unreadable:
-        print(f"skipped {len(unreadable)} of {len(files)} pictures:", *unreadable, sep="\n  ")
-    if not vectors:
-        raise FeatInvError(f"none of the {len(files)} pictures below {args.data} can be read")
-    return torch.cat(vectors)[: args.count], concatenate(maps)
-
-
-def statistics(backbone: Backbone, concepts: Concepts, maps: FeatureMap) -> tuple[dict[str, list[float]], str]:
-    """Per concept and the rest: share of the feature norm, and, at the head's own layer, relevance and completeness;
-    with a remark where these are missing."""
-    lengths = concepts.parts(maps).norm(dim=2).sum((1, 2, 3))
-    found = {"share": (lengths / maps.values.norm(dim=1).sum()).tolist()}
-    try:
-        contributions, bias = relevance(backbone, concepts, maps)
-        weights = class_weights(backbone, maps)
-    except FeatInvError as error:
-        return found, f"no relevance: {error}"
-    logits = contributions.sum(0) + bias
-    tops = torch.stack([logits[:, part].argmax(1) + (part.start or 0) for part in backbone.groups.values()], 1)  # [B, groups]
-    towards = contributions.gather(2, tops.expand(len(contributions), -1, -1)).sum((1, 2))
-    found["relevance"] = (towards / towards.sum()).tolist()
-    found["completeness"] = [completeness(concepts, weights)[tops].mean().item()]
-    return found, f"completeness for the top classes: {found['completeness'][0]:.2f}"
-
-
-def table(concepts: Concepts, found: dict[str, list[float]]) -> str:
-    """Lines of: number, label, dimension, share of the norm, relevance."""
-    dimensions = [len(b) for b in concepts.bases]
-    dimensions.append(concepts.source.channels - sum(dimensions))
-    relevant = [f"{r:9.1%}" for r in found.get("relevance", [])] or ["        -"] * len(dimensions)
-    lines = [f"{'':3} {'concept':20} {'dimension':>9} {'norm':>7} {'relevance':>9}"]
-    for i, (name, d, share, r) in enumerate(zip(concepts.names, dimensions, found["share"], relevant)):
-        lines.append(f"{i:3} {name[:20]:20} {d:9} {share:7.1%} {r}")
-    return "\n".join(lines)
+def find(backbone: Backbone, args: argparse.Namespace, collected: Collected, number: int) -> Concepts:
+    """The concepts by the method asked for, with progress. number: 0 for as many as completeness asks for."""
+    vectors, maps = collected.vectors, collected.maps
+    weights = None if number else top_weights(backbone, maps)
+    with tqdm(total=len(vectors), desc=args.method, unit="step") as bar:
+        return discover(vectors, maps.source, args.method, number, args.seed, args.centred, advance(bar), weights, args.active)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     if args.count < 1:
         raise FeatInvError(f"--count {args.count}: expected at least 1")
+    if args.concepts != AUTO and not (args.concepts.isdigit() and int(args.concepts)):
+        raise FeatInvError(f"--concepts {args.concepts}: expected a number from 1, or {AUTO}")
     make_folder(args.out.parent)
     backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size).to(args.device)
-    source = backbone.source(args.layer)
-    concepts = own_directions(args.directions, source) if args.directions else None
-    vectors, maps = collect(backbone, args)
+    concepts = own_directions(args.directions, backbone.source(args.layer)) if args.directions else None
+    collected = read(backbone, args)
+    backbone = backbone.cpu()
     if concepts is None:
-        with tqdm(total=len(vectors), desc=args.method, unit="vector") as bar:
-            concepts = discover(vectors, source, args.method, args.concepts, args.seed, args.centred, lambda done, total: _advance(bar, done, total))
-    found, remark = statistics(backbone.cpu(), concepts, maps)
-    settings = {**concepts.settings, "data": Path(args.data).name, **found}
-    save_concepts(args.out, replace(concepts, settings=settings))
+        concepts = find(backbone, args, collected, 0 if args.concepts == AUTO else int(args.concepts))
+    found = judge(backbone, concepts, collected.maps)
+    about = {"data": Path(args.data).name, "read": collected.read, "classes": collected.classes}
+    save_concepts(args.out, with_statistics(concepts, found, **about))
+    write_text(args.out.with_suffix(".html"), page(concepts, collected, found))
     print(table(concepts, found))
-    for line in (*concepts.settings.get("rejected", []), remark):
-        print(line)
-    print(f"wrote {len(concepts)} concepts of {source.describe()} to {args.out}")
+    print(*remarks(concepts, found), sep="\n")
+    print(f"wrote {len(concepts)} concepts of {concepts.source.describe()} to {args.out}; look at {args.out.with_suffix('.html')}")
 
 
-def _advance(bar: tqdm, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
+def advance(bar: tqdm) -> Callable[[int, int], None]:
+    """A progress function that moves a bar."""
+
+    def move(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return move
 
 
 if __name__ == "__main__":

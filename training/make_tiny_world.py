@@ -4,8 +4,8 @@
     python training/make_tiny_world.py --stage vit     one of them
     python training/make_tiny_world.py --stage base --further --work out/more     train what is shipped further
 
-Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, concepts,
-card. Each goes on where it was stopped and writes its result into featinv_nodes/tiny_world/ when it is done. The stage
+Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, their
+scope statistics, concepts, card. Each goes on where it was stopped and writes its result into featinv_nodes/tiny_world/ when it is done. The stage
 card measures everything and writes CARD.md, which also says how long the stages took, and with which --images, --batch
 and --graph the shipped files were made on a GPU.
 """
@@ -30,6 +30,7 @@ from training.base_model import load_base, load_vae
 from training.card import write_card
 from training.cli import run
 from training.config import CONFIGS, read_config
+from training.fit_scope import ship_scope
 from training.graph import check_device
 from training.tiny import autoencoder, backbones, base
 from training.tiny.concepts import fit_concepts
@@ -37,7 +38,7 @@ from training.train import train
 
 #: pictures that two processor cores see in hours; the shipped files saw more on a GPU, see CARD.md
 INVERSION_IMAGES = {"tiny_cnn_last": 180_000, "tiny_cnn_stage": 90_000, "tiny_cnn_pooled": 15_000, "tiny_vit_last": 90_000}
-STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "concepts", "card")
+STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "scope", "concepts", "card")
 
 
 def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -124,6 +125,9 @@ def main() -> None:
             ship_base(args.work, args.device, args.further, scale)
         elif stage == "concepts":
             save_concepts(FOLDER / CONCEPTS, fit_concepts(open_backbone("tiny-cnn")))
+        elif stage == "scope":
+            for name in MODELS:
+                ship_scope(name)
         elif stage == "card":
             write_card()
         else:

@@ -4,7 +4,8 @@
     python training/reconstruct.py --image a.png b.png --mix 0 0.25 0.5 0.75 1 --out DIR
     python training/reconstruct.py --image inner.png outer.png --mask mask.png --out DIR
 
-Writes every picture, panel.png with the cosine similarity under each, and results.json.
+Writes every picture, panel.png with the cosine similarity under each, and results.json. Where the weights file has scope
+statistics, results.json says whether each map is inside what the model knows, and the panel where it is not.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from tqdm import tqdm
 
 from featinv_nodes.core.backbones import FITS
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
+from featinv_nodes.core.images import read_image
 from featinv_nodes.core.mixing import compose, interpolate
+from featinv_nodes.core.scope import VERDICTS
+from featinv_nodes.core.weights import load_scope
+from featinv_nodes.tiny_world import model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
-from training.images import read_image
 from training.inversion import Opened
 from training.pipeline import noise
 from training.report import panel, save_image, to_image
@@ -62,6 +66,22 @@ def wanted_maps(opened: Opened, args: argparse.Namespace, framed: Tensor) -> lis
     return [(f"mix_{w:.2f}", interpolate([first, second], [1 - w, w])) for w in args.mix]
 
 
+def judged(opened: Opened, file: Path, maps: FeatureMap, scores: list[float]) -> list[dict]:
+    """For each map what the scope statistics of the weights file say of it and of its reconstruction; {} without any."""
+    scope = load_scope(file)
+    if scope is None:
+        return [{} for _ in scores]
+    report = scope.judge(maps)
+    found = [
+        {"verdict": verdict, "off": off, "line": line, "less_unusual": {name: share[i].item() for name, share in report.share.items()}}
+        for i, (verdict, off, line) in enumerate(zip(report.verdict, report.off, report.lines()))
+    ]
+    if "cycle" in scope.quantiles:
+        shares, verdicts = scope.judge_cycle(torch.tensor(scores))
+        found = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(found, verdicts, shares.tolist())]
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     if args.samples < 1:
@@ -76,6 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(start), desc="drawing", unit="picture") as bar:
         drawn = opened.draw(wanted, how, start, args.batch, bar.update)
     scores = opened.score(wanted, drawn).tolist()
+    scopes = judged(opened, model_file(args.model), wanted, scores)
+    off = [f"{name}: {scopes[m * args.samples]['line']}" for m, (name, _) in enumerate(maps) if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]]
 
     rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(framed, args.image)]], []
     for m, (name, _) in enumerate(maps):
@@ -84,8 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         for s, i in enumerate(picks):
             file = args.out / f"{m:03d}_{name}_{s}.png"
             save_image(to_image(drawn[i]), file)
-            entries.append({"file": file.name, "map": name, "sample": s, "seed": args.seed, "cosine": scores[i]})
-    note = SCOPE_NOTE if opened.is_tiny else ""
+            entries.append({"file": file.name, "map": name, "sample": s, "seed": args.seed, "cosine": scores[i], "scope": scopes[i]})
+    note = "\n".join([*([SCOPE_NOTE] if opened.is_tiny else []), *off])
     titles = ["original", *(name[:18] for name, _ in maps)]
     save_image(panel(rows, titles, opened.info.source.describe(), note), args.out / "panel.png")
     write_json(args.out / "results.json", {

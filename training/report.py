@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.metrics import cosine
-from featinv_nodes.tiny_world.scenes import draw
-
-from .config import TrainConfig
-from .pipeline import BaseModel, Inversion, Sampling, noise, sample
 
 TILE, GAP, CAPTION = 144, 8, 20
 INK, PAPER = (30, 30, 34), (255, 255, 255)
@@ -32,13 +27,14 @@ def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
 
 
 def panel(rows: Sequence[Sequence[Cell]], titles: Sequence[str], heading: str = "", note: str = "") -> Image.Image:
-    """A grid of pictures with captions: rows of (picture, caption), a title to the left of each row."""
+    """A grid of pictures with captions: rows of (picture, caption), a title to the left of each row; note: lines below."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    notes = note.splitlines()
     left = 12 + max((round(font.getlength(line)) for title in titles for line in title.split("\n")), default=0)
     width = left + GAP + max(len(row) for row in rows) * (TILE + GAP)
     top = 36 if heading else GAP
-    height = top + len(rows) * (TILE + CAPTION + GAP) + (26 if note else 0)
-    sheet = Image.new("RGB", (max(width, round(small.getlength(note)) + 20), height), PAPER)
+    height = top + len(rows) * (TILE + CAPTION + GAP) + (8 + 18 * len(notes) if notes else 0)
+    sheet = Image.new("RGB", (max([width, *(round(small.getlength(line)) + 20 for line in notes)]), height), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((10, 9), heading, INK, ImageFont.load_default(18))
     for r, (row, title) in enumerate(zip(rows, titles)):
@@ -48,8 +44,23 @@ def panel(rows: Sequence[Sequence[Cell]], titles: Sequence[str], heading: str = 
             x = left + GAP + c * (TILE + GAP)
             sheet.paste(to_image(picture, TILE), (x, y))
             pen.text((x + TILE / 2, y + TILE + 2), caption, INK, small, anchor="ma")
-    pen.text((10, height - 22), note, INK, small)
+    for n, line in enumerate(reversed(notes)):
+        pen.text((10, height - 22 - 18 * n), line, INK, small)
     return sheet
+
+
+def page(title: str, image: Image.Image, paragraphs: Sequence[str], body: str = "") -> str:
+    """One HTML file with the picture inside it, which opens without a server. body: HTML between paragraphs and picture."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    text = "".join(f"<p>{html.escape(p)}</p>" for p in paragraphs)
+    style = (
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:1700px;margin:2rem auto;padding:0 1rem}img{max-width:100%}"
+        "table{border-collapse:collapse;font-size:14px;margin:1rem 0}td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:left}"
+    )
+    picture = f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    return f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1>{text}{body}{picture}</html>\n'
 
 
 def save_image(image: Image.Image, file: Path) -> None:
@@ -57,31 +68,3 @@ def save_image(image: Image.Image, file: Path) -> None:
     part = file.with_name(f"{file.stem}.part{file.suffix}")
     image.save(part)
     part.replace(file)
-
-
-def held_out(config: TrainConfig, count: int) -> Tensor:
-    """[count, 3, h, w] pictures that training does not see: held-out scenes, or the first files of the folder,
-    centre-cropped, whose augmented versions it does see."""
-    if config.data == "tiny":
-        return draw(config.seed, torch.arange(count), "held-out").image
-    from .data import ImageFolder
-    from .images import read_image
-
-    files = ImageFolder(Path(config.data), 0, "none", 0).files[:count]
-    return torch.cat([read_image(f, square=512) for f in files])
-
-
-@torch.inference_mode()
-def sample_panel(file: Path, base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> float:
-    """Draws 8 held-out pictures from their features with fixed noise, writes the panel, returns the mean cosine."""
-    device = base.unet.device
-    framed = backbone.frame(held_out(config, 8).to(device))
-    features = backbone(framed, config.layer, config.pooled)
-    how = Sampling(**config.recommended)
-    start = torch.cat([noise(base, seed) for seed in range(len(framed))])
-    pictures = base.decode(sample(base, model, features, start, how, config.prompt))
-    again = backbone(backbone.frame(pictures, "stretch"), config.layer, config.pooled)
-    score = cosine(features, again)
-    rows = [[(x, "") for x in framed], [(x, f"cos {c:.2f}") for x, c in zip(pictures, score.tolist())]]
-    save_image(panel(rows, ["original", "reconstruction"], f"{config.name}, mean cosine {score.mean():.3f}"), file)
-    return score.mean().item()

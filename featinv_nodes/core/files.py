@@ -50,10 +50,16 @@ def read_about(file: str | Path, key: str, kind: str) -> dict:
     return json.loads(text)
 
 
-def read_tensors(file: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file that read_about accepted, on the CPU."""
+def read_metadata(file: str | Path) -> dict[str, str]:
+    """All texts in the metadata of a file that read_about accepted."""
     with safe_open(file, "pt") as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}
+        return opened.metadata()
+
+
+def read_tensors(file: str | Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a file that read_about accepted, or those whose names begin with `prefix`, on the CPU."""
+    with safe_open(file, "pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)}
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from .feature_map import FeatInvError, FeatureMap
 
 #: dark to bright, equal steps in lightness (colours of matplotlib's viridis)
 HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+#: blue by way of near white to red, both ends equally dark
+DIVERGING = ((33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43))
 
 
 def principal_components(features: FeatureMap) -> Tensor:
@@ -32,9 +34,19 @@ def principal_components(features: FeatureMap) -> Tensor:
 
 def heat_map(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """[B, H, W] -> [B, 3, H, W] colours in 0..1, from `low` (dark) to `high` (bright)."""
-    colours = torch.tensor(HEAT, device=values.device) / 255
-    place = ((values.float() - low) / (high - low)).clamp(0, 1) * (len(HEAT) - 1)
-    below = place.floor().long().clamp(max=len(HEAT) - 2)
+    return _coloured((values.float() - low) / (high - low), HEAT)
+
+
+def diverging(values: Tensor, limit: float = 1.0) -> Tensor:
+    """[B, H, W] -> [B, 3, H, W] colours in 0..1: blue at -limit and below, near white at 0, red at limit and above."""
+    return _coloured((values.float() / limit + 1) / 2, DIVERGING)
+
+
+def _coloured(values: Tensor, scale: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """[B, H, W] in 0..1 -> [B, 3, H, W] on a scale of colours at equal steps, mixed linearly between them."""
+    colours = torch.tensor(scale, device=values.device) / 255
+    place = values.clamp(0, 1) * (len(scale) - 1)
+    below = place.floor().long().clamp(max=len(scale) - 2)
     share = (place - below)[..., None]
     return (colours[below] * (1 - share) + colours[below + 1] * share).permute(0, 3, 1, 2)
 
@@ -46,14 +58,27 @@ def enlarge(pictures: Tensor, side: int) -> Tensor:
 
 
 def captioned(pictures: Tensor, captions: list[str], side: int = 256) -> Tensor:
-    """Pictures [B, 3, h, w] in 0..1, enlarged to at least `side`, each with its caption on white below it."""
+    """Pictures [B, 3, h, w] in 0..1, enlarged to at least `side`, each with its caption on white below it.
+
+    Captions may have several lines; all are set in the largest size in which the longest line fits.
+    """
     pictures = enlarge(pictures, side)
     width = pictures.shape[3]
-    font = ImageFont.load_default(max(12, width // 16))
-    bar = round(font.size * 1.5)
+    lines = [line for text in captions for line in text.splitlines()]
+    font = _font(lines, width)
+    bar = round(font.size * (0.3 + 1.2 * max(len(text.splitlines()) or 1 for text in captions)))
     strips = []
     for text in captions:
         strip = Image.new("RGB", (width, bar), "white")
-        ImageDraw.Draw(strip).text((width / 2, bar / 2), text, (30, 30, 34), font, anchor="mm")
+        ImageDraw.Draw(strip).text((width / 2, bar / 2), text, (30, 30, 34), font, anchor="mm", align="center")
         strips.append(torch.from_numpy(np.asarray(strip, np.float32) / 255).permute(2, 0, 1))
     return torch.cat([pictures.cpu(), torch.stack(strips)], 2)
+
+
+def _font(lines: list[str], width: int) -> ImageFont.FreeTypeFont:
+    """The largest size, a sixteenth of the width at most, in which every line fits; 8 at least."""
+    for size in range(max(12, width // 16), 7, -1):
+        font = ImageFont.load_default(size)
+        if all(font.getlength(line) <= 0.98 * width for line in lines):
+            break
+    return font

@@ -1,26 +1,114 @@
-"""FeatInv-Viz: what changes in the picture when a concept is turned down (paper Sec. 4.3, Algorithm 1)."""
+"""FeatInv-Viz: what changes in the picture when a concept is turned down (paper Sec. 4.3, Algorithm 1), and whether the
+picture shows what was asked."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from .feature_map import FeatInvError
+from .concepts import Concepts
+from .feature_map import FeatInvError, FeatureMap, concatenate
 
-THRESHOLD = 0.33
+THRESHOLD, FACTOR, SEEDS = 0.33, 0.25, 5
+#: a slope passes if this share of the asked change arrives: 0.15 to 0.40 where 0.25 is asked
+LEAST, MOST = 0.80, 1.134
 
 
-def difference(original: Tensor, attenuated: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Edit:
+    """A feature map and what it becomes when concepts are scaled.
+
+    original: B maps. changed: for each group in turn the B maps in which that group's concepts, and no others, are
+    scaled by the factor. concepts: the decomposition that the names in groups belong to.
+    """
+
+    original: FeatureMap
+    changed: FeatureMap
+    concepts: Concepts
+    groups: tuple[tuple[str, ...], ...]
+    factor: float
+
+    def titles(self) -> list[str]:
+        """One per group: its concepts' names."""
+        return [" + ".join(group) for group in self.groups]
+
+    def paired(self, seeds: int) -> FeatureMap:
+        """The maps of Algorithm 1 as one batch [(1 + groups) * seeds]: the original once per seed, then each change.
+
+        Row i of every part belongs to seed i. Raises FeatInvError unless the edit is of a single map.
+        """
+        self._require_single()
+        return concatenate([self.original.with_values(self.original.values), self.changed]).repeat(seeds)
+
+    def unpaired(self, pictures: Tensor) -> Tensor:
+        """Pictures [(1 + groups) * seeds, 3, H, W], drawn from `paired` -> [1 + groups, seeds, 3, H, W]. Raises FeatInvError
+        for another number of pictures, and as `paired` does."""
+        self._require_single()
+        parts = 1 + len(self.groups)
+        if not len(pictures) or len(pictures) % parts:
+            raise FeatInvError(f"{len(pictures)} pictures for the original and {parts - 1} changed maps; expected a multiple of {parts}, the same seeds for each")
+        return pictures.unflatten(0, (parts, -1))
+
+    def _require_single(self) -> None:
+        if len(self.original) != 1:
+            raise FeatInvError(f"FeatInv-Viz shows one picture at a time; this edit is of {len(self.original)} feature maps, give one")
+
+
+def edit(features: FeatureMap, concepts: Concepts, groups: Sequence[Sequence[str | int]], factor: float = FACTOR, keep_length: bool = False) -> Edit:
+    """phi' = sum of the other parts + factor * phi_c for the concepts c of each group (Algorithm 1, first line).
+
+    factor: 0.25 in the paper; above 1 amplifies. keep_length: above 1, vectors that grow are scaled back to the length they
+    had, since longer ones than the inversion model was trained on lead it astray (Appendix D); the concept then grows by
+    less than the factor, at the others' cost.
+    Raises FeatInvError for a concept that there is not, an empty group, or maps of another source.
+    """
+    if not groups or not all(groups):
+        raise FeatInvError(f"no concept named; give numbers or names out of {', '.join(concepts.names[:24])}")
+    named = tuple(tuple(dict.fromkeys(concepts.names[concepts.index(name)] for name in group)) for group in groups)
+    changed = [concepts.scale(features, dict.fromkeys(group, factor)) for group in named]
+    if keep_length and factor > 1:
+        length = features.values.norm(dim=1, keepdim=True)
+        changed = [m.with_values(m.values * (length / m.values.norm(dim=1, keepdim=True).clamp(min=1e-8)).clamp(max=1)) for m in changed]
+    return Edit(features, concatenate(changed), concepts, named, factor)
+
+
+def parse_groups(text: str) -> list[list[str]]:
+    """"sky, bird; branch" -> [["sky", "bird"], ["branch"]]: commas join concepts, semicolons part the variants."""
+    groups = ([name.strip() for name in group.split(",") if name.strip()] for group in text.split(";"))
+    return [group for group in groups if group]
+
+
+def difference(original: Tensor, changed: Tensor) -> Tensor:
     """[H, W] median over the seeds of the Euclidean distance over RGB at each pixel.
 
-    original, attenuated: [n, 3, H, W], row i of both drawn with the same seed, from the feature map and from the one
+    original, changed: [n, 3, H, W], row i of both drawn with the same seed, from the feature map and from the one
     with the concept attenuated. Raises FeatInvError for batches of different shapes.
     """
-    if original.shape != attenuated.shape:
+    _require_pairs(original, changed)
+    return (original - changed).norm(dim=1).quantile(0.5, dim=0)
+
+
+def signed_difference(original: Tensor, changed: Tensor) -> Tensor:
+    """[H, W] in -1..1: median over the seeds of how much brighter each pixel becomes (mean over RGB). Shapes as in
+    `difference`."""
+    _require_pairs(original, changed)
+    return (changed - original).mean(1).quantile(0.5, dim=0)
+
+
+def _require_pairs(original: Tensor, changed: Tensor) -> None:
+    if original.shape != changed.shape:
         raise FeatInvError(
-            f"{tuple(original.shape)} original and {tuple(attenuated.shape)} attenuated reconstructions; "
+            f"{tuple(original.shape)} original and {tuple(changed.shape)} attenuated reconstructions; "
             "draw both with the same seed, size and number of pictures"
         )
-    return (original - attenuated).norm(dim=1).quantile(0.5, dim=0)
+
+
+def null_difference(original: Tensor) -> Tensor | None:
+    """[H, W] what `difference` would be if nothing were edited and the seeds alone differed: reconstructions [n, 3, H, W]
+    of the unedited map against one another, each seed with the next. None for a single one."""
+    return difference(original, original.roll(1, 0)) if len(original) > 1 else None
 
 
 def normalised(distance: Tensor) -> Tensor:
@@ -32,3 +120,101 @@ def normalised(distance: Tensor) -> Tensor:
 def affected(distance: Tensor, threshold: float = THRESHOLD) -> Tensor:
     """[H, W] 1.0 where the normalised difference reaches the threshold (Fig. 6: below 0.33 counts as unaffected)."""
     return (normalised(distance) >= threshold).float()
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How the edited concepts' part came back when the backbone read the reconstructions again.
+
+    asked: the factor. own: slope of the re-read part on the original one, through the origin, over locations, seeds and
+    channels. others: the same for all other concepts together, 1 if they are unchanged (1 where there are none). untouched: `own` in the
+    reconstructions of the unedited map, 1 for a faithful inversion model. null: mean of the difference map over that of
+    the null map, None for a single seed.
+    """
+
+    asked: float
+    own: float
+    others: float
+    untouched: float
+    null: float | None
+
+    @property
+    def passed(self) -> bool:
+        return passes(self.asked, self.own)
+
+    def describe(self) -> str:
+        """One line for captions and messages."""
+        share = arrived(self.asked, self.own)
+        verdict = "as asked" if self.passed else f"NOT as asked: too {'little' if share < LEAST else 'much'} changed"
+        null = "" if self.null is None else f"; {self.null:.1f} times the difference between seeds"
+        return f"slope {self.own:.2f} for {self.asked:g} asked ({verdict}), other concepts {self.others:.2f}{null}"
+
+
+def measure_slope(change: Edit, group: int, pictures: tuple[Tensor, Tensor], seen: tuple[FeatureMap, FeatureMap]) -> Slope:
+    """What a group's edit came to. pictures: the reconstructions [n, 3, H, W] of the original and of the changed map;
+    seen: their feature maps, read again by the backbone."""
+    concepts, phi = change.concepts, change.original.to(seen[1].values.device)
+    own = [concepts.index(name) for name in change.groups[group]]
+    others = [i for i in range(len(concepts)) if i not in own]
+    null = null_difference(pictures[0])
+    return Slope(
+        change.factor,
+        own=slope(concepts, own, phi, seen[1]),
+        others=slope(concepts, others, phi, seen[1]) if others else 1.0,
+        untouched=slope(concepts, own, phi, seen[0]),
+        null=None if null is None else float(difference(*pictures).mean() / null.mean().clamp(min=1e-8)),
+    )  # fmt: skip
+
+
+def measure_slopes(change: Edit, pictures: Tensor, seen: FeatureMap) -> list[Slope]:
+    """What each group's edit came to. pictures: as in Edit.unpaired; seen: their feature maps, read again by the backbone.
+
+    Raises FeatInvError if these are of another source than the edited map, or as Edit.unpaired does.
+    """
+    seen.source.require(change.original.source, "what the backbone reads in the pictures", "the edited feature map")
+    first, *others = change.unpaired(pictures)
+    again, *changed = [seen.select(slice(i, i + len(first))) for i in range(0, len(seen), len(first))]
+    return [measure_slope(change, group, (first, other), (again, changed[group])) for group, other in enumerate(others)]
+
+
+def arrived(asked: float, own: float) -> float:
+    """Share of the asked change that is there: (1 - own) / (1 - asked); 1 if none was asked for."""
+    return (1 - own) / (1 - asked) if asked != 1 else 1.0
+
+
+def passes(asked: float, own: float) -> bool:
+    """Whether enough of the asked change arrived, and not too much."""
+    return LEAST <= arrived(asked, own) <= MOST
+
+
+def slope(concepts: Concepts, numbers: Sequence[int], original: FeatureMap, again: FeatureMap) -> float:
+    """<phi_c, phi'_c> / <phi_c, phi_c> summed over the concepts c, locations and channels, and the n maps of `again`
+    against the one of `original`; 0 for concepts that the original does not have."""
+    along = length = 0.0
+    for number in numbers:
+        part, found = concepts.part(original, number), concepts.part(again, number)
+        along += float((part * found).sum())
+        length += float(part.square().sum()) * len(again)
+    return along / length if length > 0 else 0.0
+
+
+def closed_loop(slope_at: Callable[[float], float], asked: float, rounds: int = 5) -> tuple[float, float]:
+    """(factor to command, slope it gives): the factor whose re-read slope passes or, if none does, comes nearest to the one
+    asked for.
+
+    Attenuated maps are seldom maps that a picture has; the inversion model draws the nearest picture, in which the
+    concept is often whole. slope_at draws with a commanded factor and measures; it is called `rounds` times at most,
+    bisecting from the asked factor towards twice the asked change, or towards 1 where too much changed, and ends early on
+    a slope that passes.
+    """
+    found = asked, slope_at(asked)
+    little, much = (asked, 2 * asked - 1) if arrived(asked, found[1]) < 1 else (1.0, asked)
+    for _ in range(rounds - 1):
+        if passes(asked, found[1]):
+            break
+        factor = (little + much) / 2
+        result = slope_at(factor)
+        little, much = (factor, much) if arrived(asked, result) < 1 else (little, factor)
+        if passes(asked, result) or abs(result - asked) < abs(found[1] - asked):
+            found = factor, result
+    return found

@@ -1,7 +1,8 @@
 """The weights file: one safetensors file per inversion model, read alike by the nodes and the programs.
 
-Tensors: the ControlNet in the diffusers layout, fp16 or fp32, and the conditional encoder under
-`controlnet_cond_embedding.`. Metadata: one JSON text under the key "featinv".
+Tensors: the ControlNet in the diffusers layout, fp16 or fp32, the conditional encoder under
+`controlnet_cond_embedding.`, and the scope statistics, where the file has them, under `scope.`. Metadata: a JSON text
+under the key "featinv", and one under "featinv_scope" with the statistics' quantiles.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from .encoders import KINDS, build_encoder
 from .feature_map import FeatInvError, FeatureSource
-from .files import read_about, read_tensors, write_safetensors
+from .files import read_about, read_metadata, read_tensors, write_safetensors
+from .scope import Scope
 
 FORMAT = 1
 ENCODER_PREFIX = "controlnet_cond_embedding."
+SCOPE_PREFIX, SCOPE_KEY = "scope.", "featinv_scope"
 
 
 @dataclass
@@ -75,7 +78,7 @@ def load_inversion(file: str | Path) -> tuple[InversionInfo, dict[str, Tensor], 
     Raises FeatInvError as read_info does, and for encoder tensors that are missing, unexpected or misshapen.
     """
     info = read_info(file)
-    tensors = {key: value.float() for key, value in read_tensors(file).items()}
+    tensors = {key: value.float() for key, value in read_tensors(file).items() if not key.startswith(SCOPE_PREFIX)}
     encoder = build_encoder(info.encoder)
     own = {k.removeprefix(ENCODER_PREFIX): tensors.pop(k) for k in list(tensors) if k.startswith(ENCODER_PREFIX)}
     try:
@@ -83,3 +86,22 @@ def load_inversion(file: str | Path) -> tuple[InversionInfo, dict[str, Tensor], 
     except RuntimeError as error:
         raise FeatInvError(f"{file}: the conditional encoder's tensors do not fit its settings. {error}") from error
     return info, tensors, encoder.eval().requires_grad_(False)
+
+
+def load_scope(file: str | Path) -> Scope | None:
+    """The scope statistics of a weights file; None where it has none, which is no fault. Raises FeatInvError as
+    read_info does, and for statistics that do not fit the file's features."""
+    info, text = read_info(file), read_metadata(file).get(SCOPE_KEY)
+    if text is None:
+        return None
+    tensors = {key.removeprefix(SCOPE_PREFIX): value for key, value in read_tensors(file, SCOPE_PREFIX).items()}
+    return Scope.read(info.source, json.loads(text), tensors)
+
+
+def save_scope(file: str | Path, scope: Scope, out: str | Path | None = None) -> None:
+    """Writes a weights file again with other scope statistics and everything else as it was, to `out` or in its place,
+    whole or not at all. Raises FeatInvError if the statistics are of other features than the file's."""
+    scope.source.require(read_info(file).source, "the scope statistics", "the weights file")
+    tensors = {key: value for key, value in read_tensors(file).items() if not key.startswith(SCOPE_PREFIX)}
+    tensors |= {SCOPE_PREFIX + key: value.contiguous() for key, value in scope.tensors().items()}
+    write_safetensors(out or file, tensors, read_metadata(file) | {SCOPE_KEY: json.dumps(scope.about())})

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..core.feature_map import FeatInvError, FeatureMap
-from ..core.weights import InversionInfo, load_inversion
+from ..core.scope import Scope
+from ..core.weights import InversionInfo, load_inversion, load_scope
 from .models import managed
 from .unet import ldm_config, to_ldm
 
@@ -46,13 +47,14 @@ class FeatureControl(comfy.controlnet.ControlNet):
 
     It chains with stock ControlNets in either order. The encoder runs once per sampling run, for the whole latent;
     cut-outs (area conditioning) take their part of the result. One map serves any batch; of more maps than latents
-    the first are used, fewer are repeated in turn, as the host does with hint pictures.
+    the first are used, fewer are repeated in turn, as the host does with hint pictures. scope: what held-out maps are
+    like, None where the weights file does not say.
     """
 
-    def __init__(self, control_model: torch.nn.Module | None, encoder: torch.nn.Module | None, info: InversionInfo, **options) -> None:
+    def __init__(self, control_model: torch.nn.Module | None, encoder: torch.nn.Module | None, info: InversionInfo, scope: Scope | None, **options) -> None:
         super().__init__(control_model, compression_ratio=1, **options)
         self.encoder = None if encoder is None else managed(encoder)
-        self.info = info
+        self.info, self.scope = info, scope
         self.features: FeatureMap | None = None
         self.negative = NEGATIVES[0]
         self.encoded: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
@@ -68,8 +70,13 @@ class FeatureControl(comfy.controlnet.ControlNet):
         control.extra_hooks = _hooks()
         return control
 
+    def judge(self, features: FeatureMap) -> str:
+        """One line: whether the map is inside what the inversion model knows. Raises FeatInvError for another source."""
+        features.source.require(self.info.source, "the feature map", "the inversion model")
+        return self.scope.judge(features).describe() if self.scope else "no scope statistics in this weights file"
+
     def copy(self) -> FeatureControl:
-        other = FeatureControl(None, None, self.info, load_device=self.load_device, manual_cast_dtype=self.manual_cast_dtype)
+        other = FeatureControl(None, None, self.info, self.scope, load_device=self.load_device, manual_cast_dtype=self.manual_cast_dtype)
         other.control_model, other.control_model_wrapped, other.encoder = self.control_model, self.control_model_wrapped, self.encoder
         other.features, other.negative = self.features, self.negative
         self.copy_to(other)
@@ -150,4 +157,4 @@ def load_feature_control(file: Path) -> FeatureControl:
     missing, unexpected = model.load_state_dict(own, strict=False)
     if missing or unexpected:
         raise FeatInvError(f"{file} does not fit the SD 1.x architecture: missing {missing[:4]}, unexpected {unexpected[:4]}")
-    return FeatureControl(model.eval().requires_grad_(False), encoder, info, load_device=device, manual_cast_dtype=cast)
+    return FeatureControl(model.eval().requires_grad_(False), encoder, info, load_scope(file), load_device=device, manual_cast_dtype=cast)

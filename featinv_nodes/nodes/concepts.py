@@ -1,14 +1,14 @@
-"""Nodes that take feature maps apart into concepts, turn concepts down, and show where they live."""
+"""Nodes that take feature maps apart into concepts, turn concepts down, and show where they are active."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.feature_map import FeatInvError
+from ..core.steering import FACTOR, edit, parse_groups
 from ..host import folders
 from ..tiny_world import CONCEPTS, FOLDER
 from .loaders import modified
-from .types import CATEGORY, EMBEDDED, ConceptSet, Features, channels_first, channels_last
+from .types import CATEGORY, EMBEDDED, Change, ConceptSet, Control, Features, channels_last
 
 SHIPPED = "tiny_cnn_concepts" + EMBEDDED
 
@@ -52,19 +52,24 @@ class ConceptAttenuate(io.ComfyNode):
             description="Turns concepts in a feature map down or up. Invert the result and see what the concept is to the model.",
             inputs=[
                 Features.Input("features", tooltip="The feature map, from the backbone and layer of the concepts."),
-                ConceptSet.Input("concepts", tooltip="From Load Concepts."),
-                io.String.Input("names", default="0", tooltip="Which concepts: numbers or names, separated by commas."),
-                io.Float.Input("factor", default=0.25, min=0.0, max=4.0, step=0.01, tooltip="What the concept is multiplied by: 0.25 as in the paper, 0 removes it, 1 changes nothing. Above 1 the map may leave what the inversion model knows."),
+                ConceptSet.Input("concepts", tooltip="From Load Concepts or Discover Concepts."),
+                io.String.Input("names", default="0", tooltip="Which concepts: numbers or names. Commas join what is turned down together; semicolons part variants, each a feature map of its own."),
+                io.Float.Input("factor", default=FACTOR, min=0.0, max=4.0, step=0.01, tooltip="What the concept is multiplied by: 0.25 as in the paper, 0 removes it, 1 changes nothing. Above 1 the map may leave what the inversion model knows."),
+                io.Boolean.Input("keep_length", default=True, tooltip="Above factor 1: feature vectors that grow are scaled back to the length they had. The map stays nearer to what the inversion model knows; the concept grows by less than the factor."),
+                Control.Input("control_net", optional=True, tooltip="The inversion model, to judge whether the changed map is inside what it knows."),
             ],
-            outputs=[Features.Output("attenuated", display_name="features", tooltip="The changed feature map.")],
+            outputs=[
+                Features.Output("attenuated", display_name="features", tooltip="The changed feature map, or a batch of the variants one after the other."),
+                Change.Output("edit", display_name="edit", tooltip="Which concepts were changed and how, for Paired Latents and FeatInv-Viz."),
+                io.String.Output("scope", display_name="scope", tooltip="Whether the changed map is inside what the inversion model knows, and if not, what of it is off. Connect Preview Any."),
+            ],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, features, concepts, names, factor) -> io.NodeOutput:  # noqa: ANN001
-        chosen = [name.strip() for name in names.split(",") if name.strip()]
-        if not chosen:
-            raise FeatInvError(f"Concept Attenuate: no concept named; give numbers or names out of {', '.join(concepts.names)}")
-        return io.NodeOutput(concepts.scale(features, dict.fromkeys(chosen, factor)))
+    def execute(cls, features, concepts, names, factor, keep_length, control_net=None) -> io.NodeOutput:  # noqa: ANN001
+        change = edit(features, concepts, parse_groups(names), factor, keep_length)
+        scope = control_net.judge(change.changed) if control_net else "connect the inversion model to see whether the map is still in scope"
+        return io.NodeOutput(change.changed, change, scope)
 
 
 class ConceptMap(io.ComfyNode):
@@ -77,7 +82,7 @@ class ConceptMap(io.ComfyNode):
             description="Where each concept is active in a feature map, and how strongly: a heat map per concept, its name and largest share below.",
             inputs=[
                 Features.Input("features", tooltip="The feature map; of a batch the first is shown."),
-                ConceptSet.Input("concepts", tooltip="From Load Concepts."),
+                ConceptSet.Input("concepts", tooltip="From Load Concepts or Discover Concepts."),
             ],
             outputs=[io.Image.Output("maps", display_name="maps", tooltip="A picture per concept, the rest last; dark 0, bright 1 (the length of the picture's longest feature vector).")],
         )  # fmt: skip
@@ -91,36 +96,4 @@ class ConceptMap(io.ComfyNode):
         return io.NodeOutput(channels_last(captioned(heat_map(activation), captions)))
 
 
-class FeatInvViz(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FeatInv_Viz",
-            display_name="FeatInv-Viz",
-            category=CATEGORY,
-            description="Which pixels change when a concept is turned down: the median over seeds of the distance between reconstructions of the original and the attenuated feature map (the paper's Algorithm 1).",
-            inputs=[
-                io.Image.Input("original", tooltip="Reconstructions of the original map, one per seed (a batch of 5 latents in the paper)."),
-                io.Image.Input("attenuated", tooltip="Reconstructions of the attenuated map with the same seed and batch size."),
-                io.Float.Input("threshold", default=0.33, min=0.0, max=1.0, step=0.01, tooltip="Share of the largest difference below which a pixel counts as unaffected."),
-            ],
-            outputs=[
-                io.Image.Output("overlay", display_name="overlay", tooltip="The first reconstruction, unaffected pixels darkened."),
-                io.Image.Output("difference", display_name="difference", tooltip="The normalised difference as a heat map."),
-                io.Mask.Output("mask", display_name="mask", tooltip="The affected pixels."),
-            ],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, original, attenuated, threshold) -> io.NodeOutput:  # noqa: ANN001
-        from ..core import pictures, steering
-
-        first = channels_first(original)
-        distance = steering.difference(first, channels_first(attenuated))
-        mask = steering.affected(distance, threshold)
-        shown = first[:1] * (0.25 + 0.75 * mask)
-        heat = pictures.heat_map(steering.normalised(distance)[None])
-        return io.NodeOutput(channels_last(shown), channels_last(heat), mask[None])
-
-
-NODES = [LoadConcepts, ConceptAttenuate, ConceptMap, FeatInvViz]
+NODES = [LoadConcepts, ConceptAttenuate, ConceptMap]

@@ -28,14 +28,16 @@ class FeatInvControlNet(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output("positive_out", display_name="positive", tooltip="For KSampler's positive."),
                 io.Conditioning.Output("negative_out", display_name="negative", tooltip="For KSampler's negative."),
+                io.String.Output("scope", display_name="scope", tooltip="Whether the feature map is inside what the inversion model knows, and if not, what of it is off. Connect Preview Any."),
             ],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, positive, negative, control_net, features, strength, start_percent, end_percent, guide_away_from) -> io.NodeOutput:  # noqa: ANN001
         control = control_net.applied(features, strength, (start_percent, end_percent), guide_away_from)
+        scope = control.judge(features)
         if strength == 0:
-            return io.NodeOutput(positive, negative)
+            return io.NodeOutput(positive, negative, scope)
         copies = {}  # one control per chain before it, shared by positive and negative so that both stay one batch
 
         def steered(conditioning: list) -> list:
@@ -47,7 +49,7 @@ class FeatInvControlNet(io.ComfyNode):
                 out.append([text, {**options, "control": copies[before], "control_apply_to_uncond": False}])
             return out
 
-        return io.NodeOutput(steered(positive), steered(negative))
+        return io.NodeOutput(steered(positive), steered(negative), scope)
 
 
 NODES = [FeatInvControlNet]

@@ -1,14 +1,27 @@
 """Discovery: planted subspaces are found, decompositions are complete, relevance is exact, bad input is named."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.concepts import METHODS, REST, discover, load_concepts, own_directions, save_concepts
+from featinv_nodes.core.concepts import (
+    METHODS,
+    REST,
+    completeness,
+    discover,
+    discovery,
+    load_concepts,
+    own_directions,
+    save_concepts,
+    sparse,
+)
 from featinv_nodes.core.concepts.discovery import dependent
-from featinv_nodes.core.concepts.relevance import class_weights, completeness, relevance
+from featinv_nodes.core.concepts.relevance import class_weights, relevance, relevance_map
+from featinv_nodes.core.concepts.statistics import judge, top_weights
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 
 CHANNELS = 48
@@ -46,7 +59,7 @@ def test_every_method_decomposes_completely(concepts):
     assert torch.equal(concepts.scale(features, dict.fromkeys(concepts.names, 1.0)).values, features.values)
     assert close(concepts.scale(features, dict.fromkeys(concepts.names, 0.3)).values, 0.3 * features.values)
     rest = parts[-1] if concepts.mean is None else parts[-1] - concepts.mean[:, None, None]
-    for basis in concepts.bases:
+    for basis in concepts.bases if concepts.encoder is None else []:  # a code that is not linear leaves what it leaves
         assert torch.einsum("dc,bchw->bdhw", basis, rest).abs().max() < 1e-5 * features.values.norm(dim=1).max()
 
 
@@ -59,7 +72,9 @@ def test_files_of_discovered_concepts_come_back(concepts, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_data_and_seed_give_the_same_concepts(method):
     vectors = union(0.02, 0.3)[1].abs()
-    first, second = (discover(vectors, SOURCE, method, 3, seed=5) for _ in range(2))
+    first = discover(vectors, SOURCE, method, 3, seed=5)
+    with torch.inference_mode():  # as hosts run
+        second = discover(vectors.clone(), SOURCE, method, 3, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(first.bases, second.bases))
 
 
@@ -74,6 +89,66 @@ def test_planted_subspaces_are_recovered(method, noise):
     for basis in planted:
         same = next(b for b in found.bases if len(b) == len(basis))
         assert torch.linalg.svdvals(basis @ same.T).min() > 0.995
+
+
+def test_a_planted_sparse_dictionary_is_recovered():
+    """Two of 24 atoms in each vector; 32 are trained, all 24 found to a cosine of 0.95 (seen: 0.97), others fall silent."""
+    g = generator()
+    atoms = torch.nn.functional.normalize(torch.randn(24, CHANNELS, generator=g))
+    code = torch.zeros(2000, 24).scatter(1, torch.rand(2000, 24, generator=g).topk(2)[1], 1 + torch.rand(2000, 2, generator=g))
+    vectors = code @ atoms + torch.randn(CHANNELS, generator=g)
+    steps = []
+    found = discover(vectors, SOURCE, "sae", 32, active=2, progress=lambda done, total: steps.append((done, total)))
+    rows = torch.cat(list(found.bases))
+    assert found.encoder.active == 2 and torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-5)
+    assert (atoms @ rows.T).amax(1).min() > 0.95 and steps[-1][0] == steps[-1][1]
+    features = FeatureMap(vectors[:24].T.reshape(1, CHANNELS, 24, 1), FeatureSource(**{**SOURCE.to_dict(), "grid": (24, 1)}))
+    known = replace(found, source=features.source)
+    left = known.part(features, REST) - found.mean[:, None, None]
+    assert left.norm() < 0.3 * (features.values - found.mean[:, None, None]).norm()
+    energy = known.lengths(features).square().sum((1, 2, 3))
+    assert energy[:8].sum() > energy[-9:-1].sum()  # the largest first
+    assert found.settings["rejected"] == [f"{32 - len(found)} of 32 atoms: never active"]
+
+
+def test_a_sparse_dictionary_knows_no_unit_of_length(monkeypatch):
+    """Vectors 64 times as long, exactly, have the same atoms and coefficients 64 times as large."""
+    monkeypatch.setattr(sparse, "STEPS", 50)
+    vectors = union(0.02, 0.3)[1]
+    one, other = (discover(vectors * factor, SOURCE, "sae", 16, active=3) for factor in (1, 64))
+    features = FeatureMap(torch.randn(2, CHANNELS, 3, 4, generator=generator(1)), SOURCE)
+    assert one.encoder.bias.abs().max() > 0.01
+    assert close(other.lengths(features.with_values(64 * features.values)), 64 * one.lengths(features))
+
+
+def test_silent_atoms_are_trained_on_what_is_left():
+    x, g = torch.randn(20, CHANNELS, generator=generator()), generator(1)
+    decoder, weight = torch.randn(6, CHANNELS, generator=g), torch.randn(6, CHANNELS, generator=g).requires_grad_()
+    bias = torch.tensor([100.0] * 4 + [0.0] * 2)  # the last are never among the largest two
+    for silent, reached in (([False] * 6, 4), ([False] * 4 + [True] * 2, 6)):
+        loss, seen = sparse._loss(x, decoder, weight, bias, 2, torch.tensor(silent))
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert seen.tolist() == [True] * 4 + [False] * 2 and (gradient.norm(dim=1) > 0).sum() == reached
+
+
+def test_clusters_grow_until_the_concepts_are_complete(monkeypatch):
+    """For a class of which 0.6 lies in the planted subspaces; the affinity is computed once, however far it goes."""
+    planted, vectors = union()
+    inside, outside = sum(b[0] for b in planted), torch.linalg.svd(torch.cat(planted))[2][-1]
+    weights = (0.6 * inside / inside.norm() + 0.8 * outside)[:, None]
+    calls = []
+    for complete, last in ((0.5, 2), (0.7, 4)):
+        monkeypatch.setattr(discovery, "COMPLETE", complete)
+        monkeypatch.setattr(discovery, "MOST_CLUSTERS", 4)
+        calls.clear()
+        grown = discover(vectors, SOURCE, concepts=0, weights=weights, progress=lambda done, total: calls.append(done))
+        way = grown.settings["grown"]
+        assert [clusters for clusters, _ in way] == list(range(2, last + 1)) and calls.count(len(vectors)) == 1
+        assert way[-1][1] == pytest.approx(completeness(grown.bases, weights).mean().item(), abs=1e-4)
+    with pytest.raises(FeatInvError, match="give a number of them for pca"):
+        discover(vectors, SOURCE, "pca", concepts=0, weights=weights)
+    with pytest.raises(FeatInvError, match="with the weights of classes"):
+        discover(vectors, SOURCE, concepts=0)
 
 
 def test_centred_bases_follow_the_spread_about_the_mean():
@@ -110,6 +185,7 @@ def test_bad_input():
     cases = [
         (vectors[:40], "mcd", 3, "40 vectors of 48 channels"), (vectors, "mcd", 1, "1 concepts by mcd; expected 2 to 47"),
         (vectors, "pca", 48, "expected 1 to 47"), (vectors * 0 + 3, "mcd", 3, "all feature vectors are alike"),
+        (vectors, "sae", 1201, "expected 1 to 1200"), (vectors, "nmf", 0, "give a number of them for nmf"), (vectors[:40], "sae", 3, "40 vectors of 48"),
         (vectors * float("nan"), "pca", 3, "NaN"), (vectors, "nmf", 3, "without negative values"),
         (vectors, "magic", 3, "expected one of mcd, "), (vectors[:, :5], "mcd", 3, "expected \\[N, 48\\]"),
         (torch.randn(1200, 1, generator=generator()) * vectors[0] + 1e-4 * vectors, "mcd", 2, "single cluster"),
@@ -117,6 +193,12 @@ def test_bad_input():
     for given, method, count, words in cases:
         with pytest.raises(FeatInvError, match=words):
             discover(given, SOURCE, method, count)
+
+
+def test_a_number_of_active_atoms_is_for_sparse_dictionaries():
+    for method, active in (("pca", 2), ("sae", 4), ("sae", 0)):
+        with pytest.raises(FeatInvError, match=f"{active} active atoms by {method}; expected 1 to 3, by sae"):
+            discover(union()[1], SOURCE, method, 3, active=active)
 
 
 def test_own_directions(tmp_path):
@@ -132,6 +214,33 @@ def test_own_directions(tmp_path):
             own_directions(file, SOURCE)
     with pytest.raises(FeatInvError, match="missing"):
         own_directions(tmp_path / "none.safetensors", SOURCE)
+
+
+def test_own_autoencoder(tmp_path):
+    file, g = tmp_path / "own.safetensors", generator()
+    given = {"decoder": torch.randn(90, CHANNELS, generator=g), "encoder": torch.randn(90, CHANNELS, generator=g), "bias": torch.randn(90, generator=g), "mean": torch.randn(CHANNELS, generator=g)}
+    save_file(given, file, {"k": "4"})
+    own = own_directions(file, SOURCE)
+    features = FeatureMap(torch.randn(2, CHANNELS, 3, 4, generator=g), SOURCE)
+    every = ((features.values.movedim(1, -1) - given["mean"]) @ given["encoder"].T + given["bias"]).relu()
+    code = torch.where(every >= every.topk(4)[0][..., -1:], every, 0)
+    expected = features.values - (code @ given["decoder"]).movedim(-1, 1)
+    assert len(own) == 90 and close(own.part(features, REST), expected)
+    save_concepts(tmp_path / "c.safetensors", own)
+    assert torch.equal(load_concepts(tmp_path / "c.safetensors").parts(features), own.parts(features))
+    save_file({key: given[key].half() for key in ("decoder", "encoder")}, file)  # a plain ReLU autoencoder
+    assert own_directions(file, SOURCE).encoder.active == 90
+    bad = {
+        "'encoder' has the shape \\(90, 47\\); expected \\[90, 48\\]": {"encoder": torch.zeros(90, 47)}, "'bias'": {"bias": torch.zeros(3)},
+        "'mean' .* finite": {"mean": torch.full((CHANNELS,), torch.nan)}, "whole number from 1 to 90": {"k": torch.tensor(91)},
+    }
+    for words, changes in bad.items():
+        save_file({**given, **changes}, file)
+        with pytest.raises(FeatInvError, match=words):
+            own_directions(file, SOURCE)
+    save_file(given, file, {"k": "many"})
+    with pytest.raises(FeatInvError, match="k, the number of active atoms, is many"):
+        own_directions(file, SOURCE)
 
 
 def network(name, **arguments):
@@ -161,13 +270,54 @@ def test_relevance_sums_to_the_logits_exactly(head):
     weights = class_weights(backbone, features)
     expected = concepts.parts(features)[:-1, 0].mean((2, 3)) @ weights  # w . phi_i, in the first picture's own scale
     assert (contributions[:-1, 0] - expected).norm() <= 1e-4 * expected.norm()
+    some, _ = relevance(backbone, concepts, features, torch.tensor([[3], [0], [6]]))
+    assert torch.equal(some[..., 0], contributions[:, [0, 1, 2], [3, 0, 6]])
+
+
+@pytest.mark.parametrize("method", ["pca", "sae"])
+@pytest.mark.parametrize("head", HEADS)
+def test_relevance_of_the_locations_sums_to_that_of_the_concept(head, method):
+    name, arguments = HEADS[head]
+    backbone = network(name, **arguments)
+    with torch.inference_mode():
+        features = backbone(torch.rand(3, 3, *backbone.input_size, generator=generator()))
+    c, towards = features.source.channels, torch.tensor([3, 0, 6])
+    concepts = discover(torch.randn(4 * c, c, generator=generator(1)), features.source, method, 5)
+    placed = relevance_map(backbone, concepts, features, towards)
+    assert placed.shape == (6, 3, *features.source.grid)
+    assert close(placed.sum((2, 3)), relevance(backbone, concepts, features, towards[:, None])[0][..., 0])
+    weights = class_weights(backbone, features)[:, 3] / len(placed[0, 0].flatten())  # of the first picture
+    expected = torch.einsum("nchw,c->nhw", concepts.parts(features)[:, 0], weights)  # w . phi_i(h, w)
+    assert (placed[:, 0] - expected).norm() <= 1e-4 * expected.norm()
+    with torch.inference_mode():  # as hosts run; their models are made so too
+        assert close(relevance_map(network(name, **arguments), concepts, features, towards), placed)
+    with pytest.raises(FeatInvError, match="expected one per picture, 0 to 6"):
+        relevance_map(backbone, concepts, features, torch.tensor([0, 1, 7]))
+
+
+def test_statistics_add_up():
+    """Shares are those of the parts; what concepts and rest add to a class's logit is that logit, less the bias."""
+    backbone = network("resnet10t", channels=[8, 8, 16, 24])
+    features = backbone(torch.rand(8, 3, *backbone.input_size, generator=generator()))
+    concepts = discover(torch.randn(96, 24, generator=generator(1)), features.source, "pca", 5)
+    found = judge(backbone, concepts, features)
+    logits, parts = backbone.logits(features), concepts.parts(features)
+    bias = relevance(backbone, concepts, features)[1]
+    tops = logits.argmax(1)
+    assert set(found.classes) == {f"class {c}" for c in tops.tolist()} and sum(found.relevance) == pytest.approx(1, abs=1e-4)
+    for c in tops.unique().tolist():
+        assert sum(found.classes[f"class {c}"]) == pytest.approx((logits - bias)[tops == c, c].mean().item(), rel=1e-3)
+    assert found.share == pytest.approx((parts.norm(dim=2).sum((1, 2, 3)) / features.values.norm(dim=1).sum()).tolist(), rel=1e-4)
+    best = max(found.classes, key=lambda name: found.classes[name][0])
+    assert found.classes[best][0] <= 0.05 or found.speaks_for(0)[0] == (best, found.classes[best][0])
+    assert found.completeness == pytest.approx(completeness(concepts.bases, top_weights(backbone, features)).mean().item(), abs=1e-5)
 
 
 def test_completeness_is_the_share_of_the_weights_in_the_span():
     planted, _ = union()
     inside, outside = planted[0][0], torch.linalg.svd(torch.cat(planted))[2][-1]
     own = discover(union()[1], SOURCE, concepts=3)
-    eta = completeness(own, torch.stack([inside, outside, 3 * inside + 4 * outside], 1))
+    eta = completeness(own.bases, torch.stack([inside, outside, 3 * inside + 4 * outside], 1))
     assert torch.allclose(eta, torch.tensor([1.0, 0.0, 0.6]), atol=1e-3)
 
 

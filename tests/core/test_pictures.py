@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from featinv_nodes.core.feature_files import load_features, save_features
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from featinv_nodes.core.pictures import captioned, enlarge, heat_map, principal_components
+from featinv_nodes.core.pictures import captioned, diverging, enlarge, heat_map, principal_components
 
 SOURCE = FeatureSource("net.tag", "last", False, 6, (4, 4), (32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
@@ -30,12 +30,32 @@ def test_heat_grows_brighter():
     assert (brightness.diff() > 0).all() and heat_map(torch.tensor([[[-5.0, 7.0]]])).shape == (1, 3, 1, 2)
 
 
+def test_a_diverging_scale_is_blue_below_and_red_above_and_fades_towards_zero():
+    colours = diverging(torch.linspace(-3, 3, 13)[None, None], limit=2)[0, :, 0]  # [3, 13], the middle one is 0
+    red, blue = colours[0], colours[2]
+    assert (blue[:6] > red[:6]).all() and (red[7:] > blue[7:]).all() and colours[:, 6].std() < 1e-6
+    strength = colours.amax(0) - colours.amin(0)
+    assert (strength[2:7].diff() < 0).all() and (strength[6:11].diff() > 0).all()
+    assert torch.equal(colours[:, 0], colours[:, 2]) and torch.equal(colours[:, 12], colours[:, 10])  # beyond the limit
+    assert colours[:, 6].min() > 0.9 and colours.sum(0).argmax() == 6
+
+
 def test_captions_stand_below_the_enlarged_picture():
     pictures = torch.full((2, 3, 64, 64), 0.5)
     shown = captioned(pictures, ["cosine 0.912", ""])
     assert shown.shape[0] == 2 and shown.shape[3] == 256 and shown.shape[2] > 256
     assert shown[0, :, 256:].min() < 0.3 and shown[1, :, 256:].min() == 1 and (shown[:, :, :256] == 0.5).all()
     assert enlarge(pictures, 64).shape == pictures.shape
+
+
+def test_a_caption_may_have_lines_and_is_never_cut():
+    pictures = torch.ones(1, 3, 64, 64)
+    one, two = captioned(pictures, ["slope 0.25"]), captioned(pictures, ["object\nslope 0.25"])
+    assert two.shape[2] - 256 > 1.5 * (one.shape[2] - 256)
+    ink = (two[0, :, 256:].amin(0).amin(1) < 0.5).int()
+    assert (ink.diff() > 0).sum() == 2  # two lines, white between them
+    long = captioned(pictures, ["water + sand: slope 0.93, NOT as asked"])[0, :, 256:]
+    assert (long[:, :, :2] == 1).all() and (long[:, :, -2:] == 1).all()
 
 
 def test_feature_files_come_back_bit_for_bit(tmp_path):

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from featinv_nodes.core import files
 from featinv_nodes.core.encoders import ConvEncoder
-from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
-from featinv_nodes.core.weights import InversionInfo, load_inversion, read_info, save_inversion
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.scope import fit_scope
+from featinv_nodes.core.weights import InversionInfo, load_inversion, load_scope, read_info, save_inversion, save_scope
 
 SOURCE = FeatureSource("net.tag", "last", False, 6, (3, 4), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
@@ -103,3 +104,42 @@ def test_nothing_half_written_stays_behind(tmp_path, monkeypatch):
 def test_source_mismatch_names_both_sides():
     with pytest.raises(FeatInvError, match="layer: last against stages.1"):
         SOURCE.require(replace(SOURCE, layer="stages.1"), "the file", "the map")
+
+
+def some_maps(seed, source=SOURCE):
+    return FeatureMap(torch.randn(200, 6, 3, 4, generator=torch.Generator().manual_seed(seed)), source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scope_is_added_and_the_rest_stays(tmp_path, dtype):
+    info, tensors, _ = saved(tmp_path, dtype)
+    file = tmp_path / "m.safetensors"
+    before = load_file(file)
+    assert load_scope(file) is None
+    scope = fit_scope(some_maps(0), centres=8)
+    save_scope(file, scope)
+    save_scope(file, scope)  # again: one set of statistics, not two
+    again, found, _ = load_inversion(file)
+    assert again == info and list(found) == list(tensors)
+    after = load_file(file)
+    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+    assert torch.equal(load_scope(file).judge(some_maps(1)).combined, scope.judge(some_maps(1)).combined)
+    save_scope(file, scope, tmp_path / "other.safetensors")
+    assert (tmp_path / "other.safetensors").read_bytes() == file.read_bytes() and len(os.listdir(tmp_path)) == 2
+
+
+def test_scope_of_other_features_and_a_broken_one_are_refused(tmp_path):
+    saved(tmp_path)
+    file = tmp_path / "m.safetensors"
+    other = replace(SOURCE, layer="stages.1")
+    with pytest.raises(FeatInvError, match="layer: stages.1 against last"):
+        save_scope(file, fit_scope(some_maps(0, other), centres=8))
+    assert load_scope(file) is None
+    save_scope(file, fit_scope(some_maps(0), centres=8))
+    with files.safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    save_file({k: v for k, v in load_file(file).items() if k != "scope.bank"}, file, about)
+    with pytest.raises(FeatInvError, match="fit them again"):
+        load_scope(file)
+    with pytest.raises(FeatInvError, match="does not exist"):
+        load_scope(tmp_path / "none.safetensors")

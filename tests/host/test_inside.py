@@ -13,7 +13,7 @@ def test_loading_imports_no_heavy_library(measured):
 
 def test_a_missing_requirement_gives_one_line(measured):
     line, nodes = measured["missing"]
-    assert "timm is missing" in line and "pip install" in line and nodes == "16 nodes"
+    assert "timm is missing" in line and "pip install" in line and nodes == "18 nodes"
 
 
 def test_the_same_picture_as_the_command_line(measured):
@@ -32,6 +32,36 @@ def test_chains_with_a_stock_controlnet_in_either_order(measured):
 
 def test_encodes_once_per_run_and_keeps_both_conditionings_in_one_batch(measured):
     assert measured["counts"] == {"control": 10, "encoder": 2}  # ten steps; the features and the trained null
+
+
+def test_says_whether_a_map_is_inside(measured):
+    said = measured["scope"]
+    assert said["scene"].startswith("inside (direction ")
+    assert said["noise"].startswith("0 of 3 maps inside; furthest is number ") and ": outside: direction" in said["noise"]
+    assert said["none"] == "no scope statistics in this weights file"
+
+
+def test_a_run_of_paired_latents_is_the_command_line_s_feat_inv_viz(measured):
+    """The same pictures, slopes and masks from one run of the stock sampler, turned down and up."""
+    for case in ("0.25", "2.0"):
+        found = measured["paired"][case]
+        assert found["pictures"] <= 1e-4 and abs(found["slope"]) <= 1e-4 and found["mask"] <= 1e-3  # float32, other batch sizes
+        assert found["report"] == found["expected"] and found["report"][1].startswith("sky + night: slope ")
+        (k, height, width, _), heat, signed, mask = found["shapes"]
+        assert (k, width) == (2, 256) and height > 256 and heat == signed == [2, 256, 256, 3] and mask == [2, 64, 64]
+
+
+def test_a_seed_has_the_same_noise_in_every_part(measured):
+    """That of the command line, and of a latent that knows its number in a batch."""
+    found = measured["paired"]
+    assert found["noise"] and found["batch_index"] == [2, 3] * 3 and found["masks"]
+    assert max(found["order"]) == 0
+
+
+def test_an_edited_map_is_judged(measured):
+    alone, inside, outside = measured["paired"]["scope"]
+    assert alone == "connect the inversion model to see whether the map is still in scope"
+    assert inside.startswith("inside (direction ") and outside.startswith("1 of 2 maps inside; furthest is number 1: outside: ")  # the scene has no sky
 
 
 def test_batches_of_any_number_of_maps(measured):
@@ -78,6 +108,12 @@ def test_a_file_of_real_size_finds_its_place(measured):
         "base model": ["width 320 in the weights file, 64 in the model", "context 768", "Load Checkpoint"],
         "concepts": ["the concepts", "vit_tiny_patch16_224.tiny_world"],
         "concept number": ["there are 8: 0 sky"],
+        "no concept": ["no concept named", "sky, night"],
+        "judged by another": ["the feature map", "the inversion model", "resnet10t.tiny_world"],
+        "several maps": ["one picture at a time; this edit is of 3 feature maps"],
+        "several maps shown": ["one picture at a time; this edit is of 3 feature maps"],
+        "pictures": ["5 pictures for the original and 3 changed maps; expected a multiple of 4"],
+        "read by another": ["what the backbone reads in the pictures (vit_tiny", "the edited feature map (resnet10t"],
         "truncated": ["cut.safetensors", "download or copy it again"],
         "foreign": ["foreign.safetensors", "no FeatInv weights file"],
         "missing": ["none.safetensors is not in", "featinv", "press R"],

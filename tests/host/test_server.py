@@ -123,3 +123,61 @@ def test_features_survive_the_disk(server):
         "5": {"class_type": "PreviewAny", "inputs": {"source": ["4", 2]}},
     }
     assert float(server.run(again)["5"]["text"][0]) > 0.9999
+
+
+def discovery(images=None, **changes):
+    """Concepts of the embedded CNN; node 3 says which."""
+    inputs = {
+        "backbone": ["1", 0], "folder": "", "layer": "last", "method": "mcd", "concepts": 4, "vectors": 2000, "seed": 0, "fit": "crop", "name": "",
+        **({"images": ["2", 0]} if images else {}), **changes,
+    }  # fmt: skip
+    return {
+        "1": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": "tiny-cnn (embedded)", "timm_name": "", "input_size": 0}},
+        "2": {"class_type": "FeatInv_TinyWorldScenes", "inputs": {"first": 0, "count": images or 1}},
+        "3": {"class_type": "FeatInv_DiscoverConcepts", "inputs": inputs},
+    }  # fmt: skip
+
+
+def test_concepts_are_discovered_saved_and_found_again(server):
+    """By MCD and by a sparse autoencoder, which is trained where the host keeps no gradients; from drawn scenes."""
+    for method, concepts in (("mcd", 4), ("sae", 12)):
+        (text,) = server.run(discovery(64, method=method, concepts=concepts, name=f"mine/{method}"))["3"]["text"]
+        assert "read 64 pictures: 2,000 feature vectors" in text and "completeness for the top classes" in text and f"saved as {method}.safetensors" in text
+        prompt = {
+            "1": {"class_type": "FeatInv_LoadConcepts", "inputs": {"file": str(Path("mine") / f"{method}.safetensors")}},
+            "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}},
+        }
+        (names,) = server.run(prompt)["2"]["text"]
+        assert "0 concept 0" in names and names.splitlines()[-1].endswith("rest")
+    (text,) = server.run(discovery(64, concepts=0, vectors=1000))["3"]["text"]
+    assert "completeness by number of clusters: 2: 0." in text
+
+
+def test_concepts_of_a_folder(server):
+    """Below the host's input folder; what cannot be read is named. A folder that changes is read again."""
+    folder = server.base / "input" / "scenes"
+    for number, reference in enumerate(server.run(pictures())["2"]["images"]):
+        (folder / f"class {number % 2}").mkdir(parents=True, exist_ok=True)
+        data = server.file(f"/view?filename={reference['filename']}&type={reference['type']}&subfolder={reference['subfolder']}")
+        (folder / f"class {number % 2}" / f"{number}.png").write_bytes(data)
+    (folder / "broken.png").write_text("no picture")
+    (text,) = server.run(discovery(folder="scenes"))["3"]["text"]
+    assert "skipped 1 of 9 pictures" in text and "broken.png" in text and "read 8 pictures in 2 class folders" in text
+    (folder / "broken.png").unlink()
+    assert "skipped" not in server.run(discovery(folder="scenes"))["3"]["text"][0]
+
+
+def pictures():
+    return {
+        "1": {"class_type": "FeatInv_TinyWorldScenes", "inputs": {"first": 0, "count": 8}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+    }
+
+
+def test_discovery_says_what_is_wrong(server):
+    for words, mistake in {
+        "images or name a folder": discovery(), "one of the two": discovery(2, folder="x"), "is not a folder": discovery(folder="nowhere"), "at least as many": discovery(1),
+        "leads out of": discovery(64, name="../../mine"), "expected 2 to 127": discovery(64, concepts=1), "no layer 'x'": discovery(4, layer="x"),
+        "give a number of them: the classifier head": discovery(64, layer="layer2", concepts=0),
+    }.items():  # fmt: skip
+        assert words in server.failure(mistake), words

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.images import read_image
 from featinv_nodes.tiny_world import FOLDER, MODELS
 from featinv_nodes.tiny_world.scenes import draw
 from training import demo, evaluate, reconstruct
-from training.images import read_image
 from training.inversion import open_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,55 +1,78 @@
-"""Concepts from feature vectors: multi-dimensional concept discovery (MCD), PCA, NMF, k-means, or a user's directions."""
+"""Concepts from feature vectors: multi-dimensional concept discovery (MCD), PCA, NMF, k-means, or a sparse autoencoder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..feature_map import FeatInvError, FeatureSource
-from ..files import read_tensors
 from .clustering import Progress, elastic_net_affinity, neighbour_affinity, principal, reduced, spectral_clusters, unit
-from .decomposition import Concepts
+from .decomposition import Concepts, completeness
+from .sparse import fit_dictionary
 
-METHODS = ("mcd", "mcd-elastic-net", "pca", "nmf", "kmeans")
-SINGLES = "directions"
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+METHODS = ("mcd", "mcd-elastic-net", "pca", "nmf", "kmeans", "sae")
 SMALLEST_SHARE, SMALLEST_EIGENVALUE, SMALLEST_SINE = 0.02, 0.05, 0.2
+COMPLETE, MOST_CLUSTERS = 0.5, 40  # eta at which the published search ends; where ours does, at the latest
+ACTIVE = 16  # atoms of a sparse dictionary in each vector, if not said otherwise
 
 
 def discover(
-    vectors: Tensor, source: FeatureSource, method: str = "mcd", concepts: int = 10, seed: int = 0, centred: bool = False, progress: Progress = lambda done, total: None
+    vectors: Tensor,
+    source: FeatureSource,
+    method: str = "mcd",
+    concepts: int = 10,
+    seed: int = 0,
+    centred: bool = False,
+    progress: Progress = lambda done, total: None,
+    weights: Tensor | None = None,
+    active: int | None = None,
 ) -> Concepts:
     """Concepts of feature vectors [N, C]; the same data and seed give the same ones.
 
     method: "mcd" (multi-dimensional subspaces, Vielhaben et al. 2023, with a fast affinity), "mcd-elastic-net" (with
-    the published one: minutes for thousands of vectors), or single directions: "pca" (with a mean), "nmf" (the
-    dictionary of CRAFT, Fel et al. 2023, for vectors >= 0), "kmeans" (centres of the unit vectors).
-    concepts: clusters or directions. centred: MCD's bases are those of PCA about each cluster's mean, as published,
-    instead of the linear subspace through the origin. progress: called with vectors done, of how many.
+    the published one: minutes for thousands of vectors), single directions: "pca" (with a mean), "nmf" (the dictionary
+    of CRAFT, Fel et al. 2023, for vectors >= 0), "kmeans" (centres of the unit vectors), or "sae" (the dictionary of a
+    TopK sparse autoencoder, Gao et al. 2024, its atoms by decreasing share, with a mean and an encoder).
+    concepts: clusters, directions or atoms; 0: MCD with 2, 3, ... clusters until the completeness eta, the mean over
+    the classes of `weights` [C, classes], reaches 0.5. centred: MCD's bases are those of PCA about each cluster's mean,
+    as published, instead of the linear subspace through the origin. progress: called with steps done, of how many.
+    active: k, the atoms of a sparse dictionary that are active in each vector; an eighth of all and at most 16, if None.
     Clusters that collapse are not returned but listed in the settings under "rejected".
 
-    Memory: a few copies of the vectors, 512 N numbers for the affinity and 8 C^2: about 1 GB for 20,000 x 1,024.
+    Memory: a few copies of the vectors, 512 N numbers for the affinity and 8 C^2 (about 1 GB for 20,000 x 1,024), or
+    24 n C for n atoms.
     Raises FeatInvError for vectors from which these concepts cannot be found.
     """
-    vectors = _checked(vectors, source, method, concepts).float().cpu()
+    vectors = _checked(vectors, source, method, concepts, weights, active).float().cpu()
     settings: dict[str, object] = {"vectors": len(vectors), "concepts": concepts, "seed": seed}
     if method.startswith("mcd"):
-        found, rejected = subspaces(vectors, concepts, seed, method.endswith("elastic-net"), centred, progress)
-        settings |= {"centred": centred, "rejected": rejected}
-        return Concepts(found, [f"concept {i}" for i in range(len(found))], source, None, method, settings)
-    mean = vectors.mean(0) if method == "pca" else None
+        points, affinity = affinities(vectors, method.endswith("elastic-net"), progress)
+        settings["centred"] = centred
+        if concepts:
+            return _mcd(subspaces(points, affinity, concepts, seed, centred), source, method, settings)
+        return _grown(points, affinity, source, method, settings, weights)
+    mean = vectors.mean(0) if method in ("pca", "sae") else None
+    if method == "sae":
+        active = max(1, min(ACTIVE, concepts // 8)) if active is None else active
+        return _sae(vectors, mean, source, settings | {"active": active}, progress)
     rows = _directions(vectors, method, concepts, seed)
     progress(len(vectors), len(vectors))
     rejected = dependent(rows)
     kept = [row[None] for i, row in enumerate(rows) if i not in rejected]
     settings["rejected"] = [f"direction {i}: zero, or in the span of those before it" for i in rejected]
-    return Concepts(kept, [f"concept {i}" for i in range(len(kept))], source, mean, method, settings)
+    return Concepts(kept, numbered(len(kept)), source, mean, method, settings)
 
 
-def _checked(vectors: Tensor, source: FeatureSource, method: str, concepts: int) -> Tensor:
+def numbered(count: int) -> list[str]:
+    return [f"concept {i}" for i in range(count)]
+
+
+def _checked(vectors: Tensor, source: FeatureSource, method: str, concepts: int, weights: Tensor | None, active: int | None) -> Tensor:
     if method not in METHODS:
         raise FeatInvError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     if vectors.ndim != 2 or vectors.shape[1] != source.channels:
@@ -58,9 +81,13 @@ def _checked(vectors: Tensor, source: FeatureSource, method: str, concepts: int)
         raise FeatInvError("the feature vectors hold NaN or infinite values; check the pictures and the weights")
     if len(vectors) < vectors.shape[1]:
         raise FeatInvError(f"{len(vectors)} vectors of {vectors.shape[1]} channels; expected at least as many vectors as channels: give more pictures")
-    least, most = (2 if method.startswith("mcd") else 1), vectors.shape[1] - 1
-    if not least <= concepts <= most:
+    if concepts == 0 and (not method.startswith("mcd") or weights is None):
+        raise FeatInvError(f"only mcd, with the weights of classes, can look for concepts until they are complete; give a number of them for {method}")
+    least, most = (2 if method.startswith("mcd") else 1), (len(vectors) if method == "sae" else vectors.shape[1] - 1)
+    if concepts and not least <= concepts <= most:
         raise FeatInvError(f"{concepts} concepts by {method}; expected {least} to {most}")
+    if active is not None and (method != "sae" or not 1 <= active <= concepts):
+        raise FeatInvError(f"{active} active atoms by {method}; expected 1 to {concepts}, by sae")
     if (vectors - vectors.mean(0)).norm() <= 1e-5 * vectors.norm():
         raise FeatInvError("all feature vectors are alike; give pictures that differ, and a layer that sees it")
     if method == "nmf" and (vectors < 0).any():
@@ -68,18 +95,21 @@ def _checked(vectors: Tensor, source: FeatureSource, method: str, concepts: int)
     return vectors
 
 
-def subspaces(vectors: Tensor, clusters: int, seed: int, published: bool, centred: bool, progress: Progress) -> tuple[list[Tensor], list[str]]:
-    """MCD: cluster the unit vectors of [N, C] by subspace; -> a basis [d_i, C] for each cluster, largest first, whose
+def affinities(vectors: Tensor, published: bool, progress: Progress) -> tuple[Tensor, csr_array]:
+    """MCD, first step: unit vectors [M, C] and which lie in a subspace with which [M, M]."""
+    points = unit(vectors[vectors.norm(dim=1) > 1e-6 * vectors.norm(dim=1).max()])  # a ReLU leaves vectors without direction
+    if not published:
+        return points, neighbour_affinity(reduced(points), progress)
+    affinity, kept = elastic_net_affinity(reduced(points), progress)
+    return points[kept], affinity
+
+
+def subspaces(points: Tensor, affinity: csr_array, clusters: int, seed: int, centred: bool) -> tuple[list[Tensor], list[str]]:
+    """MCD, second step: spectral clusters of the unit vectors [M, C]; -> a basis [d_i, C] for each, largest first, whose
     sum is direct, and why other clusters gave none.
 
     A cluster's dimension is the number of eigenvalues above 5 % of its largest.
     """
-    points = unit(vectors[vectors.norm(dim=1) > 1e-6 * vectors.norm(dim=1).max()])  # a ReLU leaves vectors without direction
-    if published:
-        affinity, kept = elastic_net_affinity(reduced(points), progress)
-        points = points[kept]
-    else:
-        affinity = neighbour_affinity(reduced(points), progress)
     labels = spectral_clusters(affinity, clusters, seed)
     bases, rejected = [], []
     for number in labels.bincount(minlength=clusters).argsort(descending=True, stable=True).tolist():
@@ -93,9 +123,26 @@ def subspaces(vectors: Tensor, clusters: int, seed: int, published: bool, centre
         else:
             why = "under 2 %" if len(members) <= SMALLEST_SHARE * len(points) else f"{len(basis)} dimensions, all in the span of larger clusters"
             rejected.append(f"cluster of {len(members)} of {len(points)} vectors: {why}")
+    return bases, rejected
+
+
+def _mcd(found: tuple[list[Tensor], list[str]], source: FeatureSource, method: str, settings: dict[str, object]) -> Concepts:
+    bases, rejected = found
     if len(bases) < 2:
         raise FeatInvError(f"the vectors fall into a single cluster ({'; '.join(rejected)}); ask for another number of concepts, more varied pictures or method 'pca'")
-    return bases, rejected
+    return Concepts(bases, numbered(len(bases)), source, None, method, {**settings, "rejected": rejected})
+
+
+def _grown(points: Tensor, affinity: csr_array, source: FeatureSource, method: str, settings: dict[str, object], weights: Tensor) -> Concepts:
+    """As many clusters as completeness asks for; the affinity is that of all. The way there goes into the settings."""
+    way = []
+    for clusters in range(2, MOST_CLUSTERS + 1):
+        found = subspaces(points, affinity, clusters, settings["seed"], settings["centred"])
+        eta = completeness(found[0], weights).mean().item() if found[0] else 0.0
+        way.append([clusters, round(eta, 4)])
+        if len(found[0]) > 1 and eta >= COMPLETE:
+            break
+    return _mcd(found, source, method, {**settings, "grown": way})
 
 
 def cluster_basis(members: Tensor, centred: bool) -> Tensor:
@@ -136,28 +183,10 @@ def _directions(vectors: Tensor, method: str, count: int, seed: int) -> Tensor:
     return unit(torch.from_numpy(rows).float())
 
 
-def own_directions(file: str | Path, source: FeatureSource) -> Concepts:
-    """Concepts from a safetensors file of vectors: each tensor, [C] or [d, C], is a concept and its key the label;
-    "directions" [n, C] alone is n concepts of one direction each.
-
-    Raises FeatInvError for a file or tensors that are no such thing, and for directions that depend on one another.
-    """
-    try:
-        tensors = read_tensors(file)
-    except (SafetensorError, OSError) as error:
-        raise FeatInvError(f"{file} is missing or no complete safetensors file of directions: {error}") from error
-    bases, labels = _own(tensors)
-    for label, basis in zip(labels, bases):
-        if basis.ndim != 2 or basis.shape[1] != source.channels or not basis.isfinite().all() or not basis.norm(dim=1).all():
-            raise FeatInvError(f"{file}: {label!r} has the shape {tuple(basis.shape)}; expected [d, {source.channels}], finite, no row zero, for {source.describe()}")
-    bases = [unit(b.float()) for b in bases]
-    bad = dependent(torch.cat(bases)) if bases else []
-    if bad or not bases:
-        raise FeatInvError(f"{file}: expected at least one direction, none in the span of those before it; of {sum(map(len, bases))} rows these are: {bad[:8]}")
-    return Concepts(bases, labels, source, None, "own directions", {"file": Path(file).name})
-
-
-def _own(tensors: dict[str, Tensor]) -> tuple[Sequence[Tensor], list[str]]:
-    if list(tensors) == [SINGLES] and tensors[SINGLES].ndim == 2:
-        return [row[None] for row in tensors[SINGLES]], [f"concept {i}" for i in range(len(tensors[SINGLES]))]
-    return [t[None] if t.ndim == 1 else t for t in tensors.values()], list(tensors)
+def _sae(vectors: Tensor, mean: Tensor, source: FeatureSource, settings: dict[str, object], progress: Progress) -> Concepts:
+    atoms = settings["concepts"]
+    decoder, encoder = fit_dictionary(vectors - mean, atoms, settings["active"], settings["seed"], progress)
+    energy = sum(encoder(part - mean).square().sum(0) for part in vectors.split(1024))
+    order = energy.argsort(descending=True, stable=True)[: int((energy > 0).sum())]
+    settings |= {"rejected": [f"{atoms - len(order)} of {atoms} atoms: never active"] if len(order) < atoms else []}
+    return Concepts(list(decoder[order, None]), numbered(len(order)), source, mean, "sae", settings, encoder.select(order))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from timm.layers import LayerNorm2d
@@ -16,21 +17,52 @@ from .decomposition import Concepts
 TOLERANCE = 1e-3  # of the largest logit: what float32 leaves of an exact sum
 
 
-def relevance(backbone: Backbone, concepts: Concepts, features: FeatureMap) -> tuple[Tensor, Tensor]:
+def relevance(backbone: Backbone, concepts: Concepts, features: FeatureMap, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What each concept contributes to each logit: [n + 1, B, classes], and the head's bias [B, classes].
 
     Contributions and bias sum to the logits. With each picture's LayerNorm scale frozen, pool -> norm -> linear is an
     affine function f of the feature map, and the contribution is f(phi_i) - f(0), w . phi_i in the paper's words.
+    classes: numbers [B, m] of each picture's logits to look at, instead of all.
     Raises FeatInvError for a head that is not affine even so, and as Backbone.logits does.
     """
+
+    def logits_of(values: Tensor) -> Tensor:
+        logits = backbone.logits(features.with_values(values, keep_prefix=True))
+        return logits if classes is None else logits.gather(1, classes.to(logits.device))
+
     with torch.inference_mode(), frozen_scales(backbone) as freeze:
-        logits = backbone.logits(features)
+        logits = logits_of(features.values)
         freeze()
-        bias = backbone.logits(features.with_values(torch.zeros_like(features.values), keep_prefix=True))
-        parts = concepts.parts(features)
-        found = torch.stack([backbone.logits(features.with_values(part, keep_prefix=True)) for part in parts]) - bias
+        bias = logits_of(torch.zeros_like(features.values))
+        found = torch.stack([logits_of(part) - bias for part in concepts.each_part(features)])
     _require_affine(backbone, found.sum(0) + bias, logits)
     return found, bias
+
+
+def relevance_map(backbone: Backbone, concepts: Concepts, features: FeatureMap, classes: Tensor) -> Tensor:
+    """[n + 1, B, H, W]: w . phi_i(h, w), what each location of a concept contributes to the logit of one class.
+
+    Summed over the locations it is what `relevance` gives: w(h, w) is the gradient of the affine head, with its pooling
+    (for a mean over the grid, the published w over H W). classes: the number of a class [B] for each picture.
+    Raises as relevance does, and the same for a class that there is not.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        if next(backbone.parameters()).is_inference():  # made where no gradients are kept, as hosts do
+            backbone = deepcopy(backbone)
+        features = FeatureMap(features.values.clone(), features.source, None if features.prefix is None else features.prefix.clone())
+        with frozen_scales(backbone) as freeze:
+            logits = backbone.logits(features)
+            freeze()
+            values = features.values.requires_grad_()
+            affine, bias = (backbone.logits(features.with_values(v, keep_prefix=True)) for v in (values, torch.zeros_like(values)))
+        if not 0 <= classes.min() <= classes.max() < logits.shape[1]:
+            raise FeatInvError(f"class {classes.tolist()}: expected one per picture, 0 to {logits.shape[1] - 1}")
+        towards = classes.to(logits.device)[:, None]
+        (weights,) = torch.autograd.grad(affine.gather(1, towards).sum(), values)
+    found = torch.stack([(part * weights).sum(1) for part in concepts.each_part(features.with_values(values.detach()))])
+    total = found.sum((0, 2, 3)).to(logits.device)[:, None] + bias.gather(1, towards)
+    _require_affine(backbone, total.detach(), logits.gather(1, towards).detach())
+    return found
 
 
 def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64) -> Tensor:
@@ -49,13 +81,6 @@ def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64) -> 
         pooled = first.values.mean((2, 3)).to(weights)
     _require_affine(backbone, pooled @ weights + bias, logits)
     return weights
-
-
-def completeness(concepts: Concepts, weights: Tensor) -> Tensor:
-    """eta [classes] in 0..1: |P w| / |w|, P onto the sum of all concepts; the rest keeps what is missing. weights: [C, classes]."""
-    span = torch.linalg.qr(torch.cat([b.double() for b in concepts.bases]).T)[0]  # [C, D]
-    weights = weights.double().cpu()
-    return ((span.T @ weights).norm(dim=0) / weights.norm(dim=0).clamp(min=1e-12)).float()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reading the user's pictures, with errors that say what is wrong."""
+"""Finding and reading the user's pictures, with errors that say what is wrong."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from featinv_nodes.core.feature_map import FeatInvError
+from .feature_map import FeatInvError
 
 SMALLEST, LARGEST = 8, 16_384  # pixels per side
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All pictures below a folder, sorted. Raises FeatInvError for no folder, and for one without pictures."""
+    if not Path(folder).is_dir():
+        raise FeatInvError(f"{folder} is not a folder")
+    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise FeatInvError(f"no images ({', '.join(sorted(SUFFIXES))}) below {folder}")
+    return files
 
 
 def read_image(file: str | Path, square: int | None = None) -> Tensor:

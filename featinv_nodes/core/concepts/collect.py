@@ -1,0 +1,125 @@
+"""Feature vectors out of many pictures: evenly, at random places, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..feature_map import FeatInvError, FeatureMap, concatenate
+from ..images import find_images, read_image
+from .clustering import Progress
+
+JUDGED, BATCH = 128, 16
+Batch = tuple[list[str], Tensor]  # names and framed pictures [b, 3, h, w] in 0..1
+
+
+@dataclass(frozen=True)
+class Collected:
+    """vectors: [N, C]. maps: the whole maps of the pictures that concepts are judged by. pictures: these, [J, 3, h, w] in
+    0..255 (uint8). names: theirs, with the folder of their class. read: how many pictures in all. classes: how many
+    folders below the one given these lie in."""
+
+    vectors: Tensor
+    maps: FeatureMap
+    pictures: Tensor
+    names: list[str]
+    read: int
+    classes: int
+
+    def describe(self) -> str:
+        classes = f" in {self.classes:,} class folder{'s' * (self.classes != 1)}" if self.classes else ""
+        return f"{self.read:,} picture{'s' * (self.read != 1)}{classes}: {len(self.vectors):,} feature vectors"
+
+
+@dataclass
+class Pictures:
+    """Pictures [B, 3, h, w] in 0..1 that are there already, called NAME 0, NAME 1, ... Iterated: batches of 16, framed."""
+
+    images: Tensor
+    backbone: Backbone
+    fit: str = "crop"
+    name: str = "picture"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for numbers in torch.arange(len(self.images)).split(BATCH):
+            yield [f"{self.name} {n}" for n in numbers.tolist()], self.backbone.frame(self.images[numbers].cpu(), self.fit)
+
+    def skipped(self) -> str:
+        return ""
+
+
+@dataclass
+class Folder:
+    """The pictures below a folder in a random order, `most` of them at most. Iterated: batches of 16, framed; why files
+    could not be read gathers in `unreadable`."""
+
+    folder: Path
+    backbone: Backbone
+    fit: str = "crop"
+    most: int = 10**9
+    seed: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        files = find_images(self.folder)
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(self.seed))
+        self.files = [files[i] for i in order[: self.most].tolist()]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.files), BATCH):
+            names, framed = [], []
+            for file in self.files[start : start + BATCH]:
+                try:
+                    framed.append(self.backbone.frame(read_image(file), self.fit))
+                    names.append(file.relative_to(self.folder).as_posix())
+                except FeatInvError as error:
+                    self.unreadable.append(str(error))
+            if framed:
+                yield names, torch.cat(framed)
+        if len(self.unreadable) == len(self.files):
+            raise FeatInvError(f"none of the {len(self.files)} pictures below {self.folder} can be read; the first: {self.unreadable[0]}")
+
+    def skipped(self) -> str:
+        """What was not read, or nothing."""
+        if not self.unreadable:
+            return ""
+        return "\n  ".join([f"skipped {len(self.unreadable)} of {len(self.files)} pictures:", *self.unreadable])
+
+
+def collect(
+    pictures: Pictures | Folder, extract: Callable[[Tensor], FeatureMap], count: int, seed: int, progress: Progress = lambda done, total: None
+) -> Collected:
+    """Up to `count` feature vectors of all pictures, as many from each, at places drawn with the seed.
+
+    extract: framed pictures [b, 3, h, w] to their feature maps. progress: called with pictures done, of how many.
+    The first 128 pictures and their maps are kept to judge the concepts by. Memory: 2 count C numbers, those maps and
+    pictures (the latter as bytes), and what a batch of 16 takes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vectors, maps, shown, names, classes, read = [], [], [], [], set(), 0
+    total = len(pictures)
+    for labels, framed in pictures:
+        found = extract(framed).to("cpu")
+        for cells in found.values.flatten(2).transpose(1, 2):  # [H * W, C]
+            share = (read + 1) * count // total - read * count // total
+            vectors.append(cells[torch.randperm(len(cells), generator=generator)[:share]])
+            read += 1
+        classes |= {label.rpartition("/")[0] for label in labels if "/" in label}
+        room = JUDGED - len(names)
+        if room > 0:
+            maps.append(found.select(slice(0, room)))
+            shown.append((framed[:room].cpu() * 255).round().byte())
+            names += labels[:room]
+        progress(read, total)
+    return Collected(torch.cat(vectors), concatenate(maps), torch.cat(shown), names, read, len(classes))

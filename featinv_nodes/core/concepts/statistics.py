@@ -1,0 +1,105 @@
+"""What concepts are worth on a few feature maps: their share of the norm, their relevance, and the classes they speak for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..feature_map import FeatInvError, FeatureMap
+from .decomposition import Concepts, completeness
+from .relevance import class_weights, relevance
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per concept and, last, the rest. share: of the feature norm; shares of oblique parts sum to more than one.
+    relevance: the share of the top classes' logits, less the head's bias, that it contributes. classes: for each class
+    that pictures are taken for, by name, what it adds to that logit, the mean over these pictures. completeness: eta,
+    the mean over the top classes. Empty, with a remark, where the head does not read this layer or is not affine."""
+
+    share: list[float]
+    relevance: list[float] = field(default_factory=list)
+    completeness: float | None = None
+    classes: dict[str, list[float]] = field(default_factory=dict)
+    remark: str = ""
+
+    def speaks_for(self, number: int, most: int = 3) -> list[tuple[str, float]]:
+        """The classes to whose logit a concept adds most, above 0.05: (name, how much)."""
+        found = sorted(((name, added[number]) for name, added in self.classes.items()), key=lambda pair: -pair[1])
+        return [(name, added) for name, added in found[:most] if added > 0.05]
+
+    def classes_of(self, number: int) -> str:
+        """The same as a text."""
+        return ", ".join(f"{name} +{added:.1f}" for name, added in self.speaks_for(number))
+
+
+def top_classes(backbone: Backbone, maps: FeatureMap) -> Tensor:
+    """[B, groups] the most probable class of every label group, by number. Raises as Backbone.logits does."""
+    with torch.inference_mode():
+        logits = backbone.logits(maps)
+    return torch.stack([logits[:, part].argmax(1) + (part.start or 0) for part in backbone.groups.values()], 1).cpu()
+
+
+def top_weights(backbone: Backbone, maps: FeatureMap) -> Tensor:
+    """[C, B groups] the weights of every picture's top classes, for `discover` to be complete for.
+
+    Raises FeatInvError where the head does not read this layer or is not affine.
+    """
+    try:
+        return class_weights(backbone, maps)[:, top_classes(backbone, maps).flatten()].cpu()
+    except FeatInvError as error:
+        raise FeatInvError(f"how complete concepts are is not known here, so give a number of them: {error}") from error
+
+
+def judge(backbone: Backbone, concepts: Concepts, maps: FeatureMap) -> Statistics:
+    """Statistics of concepts on feature maps of their source."""
+    share = (concepts.lengths(maps).sum((1, 2, 3)) / maps.values.norm(dim=1).sum()).tolist()
+    try:
+        tops = top_classes(backbone, maps)
+        contributions = relevance(backbone, concepts, maps, tops)[0].cpu()  # [n + 1, B, groups]
+        eta = completeness(concepts.bases, class_weights(backbone, maps)).cpu()[tops].mean().item()
+    except FeatInvError as error:
+        return Statistics(share, remark=f"no relevance: {error}")
+    relevant = contributions.sum((1, 2)) / contributions.sum()
+    return Statistics(share, relevant.tolist(), eta, _by_class(backbone, maps, tops, contributions))
+
+
+def _by_class(backbone: Backbone, maps: FeatureMap, tops: Tensor, contributions: Tensor) -> dict[str, list[float]]:
+    with torch.inference_mode():
+        named = backbone.top_classes(backbone.logits(maps), 1)  # for each picture (name, probability) of every group
+    names = {number: name for row, numbers in zip(named, tops.tolist()) for (name, _), number in zip(row, numbers)}
+    return {names[number]: contributions[:, tops == number].mean(1).tolist() for number in sorted(names)}
+
+
+def with_statistics(concepts: Concepts, found: Statistics, **about: object) -> Concepts:
+    """The concepts with these numbers, and what else there is to say about their making, in the settings."""
+    numbers = {"share": found.share, "relevance": found.relevance, "completeness": found.completeness, "added_to_logits": found.classes}
+    return replace(concepts, settings={**concepts.settings, **about, **numbers})
+
+
+def table(concepts: Concepts, found: Statistics) -> str:
+    """Lines of: number, label, dimension, share of the norm, relevance, and the classes it adds most to."""
+    lines = [f"{'':4} {'concept':20} {'dimension':>9} {'norm':>7} {'relevance':>9}  adds most to the logits of"]
+    for i, (name, d, share) in enumerate(zip(concepts.names, dimensions(concepts), found.share)):
+        relevant = f"{found.relevance[i]:9.1%}" if found.relevance else f"{'-':>9}"
+        lines.append(f"{i:4} {name[:20]:20} {d:9} {share:7.1%} {relevant}  {found.classes_of(i)}".rstrip())
+    return "\n".join(lines)
+
+
+def dimensions(concepts: Concepts) -> list[int]:
+    """Of each concept, and of what a linear decomposition leaves; of what a sparse code leaves, all channels."""
+    found = [len(b) for b in concepts.bases]
+    channels = concepts.source.channels
+    return [*found, channels if concepts.encoder is not None else channels - sum(found)]
+
+
+def remarks(concepts: Concepts, found: Statistics) -> list[str]:
+    """What else there is to say: clusters that gave none, how the number grew, completeness or why it is not known."""
+    grown = concepts.settings.get("grown", [])
+    lines = list(concepts.settings.get("rejected", []))
+    if grown:
+        lines.append("completeness by number of clusters: " + ", ".join(f"{clusters}: {eta:.2f}" for clusters, eta in grown))
+    return [*lines, found.remark or f"completeness for the top classes: {found.completeness:.2f}"]

@@ -1,0 +1,34 @@
+"""Concept discovery with the host's progress bar and its memory management."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.model_management as management
+import comfy.utils
+from torch import Tensor
+
+from ..core.concepts import Concepts, discover
+from ..core.concepts.collect import Collected, Folder, Pictures, collect
+from ..core.concepts.statistics import Statistics, judge, top_weights
+from ..core.feature_map import FeatureMap
+from .models import ManagedBackbone
+
+STEPS = 1000  # of the bar: half for the features, half for the method
+
+
+def find(backbone: ManagedBackbone, pictures: Pictures | Folder, layer: str, method: str, concepts: int, vectors: int, seed: int) -> tuple[Concepts, Statistics, Collected]:
+    """Concepts of a managed backbone's features, what they are worth, and what was read. concepts: 0 to grow."""
+    bar = comfy.utils.ProgressBar(STEPS)
+
+    def half(start: int) -> Callable[[int, int], None]:
+        return lambda done, total: bar.update_absolute(start + STEPS * done // (2 * total))
+
+    def extract(framed: Tensor) -> FeatureMap:
+        management.load_models_gpu([backbone.patcher], memory_required=framed.numel() * 4 * 64)  # as ManagedBackbone does
+        return backbone.backbone.extract(framed.to(backbone.patcher.load_device), layer)
+
+    collected = collect(pictures, extract, vectors, seed, half(0))
+    weights = None if concepts else top_weights(backbone.backbone, collected.maps)
+    found = discover(collected.vectors, collected.maps.source, method, concepts, seed, progress=half(STEPS // 2), weights=weights)
+    return found, judge(backbone.backbone, found, collected.maps), collected

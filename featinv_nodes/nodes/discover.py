@@ -1,0 +1,87 @@
+"""The node that finds concepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..core.concepts import METHODS
+from ..core.feature_map import FeatInvError
+from ..host import folders
+from .types import CATEGORY, Backbone, ConceptSet, channels_first
+
+
+class DiscoverConcepts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_DiscoverConcepts",
+            display_name="Discover Concepts",
+            category=CATEGORY,
+            description="Finds concepts in what a backbone sees in many pictures: directions in its feature space that belong together, to be turned down by Concept Attenuate.",
+            inputs=[
+                Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
+                io.String.Input("folder", default="", tooltip="A folder of pictures: below ComfyUI's input folder, or an absolute path. One class, or a folder per class. Empty if images are connected."),
+                io.String.Input("layer", default="last", tooltip="The layer to find concepts in, as in Extract Features; relevance is known for 'last' only."),
+                io.Combo.Input("method", options=list(METHODS), default="mcd", tooltip="mcd: subspaces (multi-dimensional concept discovery). mcd-elastic-net: the same with the published clustering, minutes for thousands of vectors. pca, nmf, kmeans: single directions. sae: a sparse autoencoder's dictionary."),
+                io.Int.Input("concepts", default=8, min=0, max=4096, tooltip="How many clusters, directions or atoms to look for. 0 (mcd, layer 'last'): as many clusters as it takes until the concepts hold half of what the classes read."),
+                io.Int.Input("vectors", default=20_000, min=1, max=1_000_000, tooltip="Feature vectors, at most, drawn evenly from the pictures; at least as many as the layer has channels. 20,000 of 1,024 channels take about 1 GB."),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip="The same pictures and seed give the same concepts."),
+                io.Combo.Input("fit", options=["crop", "stretch"], default="crop", tooltip="How a picture comes to the model's input size, as in Extract Features."),
+                io.String.Input("name", default="", tooltip="Saved under this name in models/featinv_concepts, for Load Concepts; a file of that name is replaced. Empty: not saved."),
+                io.Image.Input("images", optional=True, tooltip="A batch of pictures instead of a folder."),
+            ],
+            outputs=[
+                ConceptSet.Output("found", display_name="concepts", tooltip="The concepts, for Concept Attenuate and Concept Map."),
+                io.String.Output("names", display_name="names", tooltip="Number, name, dimension, share of the feature norm, relevance and classes of each, and what was rejected. Connect Preview Any."),
+            ],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str = "", **others) -> str:  # noqa: ANN003
+        """Changes when pictures are added to the folder or its class folders, or taken away."""
+        if not folder.strip():
+            return ""
+        place = located(folder)
+        return " ".join(str(p.stat().st_mtime_ns) for p in [place, *sorted(place.iterdir())] if p.is_dir()) if place.is_dir() else ""
+
+    @classmethod
+    def execute(cls, backbone, folder, layer, method, concepts, vectors, seed, fit, name, images=None) -> io.NodeOutput:  # noqa: ANN001
+        from ..core.concepts import save_concepts
+        from ..core.concepts.collect import Folder, Pictures
+        from ..core.concepts.statistics import remarks, table, with_statistics
+        from ..host.discovery import find
+
+        if (images is None) == (not folder.strip()):
+            raise FeatInvError("Discover Concepts: connect images or name a folder of pictures, one of the two")
+        file = named(name) if name.strip() else None
+        if images is None:
+            pictures = Folder(located(folder), backbone.backbone, fit, vectors, seed)
+        else:
+            pictures = Pictures(channels_first(images), backbone.backbone, fit)
+        found, worth, collected = find(backbone, pictures, layer.strip(), method, concepts, vectors, seed)
+        if file:
+            save_concepts(file, with_statistics(found, worth, read=collected.read, classes=collected.classes))
+        lines = [pictures.skipped(), f"read {collected.describe()}", table(found, worth), *remarks(found, worth), f"saved as {file.name}" if file else ""]
+        text = "\n".join(filter(None, lines))
+        return io.NodeOutput(found, text, ui=ui.PreviewText(text))
+
+
+def located(folder: str) -> Path:
+    """The folder that a text names, below the host's input folder unless it is absolute."""
+    return Path(folder_paths.get_input_directory(), folder.strip())
+
+
+def named(name: str) -> Path:
+    """The concept file to write. Raises FeatInvError for a name that leads out of its folder."""
+    place = Path(folder_paths.get_folder_paths(folders.CONCEPTS)[0]).resolve()
+    file = (place / f"{name.strip().removesuffix('.safetensors')}.safetensors").resolve()
+    if not file.is_relative_to(place):
+        raise FeatInvError(f"Discover Concepts: the name {name!r} leads out of {place}; give a file name")
+    return file
+
+
+NODES = [DiscoverConcepts]

@@ -1,0 +1,89 @@
+"""FeatInv-Viz (the paper's Algorithm 1) around one run of the stock sampler: what goes in, and what is made of the pictures."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..core.steering import THRESHOLD
+from .types import CATEGORY, Backbone, Change, Features, channels_first, channels_last
+
+DIM = 0.2  # what is left of the brightness of unaffected pixels
+
+
+class PairedLatents(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_PairedLatents",
+            display_name="Paired Latents",
+            category=CATEGORY,
+            description="Prepares one sampler run that draws the original and every changed feature map from the same noise, for FeatInv-Viz.",
+            inputs=[
+                Change.Input("edit", tooltip="From Concept Attenuate, of a single feature map."),
+                io.Latent.Input("latent", tooltip="Empty Latent Image; its batch size is the number of seeds (5 in the paper)."),
+            ],
+            outputs=[
+                Features.Output("features", display_name="features", tooltip="The original map once per seed, then each variant once per seed, for FeatInv ControlNet."),
+                io.Latent.Output("paired", display_name="latent", tooltip="As many latents, those of one seed with the same noise, for KSampler. Use a sampler that adds no noise of its own, such as ddim or euler."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, edit, latent) -> io.NodeOutput:  # noqa: ANN001
+        from ..host.latents import with_equal_noise
+
+        return io.NodeOutput(edit.paired(len(latent["samples"])), with_equal_noise(latent, 1 + len(edit.groups)))
+
+
+class FeatInvViz(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_Viz",
+            display_name="FeatInv-Viz",
+            category=CATEGORY,
+            description="Which pixels change when a concept is turned down: the median over seeds of the distance between reconstructions of the original and the changed feature map (the paper's Algorithm 1), and whether the pictures show what was asked.",
+            inputs=[
+                io.Image.Input("pictures", tooltip="What the sampler drew from Paired Latents: the original once per seed, then each variant once per seed."),
+                Change.Input("edit", tooltip="From Concept Attenuate, the same that went into Paired Latents."),
+                Backbone.Input("backbone", tooltip="The backbone of the features; it reads the pictures again."),
+                io.Float.Input("threshold", default=THRESHOLD, min=0.0, max=1.0, step=0.01, tooltip="Share of the largest difference below which a pixel counts as unaffected."),
+            ],
+            outputs=[
+                io.Image.Output("overlay", display_name="overlay", tooltip="Per variant the first reconstruction of the original, unaffected pixels darkened; below it the concept and its slope."),
+                io.Image.Output("difference", display_name="difference", tooltip="Per variant the normalised difference as a heat map."),
+                io.Image.Output("signed", display_name="signed", tooltip="Per variant how much darker (blue) or brighter (red) each pixel becomes; full colour is the largest change."),
+                io.Mask.Output("mask", display_name="mask", tooltip="Per variant the affected pixels."),
+                io.String.Output("report", display_name="report", tooltip="A line per variant: the slope, what of the concept the backbone finds in the pictures again, and whether that is what was asked. Connect Preview Any."),
+                io.Float.Output("slope", display_name="slope", tooltip="The slope, mean over the variants: the factor if the pictures show what was asked, 1 if they show no change."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, pictures, edit, backbone, threshold) -> io.NodeOutput:  # noqa: ANN001
+        from ..core import steering
+        from ..core.pictures import captioned, diverging, enlarge, heat_map
+
+        pictures, source = channels_first(pictures).cpu().float(), edit.original.source
+        first, *others = edit.unpaired(pictures)
+        seen = backbone.extract(backbone.backbone.frame(pictures, "stretch"), source.layer, source.pooled).to("cpu")
+        slopes = steering.measure_slopes(edit, pictures, seen)
+        distance = torch.stack([steering.difference(first, other) for other in others])
+        masks = torch.stack([steering.affected(d, threshold) for d in distance])
+        signed = torch.stack([steering.signed_difference(first, other) for other in others])
+        limit = signed.abs().amax((1, 2), keepdim=True).clamp(min=1e-3)
+
+        overlay = captioned(first[:1] * (DIM + (1 - DIM) * masks[:, None]), [caption(t, s) for t, s in zip(edit.titles(), slopes)])
+        heat = heat_map(torch.stack([steering.normalised(d) for d in distance]))
+        shown = (channels_last(x) for x in (overlay, enlarge(heat, 256), enlarge(diverging(signed / limit), 256)))
+        report = "\n".join(f"{title}: {slope.describe()}" for title, slope in zip(edit.titles(), slopes))
+        return io.NodeOutput(*shown, masks, report, sum(s.own for s in slopes) / len(slopes))
+
+
+def caption(title: str, slope) -> str:  # noqa: ANN001
+    """The variant, and on a line of its own its slope (a core.steering.Slope) with the verdict."""
+    return f"{title} x{slope.asked:g}\nslope {slope.own:.2f}, {'as asked' if slope.passed else 'NOT as asked'}"
+
+
+NODES = [PairedLatents, FeatInvViz]

@@ -1,0 +1,128 @@
+"""RCDM's published checkpoints: every tensor has its place, and the blocks compute what the published ones do."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from featinv_nodes.core.feature_map import FeatInvError
+from tests.training.test_evaluate_suites import photographic as photographic
+from tests.training.test_evaluate_suites import run
+from tests.training.test_real_layout import stable_diffusion as stable_diffusion
+from training.evaluation.rcdm import HEADS, RCDM, load_rcdm, translate
+from training.evaluation.suites import rcdm as suite
+
+SMALL = (32, 32, 64, 96, 128)
+#: SHA-256 of the lines "NAME (SHAPE)" of the state dict that the published code (facebookresearch/RCDM) makes with the
+#: published flags and 2048 channels, sorted: 494 tensors, 422,603,782 numbers
+PUBLISHED = "404d79df4dcb210fffeedeeae07b2ac9898d9af28258041b28d8c8342580575e"
+
+
+def pair(name, *shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def residual(name, inside, outside, wide):
+    found = pair(f"{name}.in_layers.0", inside) | pair(f"{name}.in_layers.2", outside, inside, 3, 3) | pair(f"{name}.emb_layers.1", 2 * outside, wide)
+    found |= pair(f"{name}.out_layers.0", outside) | pair(f"{name}.out_layers.3", outside, outside, 3, 3)
+    return found | (pair(f"{name}.skip_connection", outside, inside, 1, 1) if inside != outside else {})
+
+
+def attention(name, width):
+    return pair(f"{name}.norm", width) | pair(f"{name}.qkv", 3 * width, width, 1) | pair(f"{name}.proj_out", width, width, 1)
+
+
+def layout(widths, channels):
+    """Names and shapes of the published layout, block by block."""
+    wide, first = 4 * widths[0], widths[0]
+    found = pair("time_embed.0", wide, first) | pair("time_embed.2", wide, wide) | pair("ssl_emb", wide, channels)
+    found |= pair("input_blocks.0.0", first, 3, 3, 3) | pair("out.0", first) | pair("out.2", 6, first, 3, 3)
+    skips, width, n = [first], first, 1
+    for level, out in enumerate(widths):
+        for _ in range(2):
+            found |= residual(f"input_blocks.{n}.0", width, out, wide) | (attention(f"input_blocks.{n}.1", out) if level >= 2 else {})
+            skips, width, n = [*skips, out], out, n + 1
+        if level < len(widths) - 1:
+            found |= residual(f"input_blocks.{n}.0", out, out, wide)
+            skips, n = [*skips, out], n + 1
+    found |= residual("middle_block.0", width, width, wide) | attention("middle_block.1", width) | residual("middle_block.2", width, width, wide)
+    n = 0
+    for level, out in reversed(list(enumerate(widths))):
+        for layer in range(3):
+            found |= residual(f"output_blocks.{n}.0", width + skips.pop(), out, wide) | (attention(f"output_blocks.{n}.1", out) if level >= 2 else {})
+            if level and layer == 2:
+                found |= residual(f"output_blocks.{n}.{2 if level >= 2 else 1}", out, out, wide)
+            width, n = out, n + 1
+    return found
+
+
+def state_dict(widths=SMALL, channels=48):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in layout(widths, channels).items()}
+
+
+def test_every_tensor_of_the_published_layout_has_its_place():
+    lines = sorted(f"{name} {shape}" for name, shape in layout((256, 256, 512, 768, 1024), 2048).items())
+    assert len(lines) == 494 and hashlib.sha256("\n".join(lines).encode()).hexdigest() == PUBLISHED
+    with torch.device("meta"):
+        own = RCDM()
+        state = {name: torch.empty(shape) for name, shape in layout((256, 256, 512, 768, 1024), 2048).items()}
+    assert {k: v.shape for k, v in translate(state, 5).items()} == {k: v.shape for k, v in own.state_dict().items()}
+
+
+def test_blocks_compute_what_the_published_ones_do():
+    state, model = state_dict(), RCDM(48, SMALL, 32).eval()
+    model.load_state_dict(translate(state, 5))
+    x, emb = torch.randn(2, 128, 4, 4), torch.randn(2, 128)
+    qkv = F.conv1d(F.group_norm(x, 32, *params(state, "middle_block.1.norm"), 1e-5).flatten(2), *params(state, "middle_block.1.qkv"))
+    q, k, v = qkv.reshape(2 * HEADS, 3 * 32, 16).split(32, 1)
+    mixed = torch.einsum("bts,bcs->bct", (torch.einsum("bct,bcs->bts", q, k) / 32**0.5).softmax(-1), v).reshape(2, 128, 16)
+    wanted = x + F.conv1d(mixed, *params(state, "middle_block.1.proj_out")).reshape(x.shape)
+    with torch.no_grad():
+        assert torch.allclose(model.unet.mid_block.attentions[0](x), wanted, atol=1e-4)  # float32 sums over 128 channels
+        h = F.conv2d(F.silu(F.group_norm(x, 32, *params(state, "middle_block.0.in_layers.0"), 1e-5)), *params(state, "middle_block.0.in_layers.2"), padding=1)
+        scale, shift = F.linear(F.silu(emb), *params(state, "middle_block.0.emb_layers.1"))[..., None, None].chunk(2, 1)
+        h = F.silu(F.group_norm(h, 32, *params(state, "middle_block.0.out_layers.0"), 1e-5) * (1 + scale) + shift)
+        wanted = x + F.conv2d(h, *params(state, "middle_block.0.out_layers.3"), padding=1)
+        assert torch.allclose(model.unet.mid_block.resnets[0](x, emb), wanted, atol=1e-4)
+
+
+def params(state, name):
+    return state[f"{name}.weight"], state[f"{name}.bias"]
+
+
+def test_samples_depend_on_the_vector_and_the_noise():
+    model = RCDM(48, SMALL, 32).eval()
+    model.load_state_dict(translate(state_dict(), 5))
+    vectors, noise = torch.randn(2, 48), torch.randn(2, 3, 32, 32)
+    drawn = model.sample(vectors, noise, 2)
+    assert drawn.shape == (2, 3, 32, 32) and 0 <= drawn.min() and drawn.max() <= 1
+    # 1e-5: float32 convolutions of one and of two pictures
+    assert torch.allclose(drawn[:1], model.sample(vectors[:1], noise[:1], 2), atol=1e-5)
+    assert not torch.allclose(drawn[:1], model.sample(vectors[1:], noise[:1], 2), atol=1e-3)
+
+
+def test_other_checkpoints_are_refused(tmp_path):
+    with pytest.raises(FeatInvError, match="does not exist"):
+        load_rcdm(tmp_path / "none.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(FeatInvError, match="no layer ssl_emb"):
+        load_rcdm(tmp_path / "other.pt")
+
+
+def test_the_suite_scores_both_at_both_resolutions(photographic, tmp_path, monkeypatch):
+    model = RCDM(512, SMALL, 32).eval()
+    model.load_state_dict(translate(state_dict(channels=512), 5))
+    (tmp_path / "rcdm.pt").write_bytes(b"in its place")
+    monkeypatch.setattr(suite, "load_rcdm", lambda file: model)
+    found, text = run(tmp_path, "rcdm", *photographic, "--rcdm", str(tmp_path / "rcdm.pt"), "--rcdm-steps", "2", count=2)
+    for arm in ("RCDM", "reconstruction", "floor", "ceiling"):
+        assert found[arm]["cosine"]["n"] == found[arm]["native: cosine"]["n"] == 2
+    assert found["RCDM"]["native: cosine"] != found["RCDM"]["cosine"] and "32 pixels, RCDM's own" in text
+    assert json.loads((tmp_path / "rcdm" / "settings.json").read_text())["files"]["rcdm"]
+    with pytest.raises(FeatInvError, match="512 channels of the last layer"):
+        run(tmp_path / "other", "rcdm", "--rcdm", str(tmp_path / "rcdm.pt"))
+    with pytest.raises(FeatInvError, match="--rcdm FILE"):
+        run(tmp_path / "none", "rcdm")

@@ -1,0 +1,104 @@
+"""Scope statistics as programs fit, keep, measure and show them."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.files import read_metadata, read_tensors
+from featinv_nodes.core.scope import LEVELS
+from featinv_nodes.core.weights import load_scope
+from featinv_nodes.tiny_world import model_file
+from featinv_nodes.tiny_world.scenes import draw
+from training import fit_scope, measure_scope, reconstruct
+from training.measure_scope import auroc, rank_correlation
+
+MODEL = "tiny_cnn_pooled"
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A weights file as training wrote it before there were scope statistics."""
+    from safetensors.torch import save_file
+
+    file = model_file(MODEL)
+    kept = {k: v for k, v in read_tensors(file).items() if not k.startswith("scope.")}
+    save_file(kept, tmp_path / "bare.safetensors", {"featinv": read_metadata(file)["featinv"]})
+    return tmp_path / "bare.safetensors"
+
+
+def save_scenes(folder, numbers):
+    folder.mkdir()
+    for number, picture in zip(numbers, draw(0, torch.tensor(numbers), "held-out").image):
+        Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+
+
+def test_fit_adds_statistics_and_changes_nothing_else(bare, tmp_path):
+    out = tmp_path / "fitted.safetensors"
+    before = bare.read_bytes()
+    fit_scope.main(["--model", str(bare), "--data", "tiny", "--count", "200", "--drawn", "4", "--steps", "1", "--out", str(out)])
+    assert bare.read_bytes() == before and load_scope(bare) is None
+    scope = load_scope(out)
+    assert scope.maps == 200 and len(scope.quantiles["cycle"]) == len(LEVELS)
+    old, new = read_tensors(bare), read_tensors(out)
+    assert {k for k in new if not k.startswith("scope.")} == set(old)
+    assert all(torch.equal(old[k], new[k]) and old[k].dtype == new[k].dtype for k in old)
+    assert read_metadata(out)["featinv"] == read_metadata(bare)["featinv"]
+    fit_scope.main(["--model", str(out), "--data", "tiny", "--count", "220", "--drawn", "0"])  # again, in place
+    assert load_scope(out).maps == 220 and "cycle" not in load_scope(out).quantiles
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["bare.safetensors", "fitted.safetensors"]
+
+
+def test_fit_reads_a_folder_and_leaves_out_what_it_cannot_read(bare, tmp_path, capsys):
+    save_scenes(tmp_path / "p", range(200))
+    (tmp_path / "p" / "broken.png").write_text("no picture")
+    arguments = ["--model", str(bare), "--data", str(tmp_path / "p"), "--drawn", "0"]
+    fit_scope.main([*arguments, "--count", "200"])
+    assert load_scope(bare).maps == 200
+    whole = bare.read_bytes()
+    with pytest.raises(FeatInvError, match="200 readable images; asked for 300"):
+        fit_scope.main([*arguments, "--count", "300"])
+    assert "broken.png" in capsys.readouterr().out
+    with pytest.raises(FeatInvError, match="at least 200"):
+        fit_scope.main([*arguments, "--count", "20"])
+    assert bare.read_bytes() == whole
+
+
+def test_measure_writes_its_report(tmp_path, bare, monkeypatch):
+    monkeypatch.setattr(measure_scope, "DRAWS", 20)
+    measure_scope.main(["--count", "24", "--drawn", "2", "--unedited", "12", "--steps", "1", "--out", str(tmp_path / "m")])
+    results = json.loads((tmp_path / "m" / "results.json").read_text())
+    assert {"object x0.25", "mix 50/50", "half/half splice", "Gaussian noise", "noise pictures"} <= results["separation"].keys()
+    assert results["separation"]["white noise"]["auroc"]["score"]["value"] == 1
+    assert results["rank_correlation"]["all maps"]["n"] == 12 + 2 * (len(results["separation"]) - 1)
+    assert "Spearman" in (tmp_path / "m" / "scope.md").read_text() and Image.open(tmp_path / "m" / "scope.png").width > 1000
+    with pytest.raises(FeatInvError, match="fit_scope.py"):
+        measure_scope.main(["--model", str(bare), "--count", "24", "--drawn", "2", "--unedited", "4", "--out", str(tmp_path / "n")])
+
+
+def test_area_and_rank_correlation():
+    a = torch.arange(100.0)
+    assert auroc(a, a + 200)["value"] == 1 and auroc(a, a)["value"] == 0.5 and auroc(a + 200, a)["value"] == 0
+    assert auroc(torch.zeros(10), torch.zeros(10))["value"] == 0.5  # ties count half
+    assert rank_correlation(a, a**3)["value"] == pytest.approx(1) and rank_correlation(a, -a)["value"] == pytest.approx(-1)
+    noise = rank_correlation(a, torch.rand(100, generator=torch.Generator().manual_seed(0)))
+    assert noise["low"] < noise["value"] < noise["high"] and noise["low"] < 0 < noise["high"]
+
+
+def test_reconstruct_says_what_is_outside(tmp_path, bare):
+    save_scenes(tmp_path / "p", range(2))
+    scenes = [str(tmp_path / "p" / f"{n}.png") for n in range(2)]
+    reconstruct.main(["--image", *scenes, "--mix", "0", "0.5", "--steps", "2", "--samples", "2", "--out", str(tmp_path / "o")])
+    entries = json.loads((tmp_path / "o" / "results.json").read_text())["pictures"]
+    assert [e["scope"]["verdict"] for e in entries] == ["inside", "inside", "outside", "outside"]
+    assert entries[2]["scope"]["off"] and entries[2]["scope"]["line"].startswith("outside: ")
+    assert set(entries[0]["scope"]["less_unusual"]) == {"direction", "magnitude", "distance", "neighbours"}
+    assert entries[0]["scope"]["cycle"]["verdict"] in ("inside", "at the edge", "outside")
+    reconstruct.main(["--image", scenes[0], "--model", str(bare), "--steps", "1", "--out", str(tmp_path / "b")])
+    assert json.loads((tmp_path / "b" / "results.json").read_text())["pictures"][0]["scope"] == {}
+    for name in ("0", "0.5"):
+        reconstruct.main(["--image", *scenes, "--mix", name, "--steps", "1", "--out", str(tmp_path / name)])
+    heights = [Image.open(tmp_path / name / "panel.png").height for name in ("0", "0.5")]
+    assert heights[1] - heights[0] == 18  # the line of the map that is outside

@@ -1,0 +1,149 @@
+"""A page that shows concepts: where each is strongest, where it is on example pictures, and what it is worth."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from featinv_nodes.core.concepts import REST, Concepts
+from featinv_nodes.core.concepts.collect import Collected
+from featinv_nodes.core.concepts.statistics import Statistics, dimensions, remarks
+from featinv_nodes.core.pictures import heat_map
+
+CROPS, EXAMPLES, MOST = 5, 4, 40  # of a concept; pictures with heat maps; concepts shown in pictures
+CONTEXT, SIDE = 4, 160  # a crop's side in grid cells; a picture's side on the page in pixels
+
+STYLE = """
+:root{color-scheme:light dark;--line:#8884;--dim:#888;--bar:#3b7ea1}
+h1{font-size:1.5rem;overflow-wrap:anywhere}body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem}
+h2{font-size:1.1rem;margin:0 0 .2rem}h2 a{color:inherit;text-decoration:none}p{margin:.3rem 0;max-width:46rem}.dim{color:var(--dim)}
+section{border-top:1px solid var(--line);padding:1rem 0}
+.row{display:flex;flex-wrap:wrap;gap:.4rem 2rem}.strip{margin:.4rem 0}.strip>span{display:block;font-size:.85rem;color:var(--dim)}
+.strip div{display:flex;flex-wrap:wrap;gap:4px}.strip img{width:92px;height:92px;object-fit:contain;display:block;border-radius:2px}
+@media(max-width:620px){table{font-size:.85rem}td:last-child,th:last-child,td i{display:none}td{white-space:nowrap}.strip img{width:calc((100vw - 2rem - 16px)/5);height:auto}}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:.25rem .6rem .25rem 0;text-align:left;border-top:1px solid var(--line)}
+td.n,th.n{text-align:right}.wide{overflow-x:auto}i{display:inline-block;height:.6rem;background:var(--bar);vertical-align:middle;margin-right:.4rem}
+ul{margin:.3rem 0;padding-left:1.2rem}
+"""
+
+
+def page(concepts: Concepts, collected: Collected, found: Statistics) -> str:
+    """One HTML file, pictures inside, that opens without a server. Concepts by relevance, or by share of the norm where
+    that is not known, 40 of them in pictures at most. Memory: a picture per crop, of the pictures judged."""
+    lengths = concepts.lengths(collected.maps)  # [n + 1, B, H, W]
+    worth = found.relevance or found.share
+    order = sorted(range(len(concepts)), key=lambda i: -worth[i])
+    examples = covering(lengths[order[:MOST]])
+    shown = [*order[:MOST], len(concepts)]
+    others = f"<section><h2>{len(order) - MOST} more, without pictures</h2>{summary(concepts, found, order[MOST:], False)}</section>" if order[MOST:] else ""
+    cards = "".join(card(i, concepts, collected, found, lengths[i], examples) for i in shown)
+    title = f"Concepts of {collected.maps.source.describe()}"
+    lines = [
+        f"{len(concepts)} concepts by {concepts.method}, from {collected.describe()}.",
+        f"The pictures below are among {len(collected.names)} of these. A feature map is the sum of its concepts and a rest: "
+        "relevance is a concept's share of what the map adds to the logits of the picture's own classes, norm its length against "
+        "that of the map (concepts overlap, so these sum to more than one). Crops are centred on the place where it is longest.",
+    ]
+    originals = "".join(_picture(collected.pictures[b], collected.names[b]) for b in examples)
+    rejected = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(concepts, found))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+        + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+        + f"<ul>{rejected}</ul>{summary(concepts, found, shown)}"
+        f'<section><div class="strip"><span>the examples</span><div>{originals}</div></div></section>{cards}{others}</html>\n'
+    )
+
+
+def summary(concepts: Concepts, found: Statistics, numbers: list[int], linked: bool = True) -> str:
+    """What is known of some concepts as a table. linked: to their pictures."""
+    sizes, widest = dimensions(concepts), max(abs(v) for v in [*found.relevance, *found.share])
+    rows = []
+    for i in numbers:
+        name = f'<a href="#c{i}">{html.escape(concepts.names[i])}</a>' if linked else html.escape(concepts.names[i])
+        bars = [_bar(values[i], widest) if values else "-" for values in (found.relevance, found.share)]
+        classes = html.escape(found.classes_of(i))
+        rows.append(f'<tr><td class="n">{i}<td>{name}<td class="n">{sizes[i]}<td>{bars[0]}<td>{bars[1]}<td class="dim">{classes}')
+    head = '<tr><th class="n">no.<th>concept<th class="n">dim.<th>relevance<th>norm<th>adds most to the logits of'
+    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
+
+
+def card(number: int, concepts: Concepts, collected: Collected, found: Statistics, lengths: Tensor, examples: list[int]) -> str:
+    """A concept in pictures. lengths: [B, H, W] its |phi_i|."""
+    facts = [f"dimension {dimensions(concepts)[number]}", f"{found.share[number]:.1%} of the norm"]
+    if found.relevance:
+        facts.insert(0, f"relevance {found.relevance[number]:.1%}")
+    classes = found.classes_of(number)
+    facts += [f"adds most to {classes}"] if classes else []
+    crops = "".join(_picture(crop(collected, lengths, b), collected.names[b]) for b in strongest(lengths))
+    brightest = lengths.amax()
+    maps = "".join(_picture(overlay(collected.pictures[b], lengths[b] / brightest.clamp(min=1e-8)), collected.names[b]) for b in examples)
+    name = "the rest, which no concept explains" if concepts.names[number] == REST else f"{number} &nbsp; {html.escape(concepts.names[number])}"
+    return (
+        f'<section id="c{number}"><h2>{name}</h2><p class="dim">{html.escape(" · ".join(facts))}</p><div class="row">'
+        f'<div class="strip"><span>strongest in</span><div>{crops}</div></div>'
+        f'<div class="strip"><span>where, in the examples (yellow: its largest length, grey: none)</span><div>{maps}</div></div></div></section>'
+    )
+
+
+def strongest(lengths: Tensor) -> list[int]:
+    """The five pictures with the largest |phi_i| [B, H, W] anywhere."""
+    return lengths.amax((1, 2)).topk(min(CROPS, len(lengths))).indices.tolist()
+
+
+def covering(lengths: Tensor) -> list[int]:
+    """Four pictures in which, together, as many as possible of the concepts [n, B, H, W] are strong: one after the other,
+    what adds most to the sum over concepts of the largest share."""
+    peaks = lengths.amax((2, 3))
+    peaks = peaks / peaks.amax(1, keepdim=True).clamp(min=1e-8)  # [n, B]
+    chosen, reached = [], torch.zeros(len(peaks))
+    for _ in range(min(EXAMPLES, peaks.shape[1])):
+        gains = torch.maximum(peaks, reached[:, None]).sum(0)
+        gains[chosen] = -1
+        chosen.append(int(gains.argmax()))
+        reached = torch.maximum(reached, peaks[:, chosen[-1]])
+    return chosen
+
+
+def crop(collected: Collected, lengths: Tensor, number: int) -> Tensor:
+    """[3, h, w] 0..255 around the cell of picture `number` where |phi_i| [B, H, W] is largest, four cells a side."""
+    picture, (rows, columns) = collected.pictures[number], lengths.shape[1:]
+    row, column = divmod(int(lengths[number].argmax()), columns)
+    (height, top), (width, left) = (_window(picture.shape[axis], cells, cell) for axis, cells, cell in ((1, rows, row), (2, columns, column)))
+    return picture[:, top : top + height, left : left + width]
+
+
+def _window(side: int, cells: int, cell: int) -> tuple[int, int]:
+    """(length, start) of four cells about the middle of one, inside the picture; pixels."""
+    length = round(side * min(1, CONTEXT / cells))
+    return length, min(max(round((cell + 0.5) * side / cells - length / 2), 0), side - length)
+
+
+def overlay(picture: Tensor, values: Tensor) -> Tensor:
+    """[3, h, w] 0..255: a grey picture under the colours of values [H, W] in 0..1, cell by cell, thinner where they are small."""
+    size = picture.shape[1:]
+    grey = 64 + 0.6 * picture.float().mean(0, keepdim=True)
+    heat = F.interpolate(heat_map(values[None]), size, mode="nearest")[0] * 255
+    cover = 0.9 * F.interpolate(values[None, None], size, mode="nearest")[0].clamp(0, 1)
+    return ((1 - cover) * grey + cover * heat).byte()
+
+
+def _picture(picture: Tensor, name: str) -> str:
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    how = Image.Resampling.LANCZOS if max(image.size) > SIDE else Image.Resampling.NEAREST
+    scale = SIDE / max(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), how)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(name)}" title="{html.escape(name)}" src="data:image/jpeg;base64,{data}">'
+
+
+def _bar(value: float, widest: float) -> str:
+    return f'<i style="width:{max(0.0, value) / widest * 5:.2f}rem"></i>{value:.1%}'

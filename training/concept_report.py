@@ -1,0 +1,167 @@
+"""What measure_concepts.py found, as JSON, Markdown, HTML and a picture."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featinv_nodes.core.metrics import bootstrap
+from featinv_nodes.core.pictures import heat_map
+from featinv_nodes.core.steering import LEAST, MOST, affected, normalised
+
+from .cli import write_json, write_text
+from .localisation import auroc, best_threshold, boundary_f, iou, measures
+from .report import Cell, page, panel, save_image
+from .viz import Shown
+
+VIZ, CLOSED, BAR = "FeatInv-Viz", "FeatInv-Viz, closed loop", "occlusion of the concept"
+COLUMNS = ("AUROC", "IoU", "IoU at 0.33", "pointing", "boundary F", "boundary F at 0.33", "deletion", "insertion")
+SLOPES = ("slope", "slope, median", "within range", "other concepts", "unedited", "times seeds alone", "logit predicted", "logit actual", "logit correlation")
+Table = list[list[str]]
+
+
+@dataclass
+class Trial:
+    """One concept in one scene. kind: "object" or "background", name: the concept. picture: [3, H, W]. mask: [H, W] bool, its true pixels.
+    heats: method -> heat map [H, W]. curves: method -> (deletion, insertion). shown: FeatInv-Viz at the asked factor and, on the first track,
+    in closed loop. logit: for each of these the (predicted, actual) change of the top logit of the concept's label group."""
+
+    kind: str
+    name: str
+    picture: Tensor
+    mask: Tensor
+    heats: dict[str, Tensor] = field(default_factory=dict)
+    curves: dict[str, tuple[float, float]] = field(default_factory=dict)
+    shown: dict[str, Shown] = field(default_factory=dict)
+    logit: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def localise(trials: Sequence[Trial], validation: int) -> dict[str, dict[str, dict]]:
+    """method -> measure -> {"value", "low", "high", "n"}, over the trials of the first scenes; each method's
+    thresholds are those with the best IoU and the best boundary F on the last `validation` ones."""
+    reported, chosen = trials[: len(trials) - validation], trials[len(trials) - validation :]
+    found = {}
+    for method in trials[0].heats:
+        heats, masks = [t.heats[method] for t in chosen], [t.mask for t in chosen]
+        thresholds = best_threshold(heats, masks, iou), best_threshold(heats, masks, boundary_f)
+        rows = [measures(t.heats[method], t.mask, *thresholds) for t in reported]
+        for row, trial in zip(rows, reported):
+            row["deletion"], row["insertion"] = trial.curves[method]
+        found[method] = {name: bootstrap(torch.tensor([row[name] for row in rows])) for name in COLUMNS}
+        found[method] |= {"threshold for IoU": {"value": thresholds[0]}, "threshold for boundary F": {"value": thresholds[1]}}
+    return found
+
+
+def faithful(trials: Sequence[Trial]) -> dict[str, dict[str, dict]]:
+    """method -> what its slopes and logits came to, each with an interval where it is a mean."""
+    found = {}
+    for method in trials[0].shown:
+        slopes = [t.shown[method].slope for t in trials]
+        own = torch.tensor([s.own for s in slopes])
+        logits = torch.tensor([t.logit[method] for t in trials])
+        nulls = [s.null for s in slopes if s.null is not None]
+        found[method] = {
+            "slope": bootstrap(own), "slope, median": {"value": own.median().item()},
+            "within range": bootstrap(torch.tensor([float(s.passed) for s in slopes])),
+            "other concepts": bootstrap(torch.tensor([s.others for s in slopes])),
+            "unedited": bootstrap(torch.tensor([s.untouched for s in slopes])),
+            "times seeds alone": {"value": torch.tensor(nulls).median().item() if nulls else float("nan")},
+            "logit predicted": bootstrap(logits[:, 0]), "logit actual": bootstrap(logits[:, 1]),
+            "logit correlation": {"value": torch.corrcoef(logits.T)[0, 1].item() if len(logits) > 2 else float("nan")},
+            "commanded": {"value": torch.tensor([t.shown[method].commanded for t in trials]).mean().item()},
+        }  # fmt: skip
+    return found
+
+
+def as_table(found: dict[str, dict[str, dict]], columns: Sequence[str], head: str) -> Table:
+    """Rows of texts, the first the head."""
+    rows = [[head, *columns]]
+    for method, row in found.items():
+        rows.append([method, *(_entry(row[name]) for name in columns)])
+    return rows
+
+
+def _entry(value: dict) -> str:
+    spread = f" ({value['low']:.2f} to {value['high']:.2f})" if "low" in value else ""
+    return f"{value['value']:.2f}{spread}"
+
+
+def verdicts(kind: str, located: dict, true: dict, asked: float) -> list[str]:
+    """What the figures say of FeatInv-Viz, whichever way they fall."""
+    low, high = 1 - MOST * (1 - asked), 1 - LEAST * (1 - asked)
+    lines = []
+    for method, row in true.items():
+        value = row["slope"]["value"]
+        lines.append(f"{kind}, {method}: mean slope {value:.2f} for {asked:g} asked, {'inside' if low <= value <= high else 'OUTSIDE'} {low:.2f} to {high:.2f}; {row['within range']['value']:.0%} of the pictures inside.")
+    for method in true:
+        own, bar = located[method]["boundary F"], located[BAR]["boundary F"]
+        word = "above" if own["low"] > bar["high"] else "below" if own["high"] < bar["low"] else "not told apart from"
+        lines.append(f"{kind}, {method}: boundary F {own['value']:.2f}, {word} that of occlusion, {bar['value']:.2f}.")
+    return lines
+
+
+def cases(trials: Sequence[Trial]) -> tuple[list[list[Cell]], list[str]]:
+    """The trials whose FeatInv-Viz is the best, the median and the worst by AUROC, in pictures."""
+    ranked = sorted(trials, key=lambda t: -auroc(t.heats[VIZ], t.mask))
+    rows, titles = [], []
+    for word, trial in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
+        shown = trial.shown.get(CLOSED, trial.shown[VIZ])
+        rows.append([
+            (trial.picture, trial.name), (trial.mask.float().expand(3, -1, -1), "true mask"), (shown.original[0], "reconstruction"), (shown.changed[0], "attenuated"),
+            (_heat(trial.heats[VIZ]), f"AUROC {auroc(trial.heats[VIZ], trial.mask):.2f}"), (shown.original[0] * (0.2 + 0.8 * affected(shown.distance)), f"slope {shown.slope.own:.2f}"),
+            (_heat(trial.heats["activation, enlarged"]), "activation"), (_heat(trial.heats[BAR]), "occlusion"),
+        ])  # fmt: skip
+        titles.append(f"{trial.kind},\n{word}")
+    return rows, titles
+
+
+def _heat(values: Tensor) -> Tensor:
+    return heat_map(normalised(values)[None])[0]
+
+
+def markdown(table: Table) -> str:
+    rows = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([rows[0], "|" + "---|" * len(table[0]), *rows[1:]])
+
+
+def as_html(table: Table) -> str:
+    rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in zip(["th"] + ["td"] * len(table), table)]
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def write_report(out: Path, about: dict, found: dict[str, list[Trial]]) -> str:
+    """Writes everything to `out` and returns the Markdown. found: the trials of each track, scenes in order."""
+    results, lines, body, rows, titles = {**about}, ["# Is a concept picture true?", "", summary(about), ""], [], [], []
+    for track, trials in found.items():
+        results[track] = {}
+        for kind in ("object", "background"):
+            own = [t for t in trials if t.kind == kind]
+            reported = own[: about["count"]]
+            located, true = localise(own, about["validation"]), faithful(reported)
+            results[track][kind] = {"localisation": located, "faithfulness": true}
+            tables = [as_table(located, COLUMNS, f"{track}: {kind}"), as_table(true, SLOPES, "what came of the edit")]
+            said = verdicts(kind, located, true, about["factor"])
+            lines += [f"## {track}: {kind}", "", *(f"- {line}" for line in said), "", markdown(tables[0]), "", markdown(tables[1]), ""]
+            body += [f"<h2>{track}: {kind}</h2><ul>{''.join(f'<li>{html.escape(x)}</li>' for x in said)}</ul>", *map(as_html, tables)]
+            more, words = cases(reported)
+            rows, titles = rows + more, titles + [f"{track}:\n{word}" for word in words]
+        lines += [f"- {note}" for note in about["notes"][track]] + [""]
+    picture = panel(rows, titles, "FeatInv-Viz: best, median and worst case by AUROC")
+    save_image(picture, out / "panel.png")
+    write_json(out / "results.json", results)
+    text = "\n".join(lines) + "\n![best, median and worst cases](panel.png)\n"
+    write_text(out / "report.md", text)
+    write_text(out / "index.html", page("Is a concept picture true?", picture, [summary(about)], "".join(body)))
+    return text
+
+
+def summary(about: dict) -> str:
+    return (
+        f"{about['count']} held-out scenes, {about['seeds']} seeds, concepts multiplied by {about['factor']:g}; {about['source']}. "
+        f"Means with 95 % bootstrap intervals; thresholds chosen on {about['validation']} further scenes. Low is good for deletion, high for everything else."
+    )

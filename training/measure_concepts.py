@@ -1,0 +1,191 @@
+"""Is a concept picture true? FeatInv-Viz against the true masks of the embedded world, beside other heat maps.
+
+    python training/measure_concepts.py                      200 held-out scenes: docs/concepts.md was written by it
+    python training/measure_concepts.py --count 20 --out DIR
+
+Two tracks: concepts fitted to the true masks (what FeatInv-Viz makes of good concepts), and concepts discovered without
+them, by MCD and by k-means (each object and background gets the one that fits its cells best on training scenes). In each scene the object and the background are
+attenuated in turn. Localisation: does the heat map find the pixels? Faithfulness: read again by the backbone, is the concept as strong as
+asked, are the others unchanged, do the logits move as predicted? Writes results.json, report.md, index.html and panel.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from featinv_nodes.core.concepts import Concepts, discover
+from featinv_nodes.core.concepts.relevance import relevance
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.steering import null_difference
+from featinv_nodes.tiny_world.scenes import BACKGROUNDS, Scenes, draw
+from training import localisation
+from training.cli import make_folder, model_parser, open_from, run
+from training.concept_report import CLOSED, VIZ, Trial, write_report
+from training.inversion import Opened
+from training.pipeline import Sampling
+from training.tiny.concepts import OBJECT, fit_concepts
+from training.viz import Request, Shown, visualize
+
+TRUE, DISCOVERED = "true masks", {"mcd": "discovered by MCD", "kmeans": "discovered by k-means"}
+TRAINING_SCENES, VECTORS, CONCEPTS = 400, 10_000, 8
+GROUPS = {"object": "shape", "background": "background"}  # the label group that each kind of concept should speak for
+
+
+@dataclass(frozen=True)
+class Track:
+    """Concepts and, by name of what is in a scene ("object", "sky", ...), which of them stands for it."""
+
+    name: str
+    concepts: Concepts
+    stands_for: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+def true_track(opened: Opened, layer: str) -> Track:
+    concepts = fit_concepts(opened.backbone, layer)
+    return Track(TRUE, concepts, {name: name for name in concepts.labels})
+
+
+def discovered_track(opened: Opened, layer: str, method: str) -> Track:
+    """Concepts of training scenes; each object and background gets the one whose |phi_c| ranks its cells best there."""
+    scenes = draw(0, torch.arange(TRAINING_SCENES))
+    maps = opened.backbone.extract(opened.backbone.frame(scenes.image), layer)
+    vectors = maps.values.movedim(1, -1).flatten(0, 2)
+    picked = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:VECTORS]
+    concepts = discover(vectors[picked], maps.source, method, CONCEPTS)
+    lengths = torch.stack([concepts.part(maps, name).norm(dim=1) for name in concepts.labels])  # [n, B, H, W]
+    cover = F.interpolate(scenes.masks.sum(1, keepdim=True), maps.source.grid, mode="area")[:, 0]
+    chosen, notes = {}, [f"{len(concepts)} concepts discovered in {len(picked):,} vectors of {TRAINING_SCENES} training scenes"]
+    for name in (OBJECT, *BACKGROUNDS):
+        wanted = cover >= 0.5 if name == OBJECT else (cover < 0.5) & (scenes.background == BACKGROUNDS.index(name))[:, None, None]
+        scores = [localisation.auroc(length.flatten()[None], wanted.flatten()[None]) for length in lengths]
+        best = max(range(len(scores)), key=scores.__getitem__)
+        chosen[name] = concepts.labels[best]
+        notes.append(f"{name}: {concepts.labels[best]}, {len(concepts.bases[best])} dimensions, AUROC {scores[best]:.3f} on training cells")
+    return Track(DISCOVERED[method], concepts, chosen, notes)
+
+
+def trials(opened: Opened, scene: Scenes, framed: Tensor, track: Track, how: Sampling, request: Request) -> Iterator[Trial]:
+    """The object and the background of one scene, framed [3, H, W], with every heat map."""
+    features, layer = opened.features(framed[None]), opened.info.source.layer
+    covered = scene.masks[0].sum(0).clamp(max=1) > 0.5
+    names = {"object": track.stands_for[OBJECT], "background": track.stands_for[BACKGROUNDS[scene.background[0]]]}
+    asked = visualize(opened, features, track.concepts, [[n] for n in names.values()], replace(request, closed=False), how)
+    for (kind, name), shown in zip(names.items(), asked):
+        trial = Trial(kind, name, framed, covered if kind == "object" else ~covered, shown={VIZ: shown})
+        if track.name == TRUE:
+            trial.shown[CLOSED] = shown if shown.slope.passed else visualize(opened, features, track.concepts, [[name]], replace(request, closed=True), how)[0]
+            random = localisation.random_subspace(track.concepts, name, int(scene.centre.sum() * 1000))
+            trial.heats["random subspace"] = visualize(opened, features, random, [["random"]], replace(request, closed=False), how)[0].distance
+        trial.heats |= {method: one.distance for method, one in trial.shown.items()}
+        if (null := null_difference(shown.original)) is not None:
+            trial.heats["seeds alone"] = null
+        trial.heats |= _other_maps(opened, track.concepts, name, features, framed, GROUPS[kind])
+        trial.logit = {m: _logit_change(opened, s, features, GROUPS[kind]) for m, s in trial.shown.items()}
+        trial.curves = {m: localisation.deletion(opened.backbone, track.concepts, name, framed, heat, layer) for m, heat in trial.heats.items()}
+        trial.shown = {m: replace(s, original=s.original[:1], changed=s.changed[:1]) for m, s in trial.shown.items()}  # enough to look at
+        yield trial
+
+
+def _other_maps(opened: Opened, concepts: Concepts, name: str, features: FeatureMap, picture: Tensor, group: str) -> dict[str, Tensor]:
+    size = picture.shape[1:]
+    active = localisation.activation(concepts, name, features, size)
+    return {
+        "activation, enlarged": active,
+        "activation, guided filter": localisation.guided(active, picture),
+        "GradCAM": localisation.grad_cam(opened.backbone, features, _top(opened, features, group), size),
+        "occlusion of the concept": localisation.occlusion(opened.backbone, concepts, name, picture, features.source.layer),
+        "edges": localisation.edges(picture),
+    }
+
+
+def _top(opened: Opened, features: FeatureMap, group: str) -> int:
+    """The number of the label group's top logit."""
+    part = opened.backbone.groups[group]
+    return part.start + int(opened.backbone.logits(features)[0, part].argmax())
+
+
+def _logit_change(opened: Opened, shown: Shown, features: FeatureMap, group: str) -> tuple[float, float]:
+    """(predicted, actual) change of the top logit of a label group: (factor - 1) times the concepts' relevance, and what
+    the head makes of the reconstructions, read again, of the changed and of the original map."""
+    top, change = _top(opened, features, group), shown.change
+    contributions, _ = relevance(opened.backbone, change.concepts, features)
+    concept = sum(contributions[change.concepts.index(name), 0, top] for name in change.groups[0])
+    again, before = (opened.backbone.logits(opened.see(pictures))[:, top].mean() for pictures in (shown.changed, shown.original))
+    return float((shown.slope.asked - 1) * concept), float(again - before)
+
+
+_mine: dict[str, object] = {}  # what a worker process keeps
+
+
+def open_in_worker(args: argparse.Namespace, tracks: Sequence[Track]) -> None:
+    if args.workers > 1:
+        torch.set_num_threads(1)
+    opened, how = open_from(args)
+    _mine.update(opened=opened, how=how, tracks=tracks, request=Request(args.factor, args.seeds))
+
+
+def trials_of_scene(row: int) -> bytes:
+    """All trials of a held-out scene per track, pickled by value: shared memory would take a file handle for each tensor."""
+    opened, scenes = _mine["opened"], draw(0, torch.tensor([row]), "held-out")
+    framed = opened.backbone.frame(scenes.image)[0]
+    return pickle.dumps({t.name: list(trials(opened, scenes, framed, t, _mine["how"], _mine["request"])) for t in _mine["tracks"]})
+
+
+def in_workers(args: argparse.Namespace, tracks: Sequence[Track], rows: Sequence[int]) -> Iterator[bytes]:
+    """trials_of_scene of each row, in order; one worker is this process."""
+    if args.workers == 1:
+        open_in_worker(args, tracks)
+        yield from map(trials_of_scene, rows)
+        return
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), open_in_worker, (args, tracks)) as pool:
+        yield from pool.map(trials_of_scene, rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = model_parser(__doc__)
+    parser.add_argument("--count", type=int, default=200, help="held-out scenes to report on")
+    parser.add_argument("--validation", type=int, default=40, help="further ones, on which each map's threshold is chosen")
+    parser.add_argument("--seeds", type=int, default=5, help="reconstructions of each map")
+    parser.add_argument("--factor", type=float, default=0.25, help="what the concept is multiplied by")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--out", type=Path, default=Path("out/concepts"))
+    args = parser.parse_args(argv)
+    make_folder(args.out)
+    opened, how = open_from(args)
+    _require_world(opened, args)
+    layer = opened.info.source.layer
+    tracks = [true_track(opened, layer), *(discovered_track(opened, layer, method) for method in DISCOVERED)]
+    found: dict[str, list[Trial]] = {track.name: [] for track in tracks}
+    rows = range(args.count + args.validation)
+    for pickled in tqdm(in_workers(args, tracks, rows), total=len(rows), desc="scenes"):
+        for name, own in pickle.loads(pickled).items():
+            found[name] += own
+    about = {"model": args.model, "source": opened.info.source.describe(), "count": args.count, "validation": args.validation,
+             "seeds": args.seeds, "factor": args.factor, "sampling": asdict(how), "notes": {t.name: t.notes for t in tracks}}  # fmt: skip
+    print(write_report(args.out, about, found))
+
+
+def _require_world(opened: Opened, args: argparse.Namespace) -> None:
+    if not opened.is_tiny or opened.info.source.pooled or opened.info.source.layer != "last":
+        raise FeatInvError(f"{args.model} inverts {opened.info.source.describe()}; true masks are known for the embedded world, the head for its last layer alone")
+    if args.count < 2 or args.validation < 2 or args.seeds < 1 or args.workers < 1:
+        raise FeatInvError(f"--count {args.count} --validation {args.validation} --seeds {args.seeds} --workers {args.workers}: expected at least 2, 2, 1 and 1")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""FeatInv-Viz: which pixels change when a concept is turned down (the paper's Algorithm 1 and Fig. 6).
+
+    python training/visualize_concepts.py --image a.png b.png --names "object; sky" --out DIR
+    python training/visualize_concepts.py --model FILE --concepts FILE --image photo.jpg --names "0; 1; 2" --out DIR
+    python training/visualize_concepts.py --image a.png --names object --factor 2 --keep-length --out DIR
+
+--names: numbers or names; commas join concepts that are turned down together, semicolons part the variants of a row.
+Writes grid.png (a row per picture, a column per variant), details.png (both reconstructions, the difference and its sign),
+each map as a PNG, and results.json. Every variant carries its slope: what the backbone, reading the reconstructions again,
+finds of the concept, against what was asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from featinv_nodes.core.backbones import FITS
+from featinv_nodes.core.concepts import load_concepts
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.images import read_image
+from featinv_nodes.core.pictures import diverging, heat_map
+from featinv_nodes.core.steering import FACTOR, SEEDS, THRESHOLD, affected, normalised, parse_groups, signed_difference
+from featinv_nodes.tiny_world import CONCEPTS, FOLDER
+from training.cli import make_folder, model_parser, open_from, run, write_json
+from training.report import Cell, panel, save_image, to_image
+from training.viz import Request, Shown, visualize
+
+DIM = 0.2  # what is left of the brightness of unaffected pixels
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = model_parser(__doc__)
+    parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
+    parser.add_argument("--concepts", type=Path, default=FOLDER / CONCEPTS, help="concept file (default: the embedded one)")
+    parser.add_argument("--names", required=True, help='concepts, such as "object" or "0, 3; 1"')
+    parser.add_argument("--factor", type=float, default=FACTOR, help="what they are multiplied by: 0.25 as in the paper, 0 removes, above 1 amplifies")
+    parser.add_argument("--keep-length", action="store_true", help="scale vectors that grow back to the length they had")
+    parser.add_argument("--closed-loop", action="store_true", help="command the factor whose slope is the asked one, at up to five times the cost")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="reconstructions of each map")
+    parser.add_argument("--seed", type=int, default=0, help="of their noise")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share of the largest difference below which a pixel counts as unaffected")
+    parser.add_argument("--fit", choices=FITS, default="crop", help="how a picture is fitted to the backbone's input")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    return parser
+
+
+def title(shown: Shown) -> str:
+    return shown.change.titles()[0][:20]
+
+
+def grid_row(picture: torch.Tensor, row: list[Shown], threshold: float) -> list[Cell]:
+    """A row of Fig. 6: the picture, its reconstruction, and that with unaffected pixels darkened, per variant."""
+    cells = [(picture, "picture"), (row[0].original[0], "reconstruction")]
+    for shown in row:
+        mask = affected(shown.distance, threshold)
+        verdict = "" if shown.slope.passed else ", NOT as asked"
+        cells.append((shown.original[0] * (DIM + (1 - DIM) * mask), f"slope {shown.slope.own:.2f}{verdict}"))
+    return cells
+
+
+def detail_row(shown: Shown) -> list[Cell]:
+    signed = signed_difference(shown.original, shown.changed)
+    return [
+        (shown.original[0], "reconstruction"), (shown.changed[0], f"changed, x{shown.commanded:.2f}"),
+        (heat_map(normalised(shown.distance)[None])[0], "difference"), (diverging(signed[None], float(signed.abs().amax().clamp(min=1e-3)))[0], "darker, brighter"),
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
+    if args.seeds < 1 or not 0 <= args.threshold <= 1:
+        raise FeatInvError(f"--seeds {args.seeds} --threshold {args.threshold}: expected at least 1, and 0 to 1")
+    make_folder(args.out)
+    concepts, groups = load_concepts(args.concepts), parse_groups(args.names)
+    pictures = [read_image(file) for file in args.image]
+    opened, how = open_from(args)
+    framed = torch.cat([opened.backbone.frame(x, args.fit) for x in pictures])
+    features = opened.features(framed)
+    request = Request(args.factor, args.seeds, args.seed, args.keep_length, args.closed_loop)
+    rows = []
+    with tqdm(desc="drawing", unit="picture") as bar:
+        for i in range(len(framed)):
+            rows.append(visualize(opened, features.select(i), concepts, groups, request, how, args.batch, bar.update))
+    stems = [f"{i:03d}_{Path(file).stem}" for i, file in enumerate(args.image)]
+    entries = [save(args, stem, number, shown) for stem, row in zip(stems, rows) for number, shown in enumerate(row)]
+    heading = f"{opened.info.source.describe()}; concepts x{args.factor:g}, {args.seeds} seeds"
+    names = [Path(file).name[:18] for file in args.image]
+    grid = [grid_row(x, row, args.threshold) for x, row in zip(framed, rows)]
+    columns = "   ".join(f"{n + 1}: {title(shown)}" for n, shown in enumerate(rows[0]))
+    save_image(panel(grid, names, heading, columns), args.out / "grid.png")
+    details = [(name, shown) for name, row in zip(names, rows) for shown in row]
+    save_image(panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading), args.out / "details.png")
+    write_json(args.out / "results.json", {
+        "model": args.model, "concepts": str(args.concepts), "images": [str(f) for f in args.image], "sampling": asdict(how), "request": asdict(request), "maps": entries,
+    })
+    for name, shown in details:
+        print(f"{name}, {title(shown)}: {shown.slope.describe()}")
+    print(f"wrote grid.png, details.png and results.json to {args.out}")
+
+
+def save(args: argparse.Namespace, stem: str, number: int, shown: Shown) -> dict:
+    """Writes a variant's difference map and mask; returns its entry in results.json."""
+    files = {"difference": normalised(shown.distance), "mask": affected(shown.distance, args.threshold)}
+    for kind, values in files.items():
+        save_image(to_image(values.expand(3, -1, -1)), args.out / f"{stem}_{number}_{kind}.png")
+    return {
+        "picture": stem, "variant": number, "concepts": list(shown.change.groups[0]), "commanded": shown.commanded, "passed": shown.slope.passed, **asdict(shown.slope),
+        **{kind: f"{stem}_{number}_{kind}.png" for kind in files},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
