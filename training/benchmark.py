@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from training import real_size
-from training.config import CONFIGS, read_config
+from training.config import CONFIGS, TrainConfig, read_config
+from training.floor import floor_gmac
+from training.log import device_peak, peak_memory
 
 
 def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
@@ -38,7 +41,7 @@ def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
         times.append(time.perf_counter() - began)
     times = sorted(times[1:])
     print(f"16 pictures, 20 steps, guidance {how.guidance}: {times[len(times) // 2]:.2f} s (median of {repeats}, {times[0]:.2f} to {times[-1]:.2f})")
-    print(f"peak memory {real_size.peak_memory():.2f} GB, {torch.get_num_threads()} threads")
+    print(f"peak memory {peak_memory():.2f} GB, {torch.get_num_threads()} threads")
 
 
 def world(args: argparse.Namespace, count: int = 4000) -> None:
@@ -65,35 +68,63 @@ def model(args: argparse.Namespace) -> None:
         x, t = torch.randn(args.batch, 4, 32, 32, device=device), torch.zeros(args.batch, dtype=torch.long, device=device)
         context = parts.base.text[""].expand(args.batch, -1, -1)
         seconds = real_size.seconds(lambda: parts.model.steer(parts.base.unet, x, t, context, hint), 1, 1)
-    print(f"sampling step, float32, batch {args.batch}: {seconds:.2f} s, peak memory {real_size.peak_memory():.1f} GB")
-    report(args, "training step, latents cached", real_size.seconds(real_size.our_step(parts, picture, True, args.graph), args.repeats, 1))
+    print(f"sampling step, float32, batch {args.batch}: {seconds:.2f} s, peak memory {peak_memory():.1f} GB")
+    step = real_size.our_step(parts, picture, ("moments",), args.graph)
+    report(args, floor_of(config)[0], "training step, latents cached", real_size.seconds(step, args.repeats, 1))
 
 
 def training(args: argparse.Namespace) -> None:
-    """Images per second of the released recipe (batch 8 or less) and of ours, with the latents cached and without."""
-    parts = real_size.build(args.config, args.device)
-    picture = torch.rand(min(8, args.batch), 3, *parts.backbone.input_size, device=args.device)
-    step = real_size.released_step(parts, picture)
-    first = report(args, "released recipe, float32", real_size.seconds(step, args.repeats, 1), len(picture))
-    del parts, step  # before the next is built
-    for cached in (True, False):
-        parts = real_size.build(args.config, args.device)
-        pictures = torch.rand(args.batch, 3, *parts.backbone.input_size, device=args.device)
-        step = real_size.our_step(parts, pictures, cached, args.graph)
-        rate = report(args, f"ours, {args.config.precision}, latents {'cached' if cached else 'encoded in the step'}", real_size.seconds(step, args.repeats, 1))
-        print(f"    {rate / first:.2f} times the released recipe")
-        del parts, step
+    """Images per second of the released recipe (batch 8 or less) and of ours, with what a cache may hold and without; and
+    whether the two learn the same at equal settings (batch, float32, no clipping, the same noise)."""
+    config, device = args.config, args.device
+    (floor, side), small = floor_of(config), min(8, args.batch)
+    print(f"floor {floor:.1f} GMAC per image and step")
+    torch.manual_seed(1)
+    pictures = torch.rand(args.batch, 3, *side, device=device)
+    step = real_size.released_step(real_size.build(config, device), pictures[:small])
+    first = report(args, floor, "released recipe, float32", real_size.seconds(step, args.repeats, 1), small)
+    del step  # before the next is built
+    for what, cached in reversed(real_size.CACHES.items()):
+        step = real_size.our_step(real_size.build(config, device), pictures, cached, args.graph)
+        rate = report(args, floor, f"ours, {config.precision}, {what}", real_size.seconds(step, args.repeats, 1))
+        print(f"    {rate / first:.2f} times the released recipe", flush=True)
+        del step
+    if args.agreement:
+        agreement(args, pictures[:small])
 
 
-def report(args: argparse.Namespace, what: str, seconds: float, batch: int = 0) -> float:
-    """Prints one timing; returns images per second."""
+def agreement(args: argparse.Namespace, pictures: torch.Tensor) -> None:
+    """Prints the losses of both recipes from the same weights, and what a step of each computes."""
+    plain = replace(args.config, precision="fp32")
+    recipes = {
+        "released": lambda parts: real_size.released_step(parts, pictures),
+        "ours": lambda parts: real_size.our_step(parts, pictures, ("moments",), largest_norm=float("inf")),
+    }
+    curves = {}
+    for name, recipe in recipes.items():
+        step = recipe(real_size.build(plain, args.device))
+        curves[name] = real_size.losses(step, args.agreement)
+        print(f"{name}: {real_size.gmac_of(step) / len(pictures):.1f} GMAC per image; losses {', '.join(f'{x:.6f}' for x in curves[name])}", flush=True)
+        del step
+    apart = max(abs(a - b) / a for a, b in zip(*curves.values()))
+    print(f"loss curves of {args.agreement} steps at equal settings: at most {apart:.1e} apart, relatively")
+
+
+def floor_of(config: TrainConfig) -> tuple[float, tuple[int, int]]:
+    """floor_gmac of a configuration at real size, and its backbone's input size."""
+    parts = real_size.build(config, "meta")
+    return floor_gmac(parts.base, parts.backbone, parts.model, config), parts.backbone.input_size
+
+
+def report(args: argparse.Namespace, gmac: float, what: str, seconds: float, batch: int = 0) -> float:
+    """Prints one timing; returns images per second. gmac: the floor per image."""
     batch = batch or args.batch
-    rate = batch / seconds
+    rate, peak = batch / seconds, device_peak(torch.device(args.device))
+    flops = 2e9 * gmac * rate
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    flops = 2e9 * real_size.FLOOR_GMAC * rate
-    share = next((f", {flops / peak:.1%} of the bf16 peak" for part, peak in real_size.PEAK.items() if part in name), "")
+    share = f", {flops / peak:.1%} of the bf16 peak" if peak else ""
     print(f"{what}, batch {batch}: {seconds:.3f} s, {rate:.3g} images/s, {flops / 1e12:.3g} TFLOP/s on the floor{share}, "
-          f"peak memory {real_size.peak_memory():.1f} GB ({name})")  # fmt: skip
+          f"peak memory {peak_memory():.1f} GB ({name})", flush=True)  # fmt: skip
     return rate
 
 
@@ -106,6 +137,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1, help="steps that count")
     parser.add_argument("--precision", default="bf16", help="of our step")
+    parser.add_argument("--agreement", type=int, default=4, help="steps whose losses are compared, 0 for none")
     parser.add_argument("--graph", action="store_true", help="our step as one CUDA graph")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

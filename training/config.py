@@ -11,10 +11,20 @@ import yaml
 from featinv_nodes.core.encoders import KINDS
 from featinv_nodes.core.feature_map import FeatInvError
 
+from .cli import write_text
+
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "tiny_cnn_last.yaml"
 #: fields that a run cannot change when it goes on
 MODEL_FIELDS = ("backbone", "input_size", "layer", "pooled", "base", "prompt", "encoder", "encoder_width", "standardise")
+CHOICES = {
+    "encoder": tuple(KINDS),
+    "schedule": ("constant", "cosine"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "flips": ("none", "horizontal", "both"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "nan": ("stop", "skip"),
+}
 
 
 @dataclass
@@ -24,16 +34,28 @@ class TrainConfig:
     backbone: "tiny-cnn", "tiny-vit", a timm name or a timm-hub folder; backbone_weights: its .safetensors file.
     input_size: side of the pictures it reads, where that is not timm's default. layer, pooled: what is inverted.
     base: "tiny", a diffusers folder, a single file of Stable Diffusion 1.x, or owner/name in the hub's cache.
-    data: "tiny" or a folder of images. encoder: "conv" or "perceiver"; encoder_width: its hidden channels (the paper: 512). standardise: per-channel mean and
-    deviation learned from the first batches. dropout: share of samples that lose features and text together.
+    data: "tiny", a folder of images or of plain tar files (webdataset), or "hf:" and a Hugging Face data set (a folder
+    of save_to_disk, or a name with its split after a colon); images: only so many of them, evenly spread. flips: "none",
+    "horizontal" or "both". views: crops and flips of each picture, one per epoch in turn, 0 for new ones without end.
+    cache: folder of latents that training/cache.py wrote for these views; cache_features: the features are there too.
+    encoder: "conv" or "perceiver"; encoder_width: its hidden channels (the paper: 512). standardise: per-channel mean
+    and deviation, of the first 256 pictures. dropout: share of samples that lose features and text together.
     cycle: weight of the cycle consistency, 1 - cos of the features of the predicted picture, 0 for none (the paper);
     cycle_below: timesteps, of the base model's 1000, below which it counts.
-    rate: learning rate; schedule: "constant" (the paper) or "cosine" to zero, both after `warmup` images. ema: decay
-    per step of the moving average that is saved, 0 for none. precision: "fp32", "bf16" or "fp16".
-    compile: torch.compile, worth its minute on long runs. graph: the whole step as one CUDA graph, for small models on one
-    GPU. init_from: a weights file to start from: its ControlNet, and its
-    encoder too where that inverts the same features. workers: data loading processes. flips: "none", "horizontal" or "both". panel_every, save_every: images between
-    sample panels and checkpoints. recommended: sampling settings written into the weights file.
+    min_snr: gamma of the min-SNR weighting of timesteps (Hang et al. 2023: 5), 0 for none (the paper).
+    batch: images per process and pass; accumulate: passes per step, so that a step counts batch x accumulate x
+    processes images. rate: learning rate; schedule: "constant" (the paper) or "cosine" to zero, both after `warmup`
+    images. ema: decay per step of the moving average that is saved, 0 for none.
+    optimizer: "adamw", or "adamw8bit" with a quarter of its memory for moments (needs bitsandbytes). checkpointing:
+    activations are computed again for the gradient, which saves memory and costs time. nan: what happens to a step whose
+    loss or gradients are not finite: "stop" or "skip".
+    precision: "fp32", "bf16" (the frozen parts are kept in it) or "fp16". compile: torch.compile, worth its minute on
+    long runs. graph: the whole step as one CUDA graph, for small models on one GPU.
+    init_from: a weights file to start from: its ControlNet, and its encoder too where that inverts the same features;
+    encoder_first: images during which the encoder alone learns.
+    workers: data loading processes. panel_every, save_every: images between sample panels and checkpoints; keep:
+    checkpoints kept. trackers: of accelerate, [tensorboard] and others.
+    recommended: sampling settings written into the weights file.
     """
 
     name: str
@@ -58,26 +80,40 @@ class TrainConfig:
     warmup: int = 1000
     weight_decay: float = 0.01
     ema: float = 0.0
+    min_snr: float = 0.0
+    accumulate: int = 1
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    nan: str = "stop"
     precision: str = "bf16"
     compile: bool = False
     graph: bool = False
     init_from: str | None = None
+    encoder_first: int = 0
     workers: int = 0
+    images: int | None = None
+    views: int = 0
+    cache: str | None = None
+    cache_features: bool = False
     flips: str = "none"
     seed: int = 0
     panel_every: int = 20_000
     save_every: int = 10_000
+    keep: int = 2
+    trackers: list = field(default_factory=list)
     recommended: dict = field(default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50})
 
     def __post_init__(self) -> None:
-        if self.encoder not in KINDS:
-            raise FeatInvError(f"encoder {self.encoder!r}: expected one of {', '.join(KINDS)}")
-        if self.schedule not in ("constant", "cosine"):
-            raise FeatInvError(f"schedule {self.schedule!r}: expected 'constant' or 'cosine'")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise FeatInvError(f"precision {self.precision!r}: expected 'fp32', 'bf16' or 'fp16'")
-        if self.flips not in ("none", "horizontal", "both"):
-            raise FeatInvError(f"flips {self.flips!r}: expected 'none', 'horizontal' or 'both'")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise FeatInvError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        for name in ("batch", "accumulate", "keep", "panel_every", "save_every", "max_images"):
+            if getattr(self, name) < 1:
+                raise FeatInvError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.cache and not self.views and self.data != "tiny":
+            raise FeatInvError("a cache holds a number of views of each picture: say how many with --views")
+        if self.cache_features and not self.cache:
+            raise FeatInvError("cache_features: say where with --cache DIR")
 
     def save(self, file: Path) -> None:
         """Writes the configuration beside its results.
@@ -89,7 +125,7 @@ class TrainConfig:
             differing = [f"{name}: {old.get(name)} there, {new[name]} now" for name in MODEL_FIELDS if old.get(name) != new[name]]
             if differing:
                 raise FeatInvError(f"{file.parent} holds a run of another model ({'; '.join(differing)}); choose another --output")
-        file.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        write_text(file, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
 def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,73 +12,161 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
 
+from .base_model import BaseModel
+from .config import TrainConfig
+from .listing import Listing, fingerprint, open_listing
+
 AT_ONCE = 4096  # scenes drawn together on a GPU, where a batch takes no longer than a few
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+TRIES = 100  # pictures in a row that cannot be read before the data itself is in doubt
+
+
+class Batch(NamedTuple):
+    """tensors: what the loader was asked for, "pictures" [B, 3, side, side] in 0..1 and others alike, a row per image
+    number. skipped: name and reason of pictures that could not be read and were replaced by the next in the order."""
+
+    tensors: dict[str, Tensor]
+    skipped: list[tuple[str, str]]
+
+
+class Unreadable(Exception):
+    """A picture that cannot be read, and why."""
 
 
 class TinyWorld(Dataset):
-    """Training scenes drawn on the fly, on the device; image number n is scene n."""
+    """Training scenes drawn on the fly, on the device; image number n is scene n, or n modulo `images`."""
 
-    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        self.seed, self.device = seed, torch.device(device)
+    def __init__(self, seed: int, device: torch.device | str = "cpu", images: int | None = None) -> None:
+        self.seed, self.device, self.images = seed, torch.device(device), images
         self._part: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def __getitems__(self, numbers: list[int]) -> Tensor:
-        wanted = torch.tensor(numbers, device=self.device)
-        if self.device.type == "cpu" or numbers[0] // AT_ONCE != numbers[-1] // AT_ONCE:
+    def __len__(self) -> int:
+        if self.images is None:
+            raise FeatInvError("the embedded world has no end; say how many of its scenes with --images")
+        return self.images
+
+    @property
+    def fingerprint(self) -> str:
+        return f"scenes of seed {self.seed}"
+
+    def name(self, place: int) -> str:
+        return f"scene {place}"
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(scene, view) of image `number`; scenes have one view."""
+        return (number % self.images if self.images else number), 0
+
+    def render(self, entries: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[int, str]]:
+        return {"pictures": self._draw([scene for scene, _ in entries])}, {}
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        return Batch(self.render([self.place(n) for n in numbers])[0], [])
+
+    def _draw(self, scenes: list[int]) -> Tensor:
+        wanted = torch.tensor(scenes, device=self.device)
+        if self.device.type == "cpu" or scenes[0] // AT_ONCE != scenes[-1] // AT_ONCE or scenes[0] > scenes[-1]:
             return draw(self.seed, wanted).image
-        part = numbers[0] // AT_ONCE
+        part = scenes[0] // AT_ONCE
         if self._part[0] != part:
             self._part = part, draw(self.seed, torch.arange(part * AT_ONCE, (part + 1) * AT_ONCE, device=self.device)).image
         return self._part[1][wanted - part * AT_ONCE]
 
 
-class ImageFolder(Dataset):
-    """All images below a folder, a new order each epoch, cropped as in the paper: random resized crop and flips.
+class Photographs(Dataset):
+    """A listing's pictures, a new order each epoch, cropped as in the paper: random resized crop and flips.
 
-    Image number n, its crop and its flips are functions of (seed, n).
+    A view is one crop and its flips, a function of (seed, place in the listing, view). Epoch e shows view e of every
+    picture, or e modulo `views`. Each tensor named in `sides` holds the same crop, scaled from the original to that
+    many pixels a side.
     """
 
-    def __init__(self, folder: Path, size: int, flips: str, seed: int) -> None:
-        self.files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
-        if not self.files:
-            raise FeatInvError(f"no images ({', '.join(sorted(SUFFIXES))}) below {folder}")
-        self.size, self.flips, self.seed = size, flips, seed
+    def __init__(self, listing: Listing, sides: dict[str, int], flips: str, seed: int, views: int = 0) -> None:
+        self.listing, self.sides, self.flips, self.seed, self.views = listing, sides, flips, seed, views
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def __getitems__(self, numbers: list[int]) -> Tensor:
-        return torch.stack([self._load(n) for n in numbers])
+    def __len__(self) -> int:
+        return len(self.listing.names)
 
-    def _load(self, number: int) -> Tensor:
-        epoch, place = divmod(number, len(self.files))
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.listing.names)
+
+    def name(self, place: int) -> str:
+        return self.listing.names[place]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(place, view) of image `number`."""
+        epoch, position = divmod(number, len(self))
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.files)))
-        chance = random.Random(f"{self.seed}/{number}")
-        with Image.open(self.files[self._order[1][place]]) as opened:
-            image = self._crop(opened.convert("RGB"), chance)
-        x = torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)
-        if self.flips != "none" and chance.random() < 0.5:
-            x = x.flip(2)
-        if self.flips == "both" and chance.random() < 0.5:
-            x = x.flip(1)
-        return x.contiguous()
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self)))
+        return int(self._order[1][position]), epoch % self.views if self.views else epoch
 
-    def _crop(self, image: Image.Image, chance: random.Random) -> Image.Image:
-        """torchvision's random resized crop: 8 to 100 % of the area, aspect 3/4 to 4/3, ten tries, else the centre."""
-        width, height = image.size
-        for _ in range(10):
-            area, aspect = width * height * chance.uniform(0.08, 1), 2 ** chance.uniform(-0.415, 0.415)
-            w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-            if 0 < w <= width and 0 < h <= height:
-                left, top = chance.randint(0, width - w), chance.randint(0, height - h)
-                break
+    def render(self, entries: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[int, str]]:
+        """Tensors of (place, view) entries, rows of zeros for pictures that cannot be read, and row -> reason of these."""
+        rows = {name: torch.zeros(len(entries), 3, side, side) for name, side in self.sides.items()}
+        failed = {}
+        for row, (place, view) in enumerate(entries):
+            try:
+                for name, crop in self._crops(place, view).items():
+                    rows[name][row] = crop
+            except Unreadable as error:
+                failed[row] = str(error)
+        return rows, failed
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        return fill(self, numbers)
+
+    def _crops(self, place: int, view: int) -> dict[str, Tensor]:
+        chance = random.Random(f"{self.seed}/{place}/{view}")
+        try:
+            with self.listing.open(place) as opened:
+                image = opened.convert("RGB")
+        except Exception as error:  # decoders raise whatever they stumble over
+            raise Unreadable(f"{type(error).__name__}: {error}") from error
+        box = _crop(*image.size, chance)
+        across, down = self.flips != "none" and chance.random() < 0.5, self.flips == "both" and chance.random() < 0.5
+        crops = {}
+        for name, side in self.sides.items():
+            pixels = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box), np.float32) / 255
+            crops[name] = torch.from_numpy(pixels[:: -1 if down else 1, :: -1 if across else 1].copy()).permute(2, 0, 1)
+        return crops
+
+
+def fill(source: Photographs, numbers: list[int]) -> Batch:
+    """The batch of image numbers from a source's place, render and name; a picture that cannot be read gives way to the next in its epoch's order, which is a
+    function of the number too. Raises FeatInvError after TRIES of them in a row."""
+    tensors, failed = source.render([source.place(n) for n in numbers])
+    skipped = []
+    for row, reason in failed.items():
+        for other in range(numbers[row], numbers[row] + TRIES):
+            place, view = source.place(other)
+            if other > numbers[row]:
+                again, wrong = source.render([(place, view)])
+                if not wrong:
+                    for name in tensors:
+                        tensors[name][row] = again[name][0]
+                    break
+                reason = wrong[0]
+            skipped.append((source.name(place), reason))
         else:
-            w = h = min(width, height)
-            left, top = (width - w) // 2, (height - h) // 2
-        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
+            raise FeatInvError(f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({skipped[-1][1]})")
+    return Batch(tensors, skipped)
+
+
+def _crop(width: int, height: int, chance: random.Random) -> tuple[int, int, int, int]:
+    """torchvision's random resized crop: 8 to 100 % of the area, aspect 3/4 to 4/3, ten tries, else the centre."""
+    for _ in range(10):
+        area, aspect = width * height * chance.uniform(0.08, 1), 2 ** chance.uniform(-0.415, 0.415)
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = chance.randint(0, width - w), chance.randint(0, height - h)
+            return left, top, left + w, top + h
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
 
 
 class Batches(Sampler):
@@ -95,16 +183,26 @@ class Batches(Sampler):
             first += self.batch * self.processes
 
 
-def open_source(name: str, size: int, flips: str, seed: int, device: torch.device | str = "cpu") -> Dataset:
-    """"tiny" or a folder of images, each batch [B, 3, size, size] in 0..1."""
-    if name == "tiny":
-        return TinyWorld(seed, device)
-    if not Path(name).is_dir():
-        raise FeatInvError(f"data {name!r} is neither 'tiny' nor a folder")
-    return ImageFolder(Path(name), size, flips, seed)
+def sides(base: BaseModel, backbone: Backbone) -> dict[str, int]:
+    """Which crops a step looks at, in pixels a side: what the backbone reads, and the base model's resolution where
+    that is another."""
+    side = max(backbone.input_size)
+    return {"pictures": side} if side == base.resolution else {"pictures": side, "target": base.resolution}
 
 
-def loader(source: Dataset, start: int, batch: int, rank: int, processes: int, workers: int) -> Iterator[Tensor]:
+def open_source(config: TrainConfig, wanted: dict[str, int], device: torch.device | str = "cpu") -> TinyWorld | Photographs:
+    """The configuration's pictures, cropped to the `wanted` sides. Raises FeatInvError where there are none."""
+    if config.data == "tiny":
+        return TinyWorld(config.seed, device, config.images)
+    return Photographs(open_listing(config.data, config.images), wanted, config.flips, config.seed, config.views)
+
+
+def as_it_is(batch: tuple) -> tuple:
+    """What a loader makes of a batch that is one already."""
+    return batch
+
+
+def loader(source: Dataset, start: int, batch: int, rank: int, processes: int, workers: int, pin: bool = False) -> Iterator[Batch]:
     """Batches from image number `start` on, per process `batch` images."""
     numbers = Batches(start, batch, rank, processes)
-    return iter(DataLoader(source, batch_sampler=numbers, num_workers=workers, collate_fn=lambda x: x, persistent_workers=workers > 0))
+    return iter(DataLoader(source, batch_sampler=numbers, num_workers=workers, collate_fn=as_it_is, persistent_workers=workers > 0, pin_memory=pin))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,9 +19,10 @@ def check_device(device: torch.device | str) -> None:
         raise FeatInvError(f"a step can become a CUDA graph on a CUDA device only, not on {device}; leave --graph out")
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of every group; a captured one keeps its tensor."""
-    for group in optimizer.param_groups:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, groups: int | None = None) -> None:
+    """The learning rate of the first `groups` groups (default: all), 0 for the others; a captured one keeps its tensor."""
+    for number, group in enumerate(optimizer.param_groups):
+        rate = rate if groups is None or number < groups else 0.0
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
@@ -33,9 +35,9 @@ def make_plain(optimizer: torch.optim.Optimizer) -> None:
         group["capturable"], group["lr"] = False, float(group["lr"])
 
 
-def training_step(gradients: Callable[[], Tensor], update: Callable[[], object], optimizer: torch.optim.Optimizer, graph: bool) -> Callable[[], Tensor]:
-    """One step: gradients() runs forward and backward and returns the loss, update() clips and steps; the step returns
-    the loss.
+def training_step(gradients: Callable[[], Tensor], update: Callable[[], Tensor | None], optimizer: torch.optim.Optimizer, graph: bool) -> Callable[[], Tensor]:
+    """One step: gradients() runs forward and backward and returns the loss, update() clips and steps, and may return
+    whether it did (a 0-d bool); the step returns the loss, NaN where it was left out.
 
     graph: as one CUDA graph, which the result replays. gradients then reads tensors that keep their place and runs
     WARM_UP times before, without a trace but in the moving statistics of normalisations; neither may wait for the
@@ -43,15 +45,18 @@ def training_step(gradients: Callable[[], Tensor], update: Callable[[], object],
     """
 
     def plain() -> Tensor:
-        loss = gradients()
-        update()
+        loss = _marked(gradients(), update())
         optimizer.zero_grad(set_to_none=True)
         return loss
 
     return _capture(gradients, update, optimizer) if graph else plain
 
 
-def _capture(gradients: Callable[[], Tensor], update: Callable[[], object], optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
+def _marked(loss: Tensor, done: Tensor | None) -> Tensor:
+    return loss if done is None else loss.where(done, math.nan)
+
+
+def _capture(gradients: Callable[[], Tensor], update: Callable[[], Tensor | None], optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
     _prepare(optimizer)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -63,8 +68,7 @@ def _capture(gradients: Callable[[], Tensor], update: Callable[[], object], opti
     torch.cuda.empty_cache()  # the graph keeps memory of its own
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = gradients()
-        update()
+        loss = _marked(gradients(), update())
 
     def replay() -> Tensor:
         graph.replay()

@@ -3,45 +3,103 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 
 from .base_model import BaseModel
 from .config import TrainConfig
 
 
+def lighten(config: TrainConfig, base: BaseModel, backbone: Backbone) -> None:
+    """Frozen weights in bf16 where training is: rounded once, not at each step, and half as large."""
+    if config.precision == "bf16":
+        for part in (base.unet, base.vae, backbone):
+            part.bfloat16()
+
+
+class Chance(NamedTuple):
+    """The random part of a step, a row per image: noise [B, C, H, W], timesteps t [B], dropped [B] samples without
+    features and text, and the noise [B, C, H, W] that the latents are drawn from their moments with."""
+
+    noise: Tensor
+    t: Tensor
+    dropped: Tensor
+    latent: Tensor
+
+    def rows(self, first: int, count: int) -> Chance:
+        return Chance(*(part[first : first + count] for part in self))
+
+
+def draw_chance(batch: int, moments: Tensor, base: BaseModel, config: TrainConfig) -> Chance:
+    """Chance for a global batch, whatever share of it `moments` [*, 2 C, H, W] belong to: processes that draw with the
+    same seed and take their own rows train as one process would."""
+    device, shape = moments.device, (batch, moments.shape[1] // 2, *moments.shape[2:])
+    noise = torch.randn(shape, device=device)
+    t = torch.randint(base.scheduler.config.num_train_timesteps, (batch,), device=device)
+    dropped = torch.rand(batch, device=device) < config.dropout
+    return Chance(noise, t, dropped, torch.randn(shape, device=device))
+
+
 @torch.no_grad()
-def observe(base: BaseModel, backbone: Backbone, images: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """What the autoencoder and the backbone make of the same crops [B, 3, h, w] in 0..1: latents [B, C, H, W] and
-    feature values [B, C_f, h, w], float32."""
-    features = backbone.values(backbone.frame(images, "stretch"), config.layer, config.pooled).float()
-    side = (base.resolution,) * 2
-    target = images if images.shape[2:] == side else F.interpolate(images, side, mode="bilinear", antialias=True)
-    return base.encode(target.contiguous(memory_format=torch.channels_last)).float(), features
+def moments_of(base: BaseModel, pictures: Tensor) -> Tensor:
+    """Pictures [B, 3, h, w] in 0..1 -> [B, 2 C, H, W] float32: mean and log-variance of the autoencoder's posterior in
+    scaled latents. The embedded autoencoder has no variance, and its logarithm is -inf."""
+    if isinstance(base.vae, PatchAutoencoder):
+        mean = base.encode(pictures).float()
+        return torch.cat([mean, torch.full_like(mean, -math.inf)], 1)
+    posterior, factor = base.vae.encode(pictures * 2 - 1).latent_dist, base.vae.config.scaling_factor
+    return torch.cat([posterior.mean.float() * factor, posterior.logvar.float() + 2 * math.log(factor)], 1)
 
 
-def training_loss(base: BaseModel, backbone: Backbone, model: torch.nn.Module, latents: Tensor, features: Tensor, config: TrainConfig) -> Tensor:
+def latents_from(moments: Tensor, noise: Tensor) -> Tensor:
+    """Latents [B, C, H, W] drawn from their posterior, as the paper's code and REPA (Yu et al. 2025) do."""
+    mean, log_variance = moments.float().chunk(2, 1)
+    return mean + (log_variance / 2).exp() * noise
+
+
+@torch.no_grad()
+def observe(base: BaseModel, backbone: Backbone, seen: dict[str, Tensor], config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """What the autoencoder and the backbone make of the same crops: moments [B, 2 C, H, W] and feature values
+    [B, C_f, h, w], float32.
+
+    seen: "moments" and "features" where they are cached; else "pictures" [B, 3, h, w] in 0..1 for the backbone, and
+    "target", the same crops at the base model's resolution, where that is another.
+    """
+    features = seen["features"] if "features" in seen else backbone.values(backbone.frame(seen["pictures"], "stretch"), config.layer, config.pooled)
+    if "moments" in seen:
+        return seen["moments"].float(), features.float()
+    target = seen["target"] if "target" in seen else seen["pictures"]
+    return moments_of(base, target.contiguous(memory_format=torch.channels_last)), features.float()
+
+
+def training_loss(
+    base: BaseModel, backbone: Backbone, model: torch.nn.Module, latents: Tensor, features: Tensor, config: TrainConfig, chance: Chance | None = None
+) -> Tensor:
     """The base model's own objective (paper Sec. 2; Ho et al. 2020): predict the noise, or the velocity where the
     base model does so, of latents [B, C, H, W] at random timesteps, given features [B, C_f, h, w].
 
-    A share `dropout` of the samples sees neither features (zeros) nor text (the empty prompt). With config.cycle the
-    others add that much of cycle_distance.
+    A share `dropout` of the samples sees neither features (zeros) nor text (the empty prompt). With config.min_snr the
+    timesteps are weighted, with config.cycle the others add that much of cycle_distance. chance: drawn here if None.
     """
     batch, scheduler = len(latents), base.scheduler
-    noise = torch.randn_like(latents)
-    t = torch.randint(scheduler.config.num_train_timesteps, (batch,), device=latents.device)
-    dropped = torch.rand(batch, device=latents.device) < config.dropout
+    noise, t, dropped, _ = chance or draw_chance(batch, torch.cat([latents, latents], 1), base, config)
     context = torch.where(dropped[:, None, None], base.text[""], base.text[config.prompt])
     shown = features.masked_fill(dropped[:, None, None, None], 0.0)
     noisy = scheduler.add_noise(latents, noise, t)
     velocity = scheduler.config.prediction_type == "v_prediction"
     wanted = scheduler.get_velocity(latents, noise, t) if velocity else noise
     found = model(base.unet, noisy, t, context, shown).float()
-    loss = F.mse_loss(found, wanted.float())
+    if config.min_snr:
+        weight = min_snr_weight(scheduler.alphas_cumprod.to(t.device)[t], config.min_snr, velocity)
+        loss = (weight * F.mse_loss(found, wanted.float(), reduction="none").mean((1, 2, 3))).mean()
+    else:
+        loss = F.mse_loss(found, wanted.float())
     if config.cycle:
         chosen = ~dropped & (t < config.cycle_below)
         # as many rows as are chosen on average, so that memory and shapes stay the same from step to step
@@ -51,6 +109,13 @@ def training_loss(base: BaseModel, backbone: Backbone, model: torch.nn.Module, l
         distance = cycle_distance(base, backbone, clean, features[rows], config)
         loss = loss + config.cycle * (distance * chosen[rows]).sum() / chosen[rows].sum().clamp(min=1)
     return loss
+
+
+def min_snr_weight(kept: Tensor, gamma: float, velocity: bool) -> Tensor:
+    """Weights [B] of the squared error at alphas_cumprod `kept` [B]: min(SNR, gamma) / SNR for noise prediction,
+    min(SNR, gamma) / (SNR + 1) for velocity (Hang et al. 2023, Sec. 3.4), SNR = kept / (1 - kept)."""
+    ratio = kept / (1 - kept)
+    return ratio.clamp(max=gamma) / (ratio + 1) if velocity else (gamma / ratio).clamp(max=1)
 
 
 def predicted_clean(base: BaseModel, noisy: Tensor, found: Tensor, t: Tensor) -> Tensor:

@@ -2,13 +2,11 @@
 
 The released recipe, as a plain reference (facts read in its repository): float32, batch 8, features one picture at a
 time with a trip over the processor, autoencoder and text encoder inside the step, the base model's decoder collecting
-gradients that nobody uses, checkpointing on.
+gradients that nobody uses, checkpointing on, gradients not clipped.
 """
 
 from __future__ import annotations
 
-import platform
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,15 +22,10 @@ from featinv_nodes.core.backbones import Backbone, untrained_backbone
 from .base_model import BaseModel
 from .config import TrainConfig
 from .graph import training_step
-from .objective import observe, training_loss
+from .objective import draw_chance, latents_from, lighten, moments_of, observe, training_loss
+from .optimizer import LARGEST_NORM, build_optimizer, fused_step
 from .pipeline import Inversion
 from .stable_diffusion import CLIP, SCHEDULE, UNET, VAE, build_text_encoder
-
-#: forward multiply-accumulates of one training step per image that no recipe can avoid (ConvNeXt, last layer): frozen
-#: UNet forward, the gradient through its decoder, ControlNet and encoder forward and backward
-FLOOR_GMAC = 262.2
-#: dense bf16 peak, FLOP/s, by a part of the device's name (NVIDIA's data sheets)
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "4090": 165e12}
 
 
 @dataclass
@@ -46,14 +39,20 @@ class Parts:
     text_encoder: torch.nn.Module
 
 
+def empty_text(device: torch.device | str) -> Tensor:
+    """[1, 77] tokens, which stand for any text."""
+    return torch.full((1, 77), CLIP["eos_token_id"], device=device)
+
+
 def build(config: TrainConfig, device: str) -> Parts:
     """The configuration's backbone, Stable Diffusion 1.x, its ControlNet and encoder, float32 on `device`."""
     torch.manual_seed(0)
     with torch.device(device):
         unet, vae, text = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE), build_text_encoder()
         backbone = untrained_backbone(config.backbone, config.input_size)
-        embeddings = {"": torch.randn(1, 77, CLIP["hidden_size"]), config.prompt: torch.randn(1, 77, CLIP["hidden_size"])}
-        base = BaseModel("random", unet.eval(), vae.eval(), DDIMScheduler(**SCHEDULE), embeddings)
+        with torch.no_grad():
+            embedding = text.eval()(empty_text(device))[0]
+        base = BaseModel("random", unet.eval(), vae.eval(), DDIMScheduler(**SCHEDULE), {"": embedding, config.prompt: embedding})
         for module in (unet, vae, text):
             module.requires_grad_(False)
         backbone.to(device)
@@ -69,17 +68,19 @@ def released_step(parts: Parts, pictures: Tensor) -> Callable[[], Tensor]:
     p.base.unet.train().enable_gradient_checkpointing()
     p.model.controlnet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(p.model.parameters(), lr=1e-5, fused=False)
-    tokens = torch.full((1, 77), CLIP["eos_token_id"], device=device)
+    tokens = empty_text(device)
 
     def step() -> Tensor:
         maps = [p.backbone.values(p.backbone.frame(x[None], "stretch"), p.config.layer, p.config.pooled).cpu().numpy() for x in pictures]
         features = torch.cat([torch.from_numpy(m) for m in maps]).to(device)
         with torch.no_grad():
-            latents = p.base.encode(F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True))
+            moments = moments_of(p.base, F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True))
+            noise, t, dropped, latent = draw_chance(len(pictures), moments, p.base, p.config)
             context = p.text_encoder(tokens.expand(len(pictures), -1))[0]
-        t, noise = torch.randint(1000, (len(pictures),), device=device), torch.randn_like(latents)
+            latents = latents_from(moments, latent)
         noisy = p.base.scheduler.add_noise(latents, noise, t)
-        loss = F.mse_loss(p.model(p.base.unet, noisy, t, context, features), noise)
+        shown = features.masked_fill(dropped[:, None, None, None], 0.0)
+        loss = F.mse_loss(p.model(p.base.unet, noisy, t, context, shown), noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -89,35 +90,44 @@ def released_step(parts: Parts, pictures: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-def our_step(parts: Parts, pictures: Tensor, cached: bool, graph: bool) -> Callable[[], Tensor]:
-    """train.py's step on `pictures`: autocast, channels_last, fused optimizer. cached: the latents are there already.
-    graph: the step as one CUDA graph."""
+#: what our step finds on the disk
+CACHES = {"nothing cached": (), "latents cached": ("moments",), "latents and features cached": ("moments", "features")}
+
+
+def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph: bool = False, largest_norm: float = LARGEST_NORM) -> Callable[[], Tensor]:
+    """train.py's step on pictures [B, 3, h, w] in 0..1: frozen parts in bf16 where the precision is, channels_last,
+    fused optimizer. cached: a value of CACHES. graph: the step as one CUDA graph."""
     p, device = parts, parts.base.unet.device.type
     p.base.to(device)
     for module in (p.backbone, p.model):
         module.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(p.model.parameters(), lr=1e-5, fused=True)
+    lighten(p.config, p.base, p.backbone)
+    optimizer = build_optimizer(p.model, p.config)
     precision = {"device_type": device, "dtype": torch.bfloat16, "enabled": p.config.precision == "bf16"}
+    target = F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True)
+    seen = {"pictures": pictures} | ({} if target.shape == pictures.shape else {"target": target})
     with torch.autocast(**precision):
-        kept = observe(p.base, p.backbone, pictures, p.config)[0] if cached else None
+        known = dict(zip(("moments", "features"), observe(p.base, p.backbone, seen, p.config))) if cached else {}
+    seen |= {name: known[name] for name in cached}
 
     def gradients() -> Tensor:
         with torch.autocast(**precision):
-            if cached:
-                with torch.no_grad():
-                    features = p.backbone.values(p.backbone.frame(pictures, "stretch"), p.config.layer, p.config.pooled).float()
-                latents = kept
-            else:
-                latents, features = observe(p.base, p.backbone, pictures, p.config)
-            loss = training_loss(p.base, p.backbone, p.model, latents, features, p.config)
+            moments, features = observe(p.base, p.backbone, seen, p.config)
+            chance = draw_chance(len(pictures), moments, p.base, p.config)
+            loss = training_loss(p.base, p.backbone, p.model, latents_from(moments, chance.latent), features, p.config, chance)
         loss.backward()
         return loss.detach()
 
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(p.model.parameters(), 1.0)
-        optimizer.step()
+    return training_step(gradients, lambda: fused_step(optimizer, largest_norm), optimizer, graph)
 
-    return training_step(gradients, update, optimizer, graph)
+
+def losses(step: Callable[[], Tensor], count: int) -> list[float]:
+    """Of `count` steps, each with its own seed, so that two recipes draw the same noise and timesteps."""
+    found = []
+    for number in range(count):
+        torch.manual_seed(number)
+        found.append(step().item())
+    return found
 
 
 def seconds(step: Callable[[], object], repeats: int, warm_up: int = 2) -> float:
@@ -154,15 +164,13 @@ def costs(config: TrainConfig) -> dict[str, tuple[float, float]]:
 
 
 def _gmac(run: Callable[[], object]) -> float:
+    with torch.no_grad():
+        return gmac_of(run)
+
+
+def gmac_of(run: Callable[[], object]) -> float:
+    """Multiply-accumulates (10^9) of a call, gradients included, by torch's counter."""
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with counter:
         run()
     return counter.get_total_flops() / 2e9
-
-
-def peak_memory() -> float:
-    """GB at most so far: the device's where there is one, else this process's resident size."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

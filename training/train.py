@@ -3,47 +3,64 @@
     accelerate launch training/train.py                                    the embedded default
     accelerate launch training/train.py --config FILE --rate 1e-4 --output DIR
 
-Stopped at any moment, the same command goes on where it was. --help lists every field of the configuration.
+Stopped at any moment, the same command goes on where it was; SIGTERM and Ctrl-C save first and end with status 143 or
+130. --help lists every field of the configuration, training/README.md tells the rest.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
-import time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
+from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.tiny_world import open_backbone
-from training import memory
+from training import checkpoints, memory
 from training.base_model import BaseModel, load_base
 from training.cli import make_folder, run
 from training.config import TrainConfig, parse_arguments
-from training.data import loader, open_source
+from training.data import loader
 from training.ema import update_average
+from training.floor import floor_gmac
 from training.graph import check_device, make_plain, set_rate, training_step
-from training.objective import observe, training_loss
+from training.interrupts import Interrupts
+from training.latent_cache import open_pictures
+from training.log import Pace, check_trackers, device_peak, open_log, show, start_trackers, write_line
+from training.mishaps import Mishaps
+from training.objective import draw_chance, latents_from, lighten, observe, training_loss
+from training.optimizer import build_optimizer, clip_and_step
+from training.panel import sample_panel
 from training.pipeline import Inversion
-from training.report import sample_panel
+
+MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes per parameter
+EVERY = 20  # steps between two lines of stats.jsonl; between them nothing waits for the device
 
 
-def rate_at(seen: int, config: TrainConfig) -> float:
-    """Learning rate after `seen` images: linear warm-up, then constant or a half cosine to zero."""
-    ramp = min(1.0, (seen + config.batch) / max(config.warmup, 1))
+def rate_at(seen: int, config: TrainConfig, per_step: int) -> float:
+    """Learning rate of the step after `seen` images: linear warm-up, then constant or a half cosine to zero."""
+    ramp = min(1.0, (seen + per_step) / max(config.warmup, 1))
     falling = 0.5 + 0.5 * math.cos(math.pi * seen / config.max_images) if config.schedule == "cosine" else 1.0
     return config.rate * ramp * falling
+
+
+def due(every: int, seen: int, per_step: int) -> bool:
+    """Whether the step that ended at `seen` images went past a multiple of `every`."""
+    return seen // every > (seen - per_step) // every
 
 
 def start_from(model: Inversion, file: str, base: BaseModel) -> int:
@@ -57,125 +74,159 @@ def start_from(model: Inversion, file: str, base: BaseModel) -> int:
     return info.images_seen
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Writes folder/checkpoint.pt whole or not at all."""
-    torch.save(state, folder / "checkpoint.pt.part")
-    os.replace(folder / "checkpoint.pt.part", folder / "checkpoint.pt")
+def open_frozen(config: TrainConfig, device: torch.device) -> tuple[BaseModel, Backbone]:
+    """The base model and the backbone, in float32."""
+    base = load_base(config.base, config.prompt).to(device)
+    return base, open_backbone(config.backbone, config.backbone_weights, config.input_size).to(device, memory_format=torch.channels_last)
 
 
 def train(config: TrainConfig, output: Path) -> Path:
     """Trains until config.max_images images are seen and returns the weights file, output/NAME.safetensors."""
     # Set up: devices, frozen parts, the trained part, data
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision))
-    device, processes = accelerator.device, accelerator.num_processes
+    check_trackers(config.trackers, output)
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision), log_with=config.trackers or None, project_dir=output)
+    device, rank, processes, main = accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if config.graph:
         check_device(device)
-    say = tqdm.write if accelerator.is_main_process else lambda _: None
+    say = tqdm.write if main else lambda _: None
     set_seed(config.seed)
-    base = load_base(config.base, config.prompt).to(device)
-    backbone = open_backbone(config.backbone, config.backbone_weights, config.input_size).to(device, memory_format=torch.channels_last)
-    source = backbone.source(config.layer, config.pooled)
-    model = Inversion.start(base, source, config.encoder_width, config.encoder).to(device, memory_format=torch.channels_last)
-    parts = (model, [base.unet, base.vae, backbone], bool(config.ema), device)
+    base, backbone = open_frozen(config, device)
+    model = Inversion.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder).to(device, memory_format=torch.channels_last)
+    lighten(config, base, backbone)
+    if config.checkpointing:
+        base.unet.enable_gradient_checkpointing()
+        model.controlnet.enable_gradient_checkpointing()
+    parts = (model, [base.unet, base.vae, backbone], bool(config.ema), MOMENTS[config.optimizer], device)
     memory.require(*parts)
-    pictures = open_source(config.data, max(base.resolution, *backbone.input_size), config.flips, config.seed, device if config.workers == 0 else "cpu")
-    say(f"{config.name}: inverts {source.describe()} with base model {base.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    pictures = open_pictures(config, base, backbone, device if config.workers == 0 else "cpu", rank, processes)
+    say(f"{config.name}: inverts {model.source.describe()} with base model {base.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
     # Resume
-    make_folder(output)
-    if accelerator.is_main_process:
+    if main:
+        make_folder(output)
         config.save(output / "config.yaml")
-    seen, before = 0, 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay, fused=True)
-    checkpoint = output / "checkpoint.pt"
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
-    if state:
-        seen, before = state["seen"], state["before"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        make_plain(optimizer)
-        say(f"resumed at {seen} images from {checkpoint}")
-    elif config.init_from:
+    (file,) = broadcast_object_list([checkpoints.newest(output, say) if main else None])
+    state = checkpoints.load(file) if file else {"seen": 0, "before": 0, "losses": []}
+    seen, before, losses = state["seen"], state["before"], [torch.tensor(x, device=device) for x in state["losses"]]
+    if not file and config.init_from:
         before = start_from(model, config.init_from, base)
     if seen == before == 0 and config.standardise:
-        first = loader(pictures, 0, 256, 0, 1, 0)
+        first = next(loader(pictures, 0, 256, 0, 1, 0)).tensors
         with accelerator.autocast():
-            model.encoder.standardise(observe(base, backbone, next(first).to(device), config)[1])
+            model.encoder.standardise(observe(base, backbone, {name: rows.to(device) for name, rows in first.items()}, config)[1])
+    pace = Pace(floor_gmac(base, backbone, model, config), device_peak(device, processes))
     average = deepcopy(model) if config.ema else None
-    if average is not None and state:
-        average.load_state_dict(state["average"])
-
-    trained, optimizer = accelerator.prepare(model, optimizer)
+    trained, optimizer = accelerator.prepare(model, build_optimizer(model, config))
+    if average is not None and accelerator.distributed_type == DistributedType.FSDP:
+        average = accelerator.prepare(average)
+    per_process, per_step = config.batch * config.accumulate, config.batch * config.accumulate * processes
+    mishaps = Mishaps(accelerator, output, config, pictures, per_step)
+    if file:
+        checkpoints.restore(state, model, optimizer.optimizer, average)
+        make_plain(optimizer)
+        mishaps.restore(state["mishaps"])
+        if accelerator.scaler and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        say(f"resumed at {seen} images from {file}")
+        if state["data"] != pictures.fingerprint:
+            say(f"{config.data} holds other pictures than before: the run goes on, but not as if it had never stopped")
     if config.compile:
         trained = torch.compile(trained)
-    batches = loader(pictures, seen, config.batch, accelerator.process_index, processes, config.workers)
+    batches = loader(pictures, seen, per_process, rank, processes, config.workers, pin=device.type == "cuda" and config.workers > 0)
+    log = open_log(output / "stats.jsonl", seen) if main else None
+    start_trackers(accelerator, asdict(config))
 
-    def saved_model() -> Inversion:
-        return average if average is not None else accelerator.unwrap_model(trained, keep_torch_compile=False)
+    def shown() -> Inversion:
+        latest = average if average is not None else model
+        return checkpoints.whole(latest, lambda: Inversion.start(base, model.source, config.encoder_width, config.encoder).to(device))
 
-    def save() -> None:
-        raw = accelerator.unwrap_model(trained, keep_torch_compile=False)
-        state = {"seen": seen, "before": before, "model": raw.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(output, state | ({"average": average.state_dict()} if average is not None else {}))
+    def save(last: bool) -> None:
+        values, _ = mishaps.check(losses, seen)
+        state = {"seen": seen, "before": before, "losses": values, "data": pictures.fingerprint, "mishaps": mishaps.state()}
+        state |= checkpoints.gather(model, optimizer.optimizer, average)
+        state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
+        try:
+            if main:
+                checkpoints.save(output, seen, state, config.keep)
+        except FeatInvError as error:
+            if last:
+                raise
+            say(f"{error}; the run goes on")
 
-    # Train
-    images = next(batches).to(device)  # the later batches are copied here
+    def record(**values: float) -> None:
+        accelerator.log(values, seen)
+        if log:
+            write_line(log, {"images": seen} | values, say)
+
+    # One step: gradients of a global batch, of which this process sees its own rows, in config.accumulate parts
+    batch = next(batches)
+    mishaps.unread(batch.skipped)
+    images = {name: rows.to(device) for name, rows in batch.tensors.items()}  # the later batches are copied here
 
     def gradients() -> Tensor:
-        with accelerator.autocast():
-            latents, features = observe(base, backbone, images, config)
-            loss = training_loss(base, backbone, trained, latents, features, config)
-        accelerator.backward(loss)
-        return loss.detach()
+        total, chance = 0.0, None
+        for first in range(0, per_process, config.batch):
+            with accelerator.no_sync(trained) if first + config.batch < per_process else nullcontext():
+                with accelerator.autocast():
+                    moments, features = observe(base, backbone, {name: rows[first : first + config.batch] for name, rows in images.items()}, config)
+                    chance = chance or draw_chance(per_step, moments, base, config)
+                    own = chance.rows(rank * per_process + first, config.batch)
+                    loss = training_loss(base, backbone, trained, latents_from(moments, own.latent), features, config, own) / config.accumulate
+                accelerator.backward(loss)
+            total = total + loss.detach()
+        return total
 
-    def update() -> None:
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    take_step = training_step(gradients, partial(clip_and_step, accelerator, model, optimizer), optimizer, config.graph)
 
-    take_step = training_step(gradients, update, optimizer, config.graph)
-    progress = tqdm(total=config.max_images, initial=seen, unit="img", desc=config.name, disable=not accelerator.is_main_process, smoothing=0.02, mininterval=2)
-    log = open(output / "stats.jsonl", "a") if accelerator.is_main_process else None
-    step, losses, since = 0, [], time.perf_counter()
-    per_step = config.batch * processes
-    while seen < config.max_images:
-        torch.manual_seed(hash((config.seed, seen, accelerator.process_index)) % 2**63)
-        set_rate(optimizer, rate_at(seen, config))
-        try:
-            losses.append(take_step().clone())
-        except torch.OutOfMemoryError as error:
-            raise memory.explain(error, *parts, config.batch) from error
-        seen, step = seen + per_step, step + 1
-        if seen < config.max_images:
-            images.copy_(next(batches), non_blocking=True)
-        if average is not None:
-            update_average(average, model, min(config.ema, (1 + seen / per_step) / (10 + seen / per_step)))
+    # Train
+    progress = tqdm(total=config.max_images, initial=seen, unit="img", desc=config.name, disable=not main, smoothing=0.02, mininterval=2)
+    with Interrupts(say) as interrupts:
+        while seen < config.max_images:
+            torch.manual_seed(hash((config.seed, seen)) % 2**63)
+            set_rate(optimizer, rate_at(seen, config, per_step), 1 if seen < config.encoder_first else None)
+            try:
+                losses.append(take_step().clone())
+            except torch.OutOfMemoryError as error:
+                raise memory.explain(error, *parts, config.batch) from error
+            seen += per_step
+            if seen < config.max_images:
+                with pace.waiting():
+                    batch = next(batches)
+                mishaps.unread(batch.skipped)
+                for name, rows in batch.tensors.items():
+                    images[name].copy_(rows, non_blocking=True)
+            if average is not None:
+                update_average(average, model, min(config.ema, (1 + seen / per_step) / (10 + seen / per_step)))
+            progress.update(per_step)
 
-        # Report, panel, checkpoint
-        progress.update(per_step)
-        if step % 20 == 0:
-            value = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            now = time.perf_counter()
-            line = {"images": seen, "loss": value, "rate": rate_at(seen, config), "images_per_second": 20 * per_step / (now - since)}
-            losses, since = [], now
-            progress.set_postfix(loss=f"{value:.4f}")
-            if log:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-        if accelerator.is_main_process:
-            if seen // config.panel_every > (seen - per_step) // config.panel_every:
-                cosine = sample_panel(output / f"panel_{seen:09d}.png", base, backbone, saved_model().eval(), config)
-                say(f"{seen} images: cosine of 8 held-out pictures {cosine:.3f}, see panel_{seen:09d}.png")
-            if seen // config.save_every > (seen - per_step) // config.save_every or seen >= config.max_images:
-                save()
-        accelerator.wait_for_everyone()
+            # Report, panel, checkpoint
+            stop = interrupts.received if processes == 1 else 0
+            if due(EVERY * per_step, seen, per_step):
+                values, stop = mishaps.check(losses, seen, interrupts.received)
+                losses, loss = [], fmean(filter(math.isfinite, values))
+                record(loss=loss, rate=rate_at(seen, config, per_step), **pace.report(EVERY * per_step))
+                progress.set_postfix(loss=f"{loss:.4f}")
+            if due(config.panel_every, seen, per_step):
+                latest, panel = shown(), output / f"panel_{seen:09d}.png"
+                if main:
+                    with accelerator.autocast():
+                        image, cosine = sample_panel(base, backbone, latest.eval(), config)
+                    record(cosine=cosine)
+                    show(accelerator, image, panel, seen, say)
+                    say(f"{seen} images: cosine of held-out pictures {cosine:.3f}, see {panel.name}")
+            if due(config.save_every, seen, per_step) or stop or seen >= config.max_images:
+                save(last=stop or seen >= config.max_images)
+            if stop:
+                say(f"stopped at {seen} images; the same command goes on from there")
+                sys.exit(128 + stop)
     progress.close()
 
-    file = output / f"{config.name}.safetensors"
-    if accelerator.is_main_process:
-        encoder = model.encoder.settings
-        info = InversionInfo(source, encoder, base.describe(), config.prompt, config.recommended, before + seen, asdict(config))
-        saved_model().save(file, info)
-        say(f"wrote {file}")
+    file, latest = output / f"{config.name}.safetensors", shown()
+    if main:
+        info = InversionInfo(model.source, model.encoder.settings, base.describe(), config.prompt, config.recommended, before + seen, asdict(config))
+        latest.save(file, info)
+        say("\n".join(filter(None, (mishaps.summary(), f"wrote {file}"))))
+    accelerator.end_training()
     return file
 
 

@@ -10,8 +10,9 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
 from training import memory
 from training.config import CONFIGS, DEFAULT, read_config
-from training.data import ImageFolder, TinyWorld, loader
+from training.data import Photographs, TinyWorld, loader
 from training.inversion import open_model
+from training.listing import Folder, open_listing
 from training.objective import training_loss
 from training.pipeline import Inversion
 from training.train import rate_at, train
@@ -138,22 +139,26 @@ def test_shipped_configurations_are_valid_and_overrides_are_typed(tmp_path):
 
 def test_learning_rate_warms_up_and_falls():
     config = read_config(DEFAULT, {"warmup": "1000", "max_images": "10000", "rate": "1.0"})
-    assert rate_at(0, config) == config.batch / 1000
-    assert 0.9 < rate_at(1000, config) <= 1.0 and rate_at(10_000, config) < 1e-6
+    assert rate_at(0, config, 128) == 128 / 1000
+    assert 0.9 < rate_at(1000, config, 128) <= 1.0 and rate_at(10_000, config, 128) < 1e-6
 
 
 def test_image_folder_is_a_function_of_seed_and_number(tmp_path):
     for i in range(5):
         Image.fromarray(np.full((40, 60, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    one, two = (ImageFolder(tmp_path, 32, "both", seed=1) for _ in range(2))
-    batch = one.__getitems__(list(range(10)))
-    assert batch.shape == (10, 3, 32, 32) and torch.equal(batch[7:8], two.__getitems__([7]))
-    assert sorted((batch[:5].mean((1, 2, 3)) * 255 / 50).round().tolist()) == [0, 1, 2, 3, 4]  # each file once an epoch
+    one, two = (Photographs(Folder(tmp_path), {"pictures": 32, "target": 16}, "both", seed=1) for _ in range(2))
+    batch = one.__getitems__(list(range(10))).tensors
+    assert batch["pictures"].shape == (10, 3, 32, 32) and batch["target"].shape == (10, 3, 16, 16)
+    assert torch.equal(batch["pictures"][7:8], two.__getitems__([7]).tensors["pictures"])
+    assert sorted((batch["pictures"][:5].mean((1, 2, 3)) * 255 / 50).round().tolist()) == [0, 1, 2, 3, 4]  # each file once an epoch
+    (tmp_path / "none").mkdir()
     with pytest.raises(FeatInvError, match="no images"):
-        ImageFolder(tmp_path / "none", 32, "none", 0)
+        open_listing(str(tmp_path / "none"), None)
+    with pytest.raises(FeatInvError, match="neither 'tiny' nor a folder"):
+        open_listing(str(tmp_path / "nothing"), None)
 
 
 def test_processes_share_a_global_batch_without_overlap():
-    whole = next(loader(TinyWorld(0), 8, 8, 0, 1, 0))
-    parts = [next(loader(TinyWorld(0), 8, 4, rank, 2, 0)) for rank in range(2)]
+    whole = next(loader(TinyWorld(0), 8, 8, 0, 1, 0)).tensors["pictures"]
+    parts = [next(loader(TinyWorld(0), 8, 4, rank, 2, 0)).tensors["pictures"] for rank in range(2)]
     assert torch.equal(torch.cat(parts), whole)

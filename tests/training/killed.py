@@ -1,0 +1,137 @@
+"""A training run that ends by SIGKILL at a chosen moment: what test_never_loses_work.py runs in processes of its own."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from training import checkpoints, log, train, verified
+from training.config import DEFAULT, read_config
+from training.ema import update_average
+from training.pipeline import Inversion
+
+SMALL = {
+    "batch": "2", "cycle": "0.0", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "warmup": "0", "ema": "0.9",
+    "panel_every": "1000", "save_every": "6", "max_images": "50", "keep": "3",
+}  # fmt: skip
+
+
+def die_at(owner, name, count, after=False):
+    """SIGKILL before, or after, the call number `count` of owner.name."""
+    real, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == count and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, counted)
+
+
+def between_steps(folder):
+    die_at(train, "set_rate", 8)
+
+
+def in_the_middle_of_a_checkpoint(folder):
+    class Halfway(verified._Digesting):
+        files = 0
+
+        def __init__(self, file):
+            super().__init__(file)
+            Halfway.files += 1
+
+        def write(self, data):
+            written = super().write(data)
+            self.file.flush()
+            if Halfway.files == 2 and self.file.tell() > 1 << 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written
+
+    verified._Digesting = Halfway
+
+
+def before_a_checkpoint_is_renamed(folder):
+    die_at(verified, "_digest", 3)  # the first was the one to go on from
+
+
+def before_older_checkpoints_go(folder):
+    die_at(checkpoints, "write_verified", 2, after=True)
+
+
+def in_the_middle_of_a_line_of_the_log(folder):
+    real = log.json.dumps
+
+    def half(values):
+        text = real(values)
+        with open(Path(folder) / "stats.jsonl", "a") as opened:
+            opened.write(text[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    log.json.dumps = half
+
+
+def before_the_weights_are_written(folder):
+    die_at(Inversion, "save", 1)
+
+
+def never(folder):
+    pass
+
+
+MOMENTS = (
+    between_steps, in_the_middle_of_a_checkpoint, before_a_checkpoint_is_renamed, before_older_checkpoints_go,
+    in_the_middle_of_a_line_of_the_log, before_the_weights_are_written,
+)  # fmt: skip
+
+
+def run(folder, moment, changes):
+    torch.set_num_threads(1)  # sums are added in one order
+    moment(folder)
+    train.train(read_config(DEFAULT, SMALL | changes), Path(folder))
+
+
+def run_as(rank, processes, port, folder, values):
+    """One of several processes, as a launcher starts them."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    train.train(read_config(DEFAULT, values), Path(folder))
+
+
+def learned(place, restored=None):
+    """The state of a small model, its optimizer and its average after a step, `place`d first."""
+    torch.manual_seed(0)
+    model, average = (place(torch.nn.Linear(4, 4)) for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    if restored:
+        checkpoints.restore(restored, model, optimizer, average)
+        return checkpoints.gather(model, optimizer, average)
+    model(torch.arange(4.0)[None]).square().sum().backward()
+    optimizer.step()
+    update_average(average, model, 0.5)
+    return checkpoints.gather(model, optimizer, average) | {"whole": checkpoints.whole(average, lambda: torch.nn.Linear(4, 4)).state_dict()}
+
+
+def shared_out(rank, port, folder):
+    """One of two processes that share out the weights; the first writes what they save together."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = distributed.init_device_mesh("cpu", (2,))
+    state = learned(lambda module: fully_shard(module, mesh=mesh))
+    if rank == 0:
+        torch.save(state, folder + "/state.pt")
+    distributed.barrier()
+    again = learned(lambda module: fully_shard(module, mesh=mesh), torch.load(folder + "/state.pt"))
+    for part in ("model", "average"):
+        assert all(torch.equal(again[part][k], state[part][k]) for k in state[part])
+    distributed.destroy_process_group()

@@ -1,0 +1,174 @@
+"""Whatever happens to a run, what it has learned is kept, and it goes on as if nothing had happened."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from featinv_nodes.core.feature_map import FeatInvError
+from tests.training import killed
+from training import checkpoints, log, train, verified
+from training.config import DEFAULT, read_config
+from training.kill_test import differences
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.training.killed"])
+
+
+def process(folder, moment=killed.never, **changes):
+    """A run in its own process; the exit code."""
+    made = PROCESSES.Process(target=killed.run, args=(str(folder), moment, changes))
+    made.start()
+    made.join()
+    return made.exitcode
+
+
+def here(folder, **changes):
+    return train.train(read_config(DEFAULT, killed.SMALL | changes), folder)
+
+
+def saved(folder):
+    return [int(f.name.split("-")[1]) for f in sorted(folder.glob("checkpoint-*.pt"))]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert process(folder) == 0
+    return folder
+
+
+def test_a_run_killed_at_any_moment_ends_as_one_never_killed(straight, tmp_path):
+    folder = tmp_path / "run"
+    for moment in killed.MOMENTS:
+        assert process(folder, moment) == -signal.SIGKILL, moment.__name__
+    assert process(folder) == 0
+    assert differences(straight, folder) == []
+    assert saved(folder) == [42, 48, 50] and not list(folder.glob("*.part"))
+    assert [json.loads(line)["images"] for line in (folder / "stats.jsonl").read_text().splitlines()] == [40]
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(straight, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    here(folder, max_images="20")
+    *_, before, newest = sorted(folder.glob("checkpoint-*.pt"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (content, content[:1000]):
+        newest.write_bytes(damaged)
+        assert checkpoints.newest(folder, print) == before
+        assert f"{newest} is damaged and passed over" in capsys.readouterr().out
+    before.unlink()
+    for file in folder.glob("checkpoint-*.pt"):
+        file.write_bytes(b"")
+    with pytest.raises(FeatInvError, match="no checkpoint in .* is whole"):
+        here(folder)
+    assert checkpoints.newest(tmp_path, print) is None
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch, capsys):
+    real = open
+
+    def full(file, mode="r"):
+        return real("/dev/full" if "w" in mode and "000000000012" in str(file) else file, mode)  # every write to it fails as on a full disk
+
+    def no_panel(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(verified, "open", full, raising=False)
+    monkeypatch.setattr(log, "save_image", no_panel)
+    monkeypatch.setattr(train, "open_log", lambda *_: real("/dev/full", "a"))
+    here(tmp_path, max_images="18", panel_every="10")
+    said = capsys.readouterr().out
+    assert "stats.jsonl was not written: [Errno 28]" in said and "panel_000000010.png was not written" in said
+    assert os.strerror(errno.ENOSPC) in said and "those before are kept" in said and "the run goes on" in said
+    assert saved(tmp_path) == [6, 18] and not list(tmp_path.glob("*.part"))
+    with pytest.raises(FeatInvError, match="not written.*No space left.*make room"):
+        here(tmp_path / "two", max_images="12")
+    assert saved(tmp_path / "two") == [6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(straight, tmp_path, monkeypatch, capsys, number):
+    real, calls = train.set_rate, []
+
+    def interrupted(*args):
+        calls.append(0)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+        real(*args)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(train, "set_rate", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        here(tmp_path)
+    assert ended.value.code == 128 + number and saved(tmp_path) == [6, 8]
+    assert "stopped at 8 images" in capsys.readouterr().out
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (50, 60, 3), np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_pictures_that_cannot_be_read_are_replaced_counted_and_named(photographs, tmp_path, capsys):
+    good = (photographs / "03.png").read_bytes()
+    (photographs / "03.png").write_bytes(good[: len(good) // 2])
+    (photographs / "07.png").write_text("no picture")
+    one = here(tmp_path / "one", data=str(photographs), max_images="24", save_every="8")
+    said = capsys.readouterr().out
+    assert said.count("03.png cannot be read") == 1 and "2 pictures could not be read and were replaced (03.png, 07.png" in said
+    assert [line.split("\t")[0] for line in (tmp_path / "one" / "unreadable.txt").read_text().splitlines()] == ["03.png", "07.png"]
+    here(tmp_path / "two", data=str(photographs), max_images="8", save_every="8")
+    two = here(tmp_path / "two", data=str(photographs), max_images="24", save_every="8")
+    a, b = load_file(one), load_file(two)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for file in photographs.iterdir():
+        file.write_text("no picture")
+    with pytest.raises(FeatInvError, match="100 pictures in a row could not be read"):
+        here(tmp_path / "three", data=str(photographs))
+
+
+def poisoned(monkeypatch, call):
+    """The loss of one call is NaN."""
+    real, calls = train.training_loss, []
+
+    def loss(*args):
+        calls.append(0)
+        return real(*args) * (float("nan") if len(calls) in call else 1)
+
+    monkeypatch.setattr(train, "training_loss", loss)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, monkeypatch):
+    poisoned(monkeypatch, [5])
+    with pytest.raises(FeatInvError, match="not finite in the step from image 8 on.*nan skip"):
+        here(tmp_path)
+    assert saved(tmp_path) == [6]
+    report = json.loads((tmp_path / "not_finite_000000000008.json").read_text())
+    assert report["first_image"] == 8 and report["pictures"] == ["scene 8", "scene 9"] and report["config"]["batch"] == 2
+
+
+def test_a_step_that_is_not_finite_can_be_left_out(tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, [2])
+    one = load_file(here(tmp_path / "one", nan="skip", max_images="4", ema="0"))
+    assert "1 steps were left out, not finite, from image 2 on" in capsys.readouterr().out
+    monkeypatch.undo()
+    short = load_file(here(tmp_path / "short", max_images="2", ema="0"))
+    assert all(torch.equal(one[k], short[k]) for k in one)  # nothing of the bad step is left in the weights
+    poisoned(monkeypatch, range(1, 100))
+    with pytest.raises(FeatInvError, match="not finite"):
+        here(tmp_path / "all", nan="skip")

@@ -1,0 +1,185 @@
+"""What a user can choose: one process or two, whole batches or parts, what is logged, and what is said of a wrong choice."""
+
+import json
+import multiprocessing
+import socket
+import sys
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.tiny_world import open_backbone
+from tests.training import killed
+from training import train
+from training.base_model import load_base
+from training.config import CONFIGS, DEFAULT, read_config
+from training.floor import floor_gmac
+from training.objective import min_snr_weight
+from training.pipeline import Inversion
+
+SMALL = killed.SMALL | {"max_images": "40", "save_every": "1000"}
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.training.killed"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A process has one precision, but for this."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def here(folder, **changes):
+    return train.train(read_config(DEFAULT, SMALL | changes), folder)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of whole batches on one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, load_file(here(folder))
+
+
+def close(found, wanted):
+    """Equal but for the order in which sums of float32 are rounded; AdamW makes whole steps of what is rounded near 0, so
+    single weights may differ more than all together."""
+    apart = sum((found[k] - wanted[k]).square().sum() for k in wanted) / sum(v.square().sum() for v in wanted.values())
+    return apart.sqrt() < 1e-3
+
+
+def test_two_processes_follow_the_loss_curve_of_one(whole, tmp_path):
+    port, own = free_port(), []
+    for rank in range(2):
+        own.append(PROCESSES.Process(target=killed.run_as, args=(rank, 2, port, str(tmp_path), SMALL | {"batch": "1"})))
+        own[-1].start()
+    for process in own:
+        process.join()
+    assert [p.exitcode for p in own] == [0, 0]
+    first, second = lines(whole[0]), lines(tmp_path)
+    assert [(a["images"], a["rate"]) for a in first] == [(b["images"], b["rate"]) for b in second]
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in zip(first, second))
+    assert close(load_file(tmp_path / "tiny_cnn_last.safetensors"), whole[1])
+
+
+def test_a_batch_in_parts_and_with_checkpointing_learns_the_same(whole, tmp_path):
+    assert close(load_file(here(tmp_path, batch="1", accumulate="2", checkpointing="true")), whole[1])
+    assert lines(tmp_path)[0]["loss"] == pytest.approx(lines(whole[0])[0]["loss"], rel=1e-5)
+
+
+def test_frozen_parts_in_bf16_change_the_loss_by_its_rounding(whole, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    here(tmp_path, precision="bf16")
+    assert lines(tmp_path)[0]["loss"] == pytest.approx(lines(whole[0])[0]["loss"], rel=2**-7)  # bf16 has eight bits
+
+
+def test_the_encoder_alone_learns_first(tmp_path):
+    given = here(tmp_path / "given", max_images="2", ema="0")
+    start = load_file(given)
+    first = load_file(here(tmp_path / "first", init_from=str(given), encoder_first="4", max_images="4", ema="0"))
+    moved = {k for k in start if not torch.equal(start[k], first[k])}
+    assert moved and all(k.startswith("controlnet_cond_embedding.block") for k in moved)
+    further = load_file(here(tmp_path / "first", encoder_first="4", max_images="6", ema="0"))
+    assert any(not torch.equal(start[k], further[k]) for k in start if not k.startswith("controlnet_cond_embedding"))
+
+
+def test_min_snr_weights_are_those_of_the_paper():
+    kept = torch.tensor([0.99, 0.9, 0.5, 0.1, 0.0])  # SNR 99, 9, 1, 1/9, 0
+    assert torch.allclose(min_snr_weight(kept, 5, False), torch.tensor([5 / 99, 5 / 9, 1, 1, 1]))
+    assert torch.allclose(min_snr_weight(kept, 5, True), torch.tensor([5 / 100, 5 / 10, 1 / 2, 1 / 10, 0]))
+
+
+def test_min_snr_lowers_the_weight_of_small_noise(whole, tmp_path):
+    here(tmp_path, min_snr="1.0")
+    assert 0 < lines(tmp_path)[0]["loss"] < 0.9 * lines(whole[0])[0]["loss"]
+
+
+def test_the_log_says_what_a_step_costs(whole):
+    (line,) = lines(whole[0])
+    assert {"images", "loss", "rate", "images_per_second", "gflops", "data_wait", "memory_gb"} == line.keys()  # the share of a CPU's peak is not known
+    assert 0 <= line["data_wait"] <= 1 and line["memory_gb"] > 0.1
+    base, backbone = load_base("tiny", "a drawing of the small world"), open_backbone("tiny-cnn")
+    model = Inversion.start(base, backbone.source(), 16)
+    config = read_config(DEFAULT, SMALL)
+    assert line["gflops"] == pytest.approx(2 * floor_gmac(base, backbone, model, config) * line["images_per_second"])
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        base.unet(torch.zeros(1, 24, 8, 8), torch.zeros(1, dtype=torch.long), base.text[""])
+    # forward and the gradient through the decoder of the base model, and the ControlNet, about half of it, three times
+    assert 2 < floor_gmac(base, backbone, model, config) / (counter.get_total_flops() / 2e9) < 4
+
+
+class Remembering(GeneralTracker):
+    name, requires_logging_directory, main_process_only = "remembering", False, True
+    seen = {}
+
+    def __init__(self, run_name, **_):
+        super().__init__()
+
+    tracker = property(lambda self: self)
+
+    def store_init_configuration(self, values):
+        self.seen["config"] = values
+
+    def log(self, values, step=None, **_):
+        self.seen.setdefault("values", {})[step] = values
+
+    def log_images(self, values, step=None, **_):
+        self.seen["panel"] = step, values["panel"].shape
+
+
+def test_trackers_get_numbers_and_panels(tmp_path, monkeypatch):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "remembering", Remembering)
+    here(tmp_path, trackers="[remembering]", panel_every="40")
+    seen = Remembering.seen
+    assert seen["config"]["batch"] == 2 and seen["panel"][0] == 40 and seen["panel"][1][3] == 3
+    assert "cosine" in seen["values"][40] and [line.keys() & {"loss", "cosine"} for line in lines(tmp_path)] == [{"loss"}, {"cosine"}]
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.log.filter_trackers", lambda *_: [])
+    with pytest.raises(FeatInvError, match="'tensorboard' is not installed: pip install tensorboard"):
+        here(tmp_path, trackers="[tensorboard]")
+    monkeypatch.undo()
+    with pytest.raises(FeatInvError, match="trackers: .*paper"):
+        here(tmp_path, trackers="[paper]")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(FeatInvError, match="pip install bitsandbytes"):
+        here(tmp_path, optimizer="adamw8bit")
+
+
+def test_shipped_launch_configurations_are_read():
+    files = list((CONFIGS / "accelerate").glob("*.yaml"))
+    kinds = {file.stem: load_config_from_file(str(file)).distributed_type for file in files}
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp": "FSDP", "multi_node": "MULTI_GPU"}
+
+
+def test_weights_that_processes_share_out_are_saved_whole(tmp_path):
+    """FSDP: what one process has, two that share out the weights save, restore and average alike."""
+    port, own = free_port(), []
+    for rank in range(2):
+        own.append(PROCESSES.Process(target=killed.shared_out, args=(rank, port, str(tmp_path))))
+        own[-1].start()
+    for process in own:
+        process.join()
+    assert [p.exitcode for p in own] == [0, 0]
+    alone, shared = killed.learned(lambda module: module), torch.load(tmp_path / "state.pt")
+    for part in ("model", "average"):
+        assert all(torch.allclose(shared[part][k], alone[part][k]) for k in alone[part])
+    assert all(torch.equal(shared["average"][k], shared["whole"][k]) for k in shared["whole"])
+    assert torch.allclose(shared["optimizer"]["state"]["weight"]["exp_avg"], alone["optimizer"]["state"]["weight"]["exp_avg"])

@@ -1,0 +1,110 @@
+"""Writes the latents of a configuration's pictures, and with --cache_features true their features, to disk once.
+
+    python training/cache.py --config FILE --data FOLDER --base ... --cache DIR --views 1
+    accelerate launch training/cache.py --config FILE ...                  over several devices
+
+The options are those of train.py, which then reads the cache instead of running the autoencoder. Each view of a picture is a
+crop with its flips, a function of (seed, picture, view), the same in the cache and in training. Stopped at any moment, the
+same command goes on; what is there already is read back first, and what is damaged is made again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from featinv_nodes.core.feature_map import FeatInvError
+from training.cli import run
+from training.config import TrainConfig, parse_arguments
+from training.data import Photographs, TinyWorld, as_it_is, open_source, sides
+from training.latent_cache import SHARD, Part, parts_of
+from training.objective import lighten, observe
+from training.train import open_frozen
+from training.verified import is_whole
+
+Entry = tuple[int, int]  # place, view
+
+
+class Entries(Dataset):
+    """A source asked for (place, view) instead of image numbers."""
+
+    def __init__(self, source: TinyWorld | Photographs) -> None:
+        self.source = source
+
+    def __getitems__(self, entries: list[Entry]) -> tuple[list[Entry], dict[str, Tensor], dict[int, str]]:
+        return entries, *self.source.render(entries)
+
+
+def missing(parts: list[Part], view: int, first: int) -> list[Part]:
+    """The parts whose shard has to be made; damaged ones are named and removed."""
+    wanted = []
+    for part in parts:
+        file = part.file(view, first)
+        if file is not None and not is_whole(file):
+            tqdm.write(f"{file} is damaged and made again")
+            file.unlink()
+        if part.file(view, first) is None:
+            wanted.append(part)
+    return wanted
+
+
+def batches(shards: list[Entry], pictures: int, size: int) -> Iterator[list[Entry]]:
+    """The entries of shards (view, first place), none across two of them."""
+    for view, start in shards:
+        end = min(start + SHARD, pictures)
+        for first in range(start, end, size):
+            yield [(place, view) for place in range(first, min(first + size, end))]
+
+
+def fill(config: TrainConfig) -> None:
+    """Makes what is missing of the cache that the configuration asks for. Raises FeatInvError if it asks for none, or
+    the folder holds another."""
+    if not config.cache:
+        raise FeatInvError("say where with --cache DIR")
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision))
+    device, main = accelerator.device, accelerator.is_main_process
+    base, backbone = open_frozen(config, device)
+    lighten(config, base, backbone)
+    source = open_source(config, sides(base, backbone), device if config.workers == 0 else "cpu")
+    parts = parts_of(config, source, base, backbone)
+    with accelerator.main_process_first():
+        for part in parts:
+            part.begin()
+    own = parts[0].shards()[accelerator.process_index :: accelerator.num_processes]
+    wanted = {shard: found for shard in tqdm(own, "reading back", unit="shard", disable=not main) if (found := missing(parts, *shard))}
+    loader = DataLoader(
+        Entries(source), batch_sampler=list(batches(list(wanted), len(source), config.batch)), num_workers=config.workers,
+        collate_fn=as_it_is, pin_memory=device.type == "cuda" and config.workers > 0,
+    )  # fmt: skip
+    rows: dict[str, list[Tensor]] = {part.name: [] for part in parts}
+    failed: dict[int, str] = {}
+    for entries, tensors, wrong in tqdm(loader, "caching", unit="batch", disable=not main):
+        with accelerator.autocast():
+            moments, features = observe(base, backbone, {name: x.to(device) for name, x in tensors.items()}, config)
+        done = sum(map(len, rows[parts[0].name]))
+        failed |= {done + row: reason for row, reason in wrong.items()}
+        for name, values in {"moments": moments, "features": features}.items():
+            if name in rows:
+                rows[name].append(values.half().cpu())
+        (place, view), end = entries[-1], done + len(entries)
+        if end == SHARD or place == len(source) - 1:
+            for part in wanted[view, place + 1 - end]:
+                part.write(view, place + 1 - end, torch.cat(rows[part.name]), failed)
+            rows, failed = {name: [] for name in rows}, {}
+    accelerator.wait_for_everyone()
+    if main:
+        size = sum(file.stat().st_size for part in parts for file in part.folder.glob("*.safetensors")) / 1e9
+        print(f"{len(source)} pictures, {parts[0].views} views, {size:.2f} GB in {config.cache}; {len(wanted)} of this process's {len(own)} shards were made now")
+
+
+if __name__ == "__main__":
+    run(lambda: fill(parse_arguments(__doc__)[0]))

@@ -1,0 +1,44 @@
+"""The arithmetic that a training step cannot avoid, counted on tensors without storage."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from featinv_nodes.core.backbones import Backbone
+
+from .base_model import BaseModel
+from .config import TrainConfig
+from .objective import training_loss
+from .pipeline import Inversion
+
+
+def floor_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> float:
+    """Multiply-accumulates (10^9) per image of a step, forward and backward, with latents and features there already
+    and the base model frozen, by torch's counter: 262 for Stable Diffusion 1.x and ConvNeXt-Base's last layer."""
+    unet, vae, seen, trained = (_without_storage(part) for part in (base.unet, base.vae, backbone, model))
+    if hasattr(unet, "disable_gradient_checkpointing"):
+        unet.disable_gradient_checkpointing()
+        trained.controlnet.disable_gradient_checkpointing()
+    text = {prompt: torch.empty(value.shape, device="meta") for prompt, value in base.text.items()}
+    hollow = BaseModel(base.name, unet, vae, deepcopy(base.scheduler), text)
+    batch, side, source = 8, base.latent_size, model.source
+    latents = torch.empty(batch, base.unet.config.in_channels, side, side, device="meta")
+    features = torch.empty(batch, source.channels, *((1, 1) if source.pooled else source.grid), device="meta")
+    counter = FlopCounterMode(display=False)
+    with counter:
+        training_loss(hollow, seen, trained, latents, features, config).backward()
+    return counter.get_total_flops() / 2e9 / batch
+
+
+def _without_storage(module: nn.Module) -> nn.Module:
+    """A copy on the meta device, float32."""
+    known = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        hollow = torch.empty(tensor.shape, dtype=dtype, device="meta", requires_grad=tensor.requires_grad)
+        known[id(tensor)] = nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+    return deepcopy(module, known)

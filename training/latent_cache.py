@@ -1,0 +1,153 @@
+"""Latents and features that training/cache.py computed once, read by place and view.
+
+A cache is a folder with one folder per part, "latents" and "features-BACKBONE-LAYER". A part has a manifest.json, which says
+what its rows are of, and shards of SHARD pictures of one view, whose names end with the digest of what is inside. One
+folder serves every backbone: the latents depend on the pictures, the crops and the autoencoder alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.feature_map import FeatInvError
+
+from .base_model import BaseModel
+from .cli import make_folder, write_json
+from .config import TrainConfig
+from .data import Batch, Photographs, TinyWorld, fill, open_source, sides
+from .verified import is_whole, write_verified
+
+SHARD = 4096
+COMMAND = "python training/cache.py makes it, from the same configuration"
+
+
+class Part:
+    """One kind of rows: `name` of the tensor, "moments" or "features"."""
+
+    def __init__(self, folder: Path, name: str, manifest: dict, pictures: int, views: int) -> None:
+        self.folder, self.name, self.manifest, self.pictures, self.views = folder, name, manifest, pictures, views
+
+    def open(self) -> None:
+        """Raises FeatInvError, naming the difference, if the folder holds rows of something else, or nothing."""
+        try:
+            there = json.loads((self.folder / "manifest.json").read_text())
+        except FileNotFoundError as error:
+            raise FeatInvError(f"there is no cache in {self.folder}; {COMMAND}") from error
+        wrong = [f"{key}: {there.get(key)} there, {value} wanted" for key, value in self.manifest.items() if there.get(key) != value]
+        if wrong:
+            raise FeatInvError(f"{self.folder} is a cache of something else ({'; '.join(wrong)}); choose another --cache folder")
+
+    def begin(self) -> None:
+        """Makes the folder, or raises as open does."""
+        make_folder(self.folder)
+        if not (self.folder / "manifest.json").exists():
+            write_json(self.folder / "manifest.json", self.manifest)
+        self.open()
+
+    def shards(self) -> list[tuple[int, int]]:
+        """(view, first place) of every shard there should be."""
+        return [(view, first) for view in range(self.views) for first in range(0, self.pictures, SHARD)]
+
+    def file(self, view: int, first: int) -> Path | None:
+        """The shard's file, not looked into; None if it is not there."""
+        return next(iter(sorted(self.folder.glob(f"view{view:04d}-{first:010d}-*.safetensors"))), None)
+
+    def write(self, view: int, first: int, rows: Tensor, failed: dict[int, str]) -> Path:
+        """rows [n, ...] of the places from `first` on, kept in fp16; failed: row -> why its picture could not be read."""
+        content = save({self.name: rows.half().contiguous()}, {"failed": json.dumps(failed)})
+        return write_verified(self.folder, f"view{view:04d}-{first:010d}", ".safetensors", lambda file: file.write(content))
+
+    def check(self, rank: int = 0, processes: int = 1) -> None:
+        """Reads every shard, one process its share. Raises FeatInvError naming those that are missing or damaged."""
+        wrong = []
+        for view, first in self.shards()[rank::processes]:
+            file = self.file(view, first)
+            if file is None or not is_whole(file):
+                wrong.append(f"{file or f'view {view}, pictures from {first} on'} is {'damaged' if file else 'missing'}")
+        if wrong:
+            raise FeatInvError(f"the cache {self.folder} is not complete: {'; '.join(wrong[:5])}; {COMMAND} again")
+
+    def read(self, place: int, view: int) -> tuple[Tensor, str | None]:
+        """The row of a picture's view in fp16, and why it is empty where the picture could not be read."""
+        first = place - place % SHARD
+        rows, failed = _opened(self.folder, self.name, view, first)
+        return rows[place - first], failed.get(str(place - first))
+
+
+@lru_cache(maxsize=4096)
+def _opened(folder: Path, name: str, view: int, first: int) -> tuple[object, dict[str, str]]:
+    """A shard's rows, read when they are asked for, and its failures; opened once per process."""
+    (file,) = folder.glob(f"view{view:04d}-{first:010d}-*.safetensors")
+    opened = safe_open(file, "pt")
+    return opened.get_slice(name), json.loads(opened.metadata()["failed"])
+
+
+def parts_of(config: TrainConfig, source: TinyWorld | Photographs, base: BaseModel, backbone: Backbone) -> list[Part]:
+    """The parts that the configuration asks for, with what their rows must be of."""
+    views = config.views if isinstance(source, Photographs) else 1
+    crops = {
+        "pictures": len(source), "listing": source.fingerprint, "seed": config.seed,
+        "flips": config.flips if isinstance(source, Photographs) else "none", "shard": SHARD,
+    }  # fmt: skip
+    latents = crops | {"resolution": base.resolution, "autoencoder": digest(base.vae)}
+    parts = [Part(Path(config.cache) / "latents", "moments", latents, len(source), views)]
+    if config.cache_features:
+        features = crops | {"features": backbone.source(config.layer, config.pooled).to_dict(), "backbone": digest(backbone.model)}
+        name = re.sub(r"[^\w.-]+", "_", f"features-{backbone.name}-{config.layer}{'-pooled' if config.pooled else ''}")
+        parts.append(Part(Path(config.cache) / name, "features", json.loads(json.dumps(features)), len(source), views))
+    return parts
+
+
+def digest(module: nn.Module) -> str:
+    """Of a model's weights, whatever file they came from, in bf16, which training may keep them in."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu()
+        values = values.bfloat16().view(torch.int16) if values.is_floating_point() else values
+        found.update(name.encode() + values.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+class Cached(Dataset):
+    """A source whose rows are in a cache; what is not there is rendered from the pictures as before."""
+
+    def __init__(self, source: TinyWorld | Photographs, parts: list[Part]) -> None:
+        self.source, self.parts = source, parts
+        self.name, self.place, self.fingerprint = source.name, source.place, source.fingerprint
+        self._rest = len(parts) == 1  # the latents alone: features come from the pictures
+
+    def render(self, entries: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[int, str]]:
+        tensors, failed = self.source.render(entries) if self._rest else ({}, {})
+        for part in self.parts:
+            rows, reasons = zip(*(part.read(place, view) for place, view in entries))
+            tensors[part.name] = torch.stack(rows)
+            failed |= {row: reason for row, reason in enumerate(reasons) if reason}
+        return tensors, failed
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        return fill(self, numbers)
+
+
+def open_pictures(config: TrainConfig, base: BaseModel, backbone: Backbone, device: torch.device | str, rank: int, processes: int) -> TinyWorld | Photographs | Cached:
+    """The configuration's pictures, from its cache where it names one, every shard of which is read once by one of the
+    processes. Raises FeatInvError for a cache of something else, or an incomplete one."""
+    wanted = sides(base, backbone)
+    if not config.cache:
+        return open_source(config, wanted, device)
+    source = open_source(config, {"pictures": wanted["pictures"]}, device)
+    parts = parts_of(config, source, base, backbone)
+    for part in parts:
+        part.open()
+        part.check(rank, processes)
+    return Cached(source, parts)

@@ -1,0 +1,144 @@
+"""Where the pictures for training are: each is addressed by its place in a list, and read when it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.images import SUFFIXES
+
+from .cli import write_json
+
+HUGGING_FACE = "hf:"
+
+
+class Listing(Protocol):
+    """Pictures in a fixed order. names: one per picture; open reads the one at a place, or raises whatever the
+    decoder raises."""
+
+    names: Sequence[str]
+
+    def open(self, place: int) -> Image.Image: ...
+
+
+class Folder:
+    """All pictures below a folder, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+
+    def open(self, place: int) -> Image.Image:
+        return Image.open(self.folder / self.names[place])
+
+
+class TarShards:
+    """All pictures in the tar files of a folder (webdataset's layout), shard by shard.
+
+    Each shard is walked once; where its pictures begin is kept beside it in NAME.tar.index.json, if the folder can be
+    written, so that any picture can be read alone. Compressed tar files cannot be read so.
+    """
+
+    def __init__(self, shards: list[Path]) -> None:
+        self.names: list[str] = []
+        self._where: list[tuple[Path, int, int]] = []
+        for shard in shards:
+            for name, offset, size in _index(shard):
+                self.names.append(f"{shard.name}/{name}")
+                self._where.append((shard, offset, size))
+
+    def open(self, place: int) -> Image.Image:
+        shard, offset, size = self._where[place]
+        with open(shard, "rb") as opened:
+            opened.seek(offset)
+            return Image.open(io.BytesIO(opened.read(size)))
+
+
+def _index(shard: Path) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of each picture in a tar file."""
+    kept, size = shard.with_name(shard.name + ".index.json"), shard.stat().st_size
+    try:
+        known = json.loads(kept.read_text())
+        if known["size"] == size:
+            return known["pictures"]
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or cut off: made again
+    try:
+        with tarfile.open(shard, "r:") as opened:
+            found = [(m.name, m.offset_data, m.size) for m in opened if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
+    except tarfile.TarError as error:
+        raise FeatInvError(f"{shard} is not a plain tar file ({error}); unpack it, or pack it without compression") from error
+    try:
+        write_json(kept, {"size": size, "pictures": found})
+    except OSError:
+        pass  # a folder that cannot be written: walked again next time
+    return found
+
+
+class HuggingFace:
+    """A data set of the `datasets` library that is on this computer, with a column of pictures."""
+
+    def __init__(self, name: str) -> None:
+        """name: a folder of save_to_disk, or what load_dataset takes, with the split after a colon (default train)."""
+        try:
+            import datasets
+        except ImportError as error:
+            raise FeatInvError(f"data {HUGGING_FACE}{name} needs the package datasets: pip install datasets") from error
+        try:
+            if Path(name).is_dir() and any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json")):
+                found = datasets.load_from_disk(name)
+                found = found["train"] if isinstance(found, datasets.DatasetDict) else found
+            else:
+                name, _, split = name.partition(":")
+                found = datasets.load_dataset(name, split=split or "train")
+        except (OSError, ValueError, KeyError) as error:
+            raise FeatInvError(f"data {HUGGING_FACE}{name} cannot be opened: {error}") from error
+        columns = [column for column, kind in found.features.items() if isinstance(kind, datasets.Image)]
+        if not columns:
+            raise FeatInvError(f"data {HUGGING_FACE}{name} has no column of pictures; it has {', '.join(found.features)}")
+        self._column, self._set = columns[0], found.select_columns(columns[:1])
+        self.names = [f"{name}[{place}]" for place in range(len(found))]
+
+    def open(self, place: int) -> Image.Image:
+        return self._set[place][self._column]
+
+
+def open_listing(data: str, images: int | None) -> Listing:
+    """A folder of pictures or of tar files, or "hf:" and a Hugging Face data set; images: only so many of them, evenly
+    spread. Raises FeatInvError where there are none, or fewer."""
+    if data.startswith(HUGGING_FACE):
+        found: Listing = HuggingFace(data.removeprefix(HUGGING_FACE))
+    elif Path(data).is_dir():
+        shards = sorted(Path(data).glob("*.tar"))
+        found = TarShards(shards) if shards else Folder(Path(data))
+    else:
+        raise FeatInvError(f"data {data!r} is neither 'tiny' nor a folder, nor '{HUGGING_FACE}' and the name of a Hugging Face data set")
+    if not found.names:
+        raise FeatInvError(f"no images ({', '.join(sorted(SUFFIXES))}) below {data}")
+    return found if images is None else Part(found, images)
+
+
+class Part:
+    """Some of a listing's pictures, evenly spread over it."""
+
+    def __init__(self, whole: Listing, count: int) -> None:
+        if not 0 < count <= len(whole.names):
+            raise FeatInvError(f"images {count}: expected 1 to {len(whole.names)}, as many as there are")
+        self._whole, self._places = whole, [k * len(whole.names) // count for k in range(count)]
+        self.names = [whole.names[place] for place in self._places]
+
+    def open(self, place: int) -> Image.Image:
+        return self._whole.open(self._places[place])
+
+
+def fingerprint(names: Sequence[str]) -> str:
+    """A digest of names in their order: the same pictures at the same places, as far as names tell."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

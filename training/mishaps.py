@@ -1,0 +1,88 @@
+"""What goes wrong without ending a run: pictures that cannot be read, steps whose gradients are not finite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from featinv_nodes.core.feature_map import FeatInvError
+
+from .cli import write_json, write_text
+from .config import TrainConfig
+from .data import Photographs, TinyWorld
+
+NAMED = 10  # pictures that a process names as it meets them
+
+
+class Mishaps:
+    """pictures: name -> reason of those that were replaced, of this process; steps: first image numbers of the steps
+    that were left out. Both are part of a checkpoint."""
+
+    def __init__(self, accelerator: Accelerator, output: Path, config: TrainConfig, source: TinyWorld | Photographs, per_step: int) -> None:
+        self.accelerator, self.output, self.config, self.source, self.per_step = accelerator, output, config, source, per_step
+        self.pictures: dict[str, str] = {}
+        self.steps: list[int] = []
+
+    def unread(self, skipped: list[tuple[str, str]]) -> None:
+        """Counts pictures that the data replaced, and names the first ones."""
+        for name, reason in skipped:
+            if name not in self.pictures and len(self.pictures) < NAMED:
+                tqdm.write(f"{name} cannot be read and is replaced ({reason})")
+            self.pictures[name] = reason
+
+    def check(self, losses: list[Tensor], seen: int, signal: int = 0) -> tuple[list[float], int]:
+        """The last losses as numbers, means over the processes, and the largest signal that any of them got; here the
+        device is waited for.
+
+        losses: of the steps up to `seen` images, NaN where the step was left out. Raises FeatInvError for such a step
+        if config.nan is "stop", and for a row of them only in any case; a file then says which images they were.
+        """
+        local = torch.stack([*losses, torch.tensor(float(signal), device=self.accelerator.device)])
+        *values, signals = self.accelerator.reduce(local, "sum").tolist()
+        values = [value / self.accelerator.num_processes for value in values]
+        starts = [seen - (len(values) - k) * self.per_step for k in range(len(values))]
+        bad = [start for start, value in zip(starts, values) if not math.isfinite(value) and start not in self.steps]
+        self.steps += bad
+        if bad and (self.config.nan == "stop" or len(values) > 1 and not any(map(math.isfinite, values))):
+            raise self._explain(bad[0])
+        if bad and self.accelerator.is_main_process:
+            tqdm.write(f"left out: the steps from image {', '.join(map(str, bad))} on, whose loss or gradients are not finite")
+        return values, math.ceil(signals / self.accelerator.num_processes)
+
+    def _explain(self, first: int) -> FeatInvError:
+        file, numbers = self.output / f"not_finite_{first:012d}.json", range(first, first + self.per_step)
+        if self.accelerator.is_main_process:
+            names = [self.source.name(self.source.place(number)[0]) for number in numbers]
+            write_json(file, {"first_image": first, "images": self.per_step, "pictures": names, "config": asdict(self.config)})
+        return FeatInvError(
+            f"the loss or its gradients are not finite in the step from image {first} on (its pictures and the configuration: {file}). The last checkpoint "
+            "is from before: a lower --rate, --precision fp32, or --nan skip, which leaves such steps out, may take the run past it"
+        )
+
+    def state(self) -> dict:
+        """For the checkpoint, of all processes; every process calls this. Writes the list of pictures."""
+        found = gather_object([self.pictures])
+        pictures = {name: reason for part in found for name, reason in part.items()}
+        if pictures and self.accelerator.is_main_process:
+            write_text(self.output / "unreadable.txt", "".join(f"{name}\t{reason}\n" for name, reason in sorted(pictures.items())))
+        return {"pictures": pictures, "steps": self.steps}
+
+    def restore(self, state: dict) -> None:
+        self.pictures, self.steps = dict(state["pictures"]), list(state["steps"])
+
+    def summary(self) -> str:
+        """What to say at the end, empty if nothing happened."""
+        lines = []
+        if self.pictures:
+            some = ", ".join(sorted(self.pictures)[:NAMED])
+            lines.append(f"{len(self.pictures)} pictures could not be read and were replaced ({some}; all in {self.output / 'unreadable.txt'})")
+        if self.steps:
+            lines.append(f"{len(self.steps)} steps were left out, not finite, from image {', '.join(map(str, self.steps[:NAMED]))} on")
+        return "\n".join(lines)

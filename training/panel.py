@@ -1,0 +1,52 @@
+"""The sample panel of a run: held-out pictures and what the model makes of their features."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.metrics import cosine
+from featinv_nodes.tiny_world.scenes import draw
+
+from .base_model import BaseModel
+from .config import TrainConfig
+from .listing import Part, open_listing
+from .pipeline import Inversion, Sampling, noise, sample
+from .report import panel
+
+COUNT, SIDE = 8, 512  # pictures, and the pixels a side that their centre is scaled to
+
+
+def held_out(config: TrainConfig) -> Tensor:
+    """[COUNT, 3, h, w] pictures that training does not see: held-out scenes; of photographs, whose augmented versions
+    it does see, an even choice, less those that cannot be read."""
+    if config.data == "tiny":
+        return draw(config.seed, torch.arange(COUNT), "held-out").image
+    listing = open_listing(config.data, None)
+    chosen = Part(listing, min(COUNT, len(listing.names)))
+    return torch.stack([x for place in range(len(chosen.names)) if (x := _read(chosen, place)) is not None])
+
+
+def _read(listing: Part, place: int) -> Tensor | None:
+    try:
+        with listing.open(place) as opened:
+            square = ImageOps.fit(opened.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
+    except Exception:  # decoders raise whatever they stumble over; training names the picture
+        return None
+    return torch.from_numpy(np.asarray(square, np.float32) / 255).permute(2, 0, 1)
+
+
+@torch.inference_mode()
+def sample_panel(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> tuple[Image.Image, float]:
+    """Draws held-out pictures from their features with fixed noise; the panel and the mean cosine."""
+    framed = backbone.frame(held_out(config).to(base.unet.device))
+    features = backbone(framed, config.layer, config.pooled)
+    how = Sampling(**config.recommended)
+    start = torch.cat([noise(base, seed) for seed in range(len(framed))])
+    pictures = base.decode(sample(base, model, features, start, how, config.prompt))
+    score = cosine(features, backbone(backbone.frame(pictures, "stretch"), config.layer, config.pooled))
+    rows = [[(x, "") for x in framed], [(x, f"cos {c:.2f}") for x, c in zip(pictures, score.tolist())]]
+    return panel(rows, ["original", "reconstruction"], f"{config.name}, mean cosine {score.mean():.3f}"), score.mean().item()

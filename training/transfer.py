@@ -1,0 +1,87 @@
+"""Images that an inversion model needs from scratch, and from another model's weights file.
+
+    python training/transfer.py                                             tiny_vit_last, from the shipped tiny_cnn_last
+    python training/transfer.py --config FILE --from FILE --images 25600 --every 1600 --encoder-first 1600 --out DIR
+
+Trains the configuration twice, at a constant rate, and measures the cosine similarity of 64 held-out scenes every so many
+images. Writes transfer.json: both curves, and after how many images each reaches 95 % of the better final value (linear
+between measurements). Stopped, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.tiny_world import model_file
+from featinv_nodes.tiny_world.scenes import draw
+from training.cli import make_folder, run, write_json
+from training.config import CONFIGS, TrainConfig, read_config
+from training.inversion import open_model
+from training.train import train
+
+SCENES = 64
+SHARE = 0.95
+
+
+def held_out_cosine(file: Path) -> float:
+    """Mean cosine similarity of the features of held-out scenes and of their reconstructions, at the file's settings."""
+    opened = open_model(str(file))
+    features = opened.features(opened.backbone.frame(draw(0, torch.arange(SCENES), "held-out").image))
+    return opened.score(features, opened.draw(features, opened.recommended(), opened.noise(range(SCENES)))).mean().item()
+
+
+def curve(config: TrainConfig, folder: Path, images: int, every: int) -> list[tuple[int, float]]:
+    """(images, cosine) of a run, which is stopped to be measured: it goes on exactly."""
+    points = []
+    for count in range(every, images + 1, every):
+        config.max_images = count
+        points.append((count, held_out_cosine(train(config, folder))))
+        print(f"{folder.name}: {count} images, cosine {points[-1][1]:.3f}", flush=True)
+    return points
+
+
+def images_to_reach(points: list[tuple[int, float]], value: float) -> float | None:
+    """Where the curve first reaches the value, linear between points; None if it does not."""
+    for (n, a), (m, b) in zip([(0, 0.0), *points], points):
+        if b >= value:
+            return m if a >= b or n == 0 else n + (m - n) * (value - a) / (b - a)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIGS / "tiny_vit_last.yaml")
+    parser.add_argument("--from", dest="source", default="tiny_cnn_last", help="weights file, or a shipped model's name")
+    parser.add_argument("--images", type=int, default=25_600)
+    parser.add_argument("--every", type=int, default=1_600)
+    parser.add_argument("--encoder-first", type=int, default=1_600)
+    parser.add_argument("--out", type=Path, default=Path("out/transfer"))
+    args = parser.parse_args()
+    if not 0 < args.every <= args.images:
+        raise FeatInvError(f"--every {args.every}: expected 1 to --images, {args.images}")
+    make_folder(args.out)
+    runs = {
+        "scratch": {},
+        "transfer": {"init_from": str(model_file(args.source)), "encoder_first": str(args.encoder_first)},
+    }
+    curves = {}
+    for name, changes in runs.items():
+        fixed = {"schedule": "constant", "panel_every": "1000000000", "save_every": "1000000000"}
+        curves[name] = curve(read_config(args.config, fixed | changes), args.out / name, args.images, args.every)
+    best = max(points[-1][1] for points in curves.values())
+    needed = {name: images_to_reach(points, SHARE * best) for name, points in curves.items()}
+    write_json(args.out / "transfer.json", {
+        "config": args.config.stem, "from": args.source, "scenes": SCENES, "share": SHARE, "final": best, "images_needed": needed, "curves": curves,
+    })  # fmt: skip
+    print(f"images to {SHARE:.0%} of cosine {best:.3f}: {needed}; see {args.out / 'transfer.json'}")
+
+
+if __name__ == "__main__":
+    run(main)
