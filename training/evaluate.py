@@ -1,124 +1,140 @@
-"""Measures how faithful an inversion model is, beside its floor and its ceiling.
+"""The paper's tables and figures for any inversion model, beside their floor and ceiling.
 
     python training/evaluate.py                                     the embedded model, 500 held-out scenes
-    python training/evaluate.py --model FILE --data FOLDER --count 1000 --out DIR
+    accelerate launch training/evaluate.py --model FILE --data SOURCE --suite NAME --out DIR
+    python training/evaluate.py --data IMAGENET/val --per-class 10 --model FILE ...
 
-Floor: pictures that the base model draws without features. Ceiling: the autoencoder's round trip of the originals.
-Writes results.json, report.md and panel.png.
+Suites: quality (Tables 1, 3), layers (Figs. 4, 14), cross-model (Table 2), sweep (Figs. 9 to 11), variability (Fig. 12),
+mixing (Figs. 7, 8), baseline (Table 3), rcdm (Table 4), corruptions (Appendix C), natural-adversarial and ood (Sec. 4.2).
+
+SOURCE: "tiny", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Pictures are
+taken in the order of their names; a picture's number in that order is its seed. Floor: what the base model draws without
+features. Ceiling: the autoencoder's round trip. Stopped at any moment, the same command goes on where it was.
+Writes results.json, report.md, index.html and the pictures in them.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import sys
-from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
-from featinv_nodes.core.metrics import bootstrap, cosine, frechet_distance, top_k_match
+from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
-from training.cli import make_folder, model_parser, open_from, run, write_json, write_text
-from training.data import SUFFIXES
-from training.images import read_image
+from training.cli import make_folder, model_parser, run
+from training.evaluation.bench import ORIGINAL, Bench
+from training.evaluation.judge import Judge
+from training.evaluation.metrics import mean_entry, set_entries
+from training.evaluation.report import write
+from training.evaluation.shards import Store, Table, record
+from training.evaluation.sources import Source, open_source, read
+from training.evaluation.spaces import TimmSpace
+from training.evaluation.suites import SUITES
+from training.evaluation.suites.base import Suite
+from training.evaluation.suites.quality import gap_closed as gap_closed
 from training.inversion import Opened
 from training.pipeline import Sampling, round_trip
-from training.report import panel, save_image
 
 
 def load_pictures(opened: Opened, data: str, count: int) -> tuple[Tensor, Tensor | None]:
-    """(pictures framed for the backbone [N, 3, H, W], objects per scene [N] or None for a folder)."""
-    if data == "tiny":
-        scenes = draw(0, torch.arange(count), "held-out")
-        return opened.backbone.frame(scenes.image), scenes.count
-    files = sorted(f for f in Path(data).rglob("*") if f.suffix.lower() in SUFFIXES)[:count]
-    if len(files) < count:
-        raise FeatInvError(f"{data} holds {len(files)} images; asked for {count}. Give a folder with more, or a smaller --count")
-    return torch.cat([opened.backbone.frame(read_image(f)) for f in tqdm(files, desc="reading")]), None
-
-
-def measure(opened: Opened, original: FeatureMap, last: FeatureMap, pictures: Tensor, single: Tensor | None) -> tuple[dict, Tensor]:
-    """Faithfulness of pictures to the originals: every entry {"value", "low", "high", "n"} with a 95 % interval; and
-    the pictures' pooled last-layer vectors [N, C]. original: the maps asked for; last: the originals' last layer.
-
-    cosine, cosine_centred (the originals' mean vector removed), top-1 and top-5 match of the backbone's classes; in
-    the embedded world also the top-1 match of every label group on scenes of a single object.
-    """
-    seen = opened.see(pictures)
-    centre = original.values.mean((0, 2, 3))
-    again = opened.backbone.extract(opened.backbone.frame(pictures, "stretch"))
-    logits = [opened.backbone.logits(x) for x in (last, again)]
-    found = {"cosine": cosine(original, seen), "cosine_centred": cosine(original, seen, centre)}
-    groups = opened.backbone.groups
-    first = next(iter(groups.values()))
-    for k in (1, 5):
-        found[f"top{k}_match"] = top_k_match(logits[0][:, first], logits[1][:, first], k).float()
-    if single is not None:
-        for name, part in groups.items():
-            found[f"{name}_match_single"] = top_k_match(logits[0][:, part], logits[1][:, part], 1).float()[single]
-    return {name: bootstrap(values) for name, values in found.items()}, again.pool().values.flatten(1)
+    """(pictures framed for the backbone [N, 3, H, W], objects per scene [N] or None for photographs)."""
+    originals, _ = read(open_source(data, count), range(count))
+    return originals.framed(opened.backbone), draw(0, torch.arange(count), "held-out").count if data == "tiny" else None
 
 
 def evaluate(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
-    """All figures of a model on framed pictures, picture i drawn with seed i: ({"reconstruction", "floor", "ceiling"},
-    the pictures of each). The Frechet distance is in the backbone's own pooled feature space; it is no FID."""
-    original = opened.features(framed)
-    start = opened.noise(range(len(framed)))
+    """The suite quality for a few pictures in memory, without files: ({"reconstruction", "floor", "ceiling"}, the pictures
+    of each). Picture i is drawn with seed i; single [N]: scenes of one object, None for photographs."""
+    source = opened.info.source
+    judge, space = Judge(opened.backbone, {"cosine": (source.layer, source.pooled)}), TimmSpace(opened.backbone)
+    original, start = opened.features(framed), opened.noise(range(len(framed)))
     with tqdm(total=2 * len(framed), desc="drawing", unit="picture") as bar:
         drawn = {"reconstruction": opened.draw(original, how, start, batch, bar.update)}
         drawn["floor"] = opened.draw(None, how, start, batch, bar.update)
     drawn["ceiling"] = torch.cat([round_trip(opened.base, part) for part in framed.split(64)])
-    results, last = {}, opened.backbone.extract(framed)
+    wanted, vectors, results = judge.see(framed), space(framed), {}
+    judge.centres = {name: means.mean(0) for name, means in judge.means(wanted).items()}
     for name, pictures in drawn.items():
-        results[name], vectors = measure(opened, original, last, pictures, single)
-        results[name][f"frechet_distance ({opened.backbone.name}, pooled)"] = {"value": frechet_distance(last.pool().values.flatten(1), vectors), "n": len(vectors)}
+        columns = judge.compare(wanted, judge.see(pictures), single)
+        results[name] = {measure: mean_entry(values) for measure, values in columns.items()} | set_entries(space.name, vectors, space(pictures))
     return results, drawn
 
 
-def gap_closed(results: dict, name: str = "cosine") -> float:
-    """How far the reconstruction comes on the way from floor (0) to ceiling (1)."""
-    low, mid, high = (results[k][name]["value"] for k in ("floor", "reconstruction", "ceiling"))
-    return (mid - low) / (high - low)
+def arguments() -> argparse.ArgumentParser:
+    parser = model_parser(__doc__)
+    parser.add_argument("--suite", choices=SUITES, default="quality")
+    parser.add_argument("--data", default="tiny", help="SOURCE, see above")
+    parser.add_argument("--count", type=int, help="how many pictures, evenly spread over their names (default: all; of the embedded world what the suite sets)")
+    parser.add_argument("--per-class", type=int, help="the first as many of each class folder, by name")
+    parser.add_argument("--models", nargs="+", help="for layers and cross-model: weights files, each FILE or FILE=BACKBONE (default: embedded ones)")
+    parser.add_argument("--seed", type=int, default=0, help="added to a picture's number")
+    parser.add_argument("--inception", help="torch-fidelity's Inception weights, for FID and KID")
+    parser.add_argument("--space", help="timm-hub folder or name of the model in whose feature space sets are compared (default: the model's backbone)")
+    parser.add_argument("--space-weights", help="its .safetensors file")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: out/evaluate/SUITE)")
+    for suite in SUITES.values():
+        suite.add_arguments(parser.add_argument_group(suite.name))
+    return parser
 
 
-def to_markdown(title: str, results: dict) -> str:
-    """A table: a row per measure, columns floor, reconstruction, ceiling, with 95 % intervals."""
-    lines = [f"# {title}", "", "| measure | floor | reconstruction | ceiling |", "|---|---|---|---|"]
-    for name in results["reconstruction"]:
-        cells = []
-        for column in ("floor", "reconstruction", "ceiling"):
-            entry = results[column][name]
-            cells.append(f"{entry['value']:.3f}" + (f" ({entry['low']:.3f} to {entry['high']:.3f})" if "low" in entry else ""))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\nCosine: {gap_closed(results):.1%} of the way from floor to ceiling.\n"
+def digest(file: Path) -> str:
+    """Tells two weights files apart."""
+    found = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = model_parser(__doc__)
-    parser.add_argument("--data", default="tiny", help='folder of images, or "tiny" for held-out scenes')
-    parser.add_argument("--count", type=int, default=500, help="how many pictures")
-    parser.add_argument("--out", type=Path, default=Path("out/evaluate"))
-    args = parser.parse_args(argv)
-    make_folder(args.out)
-    opened, how = open_from(args)
-    framed, counts = load_pictures(opened, args.data, args.count)
-    results, drawn = evaluate(opened, framed, how, None if counts is None else counts == 1, args.batch)
-    scores = opened.score(opened.features(framed[:10]), drawn["reconstruction"][:10]).tolist()
-    rows = [[(x, "") for x in framed[:10]], [(x, f"cos {c:.2f}") for x, c in zip(drawn["reconstruction"], scores)]]
-    rows += [[(x, "") for x in drawn[name][:10]] for name in ("ceiling", "floor")]
-    titles = ["original", "reconstruction", "autoencoder\nround trip", "no features"]
-    save_image(panel(rows, titles, f"{args.model}: {opened.info.source.describe()}"), args.out / "panel.png")
-    write_json(args.out / "results.json", {
-        "model": args.model, "data": args.data, "sampling": asdict(how), "seeds": "picture number",
-        "source": opened.info.source.to_dict(), "gap_closed": gap_closed(results), **results,
-    })
-    text = to_markdown(args.model, results)
-    write_text(args.out / "report.md", text)
-    print(text)
+    args = arguments().parse_args(argv)
+    for name in ("batch", "count", "per_class"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    crew = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes that finish early wait for the others
+    device = str(crew.device) if args.device == "cuda" else args.device
+    chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
+    source = open_source(args.data, args.count or (chosen.count if args.data == "tiny" else None), args.per_class)
+    changes = {name: getattr(args, name) for name in ("steps", "strength", "guidance", "negative")}
+    suite = chosen(Bench(source, device, changes, args.seed, args.inception, args.space, args.space_weights), args)
+    arms, store = suite.all_arms(), Store(out, len(source.names))
+    options = {name: value for name, value in vars(args).items() if name not in ("out", "batch", "device")}
+    settings = options | {"pictures": source.fingerprint, "files": {name: digest(file) for name, file in suite.files().items()}, "sampling": suite.settings()}
+    if crew.is_main_process:
+        make_folder(out)
+        store.begin(settings)
+    crew.wait_for_everyone()
+    first = {name: arm for name, arm in arms.items() if name.startswith(ORIGINAL)}
+    record(store, source, first, args.batch, crew)
+    originals = {name: store.table(name) for name in first}
+    if any(not table.numbers for table in originals.values()):
+        raise FeatInvError(f"none of the {store.count} pictures of {args.data} can be read; the first reason: {': '.join(next(iter(originals[next(iter(first))].skipped.items())))}")
+    suite.centre(originals)
+    record(store, source, {name: arm for name, arm in arms.items() if name not in first}, args.batch, crew)
+    if crew.is_main_process:
+        finish(store, source, suite, list(arms), settings)
+
+
+def finish(store: Store, source: Source, suite: Suite, arms: list[str], settings: dict) -> None:
+    """Makes the report of what is recorded and prints it."""
+    tables: dict[str, Table] = {name: store.table(name) for name in arms}
+    skipped = tables[arms[0]].skipped
+    notes = list(source.notes)
+    if skipped:
+        named = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:20])
+        notes.append(f"{len(skipped)} of {store.count} pictures could not be read and were left out: {named}{' and more, see results.json' if len(skipped) > 20 else ''}.")
+    about = {"suite": suite.name, "model": suite.args.model, "data": suite.args.data, "settings": settings, "sampling": suite.settings()}
+    about |= {"seeds": f"picture number + {suite.args.seed}", "count": len(tables[arms[0]].numbers), "skipped": skipped}
+    print(write(store.folder, suite.report(tables), about, notes))
 
 
 if __name__ == "__main__":

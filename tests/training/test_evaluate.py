@@ -1,0 +1,169 @@
+"""An evaluation: each picture once whatever the processes, resumed where it was stopped, its settings and its report."""
+
+import errno
+import json
+import multiprocessing
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.tiny_world.scenes import draw
+from training import evaluate
+from training.evaluation import shards
+from training.evaluation.bench import Subject
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["training.evaluate"])
+SMALL = ["--count", "8", "--steps", "1", "--batch", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 2)
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An evaluation that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD", 2)
+        evaluate.main([*SMALL, "--out", str(folder)])
+    return folder
+
+
+def test_every_figure_has_its_count_interval_seeds_and_settings(whole):
+    found = results(whole)
+    for arm in ("reconstruction", "floor", "ceiling"):
+        for name, entry in found[arm].items():
+            assert entry["n"] <= 8 and entry["low"] <= entry["value"] <= entry["high"], name
+    assert found["reconstruction"]["cosine"]["n"] == 8 and found["sampling"]["reconstruction"]["steps"] == 1
+    assert found["seeds"] and found["settings"]["files"]["tiny_cnn_last"] and found["reconstruction"]["frechet_distance (resnet10t.tiny_world, pooled)"]["biased"]
+    low, mid, high = (found[arm]["cosine"]["value"] for arm in ("floor", "reconstruction", "ceiling"))
+    assert found["gap_closed"] == pytest.approx((mid - low) / (high - low))
+    text = (whole / "report.md").read_text()
+    assert "| measure | floor | reconstruction | ceiling |" in text and "biased" in text
+    assert "data:image/png" in (whole / "index.html").read_text() and (whole / "panel.png").exists()
+
+
+def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
+    from training.inversion import open_model
+
+    opened = open_model("tiny_cnn_last")
+    framed, counts = evaluate.load_pictures(opened, "tiny", 8)
+    found, _ = evaluate.evaluate(opened, framed, opened.recommended(steps=1), counts == 1)
+    kept = results(whole)
+    for arm in found:
+        for name, entry in found[arm].items():
+            assert kept[arm][name]["value"] == pytest.approx(entry["value"], abs=1e-4), name  # float32 sums in other batches
+
+
+def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, monkeypatch):
+    real, written = shards.write_verified, []
+
+    def write(folder, *rest):
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(folder)
+        return real(folder, *rest)
+
+    monkeypatch.setattr(shards, "write_verified", write)
+    with pytest.raises(FeatInvError, match="No space left.*What is done is kept"):
+        evaluate.main([*SMALL, "--out", str(tmp_path)])
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.setattr(shards, "write_verified", real)
+    (damaged := next(written[-1].iterdir())).write_bytes(damaged.read_bytes()[:-1])
+    drawn, real_draw = [], Subject.draw
+    monkeypatch.setattr(Subject, "draw", lambda self, framed, *rest: drawn.append(len(framed)) or real_draw(self, framed, *rest))
+    evaluate.main([*SMALL, "--out", str(tmp_path)])
+    assert sum(drawn) == 6  # of 8 reconstructions two shards were there, one of them damaged
+    assert results(tmp_path) == results(whole)
+
+
+def rank(number, port, folder):
+    """One of two processes."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shards.SHARD = 2
+    torch.set_num_threads(1)
+    real = shards.Store.write
+    shards.Store.write = lambda self, arm, first, *rest: print(arm, first, file=open(f"{folder}-{number}", "a")) or real(self, arm, first, *rest)
+    evaluate.main([*SMALL, "--out", folder])
+
+
+def test_two_processes_find_what_one_does(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [PROCESSES.Process(target=rank, args=(number, port, str(tmp_path / "out"))) for number in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert results(tmp_path / "out") == results(whole)
+    done = [(tmp_path / f"out-{number}").read_text().splitlines() for number in range(2)]
+    assert len(done[0]) == len(done[1]) == 8 and len({*done[0], *done[1]}) == 16  # 4 arms, 4 shards, none twice
+
+
+def test_another_evaluations_folder_is_left_alone(whole):
+    with pytest.raises(FeatInvError, match="another evaluation.*steps: 1 there, 2 now"):
+        evaluate.main([*SMALL, "--steps", "2", "--out", str(whole)])
+
+
+def test_unreadable_pictures_are_in_the_report(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k, scene in enumerate(draw(0, torch.arange(4), "held-out").image):
+        Image.fromarray((scene * 255).byte().permute(1, 2, 0).numpy().astype(np.uint8)).save(folder / f"{k}.png")
+    (folder / "1.png").write_bytes(b"no picture")
+    evaluate.main(["--data", str(folder), "--steps", "1", "--suite", "ood", "--device", "cpu", "--out", str(tmp_path / "out")])
+    found = results(tmp_path / "out")
+    assert list(found["skipped"]) == ["1.png"] and found["count"] == 3 and found["reconstruction"]["cosine"]["n"] == 3
+    assert "1 of 4 pictures could not be read and were left out: 1.png" in (tmp_path / "out" / "report.md").read_text()
+    for file in folder.iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(FeatInvError, match="none of the 4 pictures .* can be read"):
+        evaluate.main(["--data", str(folder), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--count", "0"], "--count 0"),
+        (["--model", "none"], "no model 'none'"),
+        (["--suite", "natural-adversarial"], "1000 classes"),
+        (["--suite", "baseline"], "reads text"),
+        (["--suite", "layers", "--models", "tiny_cnn_last"], "two or more"),
+        (["--suite", "layers", "--models", "tiny_cnn_last", "tiny_vit_last"], "Use cross-model"),
+        (["--suite", "cross-model", "--models", "tiny_cnn_last", "tiny_cnn_stage"], "Use layers"),
+        (["--suite", "sweep", "--write-back"], "copy its file"),
+        (["--suite", "variability", "--samples", "1"], "at least 2"),
+        (["--suite", "mixing", "--weights", "2"], "between 0 and 1"),
+        (["--data", "/nowhere"], "neither"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(tmp_path, options, message):
+    with pytest.raises(FeatInvError, match=message):
+        evaluate.main([*SMALL, *options, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("negative, guidance", [("features", 2.0), ("text", 1.0)])
+def test_drawing_one_at_a_time_gives_the_same_pictures(negative, guidance):
+    from training.evaluation.sampling_benchmark import one_by_one
+    from training.inversion import open_model
+
+    opened = open_model("tiny_cnn_last")
+    features = opened.features(opened.backbone.frame(draw(0, torch.arange(2), "held-out").image))
+    how, start = opened.recommended(steps=2, negative=negative, guidance=guidance), opened.noise(range(2))
+    # 1e-4: float32 convolutions of one and of several pictures sum in another order
+    assert (one_by_one(opened, features, how, start) - opened.draw(features, how, start)).abs().max() < 1e-4

@@ -1,0 +1,135 @@
+"""The measures of an evaluation are what they are called: against plain references on a handful of vectors."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from training.evaluation.judge import Judge, Seen
+from training.evaluation.metrics import kid, mean_entry, set_entries
+from training.evaluation.spaces import Inception
+
+SOURCE = FeatureSource("net", "last", False, 5, (2, 3), (8, 8), (0.0,) * 3, (1.0,) * 3)
+
+
+def vectors(seed, n=7, size=4, shift=0.0):
+    return torch.randn(n, size, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def kernel(x, y):
+    return (float(np.dot(x, y)) / len(x) + 1) ** 3
+
+
+def mean_of(pairs):
+    values = [kernel(x, y) for x, y in pairs]
+    return sum(values) / len(values)
+
+
+def plain_kid(a, b, paired):
+    def within(v):
+        return mean_of((v[i], v[j]) for i in range(len(v)) for j in range(len(v)) if i != j)
+
+    return within(a) + within(b) - 2 * mean_of((a[i], b[j]) for i in range(len(a)) for j in range(len(b)) if not paired or i != j)
+
+
+def test_kid_is_the_mean_of_the_kernel_over_pairs():
+    a, b = vectors(0), vectors(1, 9, shift=0.5)
+    # 1e-9: float64 sums of 63 terms around 1 to 100
+    assert kid(a, b).item() == pytest.approx(plain_kid(a.double().numpy(), b.double().numpy(), False), rel=1e-9)
+    assert kid(a, b[:7], True).item() == pytest.approx(plain_kid(a.double().numpy(), b[:7].double().numpy(), True), rel=1e-9)
+
+
+def test_a_resample_counts_its_pairs_and_never_a_copy():
+    a, b, picks = vectors(0).double(), vectors(1, shift=0.5).double(), [0, 0, 3, 5, 5, 5, 6]
+    pairs = [(i, j) for i in picks for j in picks if i != j]
+    wanted = mean_of((a[i], a[j]) for i, j in pairs) + mean_of((b[i], b[j]) for i, j in pairs) - 2 * mean_of((a[i], b[j]) for i, j in pairs)
+    weights = torch.bincount(torch.tensor(picks), minlength=7)
+    assert kid(a, b, True, torch.stack([weights, torch.ones(7)]))[0].item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_kid_is_near_zero_for_one_distribution_and_copies_do_not_make_it_negative():
+    a = vectors(0, 400)
+    assert abs(kid(a, vectors(1, 400)).item()) < 0.05 < kid(a, vectors(2, 400, shift=1.0)).item()
+    assert kid(a, a, True).item() == pytest.approx(0, abs=1e-9)  # the same set: nothing between, whatever its size
+
+
+def test_frechet_distance_and_the_names_of_the_figures():
+    a, b = vectors(0, 60), vectors(1, 60, shift=0.3)
+    entries = set_entries("net, pooled", a, b)
+    assert set(entries) == {"frechet_distance (net, pooled)", "kid (net, pooled)"}
+    x, y = a.double().numpy(), b.double().numpy()
+    root = sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    wanted = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    found = entries["frechet_distance (net, pooled)"]
+    assert found["value"] == pytest.approx(wanted, rel=1e-6) and found["biased"] and found["n"] == 60
+    assert "biased" not in entries["kid (net, pooled)"] and found["low"] < found["value"] < found["high"]
+    assert set(set_entries("Inception", a, b)) == {"fid", "kid (Inception)"}
+    assert not set_entries("net", a[:7], b[:7])  # too few to say anything
+    large = vectors(0, 2048, 2)
+    assert not set_entries("net", large, large)["frechet_distance (net)"]["biased"]
+
+
+def test_the_distances_are_torch_fidelitys():
+    fid, own = pytest.importorskip("torch_fidelity.metric_fid"), pytest.importorskip("torch_fidelity.metric_kid")
+    a, b = vectors(0, 60).double(), vectors(1, 60, shift=0.3).double()
+    entries = set_entries("Inception", a, b)
+    wanted = fid.fid_statistics_to_metric(fid.fid_features_to_statistics(a), fid.fid_features_to_statistics(b), False)
+    assert entries["fid"]["value"] == pytest.approx(wanted["frechet_inception_distance"], rel=1e-6)
+    wanted = own.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=60, verbose=False)  # one subset: all vectors
+    assert kid(a, b).item() == pytest.approx(wanted["kernel_inception_distance_mean"], rel=1e-6)
+
+
+def test_inceptions_file_is_named_when_it_cannot_be_used(tmp_path):
+    pytest.importorskip("torch_fidelity")
+    with pytest.raises(FeatInvError, match="no such file"):
+        Inception(tmp_path / "none.pth")
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
+    with pytest.raises(FeatInvError, match="does not hold"):
+        Inception(tmp_path / "other.pth")
+
+
+def test_without_torch_fidelity_the_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(FeatInvError, match="pip install torch-fidelity"):
+        Inception(tmp_path / "none.pth")
+
+
+def judged(subset=None, groups=None):
+    judge = Judge(SimpleNamespace(groups=groups or {"class": slice(None)}), {"cosine": ("last", False)}, subset)
+    seen = []
+    for seed in (0, 1):
+        values = torch.rand(4, 5, 2, 3, generator=torch.Generator().manual_seed(seed))
+        seen.append(Seen({"cosine": FeatureMap(values, SOURCE)}, vectors(seed + 10, 4, 12)))
+    return judge, *seen
+
+
+def plain_match(a, b, k):
+    return [float(np.argmax(x) in np.argsort(-y)[:k]) for x, y in zip(a.numpy(), b.numpy())]
+
+
+def test_cosine_and_match_of_a_judge():
+    judge, wanted, found = judged()
+    judge.centres = {"cosine": judge.means(wanted)["cosine"].mean(0)}
+    columns = judge.compare(wanted, found)
+    a, b = (s.maps["cosine"].values.numpy() for s in (wanted, found))
+    for name, centre in (("cosine", 0), ("cosine_centred", a.mean((0, 2, 3))[:, None, None])):
+        x, y = a - centre, b - centre
+        plain = (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+        assert np.allclose(columns[name], plain.mean((1, 2)), atol=1e-6)  # float32
+    for k in (1, 5):
+        assert columns[f"top{k}_match"].tolist() == plain_match(wanted.logits, found.logits, k)
+
+
+def test_a_subset_of_the_classes_and_several_groups():
+    judge, wanted, found = judged(subset=[1, 4, 7])
+    assert judge.compare(wanted, found)["top1_match"].tolist() == plain_match(wanted.logits[:, [1, 4, 7]], found.logits[:, [1, 4, 7]], 1)
+    judge, wanted, found = judged(groups={"shape": slice(0, 6), "colour": slice(6, 12)})
+    columns = judge.compare(wanted, found, torch.tensor([True, False, True, True]))
+    assert columns["top1_match"].tolist() == plain_match(wanted.logits[:, :6], found.logits[:, :6], 1)
+    colour = columns["colour_match_single"]
+    assert colour.isnan().tolist() == [False, True, False, False]
+    kept = [v for v, s in zip(plain_match(wanted.logits[:, 6:], found.logits[:, 6:], 1), (1, 0, 1, 1)) if s]
+    assert mean_entry(colour)["n"] == 3 and mean_entry(colour)["value"] == pytest.approx(sum(kept) / 3)

@@ -1,0 +1,155 @@
+"""Each suite's report has the paper's rows, and its arms do what they say."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from featinv_nodes.core.backbones import untrained_backbone
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.weights import InversionInfo, load_scope, read_info
+from featinv_nodes.tiny_world import FOLDER
+from featinv_nodes.tiny_world.scenes import draw
+from tests.training.test_real_layout import PROMPT
+from tests.training.test_real_layout import stable_diffusion as stable_diffusion
+from training import evaluate
+from training.base_model import load_base
+from training.evaluation.judge import Judge
+from training.evaluation.suites import baseline
+from training.evaluation.suites.corruptions import CORRUPTIONS, SEEDED, corrupt, library
+from training.pipeline import Inversion
+
+
+def run(tmp_path, suite, *options, count=4):
+    evaluate.main(["--suite", suite, "--count", str(count), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / suite), *options])
+    assert (tmp_path / suite / "panel.png").exists() and (tmp_path / suite / "index.html").exists()
+    return json.loads((tmp_path / suite / "results.json").read_text()), (tmp_path / suite / "report.md").read_text()
+
+
+def test_layers_compares_at_every_stage(tmp_path):
+    found, text = run(tmp_path, "layers", "--models", "tiny_cnn_last", "tiny_cnn_stage")
+    stages = {name for name in found["tiny_cnn_stage"] if name.startswith("cosine ") and not name.endswith("centred")}
+    assert "cosine last" in stages and len(stages) > 3
+    layer = read_info(FOLDER / "tiny_cnn_stage.safetensors").source.layer
+    # even after two steps the model of the earlier stage is closer at that stage (paper Fig. 4a)
+    assert found["tiny_cnn_stage"][f"cosine {layer}"]["value"] > found["floor"][f"cosine {layer}"]["value"]
+    assert found.keys() >= {"floor", "ceiling"} and "| tiny_cnn_stage | layer" in text
+
+
+def test_cross_model_is_a_matrix(tmp_path):
+    found, text = run(tmp_path, "cross-model")
+    judges = ("resnet10t.tiny_world", "vit_tiny_patch16_224.tiny_world")
+    for model in ("tiny_cnn_last", "tiny_vit_last"):
+        for judge in judges:
+            assert found[model][f"{judge}: top1_match"]["n"] == 4
+            assert found[model][f"{judge}: cosine"]["value"] > found["floor"][f"{judge}: cosine"]["value"]
+    assert f"| {judges[0]} | {judges[1]} |" in text
+    own, _ = run(tmp_path, "quality")
+    for measure in ("cosine", "top1_match"):  # a model judged by its own backbone: the same figure in both suites
+        assert found["tiny_cnn_last"][f"{judges[0]}: {measure}"] == own["reconstruction"][measure]
+
+
+def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
+    file = tmp_path / "model.safetensors"
+    shutil.copy(FOLDER / "tiny_cnn_last.safetensors", file)
+    before, scope = read_info(file), load_scope(file)
+    found, text = run(tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1", "--write-back")
+    # strength 0 draws without features; whatever else differs, it is no way to reconstruct
+    assert found["best"] == {"strength": 1.0, "guidance": 1.0} and "now recommends strength=1, guidance=1" in text
+    after = read_info(file)
+    assert after.recommended == before.recommended | {"strength": 1.0, "guidance": 1.0} and after.source == before.source
+    assert (load_scope(file) is None) == (scope is None)
+    assert (tmp_path / "sweep" / "cosine.png").exists() and (tmp_path / "sweep" / "top1_match.png").exists()
+
+
+def test_variability_is_of_the_samples(tmp_path):
+    found, _ = run(tmp_path, "variability", "--samples", "2", count=2)
+    assert 0 < found["reconstruction"]["pixel_variance"]["value"] < found["floor"]["pixel_variance"]["value"]
+    assert 0 < found["reconstruction"]["feature_variance"]["value"] < found["floor"]["feature_variance"]["value"]
+
+
+def test_mixing_along_the_interpolation_and_by_region(tmp_path):
+    found, _ = run(tmp_path, "mixing", "--weights", "0", "0.5", count=3)
+    assert found["weight=0"]["cosine"]["n"] == found["weight=0.5"]["cosine"]["n"] == 3
+    composed = {name: entry["value"] for name, entry in found["composed"].items()}
+    assert composed["cosine_inside"] > composed["cosine_inside_with_other"]
+    assert composed["cosine_outside"] > composed["cosine_outside_with_other"]
+    found, text = run(tmp_path / "pooled", "mixing", "--model", "tiny_cnn_pooled", "--weights", "0", count=2)
+    assert "composed" not in found and "no locations to compose" in text
+
+
+def stand_in(seen):
+    """A package like imagecorruptions: noise from numpy's generator, and from the seed where one is given."""
+
+    def apply(image, level, name, seed=None):
+        seen.append((name, level, seed))
+        noise = (np.random if seed is None else np.random.default_rng(seed)).normal(size=image.shape)
+        return np.uint8(np.clip(image + 5 * level * noise, 0, 255))
+
+    return SimpleNamespace(corrupt=apply)
+
+
+def test_corruptions_are_functions_of_the_pictures_number(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(sys.modules, "imagecorruptions", stand_in(seen))
+    picture = torch.rand(3, 32, 32)
+    for name in ("gaussian_noise", "glass_blur"):
+        first, again, other = (corrupt(library(), picture, name, 5, seed) for seed in (3, 3, 4))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len(CORRUPTIONS) == 19 and set(SEEDED) < set(CORRUPTIONS)
+    seen.clear()
+    found, text = run(tmp_path, "corruptions", "--corruptions", "fog", "glass_blur", "--levels", "1", "5", count=8)
+    assert {(name, level) for name, level, _ in seen} == {("fog", 1), ("fog", 5), ("glass_blur", 1), ("glass_blur", 5)}
+    assert {"clean", "fog 1", "fog 5", "glass_blur 5"} <= found.keys() and "| fog 5 |" in text
+    # the sets that are compared are the corrupted pictures and what was drawn from them
+    assert "kid (resnet10t.tiny_world, pooled)" in found["fog 5"]
+
+
+@pytest.fixture
+def photographic(stable_diffusion, tmp_path):
+    """Options for a model of Stable Diffusion's layout and a backbone of 1000 classes, at random weights, and two
+    pictures in ImageNet's layout."""
+    torch.manual_seed(0)
+    backbone = untrained_backbone("resnet10t", 64)
+    save_file(backbone.model.state_dict(), tmp_path / "backbone.safetensors")
+    base = load_base(stable_diffusion, PROMPT)
+    model = Inversion.start(base, backbone.source(), 16)
+    model.save(tmp_path / "model.safetensors", InversionInfo(backbone.source(), model.encoder.settings, base.describe(), PROMPT))
+    for synset, picture in zip(("n01440764", "n01484850"), draw(0, torch.arange(2), "held-out").image):
+        (tmp_path / "val" / synset).mkdir(parents=True)
+        Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "val" / synset / "0.png")
+    return ["--model", str(tmp_path / "model.safetensors"), "--backbone-weights", str(tmp_path / "backbone.safetensors"), "--data", str(tmp_path / "val")]
+
+
+def test_baseline_draws_each_class_by_its_name(photographic, tmp_path, monkeypatch):
+    asked = []
+    real = baseline.embeddings
+    monkeypatch.setattr(baseline, "embeddings", lambda base, prompts: asked.append(prompts) or real(base, prompts))
+    found, text = run(tmp_path, "baseline", *photographic, count=2)
+    start = "a high-quality, detailed, and professional image of a "
+    assert asked == [[start + "tench", start + "great white shark"]]
+    assert found["class name"]["top5_accuracy"]["n"] == found["class name"]["cosine"]["n"] == 2 and "superclass" in text
+    for folder in (tmp_path / "val").iterdir():
+        folder.rename(folder.with_name(f"dogs {folder.name[-1]}"))
+    with pytest.raises(FeatInvError, match="needs ImageNet's layout"):
+        run(tmp_path / "plain", "baseline", *photographic, count=2)
+
+
+def test_natural_adversarial_matches_among_200_classes(photographic, tmp_path, monkeypatch):
+    asked = []
+    real = Judge.__init__
+    monkeypatch.setattr(Judge, "__init__", lambda self, backbone, compared, subset=None: asked.append(subset) or real(self, backbone, compared, subset))
+    found, _ = run(tmp_path, "natural-adversarial", *photographic, count=2)
+    assert len(asked[0]) == 200 and asked[0][:3] == [6, 11, 13] and found["reconstruction"]["top1_match"]["n"] == 2
+
+
+def test_without_the_corruptions_package_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    with pytest.raises(FeatInvError, match="pip install imagecorruptions-imaug"):
+        run(tmp_path, "corruptions")

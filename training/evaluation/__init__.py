@@ -1,0 +1,1 @@
+"""How faithful inversion models are: the paper's tables and figures (Sec. 4, Appendices A to C), one suite each."""

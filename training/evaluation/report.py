@@ -1,0 +1,168 @@
+"""results.json, report.md and index.html of an evaluation."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..cli import write_json, write_text
+from ..report import page, save_image
+from ..report import panel as draw_panel
+from .metrics import mean_entry, set_entries
+from .shards import Table, room
+
+Figures = dict[str, dict]  # measure -> {"value", "low", "high", "n", ...}
+
+
+@dataclass
+class Grid:
+    """A table of a report: cells are text."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What a suite found. figures: arm -> figures, for results.json. extra: further entries there. panels: file name ->
+    picture, the first one also the page's."""
+
+    title: str
+    figures: dict[str, Figures]
+    grids: list[Grid] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    extra: dict = field(default_factory=dict)
+    panels: dict[str, Image.Image] = field(default_factory=dict)
+
+
+def figures_of(table: Table, originals: Table) -> Figures:
+    """Means of an arm's columns over the pictures, and the distances of its pictures as a set from the originals, or
+    from the set that the arm recorded as its own reference."""
+    names = sorted(table.columns, key=lambda name: (not name.startswith("cosine"), not name.startswith("top"), name))
+    found = {name: mean_entry(table.columns[name]) for name in names if table.columns[name].ndim == 1}
+    for name, vectors in table.columns.items():
+        if name.startswith("vectors/"):
+            space = name.removeprefix("vectors/")
+            reference = table.columns.get(f"reference/{space}", originals.columns.get(name))
+            found |= set_entries(space, reference, vectors)
+    return {name: entry for name, entry in found.items() if entry["n"]}
+
+
+def cell(figures: Figures, name: str, interval: bool = True) -> str:
+    """A figure as text, with its interval."""
+    if name not in figures:
+        return ""
+    entry = figures[name]
+    digits = 4 if name.startswith("kid") or "variance" in name else 3
+    text = f"{entry['value']:.{digits}f}"
+    if interval:
+        text += f" ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
+    return text + (" biased" if entry.get("biased") else "")
+
+
+def by_measure(title: str, figures: dict[str, Figures], columns: Sequence[str]) -> Grid:
+    """A row per measure, a column per arm."""
+    names = list(dict.fromkeys(name for arm in columns for name in figures[arm]))
+    return Grid(title, ["measure", *columns], [[name, *(cell(figures[arm], name) for arm in columns)] for name in names], bias_note({arm: figures[arm] for arm in columns}))
+
+
+def by_arm(title: str, figures: dict[str, Figures], arms: Sequence[str], names: Sequence[str], what: str = "") -> Grid:
+    """A row per arm, a column per measure."""
+    names = [name for name in names if any(name in figures[arm] for arm in arms)]
+    rows = [[arm, *(cell(figures[arm], name) for name in names)] for arm in arms]
+    return Grid(title, [what, *names], rows, bias_note({arm: {n: figures[arm][n] for n in names if n in figures[arm]} for arm in arms}))
+
+
+def set_measures(figures: Figures) -> list[str]:
+    """The names of an arm's figures of sets: Frechet distances and KID."""
+    return [name for name in figures if name == "fid" or name.startswith(("frechet_distance", "kid"))]
+
+
+def bias_note(figures: dict[str, Figures]) -> str:
+    if not any(entry.get("biased") for found in figures.values() for entry in found.values()):
+        return ""
+    return "Biased: a Frechet distance of so few pictures is too large, by as much as depends on their number; compare it at equal n, or read KID."
+
+
+def shown(tables: dict[str, Table], arms: Sequence[str], heading: str, scored: str = "cosine") -> Image.Image:
+    """A panel with a row of pictures per arm, the column `scored` under each where the arm has it."""
+    rows = []
+    for arm in arms:
+        pictures, values = tables[arm].pictures, tables[arm].columns.get(scored)
+        rows.append([(x, "" if values is None else f"cos {values[k]:.2f}") for k, x in enumerate(pictures)])
+    return draw_panel(rows, [arm.replace(", ", ",\n") for arm in arms], heading)
+
+
+def heat_map(values: Tensor, rows: Sequence[str], columns: Sequence[str], heading: str, digits: int = 2) -> Image.Image:
+    """A picture of a matrix [rows, columns] with its numbers, brighter where it is higher, as in the paper's Fig. 10."""
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    left, top, wide, high = 20 + max(round(small.getlength(r)) for r in rows), 60, 66, 40
+    sheet = Image.new("RGB", (max(left + wide * len(columns) + 16, round(font.getlength(heading)) + 24), top + high * len(rows) + 12), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((10, 8), heading, "black", font)
+    low, span = values.min().item(), max((values.max() - values.min()).item(), 1e-9)
+    for c, column in enumerate(columns):
+        pen.text((left + wide * (c + 0.5), top - 6), column, "black", small, anchor="ms")
+    for r, row in enumerate(rows):
+        pen.text((left - 8, top + high * (r + 0.5)), row, "black", small, anchor="rm")
+        for c, value in enumerate(values[r].tolist()):
+            share = (value - low) / span
+            colour = tuple(round(a + (b - a) * share) for a, b in zip((38, 34, 98), (250, 214, 90)))
+            pen.rectangle((left + wide * c, top + high * r, left + wide * (c + 1) - 2, top + high * (r + 1) - 2), fill=colour)
+            pen.text((left + wide * (c + 0.5), top + high * (r + 0.5)), f"{value:.{digits}f}", "white" if share < 0.5 else "black", small, anchor="mm")
+    return sheet
+
+
+def to_markdown(report: Report, notes: Sequence[str]) -> str:
+    lines = [f"# {report.title}", ""]
+    for grid in report.grids:
+        lines += [f"## {grid.title}", "", _row(grid.header), "|" + "---|" * len(grid.header), *map(_row, grid.rows), ""]
+        lines += [grid.note, ""] if grid.note else []
+    lines += [text for line in [*report.lines, *notes] for text in (line, "")]
+    lines += [text for name in report.panels for text in (f"![{Path(name).stem}]({name})", "")]
+    return "\n".join(lines)
+
+
+def to_html(report: Report, notes: Sequence[str]) -> str:
+    """One page with all pictures inside it."""
+    body = ""
+    for grid in report.grids:
+        head = "".join(f"<th>{html.escape(text)}</th>" for text in grid.header)
+        rows = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in grid.rows)
+        body += f"<h2>{html.escape(grid.title)}</h2><table><tr>{head}</tr>{rows}</table><p>{html.escape(grid.note)}</p>"
+    return page(report.title, _stack(list(report.panels.values())), [*report.lines, *notes], body)
+
+
+def write(folder: Path, report: Report, about: dict, notes: Sequence[str]) -> str:
+    """Writes the report's files, each whole or not at all; returns the Markdown text. about: entries of results.json
+    beside the figures."""
+    text = to_markdown(report, notes)
+    with room(folder):
+        for name, image in report.panels.items():
+            save_image(image, folder / name)
+        write_json(folder / "results.json", about | {"notes": list(notes)} | report.extra | report.figures)
+        write_text(folder / "report.md", text)
+        write_text(folder / "index.html", to_html(report, notes))
+    return text
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(re.sub(r"\|", r"\\|", text) for text in cells) + " |"
+
+
+def _stack(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other, on white."""
+    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    return sheet

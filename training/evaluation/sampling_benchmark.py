@@ -1,0 +1,67 @@
+"""Sampling as the evaluation does it, beside a loop that draws one picture at a time."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from torch import Tensor
+
+from featinv_nodes.core.feature_map import FeatureMap
+from featinv_nodes.core.weights import InversionInfo
+from featinv_nodes.tiny_world.scenes import draw
+
+from .. import real_size
+from ..inversion import Opened, open_model
+from ..log import peak_memory
+from ..pipeline import Sampling
+
+
+@torch.inference_mode()
+def one_by_one(opened: Opened, features: FeatureMap, how: Sampling, start: Tensor) -> Tensor:
+    """The pictures [B, 3, h, w] of Opened.draw, drawn as the paper's released script does: one at a time, the features
+    encoded again at every step, with guidance in two passes."""
+    base, model, prompt = opened.base, opened.model, opened.info.prompt
+    pictures = []
+    for row in range(len(start)):
+        x, own = start[row : row + 1].to(base.unet.device), features.select(row).values.to(base.unet.device)
+        passes = [(prompt, own, how.guidance)]
+        if how.guidance != 1:
+            passes.append(("", torch.zeros_like(own) if how.negative == "features" else own, 1 - how.guidance))
+        base.scheduler.set_timesteps(how.steps, device=x.device)
+        for t in base.scheduler.timesteps:
+            out = sum(share * model.steer(base.unet, x, t, base.text[text], model.hint(values, x.shape[2:]), how.strength) for text, values, share in passes)
+            x = base.scheduler.step(out, t, x).prev_sample
+        pictures.append(base.decode(x).cpu())
+    return torch.cat(pictures)
+
+
+def compare(opened: Opened, features: FeatureMap, how: Sampling, batch: int) -> dict[str, float]:
+    """Images per second of both ways over the same maps, after a picture each that is not counted, and the largest
+    difference of their pixels in 0..1: {"loop", "batched", "times", "difference"}."""
+    start = opened.noise(range(len(features)))
+    ways = {"loop": lambda f, x: one_by_one(opened, f, how, x), "batched": lambda f, x: opened.draw(f, how, x, batch)}
+    rates, drawn = {}, {}
+    for name, way in ways.items():
+        way(features.select(slice(0, 1)), start[:1])
+        began = time.perf_counter()
+        drawn[name] = way(features, start)  # the pictures are on the CPU: nothing is still running
+        rates[name] = len(features) / (time.perf_counter() - began)
+    return rates | {"times": rates["batched"] / rates["loop"], "difference": (drawn["loop"] - drawn["batched"]).abs().max().item()}
+
+
+def sampling(args: argparse.Namespace, count: int = 32) -> None:
+    """Prints both speeds: the embedded model's on the CPU; on a GPU those of args.config's architectures at random weights."""
+    if args.device == "cuda":
+        parts = real_size.build(args.config, args.device)
+        info = InversionInfo(parts.model.source, {}, {"name": "random"}, args.config.prompt)
+        opened = Opened(info, parts.base, parts.backbone, parts.model.eval().requires_grad_(False))
+        framed, how = torch.rand(count, 3, *parts.backbone.input_size), Sampling()
+    else:
+        opened = open_model("tiny_cnn_last")
+        framed, how = opened.backbone.frame(draw(0, torch.arange(count), "held-out").image), opened.recommended()
+    found = compare(opened, opened.features(framed), how, count)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{count} pictures, {how.steps} steps, guidance {how.guidance}, {where}: one at a time {found['loop']:.3g} images/s, in one batch "
+          f"{found['batched']:.3g} images/s, {found['times']:.2f} times; largest difference of a pixel {found['difference']:.1e}; peak memory {peak_memory():.1f} GB")  # fmt: skip

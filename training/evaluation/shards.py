@@ -1,0 +1,145 @@
+"""Records of an evaluation on disk: a file per arm and 64 pictures, whole or not at all, so that a run can go on.
+
+An arm is one way of making pictures, a row or a cell of a report. A shard holds a row per picture that could be read,
+the first pictures themselves, and the names of those that could not be read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.files import read_metadata, read_tensors
+
+from ..cli import write_json
+from ..verified import is_whole, write_verified
+from .judge import Columns
+from .sources import Originals, Source, read
+
+SHARD = 64  # pictures
+SHOWN = 8  # pictures of an arm that are kept for the report
+
+#: makes pictures of originals and measures them: a row per original; the column "pictures" [B, 3, h, w] is kept for SHOWN
+Arm = Callable[[Originals], Columns]
+Task = tuple[str, int]  # arm, number of the shard's first picture
+
+
+@dataclass
+class Table:
+    """All records of an arm: a row per picture that could be read, in the order of their numbers."""
+
+    numbers: list[int] = field(default_factory=list)
+    columns: Columns = field(default_factory=dict)
+    pictures: Tensor = field(default_factory=lambda: torch.empty(0))
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Turns a full disk, and whatever else keeps files from being written, into bad input that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise FeatInvError(f"cannot write to {folder}: {error}. What is done is kept; make room, and the same command goes on") from error
+
+
+class Store:
+    """The folder of an evaluation's records."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+
+    def begin(self, settings: dict) -> None:
+        """Notes what decides the figures. Raises FeatInvError if the folder holds the records of another evaluation."""
+        file, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
+        if file.is_file():
+            known = json.loads(file.read_text())
+            differing = [f"{k}: {known.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(known.keys() | settings.keys()) if known.get(k) != settings.get(k)]
+            if differing:
+                raise FeatInvError(f"{self.folder} holds the records of another evaluation ({'; '.join(differing)[:600]}); give another --out, or delete it")
+        with room(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, settings)
+
+    def shards(self) -> range:
+        return range(0, self.count, SHARD)
+
+    def missing(self, arms: Sequence[str]) -> list[Task]:
+        """What is still to be done, arm by arm; damaged files are named, removed and made again."""
+        wanted = []
+        for arm in arms:
+            for first in self.shards():
+                file = self._file(arm, first)
+                if file is not None and not is_whole(file):
+                    tqdm.write(f"{file} is damaged and made again")
+                    file.unlink()
+                if self._file(arm, first) is None:
+                    wanted.append((arm, first))
+        return wanted
+
+    def write(self, arm: str, first: int, numbers: list[int], columns: Columns, skipped: dict[str, str]) -> None:
+        tensors = {"column." + name: values.contiguous() for name, values in columns.items() if name != "pictures"}
+        tensors["numbers"] = torch.tensor(numbers, dtype=torch.int64)
+        if first == 0 and "pictures" in columns:
+            tensors["pictures"] = (columns["pictures"][:SHOWN] * 255).round().byte().contiguous()
+        data = save(tensors, {"skipped": json.dumps(skipped)})
+        with room(self.folder):
+            write_verified(self._of(arm), f"{first:08d}", ".safetensors", lambda opened: opened.write(data))
+
+    def table(self, arm: str) -> Table:
+        """Reads an arm's records. The first shard's pictures come back in 0..1."""
+        found, parts = Table(), []
+        for first in self.shards():
+            file = self._file(arm, first)
+            tensors = read_tensors(file)
+            found.numbers += tensors.pop("numbers").tolist()
+            if "pictures" in tensors:
+                found.pictures = tensors.pop("pictures").float() / 255
+            found.skipped |= json.loads(read_metadata(file)["skipped"])
+            parts.append({name.removeprefix("column."): values for name, values in tensors.items()})
+        parts = [part for part in parts if part]  # a shard without a readable picture has no columns
+        found.columns = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
+        return found
+
+    def _of(self, arm: str) -> Path:
+        return self.folder / "records" / quote(arm, safe=" =,()")
+
+    def _file(self, arm: str, first: int) -> Path | None:
+        return next(iter(sorted(self._of(arm).glob(f"{first:08d}-*.safetensors"))), None)
+
+
+def record(store: Store, source: Source, arms: dict[str, Arm], batch: int, crew: PartialState) -> None:
+    """Fills in the arms' missing shards, each by one process of the crew, whatever their number; returns when all are done.
+
+    Memory is bounded by the batch and a shard's records. Batches do not reach across shards, so that the figures do not
+    depend on the number of processes.
+    """
+    shared = [store.missing(list(arms)) if crew.is_main_process else None]
+    tasks = broadcast_object_list(shared)[0][crew.process_index :: crew.num_processes]
+    spans = {task: range(task[1], min(task[1] + SHARD, store.count)) for task in tasks}
+    with tqdm(total=sum(map(len, spans.values())), unit="picture", disable=not crew.is_main_process or not tasks) as bar:
+        for (arm, first), numbers in spans.items():
+            bar.set_description(arm)
+            rows, parts, skipped = [], [], {}
+            for start in range(0, len(numbers), batch):
+                originals, failed = read(source, numbers[start : start + batch])
+                skipped |= failed
+                if originals.numbers:
+                    rows += originals.numbers
+                    parts.append(arms[arm](originals))
+                bar.update(len(originals.numbers) + len(failed))
+            columns = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
+            store.write(arm, first, rows, columns, skipped)
+    crew.wait_for_everyone()

@@ -1,0 +1,180 @@
+"""Where the pictures come from that a model is judged on, and which of them are taken, in which order.
+
+The order is by name, and by class where --per-class asks for as many of each. A picture's number is its place in that
+order; it is the seed of everything random that is done for the picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.images import LARGEST, SMALLEST
+from featinv_nodes.tiny_world.scenes import draw
+
+from ..data import Unreadable
+from ..listing import HUGGING_FACE, Listing, Part, TarShards, fingerprint, open_listing
+
+SYNSET = re.compile(r"n\d{8}")
+
+
+class Source(Protocol):
+    """Pictures in a fixed order.
+
+    names: one per picture. classes: the class folder of each, None where there is none. labels: class folder -> words.
+    notes: what a report should say of the source. fingerprint: the same for the same pictures in the same order.
+    """
+
+    names: Sequence[str]
+    classes: Sequence[str | None]
+    labels: dict[str, str]
+    notes: list[str]
+    fingerprint: str
+
+    def read(self, number: int) -> tuple[Tensor, bool]:
+        """(picture [3, h, w] in 0..1, whether the embedded world's label groups hold for it: one object). Raises Unreadable."""
+        ...
+
+
+class Scenes:
+    """The first `count` held-out scenes of the embedded world."""
+
+    def __init__(self, count: int) -> None:
+        self.names = [f"scene {n}" for n in range(count)]
+        self.classes, self.labels, self.notes = [None] * count, {}, []
+        self.fingerprint = f"held-out scenes of seed 0, {count}"
+
+    def read(self, number: int) -> tuple[Tensor, bool]:
+        scene = draw(0, torch.tensor([number]), "held-out")
+        return scene.image[0], bool(scene.count[0] == 1)
+
+
+class Pictures:
+    """A listing's pictures; ImageNet's layout, a folder per synset, is recognised and gives the classes their names."""
+
+    def __init__(self, listing: Listing, classes: Sequence[str | None]) -> None:
+        self._listing = listing
+        self.names, self.classes = listing.names, classes
+        self.labels, self.notes = imagenet_labels({c for c in classes if c})
+        self.fingerprint = fingerprint(listing.names)
+
+    def read(self, number: int) -> tuple[Tensor, bool]:
+        try:
+            with self._listing.open(number) as opened:
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+        except Exception as error:  # decoders raise whatever they stumble over
+            raise Unreadable(f"{type(error).__name__}: {error}") from error
+        if not (SMALLEST <= min(image.size) and max(image.size) <= LARGEST):
+            raise Unreadable(f"{image.width} x {image.height} pixels; expected sides between {SMALLEST} and {LARGEST}")
+        return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1), False
+
+
+def imagenet_labels(classes: set[str]) -> tuple[dict[str, str], list[str]]:
+    """(class folder -> words for those that are synsets of ImageNet-1k, notes on those that only look like synsets)."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    known = classes & set(info.label_names())
+    foreign = sorted(c for c in classes - known if SYNSET.fullmatch(c))
+    labels = {c: info.label_name_to_description(c, detailed=False) for c in sorted(known)}
+    if not foreign:
+        return labels, []
+    more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
+    return labels, [f"Class folders that are no synsets of ImageNet-1k, treated as plain folders: {', '.join(foreign[:8])}{more}."]
+
+
+def class_folder(name: str, shards: bool) -> str | None:
+    """The folder that a picture lies in, in a shard without the shard's name; a synset anywhere in its path goes first,
+    as in n01440764_10026.JPEG."""
+    parts = Path(name).parts[shards:]
+    for part in reversed(parts):
+        if found := SYNSET.match(part):
+            return found[0]
+    return parts[-2] if len(parts) > 1 else None
+
+
+def open_source(data: str, count: int | None = None, per_class: int | None = None) -> Source:
+    """Pictures to judge a model on.
+
+    data: "tiny", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set on disk.
+    count: as many, evenly spread over the names (of the embedded world the first ones); None for all. per_class: the
+    first as many by name of each class folder, class by class. Raises FeatInvError where there are none, or fewer.
+    """
+    if data == "tiny":
+        if per_class is not None:
+            raise FeatInvError("--per-class: the embedded world has no class folders; use --count")
+        return Scenes(count or 500)
+    file = Path(data)
+    listing: Listing = TarShards([file]) if file.suffix == ".tar" and file.is_file() else open_listing(data, None)
+    shards, has_folders = isinstance(listing, TarShards), not data.startswith(HUGGING_FACE)
+    if count is not None and count > len(listing.names):
+        raise FeatInvError(f"{data} holds {len(listing.names)} images; asked for {count}. Give a folder with more, or a smaller --count")
+    if per_class is not None:
+        folders = [class_folder(name, shards) if has_folders else None for name in listing.names]
+        listing = Chosen(listing, first_of_each(data, listing.names, folders, per_class))
+    elif count is not None:
+        listing = Part(listing, count)
+    return Pictures(listing, [class_folder(name, shards) if has_folders else None for name in listing.names])
+
+
+def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None], count: int) -> list[int]:
+    """Places of the first `count` names of each class, the classes sorted. Raises FeatInvError where a class has fewer."""
+    places: dict[str, list[int]] = {}
+    for place in sorted(range(len(names)), key=lambda p: names[p]):
+        if classes[place]:
+            places.setdefault(classes[place], []).append(place)
+    if not places:
+        raise FeatInvError(f"--per-class {count}: {data} has no class folders; use --count")
+    few = [f"{name} ({len(found)})" for name, found in sorted(places.items()) if len(found) < count]
+    if few or count < 1:
+        more = f" and {len(few) - 8} more" if len(few) > 8 else ""
+        raise FeatInvError(f"--per-class {count}: expected at least 1, and as many images in each class folder of {data}; fewer in {', '.join(few[:8])}{more}")
+    return [place for name in sorted(places) for place in places[name][:count]]
+
+
+class Chosen:
+    """Some of a listing's pictures."""
+
+    def __init__(self, whole: Listing, places: list[int]) -> None:
+        self._whole, self._places = whole, places
+        self.names = [whole.names[place] for place in places]
+
+    def open(self, place: int) -> Image.Image:
+        return self._whole.open(self._places[place])
+
+
+@dataclass
+class Originals:
+    """Some pictures of a source, as they are read: numbers; pictures [3, h, w] of any size; classes as in Source;
+    single: where the embedded world's label groups hold."""
+
+    numbers: list[int]
+    pictures: list[Tensor]
+    classes: list[str | None]
+    single: Tensor
+
+    def framed(self, backbone: Backbone) -> Tensor:
+        """[B, 3, *input_size] as the backbone's own evaluation cuts and scales them."""
+        return torch.cat([backbone.frame(picture[None]) for picture in self.pictures])
+
+
+def read(source: Source, numbers: Sequence[int]) -> tuple[Originals, dict[str, str]]:
+    """(the pictures that can be read, name -> reason of those that cannot)."""
+    found, failed = [], {}
+    for number in numbers:
+        try:
+            found.append((number, *source.read(number)))
+        except Unreadable as error:
+            failed[source.names[number]] = str(error)
+    kept, pictures, single = ([entry[k] for entry in found] for k in range(3))
+    return Originals(kept, pictures, [source.classes[n] for n in kept], torch.tensor(single, dtype=torch.bool)), failed

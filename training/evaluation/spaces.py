@@ -1,0 +1,57 @@
+"""Feature spaces in which sets of pictures are compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.files import read_pickle
+
+
+class Space(Protocol):
+    """name: as figures are named after it. Called with pictures [B, 3, h, w] in 0..1, it gives vectors [B, D], float32, on
+    the CPU."""
+
+    name: str
+
+    def __call__(self, pictures: Tensor) -> Tensor: ...
+
+
+class TimmSpace:
+    """The averaged last map of a timm model, of pictures scaled whole to its input."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.name, self._backbone = f"{backbone.name}, pooled", backbone
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return self._backbone.extract(self._backbone.frame(pictures, "stretch"), pooled=True).values.flatten(1).cpu()
+
+
+class Inception:
+    """The 2048 channels that FID and KID are defined on: torch-fidelity's Inception v3 at weights from a local file."""
+
+    name = "Inception"
+
+    def __init__(self, file: str | Path, device: torch.device | str = "cpu") -> None:
+        """Raises FeatInvError where torch-fidelity is not installed, and for a file that is missing or another network's."""
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise FeatInvError("--inception needs the package torch-fidelity: pip install torch-fidelity") from error
+        if not Path(file).is_file():
+            raise FeatInvError(f"--inception {file}: there is no such file; torch-fidelity's releases have it as weights-inception-2015-12-05-6726825d.pth")
+        read_pickle(Path(file))  # torch-fidelity itself would run whatever code the file holds
+        try:
+            self._network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file)).to(device)
+        except RuntimeError as error:
+            raise FeatInvError(f"--inception {file} does not hold torch-fidelity's Inception v3: {str(error)[:300]}") from error
+        self._device = device
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return self._network((pictures * 255).round().byte().to(self._device))[0].float().cpu()

@@ -1,0 +1,83 @@
+"""What a suite is: a row of the paper, as arms to be recorded and a report made of their records."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.tiny_world import model_file
+
+from ...pipeline import Sampling
+from ..bench import ORIGINAL, Bench, Choice, Subject, own_judge
+from ..report import Report
+from ..shards import Arm, Table
+
+
+class Suite:
+    """count: pictures of the embedded world where the user does not say.
+
+    sampling: arm -> how its pictures are drawn, for results.json. subjects: the arm of a model's originals -> the model
+    under judgement. A suite fills both in its constructor and offers arms and report.
+    """
+
+    name: str
+    count = 500
+
+    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
+        self.bench, self.args = bench, args
+        self.sampling: dict[str, Sampling] = {}
+        self.subjects: dict[str, Subject] = {}
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Adds the suite's own options, if it has any; all of them are settings of its figures."""
+
+    def arms(self) -> dict[str, Arm]:
+        raise NotImplementedError
+
+    def report(self, tables: dict[str, Table]) -> Report:
+        raise NotImplementedError
+
+    def all_arms(self) -> dict[str, Arm]:
+        """The originals' arms first: the judges' centres come from their records."""
+        return {name: subject.original for name, subject in self.subjects.items()} | self.arms()
+
+    def centre(self, tables: dict[str, Table]) -> None:
+        for name, subject in self.subjects.items():
+            subject.centre(tables[name])
+
+    def files(self) -> dict[str, Path]:
+        """The weights under judgement."""
+        return {subject.choice.model: model_file(subject.choice.model) for subject in self.subjects.values()}
+
+    def settings(self) -> dict:
+        return {arm: asdict(how) for arm, how in self.sampling.items()}
+
+    @property
+    def choice(self) -> Choice:
+        """The model of --model."""
+        a = self.args
+        return Choice(a.model, a.base, a.backbone_weights, a.backbone)
+
+    def one_subject(self, subset: list[int] | None = None) -> Subject:
+        """The model of --model, judged by its own backbone."""
+        judge = own_judge(self.bench, self.choice, subset)
+        subject = Subject(self.bench, self.choice, {"": judge}, self.bench.spaces(self.choice))
+        self.subjects[ORIGINAL] = subject
+        return subject
+
+    def require_imagenet(self) -> None:
+        """Raises FeatInvError for a backbone without ImageNet-1k's classes."""
+        if (classes := self.bench.backbone(self.choice).model.num_classes) != 1000:
+            raise FeatInvError(f"suite {self.name} needs a backbone with ImageNet-1k's 1000 classes; {self.args.model}'s has {classes}. For other data use suite ood")
+
+    def title(self) -> str:
+        return f"{self.name}: {self.args.model}, {self.bench.info(self.choice).source.describe()}"
+
+
+def several(args: argparse.Namespace, default: tuple[str, ...]) -> list[Choice]:
+    """The models of --models, each FILE or FILE=BACKBONE with a timm-hub folder or name for its backbone."""
+    pairs = [text.partition("=") for text in args.models or default]
+    return [Choice(file, args.base, None, folder or None) for file, _, folder in pairs]

@@ -1,0 +1,93 @@
+"""The base model alone, told each picture's class in words (paper Table 3, class-conditional baseline)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from featinv_nodes.core.backbones import LAST
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.metrics import top_k_match
+
+from ... import base_model, stable_diffusion
+from ...pipeline import sample
+from ..bench import CEILING, FLOOR, ORIGINAL, Bench
+from ..judge import Columns
+from ..report import Report, by_measure, figures_of, shown
+from ..shards import Arm, Table
+from ..sources import Originals
+from .base import Suite
+
+PROMPT = "a high-quality, detailed, and professional image of a {}"
+NAMED = "class name"
+
+
+class Baseline(Suite):
+    """Pictures drawn from the class's name instead of features, judged like reconstructions; and by the class itself."""
+
+    name = "baseline"
+
+    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
+        super().__init__(bench, args)
+        self.base = args.base or bench.info(self.choice).base["name"]
+        if self.base == "tiny":
+            raise FeatInvError("suite baseline needs a base model that reads text; the embedded one does not. Its nearest equivalent is the floor of suite quality")
+        self.require_imagenet()
+        unnamed = [n for n, c in zip(bench.source.names, bench.source.classes) if c not in bench.source.labels]
+        if unnamed:
+            raise FeatInvError(f"suite baseline needs ImageNet's layout, a folder per synset; {len(unnamed)} pictures are in no such folder, {unnamed[0]} the first")
+        self.subject = self.one_subject()
+        self.sampling = {NAMED: bench.sampling(self.choice), FLOOR: bench.sampling(self.choice)}
+        self.numbers = {name: k for k, name in enumerate(ImageNetInfo().label_names())}
+        self._text: dict[str, Tensor] = {}
+
+    def text(self, synset: str) -> Tensor:
+        """[1, T, D] the embedding of a class's prompt; those of all classes are made the first time."""
+        if not self._text:
+            labels = self.bench.source.labels
+            found = embeddings(self.base, [PROMPT.format(labels[s].split(",")[0]) for s in labels])
+            self._text = dict(zip(labels, found.split(1)))
+        return self._text[synset]
+
+    def named(self, originals: Originals) -> Columns:
+        opened = self.bench.open(self.choice)
+        base, framed = opened.base, originals.framed(self.subject.backbone)
+        own = torch.cat([self.text(c) for c in originals.classes]).to(base.unet.device)
+        known, base.text = base.text, base.text | {NAMED: own}
+        latents = sample(base, None, None, self.subject.start(originals), self.sampling[NAMED], NAMED)
+        base.text = known
+        drawn = base.decode(latents).cpu()
+        logits = self.subject.backbone.logits(self.subject.backbone.extract(self.subject.backbone.frame(drawn, "stretch"), LAST)).cpu()
+        wanted = torch.nn.functional.one_hot(torch.tensor([self.numbers[c] for c in originals.classes]), logits.shape[1])
+        accuracy = {f"top{k}_accuracy": top_k_match(wanted, logits, k).float() for k in (1, 5)}
+        return self.subject.measure(framed, drawn, originals.single) | accuracy
+
+    def arms(self) -> dict[str, Arm]:
+        return {NAMED: self.named, **self.subject.bounds()}
+
+    def report(self, tables: dict[str, Table]) -> Report:
+        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (NAMED, FLOOR, CEILING)}
+        grid = by_measure("Pictures drawn from the class's name", figures, [FLOOR, NAMED, CEILING])
+        lines = [f'Prompt: "{PROMPT.format("CLASS")}"; the paper adds the WordNet superclass. Paper, Table 3: top-5 (top-1) accuracy 88 to 93 % (65 to 72 %).']
+        return Report(self.title(), figures, [grid], lines, panels={"panel.png": shown(tables, [ORIGINAL, NAMED, CEILING, FLOOR], self.title())})
+
+
+def embeddings(base: str, prompts: list[str]) -> Tensor:
+    """[N, T, D] by the base model's own text encoder."""
+    if base.endswith((".safetensors", ".ckpt")):
+        _, _, _, encoder = stable_diffusion.load_single_file(Path(base))
+        tokens = stable_diffusion.Tokens()
+    else:
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        folder = base_model._folder(base)
+        if not (folder / "text_encoder").is_dir():
+            raise FeatInvError(f"suite baseline needs the base model's text encoder; {folder} has no folder text_encoder")
+        encoder, tokens = CLIPTextModel.from_pretrained(folder / "text_encoder"), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    with torch.inference_mode():
+        ids = tokens(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return torch.cat([encoder(part)[0] for part in ids.split(64)]).clone()

@@ -1,0 +1,75 @@
+"""Control strength against guidance scale (paper Figs. 9 to 11)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.files import read_metadata, read_tensors, write_safetensors
+from featinv_nodes.core.weights import read_info
+from featinv_nodes.tiny_world import model_file
+
+from ..bench import CEILING, FLOOR, ORIGINAL, Bench
+from ..report import Report, by_arm, figures_of, heat_map, shown
+from ..shards import Arm, Table
+from .base import Suite
+
+
+class Sweep(Suite):
+    """An arm per setting, on the same pictures with the same noise."""
+
+    name = "sweep"
+    count = 32
+
+    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
+        super().__init__(bench, args)
+        self.subject = self.one_subject()
+        self.settings_of = {f"strength={s:g}, guidance={g:g}": (s, g) for s, g in product(sorted(set(args.strengths)), sorted(set(args.guidances)))}
+        self.sampling = {arm: bench.sampling(self.choice, strength=s, guidance=g) for arm, (s, g) in self.settings_of.items()}
+        self.sampling[FLOOR] = bench.sampling(self.choice)
+        self.score = "cosine_unpooled" if bench.info(self.choice).source.pooled else "cosine"
+        if args.write_back and not Path(args.model).is_file():
+            raise FeatInvError(f"--write-back changes the model's file; {args.model} is a shipped model, copy its file and name the copy")
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="control strengths")
+        parser.add_argument("--guidances", type=float, nargs="+", default=[1.0, 1.75, 3.0, 5.0, 8.0], help="guidance scales")
+        parser.add_argument("--write-back", action="store_true", help="make the setting of the highest cosine the file's recommended one")
+
+    def arms(self) -> dict[str, Arm]:
+        return {arm: self.subject.reconstruction(self.sampling[arm]) for arm in self.settings_of} | self.subject.bounds()
+
+    def report(self, tables: dict[str, Table]) -> Report:
+        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.settings_of, FLOOR, CEILING)}
+        best = max(self.settings_of, key=lambda arm: figures[arm][self.score]["value"])
+        matched = max(self.settings_of, key=lambda arm: figures[arm]["top1_match"]["value"])
+        strengths, guidances = (sorted({pair[k] for pair in self.settings_of.values()}) for k in (0, 1))
+        panels = {}
+        for name, title in ((self.score, "cosine"), ("top1_match", "top-1 match")):
+            values = torch.tensor([[figures[f"strength={s:g}, guidance={g:g}"][name]["value"] for g in guidances] for s in strengths])
+            panels[f"{name}.png"] = heat_map(values, [f"strength {s:g}" for s in strengths], [f"guid. {g:g}" for g in guidances], f"{title}, {self.args.model}")
+        panels["panel.png"] = shown(tables, list(dict.fromkeys([ORIGINAL, best, matched, CEILING, FLOOR])), self.title(), self.score)
+        lines = [
+            f"Highest cosine at {best}, highest top-1 match at {matched}: the best of {len(self.settings_of)} settings on these pictures, "
+            "whose figures are therefore too favourable; measure the chosen one on others."
+        ]
+        if self.args.write_back:
+            recommend(model_file(self.args.model), *self.settings_of[best])
+            lines.append(f"{self.args.model} now recommends {best}.")
+        grid = by_arm("All settings", figures, [FLOOR, *self.settings_of, CEILING], [self.score, "top1_match", "top5_match"], "setting")
+        return Report(self.title(), figures, [grid], lines, {"best": dict(zip(("strength", "guidance"), self.settings_of[best]))}, panels)
+
+
+def recommend(file: Path, strength: float, guidance: float) -> None:
+    """Writes a weights file again with other recommended settings and everything else as it was, whole or not at all."""
+    read_info(file)  # refuses what is no weights file
+    metadata = read_metadata(file)
+    about = json.loads(metadata["featinv"])
+    about["recommended"] |= {"strength": strength, "guidance": guidance}
+    write_safetensors(file, read_tensors(file), metadata | {"featinv": json.dumps(about)})

@@ -1,0 +1,83 @@
+"""How much reconstructions of one feature map differ (paper Fig. 12, Appendix A.3)."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from featinv_nodes.core.feature_map import FeatInvError
+
+from ...pipeline import Sampling
+from ...report import panel
+from ..bench import CEILING, FLOOR, ORIGINAL, Bench
+from ..judge import Columns
+from ..report import Report, by_measure, figures_of
+from ..shards import Arm, Table
+from ..sources import Originals
+from .base import Suite
+
+RECONSTRUCTION = "reconstruction"
+ROWS = 6  # originals in the panel
+
+
+class Variability(Suite):
+    """Several seeds per map: the variance of the pictures and of their features, beside that of the base model alone."""
+
+    name = "variability"
+    count = 24
+
+    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
+        super().__init__(bench, args)
+        if args.samples < 2:
+            raise FeatInvError(f"--samples {args.samples}: a variance needs at least 2")
+        self.subject = self.one_subject()
+        self.sampling = {RECONSTRUCTION: bench.sampling(self.choice), FLOOR: bench.sampling(self.choice)}
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--samples", type=int, default=4, help="reconstructions of each map")
+
+    def varied(self, how: Sampling, steered: bool) -> Arm:
+        """An arm with --samples pictures of each original, or of none: its mean columns, and
+
+        pixel_variance: over the samples, averaged over pixels and colours, of pictures in 0..1; feature_variance: over
+        the samples, of the unpooled map's vectors at the inverted layer, summed over channels, averaged over locations,
+        as a share of the original vectors' mean squared length.
+        """
+
+        def arm(originals: Originals) -> Columns:
+            subject, opened = self.subject, self.bench.open(self.choice)
+            framed = originals.framed(subject.backbone)
+            wanted = opened.features(framed) if steered else None
+            layer = opened.info.source.layer
+
+            def values(pictures: Tensor) -> Tensor:
+                return subject.backbone.extract(subject.backbone.frame(pictures, "stretch"), layer).values.cpu()
+
+            drawn, found, maps = [], [], []
+            for sample in range(self.args.samples):
+                start = subject.start(originals, sample)
+                drawn.append(opened.draw(wanted, how, start, len(start)))
+                found.append(subject.measure(framed, drawn[-1], originals.single))
+                maps.append(values(drawn[-1]))
+            columns = {name: torch.stack([f[name] for f in found]).mean(0) for name in found[0] if found[0][name].ndim == 1}
+            length = values(framed).square().sum(1).mean((1, 2))
+            columns["pixel_variance"] = torch.stack(drawn).var(0).mean((1, 2, 3))
+            columns["feature_variance"] = torch.stack(maps).var(0).sum(1).mean((1, 2)) / length
+            return columns | {"pictures": torch.stack(drawn, 1)}
+
+        return arm
+
+    def arms(self) -> dict[str, Arm]:
+        own = {RECONSTRUCTION: self.varied(self.sampling[RECONSTRUCTION], True)}
+        return own | {FLOOR: self.varied(self.sampling[FLOOR], False), CEILING: self.subject.ceiling}
+
+    def report(self, tables: dict[str, Table]) -> Report:
+        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (RECONSTRUCTION, FLOOR, CEILING)}
+        originals, drawn, floor = (tables[arm].pictures for arm in (ORIGINAL, RECONSTRUCTION, FLOOR))
+        rows = [[(originals[k], "original"), *((x, f"sample {s}") for s, x in enumerate(drawn[k]))] for k in range(min(ROWS, len(drawn)))]
+        rows.append([(x, "no features") for x in floor[0]])
+        grid = by_measure(f"{self.args.samples} samples of each map; measures are averaged over the samples", figures, [FLOOR, RECONSTRUCTION, CEILING])
+        return Report(self.title(), figures, [grid], panels={"panel.png": panel(rows, [""] * len(rows), self.title())})
