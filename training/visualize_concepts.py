@@ -7,7 +7,7 @@
 --names: numbers or names; commas join concepts that are turned down together, semicolons part the variants of a row.
 Writes grid.png (a row per picture, a column per variant), details.png (both reconstructions, the difference and its sign),
 each map as a PNG, and results.json. Every variant carries its slope: what the backbone, reading the reconstructions again,
-finds of the concept, against what was asked.
+finds of the concept, against what was asked; and its scope, whether the edited map is inside what the model knows.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from featinv_nodes.core.backbones import FITS
 from featinv_nodes.core.concepts import load_concepts
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.feature_map import FeatInvError, concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.pictures import diverging, heat_map
 from featinv_nodes.core.steering import FACTOR, SEEDS, THRESHOLD, affected, normalised, parse_groups, signed_difference
-from featinv_nodes.tiny_world import CONCEPTS, FOLDER
+from featinv_nodes.tiny_world import CONCEPTS, FOLDER, model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
+from training.reconstruct import judged
 from training.report import Cell, panel, save_image, to_image
 from training.viz import Request, Shown, visualize
 
@@ -90,19 +91,23 @@ def main(argv: list[str] | None = None) -> None:
         for i in range(len(framed)):
             rows.append(visualize(opened, features.select(i), concepts, groups, request, how, args.batch, bar.update))
     stems = [f"{i:03d}_{Path(file).stem}" for i, file in enumerate(args.image)]
+    details = [(Path(file).name[:18], shown) for file, row in zip(args.image, rows) for shown in row]
+    edited = concatenate([shown.change.changed for _, shown in details])
+    scores = [opened.score(s.change.changed.repeat(args.seeds), s.changed).mean().item() for _, s in details]
+    scopes = judged(opened, model_file(args.model), edited, scores)
     entries = [save(args, stem, number, shown) for stem, row in zip(stems, rows) for number, shown in enumerate(row)]
+    entries = [entry | {"cosine": cosine, "scope": scope} for entry, cosine, scope in zip(entries, scores, scopes)]
     heading = f"{opened.info.source.describe()}; concepts x{args.factor:g}, {args.seeds} seeds"
     names = [Path(file).name[:18] for file in args.image]
     grid = [grid_row(x, row, args.threshold) for x, row in zip(framed, rows)]
     columns = "   ".join(f"{n + 1}: {title(shown)}" for n, shown in enumerate(rows[0]))
     save_image(panel(grid, names, heading, columns), args.out / "grid.png")
-    details = [(name, shown) for name, row in zip(names, rows) for shown in row]
     save_image(panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading), args.out / "details.png")
     write_json(args.out / "results.json", {
         "model": args.model, "concepts": str(args.concepts), "images": [str(f) for f in args.image], "sampling": asdict(how), "request": asdict(request), "maps": entries,
     })
-    for name, shown in details:
-        print(f"{name}, {title(shown)}: {shown.slope.describe()}")
+    for (name, shown), scope in zip(details, scopes):
+        print(f"{name}, {title(shown)}: {shown.slope.describe()}; scope: {scope.get('line', 'unknown')}")
     print(f"wrote grid.png, details.png and results.json to {args.out}")
 
 

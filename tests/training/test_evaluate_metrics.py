@@ -89,6 +89,9 @@ def test_inceptions_file_is_named_when_it_cannot_be_used(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(FeatInvError, match="does not hold"):
         Inception(tmp_path / "other.pth")
+    torch.save({"a": tmp_path}, tmp_path / "foreign.pth")  # an object of Python's: such a file could run code
+    with pytest.raises(FeatInvError, match="was not opened"):
+        Inception(tmp_path / "foreign.pth")
 
 
 def test_without_torch_fidelity_the_package_is_named(tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ def test_the_program_writes_pictures_and_slopes(tmp_path, capsys):
     visualize_concepts.main(["--image", *images, "--names", "object; sky, night", "--seeds", "2", "--steps", "2", "--out", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "results.json").read_text())["maps"]
     assert [(m["picture"], m["concepts"]) for m in found] == [(f"{i:03d}_{i}", c) for i in range(2) for c in (["object"], ["sky", "night"])]
+    assert all(m["scope"]["verdict"] in ("inside", "at the edge", "outside") and -1 <= m["cosine"] <= 1 for m in found)
     printed = capsys.readouterr().out
     assert all(f"slope {m['own']:.2f} for 0.25 asked" in printed for m in found) and ("NOT as asked" in printed) == any(not m["passed"] for m in found)
     for name in ("grid.png", "details.png", found[0]["difference"], found[0]["mask"]):
