@@ -4,6 +4,7 @@
     python training/benchmark.py world           its scenes drawn per second
     python training/benchmark.py model           real size, random weights: parameters, GMAC, memory, time of a step
     python training/benchmark.py training        real size: a training step beside that of the paper's released code
+    python training/benchmark.py sampling        batches beside a loop that draws one picture at a time
 
 The last two take --config NAME (default convnext_last), --batch and --graph.
 """
@@ -22,6 +23,7 @@ import torch
 
 from training import real_size
 from training.config import CONFIGS, TrainConfig, read_config
+from training.evaluation.sampling_benchmark import sampling
 from training.floor import floor_gmac
 from training.log import device_peak, peak_memory
 
@@ -128,7 +130,7 @@ def report(args: argparse.Namespace, gmac: float, what: str, seconds: float, bat
     return rate
 
 
-PARTS = {"reconstruct": reconstruct, "world": world, "model": model, "training": training}
+PARTS = {"reconstruct": reconstruct, "world": world, "model": model, "training": training, "sampling": sampling}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -75,7 +75,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="tiny", help="SOURCE, see above")
     parser.add_argument("--count", type=int, help="how many pictures, evenly spread over their names (default: all; of the embedded world what the suite sets)")
     parser.add_argument("--per-class", type=int, help="the first as many of each class folder, by name")
-    parser.add_argument("--models", nargs="+", help="for layers and cross-model: weights files, each FILE or FILE=BACKBONE (default: embedded ones)")
+    parser.add_argument("--models", nargs="+", help="for layers and cross-model: weights files, each FILE or FILE=BACKBONE with a timm-hub folder (default: embedded ones)")
     parser.add_argument("--seed", type=int, default=0, help="added to a picture's number")
     parser.add_argument("--inception", help="torch-fidelity's Inception weights, for FID and KID")
     parser.add_argument("--space", help="timm-hub folder or name of the model in whose feature space sets are compared (default: the model's backbone)")
@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     record(store, source, first, args.batch, crew)
     originals = {name: store.table(name) for name in first}
     if any(not table.numbers for table in originals.values()):
-        raise FeatInvError(f"none of the {store.count} pictures of {args.data} can be read; the first reason: {': '.join(next(iter(originals[next(iter(first))].skipped.items())))}")
+        name, reason = next(iter(originals[next(iter(first))].skipped.items()))
+        raise FeatInvError(f"none of the {store.count} pictures of {args.data} can be read; the first, {name}: {reason}")
     suite.centre(originals)
     record(store, source, {name: arm for name, arm in arms.items() if name not in first}, args.batch, crew)
     if crew.is_main_process:
@@ -131,7 +132,8 @@ def finish(store: Store, source: Source, suite: Suite, arms: list[str], settings
     notes = list(source.notes)
     if skipped:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:20])
-        notes.append(f"{len(skipped)} of {store.count} pictures could not be read and were left out: {named}{' and more, see results.json' if len(skipped) > 20 else ''}.")
+        more = " and more, see results.json" if len(skipped) > 20 else ""
+        notes.append(f"{len(skipped)} of {store.count} pictures could not be read and were left out: {named}{more}.")
     about = {"suite": suite.name, "model": suite.args.model, "data": suite.args.data, "settings": settings, "sampling": suite.settings()}
     about |= {"seeds": f"picture number + {suite.args.seed}", "count": len(tables[arms[0]].numbers), "skipped": skipped}
     print(write(store.folder, suite.report(tables), about, notes))

@@ -71,7 +71,8 @@ def cell(figures: Figures, name: str, interval: bool = True) -> str:
 def by_measure(title: str, figures: dict[str, Figures], columns: Sequence[str]) -> Grid:
     """A row per measure, a column per arm."""
     names = list(dict.fromkeys(name for arm in columns for name in figures[arm]))
-    return Grid(title, ["measure", *columns], [[name, *(cell(figures[arm], name) for arm in columns)] for name in names], bias_note({arm: figures[arm] for arm in columns}))
+    rows = [[name, *(cell(figures[arm], name) for arm in columns)] for name in names]
+    return Grid(title, ["measure", *columns], rows, bias_note({arm: figures[arm] for arm in columns}))
 
 
 def by_arm(title: str, figures: dict[str, Figures], arms: Sequence[str], names: Sequence[str], what: str = "") -> Grid:

@@ -66,7 +66,8 @@ class Store:
         file, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
         if file.is_file():
             known = json.loads(file.read_text())
-            differing = [f"{k}: {known.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(known.keys() | settings.keys()) if known.get(k) != settings.get(k)]
+            keys = [key for key in sorted(known.keys() | settings.keys()) if known.get(key) != settings.get(key)]
+            differing = [f"{key}: {known.get(key)!r} there, {settings.get(key)!r} now" for key in keys]
             if differing:
                 raise FeatInvError(f"{self.folder} holds the records of another evaluation ({'; '.join(differing)[:600]}); give another --out, or delete it")
         with room(self.folder):

@@ -71,13 +71,13 @@ class Suite:
     def require_imagenet(self) -> None:
         """Raises FeatInvError for a backbone without ImageNet-1k's classes."""
         if (classes := self.bench.backbone(self.choice).model.num_classes) != 1000:
-            raise FeatInvError(f"suite {self.name} needs a backbone with ImageNet-1k's 1000 classes; {self.args.model}'s has {classes}. For other data use suite ood")
+            raise FeatInvError(f"suite {self.name} needs a backbone with ImageNet-1k's 1000 classes; {self.args.model}'s has {classes}. Use suite ood")
 
     def title(self) -> str:
         return f"{self.name}: {self.args.model}, {self.bench.info(self.choice).source.describe()}"
 
 
 def several(args: argparse.Namespace, default: tuple[str, ...]) -> list[Choice]:
-    """The models of --models, each FILE or FILE=BACKBONE with a timm-hub folder or name for its backbone."""
+    """The models of --models, each FILE or FILE=BACKBONE with a timm-hub folder; --backbone-weights for those without."""
     pairs = [text.partition("=") for text in args.models or default]
-    return [Choice(file, args.base, None, folder or None) for file, _, folder in pairs]
+    return [Choice(file, args.base, None if folder else args.backbone_weights, folder or None) for file, _, folder in pairs]

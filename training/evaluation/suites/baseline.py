@@ -35,11 +35,11 @@ class Baseline(Suite):
         super().__init__(bench, args)
         self.base = args.base or bench.info(self.choice).base["name"]
         if self.base == "tiny":
-            raise FeatInvError("suite baseline needs a base model that reads text; the embedded one does not. Its nearest equivalent is the floor of suite quality")
+            raise FeatInvError("suite baseline needs a base model that reads text; the embedded one reads none. The nearest to it is the floor of suite quality")
         self.require_imagenet()
         unnamed = [n for n, c in zip(bench.source.names, bench.source.classes) if c not in bench.source.labels]
         if unnamed:
-            raise FeatInvError(f"suite baseline needs ImageNet's layout, a folder per synset; {len(unnamed)} pictures are in no such folder, {unnamed[0]} the first")
+            raise FeatInvError(f"suite baseline needs ImageNet's layout, a folder per synset; {len(unnamed)} pictures have none, {unnamed[0]} the first")
         self.subject = self.one_subject()
         self.sampling = {NAMED: bench.sampling(self.choice), FLOOR: bench.sampling(self.choice)}
         self.numbers = {name: k for k, name in enumerate(ImageNetInfo().label_names())}

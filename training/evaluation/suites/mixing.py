@@ -86,7 +86,8 @@ class Mixing(Suite):
     def report(self, tables: dict[str, Table]) -> Report:
         arms = [arm for arm in tables if arm != ORIGINAL]
         figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in arms}
-        grids = [by_arm("Along the interpolation: cosine with the combined map (paper Fig. 7)", figures, [FLOOR, *self.weights, CEILING], ["cosine"], "share of the second map")]
+        title = "Along the interpolation: cosine with the combined map (paper Fig. 7)"
+        grids = [by_arm(title, figures, [FLOOR, *self.weights, CEILING], ["cosine"], "share of the second map")]
         if not self.pooled:
             grids.append(by_measure("The next picture's map in the middle quarter (Fig. 8)", figures, [COMPOSED]))
         lines = ["Pooled maps have no locations to compose."] if self.pooled else []

@@ -79,4 +79,5 @@ class BesideRCDM(Suite):
             by_arm(f"Both pictures scaled to {side} pixels, RCDM's own", figures, arms, [NATIVE + name for name in measures], "model"),
         ]
         lines = ["The paper, for ResNet50: RCDM cosine 0.29 at 128 pixels and 0.16 at 224, FID 13.02 and 28.26; FeatInv 0.46 and 11.49, pooled 0.12 and 31.64."]
-        return Report(self.title(), figures, grids, lines, panels={"panel.png": shown(tables, [ORIGINAL, RECONSTRUCTION, COMPETITOR, CEILING, FLOOR], self.title())})
+        panel = shown(tables, [ORIGINAL, RECONSTRUCTION, COMPETITOR, CEILING, FLOOR], self.title())
+        return Report(self.title(), figures, grids, lines, panels={"panel.png": panel})
