@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.metrics import bootstrap
-from featinv_nodes.core.pictures import heat_map
+from featinv_nodes.core.pictures import heat_map, spotlight
 from featinv_nodes.core.steering import LEAST, MOST, affected, normalised
 
 from .cli import write_json, write_text
@@ -113,7 +113,7 @@ def cases(trials: Sequence[Trial]) -> tuple[list[list[Cell]], list[str]]:
         shown = trial.shown.get(CLOSED, trial.shown[VIZ])
         rows.append([
             (trial.picture, trial.name), (trial.mask.float().expand(3, -1, -1), "true mask"), (shown.original[0], "reconstruction"), (shown.changed[0], "attenuated"),
-            (_heat(trial.heats[VIZ]), f"AUROC {auroc(trial.heats[VIZ], trial.mask):.2f}"), (shown.original[0] * (0.2 + 0.8 * affected(shown.distance)), f"slope {shown.slope.own:.2f}"),
+            (_heat(trial.heats[VIZ]), f"AUROC {auroc(trial.heats[VIZ], trial.mask):.2f}"), (spotlight(shown.original[0], affected(shown.distance)), f"slope {shown.slope.own:.2f}"),
             (_heat(trial.heats["activation, enlarged"]), "activation"), (_heat(trial.heats[BAR]), "occlusion"),
         ])  # fmt: skip
         titles.append(f"{trial.kind},\n{word}")

@@ -26,15 +26,13 @@ from featinv_nodes.core.backbones import FITS
 from featinv_nodes.core.concepts import load_concepts
 from featinv_nodes.core.feature_map import FeatInvError, concatenate
 from featinv_nodes.core.images import read_image
-from featinv_nodes.core.pictures import diverging, heat_map
+from featinv_nodes.core.pictures import diverging, heat_map, spotlight
 from featinv_nodes.core.steering import FACTOR, SEEDS, THRESHOLD, affected, normalised, parse_groups, signed_difference
 from featinv_nodes.tiny_world import CONCEPTS, FOLDER, model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
 from training.reconstruct import judged
 from training.report import Cell, panel, save_image, to_image
 from training.viz import Request, Shown, visualize
-
-DIM = 0.2  # what is left of the brightness of unaffected pixels
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -63,7 +61,7 @@ def grid_row(picture: torch.Tensor, row: list[Shown], threshold: float) -> list[
     for shown in row:
         mask = affected(shown.distance, threshold)
         verdict = "" if shown.slope.passed else ", NOT as asked"
-        cells.append((shown.original[0] * (DIM + (1 - DIM) * mask), f"slope {shown.slope.own:.2f}{verdict}"))
+        cells.append((spotlight(shown.original[0], mask), f"slope {shown.slope.own:.2f}{verdict}"))
     return cells
 
 

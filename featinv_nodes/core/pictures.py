@@ -51,6 +51,11 @@ def _coloured(values: Tensor, scale: tuple[tuple[int, int, int], ...]) -> Tensor
     return (colours[below] * (1 - share) + colours[below + 1] * share).permute(0, 3, 1, 2)
 
 
+def spotlight(pictures: Tensor, mask: Tensor) -> Tensor:
+    """Pictures [..., 3, h, w] with a fifth of their brightness left where the mask [..., h, w] in 0..1 is 0."""
+    return pictures * (0.2 + 0.8 * mask.unsqueeze(-3))
+
+
 def enlarge(pictures: Tensor, side: int) -> Tensor:
     """Pictures [B, C, h, w] repeated cell by cell until the longer side reaches `side` pixels or little more."""
     factor = max(1, -(-side // max(pictures.shape[2:])))

@@ -191,10 +191,10 @@ def slope(concepts: Concepts, numbers: Sequence[int], original: FeatureMap, agai
     """<phi_c, phi'_c> / <phi_c, phi_c> summed over the concepts c, locations and channels, and the n maps of `again`
     against the one of `original`; 0 for concepts that the original does not have."""
     along = length = 0.0
-    for number in numbers:
-        part, found = concepts.part(original, number), concepts.part(again, number)
-        along += float((part * found).sum())
-        length += float(part.square().sum()) * len(again)
+    for number, (part, found) in enumerate(zip(concepts.each_part(original), concepts.each_part(again))):
+        if number in numbers:
+            along += float((part * found).sum())
+            length += float(part.square().sum()) * len(again)
     return along / length if length > 0 else 0.0
 
 

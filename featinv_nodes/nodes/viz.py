@@ -8,8 +8,6 @@ from comfy_api.latest import io
 from ..core.steering import THRESHOLD
 from .types import CATEGORY, Backbone, Change, Features, channels_first, channels_last
 
-DIM = 0.2  # what is left of the brightness of unaffected pixels
-
 
 class PairedLatents(io.ComfyNode):
     @classmethod
@@ -63,7 +61,7 @@ class FeatInvViz(io.ComfyNode):
     @classmethod
     def execute(cls, pictures, edit, backbone, threshold) -> io.NodeOutput:  # noqa: ANN001
         from ..core import steering
-        from ..core.pictures import captioned, diverging, enlarge, heat_map
+        from ..core.pictures import captioned, diverging, enlarge, heat_map, spotlight
 
         pictures, source = channels_first(pictures).cpu().float(), edit.original.source
         first, *others = edit.unpaired(pictures)
@@ -74,7 +72,7 @@ class FeatInvViz(io.ComfyNode):
         signed = torch.stack([steering.signed_difference(first, other) for other in others])
         limit = signed.abs().amax((1, 2), keepdim=True).clamp(min=1e-3)
 
-        overlay = captioned(first[:1] * (DIM + (1 - DIM) * masks[:, None]), [caption(t, s) for t, s in zip(edit.titles(), slopes)])
+        overlay = captioned(spotlight(first[:1], masks), [caption(t, s) for t, s in zip(edit.titles(), slopes)])
         heat = heat_map(torch.stack([steering.normalised(d) for d in distance]))
         shown = (channels_last(x) for x in (overlay, enlarge(heat, 256), enlarge(diverging(signed / limit), 256)))
         report = "\n".join(f"{title}: {slope.describe()}" for title, slope in zip(edit.titles(), slopes))
