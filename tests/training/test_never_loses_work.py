@@ -95,6 +95,26 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch, capsys
     assert saved(tmp_path / "two") == [6]
 
 
+def test_a_checkpoint_that_the_disk_did_not_keep_costs_none_of_those_before(tmp_path, monkeypatch):
+    for seen in (2, 4):
+        checkpoints.save(tmp_path, seen, {"seen": seen}, keep=2)
+    monkeypatch.setattr(verified.os, "fsync", lambda number: os.pwrite(number, b"other", 20))
+    with pytest.raises(FeatInvError, match="does not hold what was written.*those before are kept"):
+        checkpoints.save(tmp_path, 6, {"seen": 6}, keep=2)
+    assert saved(tmp_path) == [2, 4] and not list(tmp_path.glob("*.part"))
+    monkeypatch.undo()
+    checkpoints.save(tmp_path, 6, {"seen": 6}, keep=2)
+    assert saved(tmp_path) == [4, 6] and checkpoints.load(checkpoints.newest(tmp_path, print)) == {"seen": 6}
+
+
+def test_the_log_goes_on_where_the_checkpoint_does(tmp_path):
+    file = tmp_path / "stats.jsonl"
+    file.write_text("".join(json.dumps({"images": n, "loss": 1.0}) + "\n" for n in (10, 20, 30)) + '{"images": 40, "lo')
+    with log.open_log(file, 20) as opened:
+        log.write_line(opened, {"images": 30, "loss": 0.5}, print)
+    assert [(line["images"], line["loss"]) for line in map(json.loads, file.read_text().splitlines())] == [(10, 1.0), (20, 1.0), (30, 0.5)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(straight, tmp_path, monkeypatch, capsys, number):
     real, calls = train.set_rate, []
