@@ -15,17 +15,25 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import MODELS
 
 from .inversion import Opened, open_model
-from .pipeline import NEGATIVES, Sampling
+from .pipeline import NEGATIVES, SOLVERS, Sampling
+
+#: the settings of Sampling that are options of every program; without one the weights file's own holds
+SAMPLING = ("steps", "strength", "guidance", "negative", "solver", "text_guidance", "gradient", "gradient_steps", "best_of")
 
 
 def model_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the arguments that choose a model and how it draws."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny_cnn_last", help=f"weights file, or one of {', '.join(MODELS)}")
-    parser.add_argument("--steps", type=int, help="DDIM steps (default for this and the next three: the weights file's own)")
+    parser.add_argument("--steps", type=int, help="solver's steps (default for this and the next eight: the weights file's own)")
     parser.add_argument("--strength", type=float, help="control strength")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none")
     parser.add_argument("--negative", choices=NEGATIVES, help="what guidance pushes away from: empty text, or no features either")
+    parser.add_argument("--solver", choices=SOLVERS, help="how the steps are taken")
+    parser.add_argument("--text-guidance", type=float, help="guidance scale of the text alone, --guidance being the features' then; needs --negative features")
+    parser.add_argument("--gradient", type=float, help="length of the move along the gradient of the features, in units of the latents; 0 for none")
+    parser.add_argument("--gradient-steps", type=int, help="in how many of the last steps")
+    parser.add_argument("--best-of", type=int, help="draw so many pictures of each map and keep the one of the highest cosine")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
     parser.add_argument("--base", help="base model folder, where it is not the one named in the weights file")
     parser.add_argument("--backbone", help="timm-hub folder or name of the backbone, likewise")
@@ -34,12 +42,15 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def open_from(args: argparse.Namespace) -> tuple[Opened, Sampling]:
-    """The model that the arguments name, and its sampling settings with theirs."""
+def open_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Opened, Sampling]:
+    """The model that the arguments name, and its sampling settings with theirs. chooses: the program keeps the best of
+    several pictures; others refuse --best-of."""
     if args.batch < 1:
         raise FeatInvError(f"--batch {args.batch}: expected at least 1")
+    if not chooses and args.best_of not in (None, 1):
+        raise FeatInvError(f"--best-of {args.best_of}: this program draws each picture once; reconstruct.py and evaluate.py choose among several")
     opened = open_model(args.model, args.base, args.backbone_weights, args.backbone, args.device)
-    return opened, opened.recommended(steps=args.steps, strength=args.strength, guidance=args.guidance, negative=args.negative)
+    return opened, opened.recommended(**{name: getattr(args, name) for name in SAMPLING})
 
 
 def make_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from featinv_nodes.core.encoders import KINDS
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.scope import FEWEST
 
 from .cli import write_text
 
@@ -38,10 +39,12 @@ class TrainConfig:
     of save_to_disk, or a name with its split after a colon); images: only so many of them, evenly spread. flips: "none",
     "horizontal" or "both". views: crops and flips of each picture, one per epoch in turn, 0 for new ones without end.
     cache: folder of latents that training/cache.py wrote for these views; cache_features: the features are there too.
-    encoder: "conv" or "perceiver"; encoder_width: its hidden channels (the paper: 512). standardise: per-channel mean
-    and deviation, of the first 256 pictures. dropout: share of samples that lose features and text together.
+    encoder: "conv" (the paper), "conv_at_map" (it upsamples last) or "perceiver"; encoder_width: its hidden channels (the
+    paper: 512). standardise: per-channel mean and deviation, of the first 256 pictures. dropout: share of samples that
+    lose features and text together.
     cycle: weight of the cycle consistency, 1 - cos of the features of the predicted picture, 0 for none (the paper);
-    cycle_below: timesteps, of the base model's 1000, below which it counts.
+    cycle_below: timesteps, of the base model's 1000, below which it counts; cycle_after: images after which it counts,
+    and before which it costs nothing: fine-tuning at the end, as in ControlNet++ (Li et al. 2024).
     min_snr: gamma of the min-SNR weighting of timesteps (Hang et al. 2023: 5), 0 for none (the paper).
     batch: images per process and pass; accumulate: passes per step, so that a step counts batch x accumulate x
     processes images. rate: learning rate; schedule: "constant" (the paper) or "cosine" to zero, both after `warmup`
@@ -55,7 +58,8 @@ class TrainConfig:
     encoder_first: images during which the encoder alone learns.
     workers: data loading processes. panel_every, save_every: images between sample panels and checkpoints; keep:
     checkpoints kept. trackers: of accelerate, [tensorboard] and others.
-    recommended: sampling settings written into the weights file.
+    recommended: sampling settings written into the weights file. scope: pictures from which the file's scope statistics
+    are fitted at the end (training/fit_scope.py), 0 for none; scope_data: a folder of them, which training does not see.
     """
 
     name: str
@@ -74,6 +78,7 @@ class TrainConfig:
     dropout: float = 0.15
     cycle: float = 0.0
     cycle_below: int = 1000
+    cycle_after: int = 0
     batch: int = 8
     rate: float = 1e-5
     schedule: str = "constant"
@@ -102,6 +107,8 @@ class TrainConfig:
     keep: int = 2
     trackers: list = field(default_factory=list)
     recommended: dict = field(default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50})
+    scope: int = 0
+    scope_data: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -114,6 +121,14 @@ class TrainConfig:
             raise FeatInvError("a cache holds a number of views of each picture: say how many with --views")
         if self.cache_features and not self.cache:
             raise FeatInvError("cache_features: say where with --cache DIR")
+        if self.cycle_after and not self.cycle:
+            raise FeatInvError(f"cycle_after {self.cycle_after}: there is no cycle consistency to wait for; give --cycle too")
+        if self.cycle_after and self.graph:
+            raise FeatInvError(f"cycle_after {self.cycle_after}: one CUDA graph cannot change what a step computes; leave --graph or --cycle_after out")
+        if self.scope and self.scope < 2 * FEWEST:
+            raise FeatInvError(f"scope {self.scope}: expected 0 or at least {2 * FEWEST}")
+        if self.scope and not self.scope_data and self.data != "tiny":
+            raise FeatInvError(f"scope {self.scope}: name pictures that training does not see with --scope_data FOLDER")
 
     def save(self, file: Path) -> None:
         """Writes the configuration beside its results.

@@ -171,8 +171,11 @@ def from_official(official: Mapping[str, Tensor], heads: int, file: str | Path) 
 def to_official(tensors: Mapping[str, Tensor], encoder: nn.Module, heads: int, file: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """A weights file's ControlNet and encoder -> (ControlNetModel settings, tensors under official names, without prefix).
 
-    The encoder's mean and deviation have no official name and are left out. Raises FeatInvError as from_official does.
+    The encoder's mean and deviation have no official name and are left out. Raises FeatInvError as from_official does, and
+    for an encoder of another kind than the paper's.
     """
+    if (kind := encoder.settings["kind"]) != "conv":
+        raise FeatInvError(f"{file} has the conditional encoder {kind!r}; other programs know the paper's, 'conv', alone")
     layers = len({key.split(".")[3] for key in tensors if key.startswith("down_blocks.0.resnets.")})
     ours = {**tensors, **{ENCODER_PREFIX + k: v for k, v in encoder.state_dict().items()}}
     official = {}

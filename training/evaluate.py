@@ -5,7 +5,8 @@
     python training/evaluate.py --data IMAGENET/val --per-class 10 --model FILE ...
 
 Suites: quality (Tables 1, 3), layers (Figs. 4, 14), cross-model (Table 2), sweep (Figs. 9 to 11), variability (Fig. 12),
-mixing (Figs. 7, 8), baseline (Table 3), rcdm (Table 4), corruptions (Appendix C), natural-adversarial and ood (Sec. 4.2).
+mixing (Figs. 7, 8), baseline (Table 3), rcdm (Table 4), corruptions (Appendix C), natural-adversarial and ood (Sec. 4.2); and beyond
+the paper guidances (a scale each for features and text) and cost (solvers and steps).
 
 SOURCE: "tiny", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Pictures are
 taken in the order of their names; a picture's number in that order is its seed. Floor: what the base model draws without
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
-from training.cli import make_folder, model_parser, run
+from training.cli import SAMPLING, make_folder, model_parser, run
 from training.evaluation.bench import ORIGINAL, Bench
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import mean_entry, set_entries
@@ -43,6 +45,9 @@ from training.evaluation.suites.base import Suite
 from training.evaluation.suites.quality import gap_closed as gap_closed
 from training.inversion import Opened
 from training.pipeline import Sampling, round_trip
+
+#: options that decide no figure
+IDLE = ("out", "batch", "device", "write_back")
 
 
 def load_pictures(opened: Opened, data: str, count: int) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +80,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="tiny", help="SOURCE, see above")
     parser.add_argument("--count", type=int, help="how many pictures, evenly spread over their names (default: all; of the embedded world what the suite sets)")
     parser.add_argument("--per-class", type=int, help="the first as many of each class folder, by name")
-    parser.add_argument("--models", nargs="+", help="for layers and cross-model: weights files, each FILE or FILE=BACKBONE with a timm-hub folder (default: embedded ones)")
+    parser.add_argument("--models", nargs="+", help="for layers, cross-model and rcdm: weights files, each FILE or FILE=BACKBONE with a timm-hub folder (default: embedded ones)")
     parser.add_argument("--seed", type=int, default=0, help="added to a picture's number")
     parser.add_argument("--inception", help="torch-fidelity's Inception weights, for FID and KID")
     parser.add_argument("--space", help="timm-hub folder or name of the model in whose feature space sets are compared (default: the model's backbone)")
@@ -87,9 +92,14 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def digest(file: Path) -> str:
-    """Tells two weights files apart."""
+    """Tells two weights files apart, by all but the recommended settings: those that are used are among the samplings."""
     found = hashlib.sha256()
     with open(file, "rb") as opened:
+        if file.suffix == ".safetensors":  # the length of the header, the header, the tensors
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            about = json.loads(header.get("__metadata__", {}).get("featinv", "{}"))
+            about.pop("recommended", None)
+            found.update(json.dumps([header | {"__metadata__": header.get("__metadata__", {}) | {"featinv": about}}], sort_keys=True).encode())
         while block := opened.read(1 << 20):
             found.update(block)
     return found.hexdigest()[:16]
@@ -104,10 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     device = str(crew.device) if args.device == "cuda" else args.device
     chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
     source = open_source(args.data, args.count or (chosen.count if args.data == "tiny" else None), args.per_class)
-    changes = {name: getattr(args, name) for name in ("steps", "strength", "guidance", "negative")}
+    changes = {name: getattr(args, name) for name in SAMPLING}
     suite = chosen(Bench(source, device, changes, args.seed, args.inception, args.space, args.space_weights), args)
     arms, store = suite.all_arms(), Store(out, len(source.names))
-    options = {name: value for name, value in vars(args).items() if name not in ("out", "batch", "device")}
+    options = {name: value for name, value in vars(args).items() if name not in IDLE}
     settings = options | {"pictures": source.fingerprint, "files": {name: digest(file) for name, file in suite.files().items()}, "sampling": suite.settings()}
     if crew.is_main_process:
         make_folder(out)

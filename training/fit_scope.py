@@ -30,11 +30,13 @@ from featinv_nodes.core.weights import save_scope
 from featinv_nodes.tiny_world import model_file
 from featinv_nodes.tiny_world.scenes import draw
 from training.cli import model_parser, open_from, run
+from training.config import TrainConfig
 from training.inversion import Opened, open_model
 from training.pipeline import Sampling
 
 FIRST = 100_000  # the first held-out scene for the fit; reports use those from 0 on
 TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels each
+DRAWN = 256  # reconstructions for the cycle cosine
 
 
 def pictures(opened: Opened, data: str, count: int, batch: int, first: int = FIRST) -> Iterator[Tensor]:
@@ -89,19 +91,29 @@ def ship_scope(name: str) -> None:
     save_scope(model_file(name), fit(opened, opened.recommended(), "tiny", 4000, 1000, TINY_CENTRES))
 
 
+def end_with_scope(file: Path, config: TrainConfig, device: torch.device | str) -> None:
+    """What train.py ends with: the statistics that a configuration asks for, written into its weights file."""
+    data = config.scope_data or config.data
+    opened = open_model(str(file), config.base, config.backbone_weights, config.backbone, str(device))
+    save_scope(file, fit(opened, opened.recommended(), data, config.scope, min(DRAWN, config.scope), centres_for(data)))
+
+
+def centres_for(data: str) -> int:
+    return TINY_CENTRES if data == "tiny" else CENTRES
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = model_parser(__doc__)
     parser.add_argument("--data", required=True, help='folder of images that training did not see, or "tiny" for held-out scenes')
     parser.add_argument("--count", type=int, default=4000, help="how many pictures, spread over the folder; at least 2,000 for the outer quantiles to mean something")
-    parser.add_argument("--drawn", type=int, default=256, help="how many of them are reconstructed for the cycle cosine's quantiles, 0 for none")
+    parser.add_argument("--drawn", type=int, default=DRAWN, help="how many of them are reconstructed for the cycle cosine's quantiles, 0 for none")
     parser.add_argument("--centres", type=int, help=f"directions in the bank (default {CENTRES:,}, in the embedded world {TINY_CENTRES})")
     parser.add_argument("--out", type=Path, help="weights file to write, where not the same one again")
     args = parser.parse_args(argv)
     if not 0 <= args.drawn <= args.count:
         raise FeatInvError(f"--drawn {args.drawn}: expected 0 to --count {args.count}")
     opened, how = open_from(args)
-    centres = args.centres or (TINY_CENTRES if args.data == "tiny" else CENTRES)
-    scope = fit(opened, how, args.data, args.count, args.drawn, centres, args.batch)
+    scope = fit(opened, how, args.data, args.count, args.drawn, args.centres or centres_for(args.data), args.batch)
     out = args.out or model_file(args.model)
     save_scope(model_file(args.model), scope, out)
     print(f"wrote the scope of {scope.source.describe()}, from {scope.maps:,} pictures, {sum(t.nbytes for t in scope.tensors().values()):,} bytes, to {out}")

@@ -18,6 +18,8 @@ from featinv_nodes.tiny_world import model_file, open_backbone
 from .base_model import BaseModel, load_base
 from .pipeline import Inversion, Sampling, noise, sample
 
+ATTEMPT = 1_000_000_000  # how far apart the seeds of best-of-N's attempts lie
+
 
 @dataclass
 class Opened:
@@ -42,7 +44,7 @@ class Opened:
 
     def recommended(self, **changes) -> Sampling:
         """The weights file's own sampling settings with the given ones replaced; None leaves a setting alone."""
-        return Sampling(**(self.info.recommended | {k: v for k, v in changes.items() if v is not None}))
+        return Sampling.chosen(self.info.recommended, changes)
 
     @torch.inference_mode()
     def draw(
@@ -55,10 +57,32 @@ class Opened:
             rows = slice(first, first + batch)
             model = self.model if features is not None else None
             own = features.select(rows) if features is not None else None
-            latents = sample(self.base, model, own, start[rows], how, self.info.prompt)
+            latents = sample(self.base, model, own, start[rows], how, self.info.prompt, self.backbone)
             parts.append(self.base.decode(latents).cpu())
             report(len(latents))
         return torch.cat(parts)
+
+    @torch.inference_mode()
+    def best(
+        self, features: FeatureMap, how: Sampling, start_of: Callable[[int], Tensor], batch: int = 16, report: Callable[[int], object] = lambda n: None
+    ) -> tuple[Tensor, Tensor]:
+        """Best of N by the cosine: of how.best_of pictures of each map the one that score puts highest, the first among
+        equals. Returns the pictures [B, 3, h, w] and which attempt each is [B].
+
+        start_of: attempt, from 0 -> starting noise of all rows. Attempt 0 alone is what draw gives; only the best
+        pictures and one attempt are kept at a time.
+        """
+        pictures = self.draw(features, how, start_of(0), batch, report)
+        attempt = torch.zeros(len(pictures), dtype=torch.int64)
+        if how.best_of > 1:
+            highest = self.score(features, pictures)
+        for number in range(1, how.best_of):
+            others = self.draw(features, how, start_of(number), batch, report)
+            scores = self.score(features, others)
+            better = scores > highest
+            highest = torch.where(better, scores, highest)
+            pictures[better.cpu()], attempt[better.cpu()] = others[better.cpu()], number
+        return pictures, attempt
 
     def score(self, wanted: FeatureMap, pictures: Tensor) -> Tensor:
         """[B] cosine similarity of the pictures' features with the wanted ones."""

@@ -84,7 +84,8 @@ def _index(shard: Path) -> list[tuple[str, int, int]]:
 
 
 class HuggingFace:
-    """A data set of the `datasets` library that is on this computer, with a column of pictures."""
+    """A data set of the `datasets` library that is on this computer, with a column of pictures. classes: the name of each
+    one's label, None where it has none; None altogether for a data set without a column of labels."""
 
     def __init__(self, name: str) -> None:
         """name: a folder of save_to_disk, or what load_dataset takes, with the split after a colon (default train)."""
@@ -106,6 +107,9 @@ class HuggingFace:
             raise FeatInvError(f"data {HUGGING_FACE}{name} has no column of pictures; it has {', '.join(found.features)}")
         self._column, self._set = columns[0], found.select_columns(columns[:1])
         self.names = [f"{name}[{place}]" for place in range(len(found))]
+        labels = [column for column, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)]
+        known = found.features[labels[0]].names if labels else []
+        self.classes = [known[k] if k is not None and k >= 0 else None for k in found[labels[0]]] if labels else None
 
     def open(self, place: int) -> Image.Image:
         return self._set[place][self._column]

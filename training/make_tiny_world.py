@@ -4,9 +4,9 @@
     python training/make_tiny_world.py --stage vit     one of them
     python training/make_tiny_world.py --stage base --further --work out/more     train what is shipped further
 
-Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, their
-scope statistics, concepts, card. Each goes on where it was stopped and writes its result into featinv_nodes/tiny_world/ when it is done. The stage
-card measures everything and writes CARD.md, which also says how long the stages took, and with which --images, --batch
+Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, rcdm (what
+the evaluation compares with), scope statistics, concepts, card. Each goes on where it was stopped and writes its result into
+featinv_nodes/tiny_world/ when it is done, rcdm into training/evaluation/ as only the evaluation reads it. The stage card measures everything and writes CARD.md, which also says how long the stages took, and with which --images, --batch
 and --graph the shipped files were made on a GPU.
 """
 
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from diffusers import DDIMScheduler
 
+from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.concepts import save_concepts
 from featinv_nodes.core.files import write_safetensors
 from featinv_nodes.core.weights import load_inversion, save_inversion
@@ -30,15 +31,16 @@ from training.base_model import load_base, load_vae
 from training.card import write_card
 from training.cli import run
 from training.config import CONFIGS, read_config
+from training.evaluation.rcdm import EMBEDDED, save_rcdm
 from training.fit_scope import ship_scope
 from training.graph import check_device
-from training.tiny import autoencoder, backbones, base
+from training.tiny import autoencoder, backbones, base, rcdm
 from training.tiny.concepts import fit_concepts
 from training.train import train
 
 #: pictures that two processor cores see in hours; the shipped files saw more on a GPU, see CARD.md
 INVERSION_IMAGES = {"tiny_cnn_last": 180_000, "tiny_cnn_stage": 90_000, "tiny_cnn_pooled": 15_000, "tiny_vit_last": 90_000}
-STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "scope", "concepts", "card")
+STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "rcdm", "scope", "concepts", "card")
 
 
 def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -99,6 +101,16 @@ def ship_inversion(name: str, work: Path, further: bool, scale: dict) -> None:
     save_inversion(FOLDER / f"{name}.safetensors", info, controlnet, encoder, torch.float16)
 
 
+def ship_rcdm(work: Path, device: str, images: int, file: Path = EMBEDDED) -> None:
+    """The embedded world's RCDM; of a finished checkpoint in `work` only the file is made."""
+    backbone = open_backbone("tiny-cnn")
+    model = rcdm.train_rcdm(work, backbone, images, device)
+    seen = torch.load(work / "rcdm.pt", map_location="cpu", weights_only=True, mmap=True)["seen"]
+    about = {"steps": rcdm.STEPS, "images_seen": seen, "gmac_per_picture": round(rcdm.COST, 3), "gmac": round(seen * rcdm.COST)}
+    save_rcdm(file, model, backbone.source(LAST, True), about)
+    print("rcdm", json.dumps(about))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone")
@@ -106,7 +118,7 @@ def main() -> None:
     parser.add_argument("--further", action="store_true", help="train the shipped base or inversion models further instead of new ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
-    parser.add_argument("--images", type=int, help="pictures seen by the base or inversion model (default: what two processor cores do in hours)")
+    parser.add_argument("--images", type=int, help="pictures seen by the base, inversion model or RCDM (default: what two processor cores do in hours)")
     parser.add_argument("--batch", type=int, help="pictures per step of these")
     parser.add_argument("--rate", type=float, help="peak learning rate of these")
     parser.add_argument("--graph", action="store_true", help="one CUDA graph per step instead of torch.compile, for these")
@@ -123,6 +135,8 @@ def main() -> None:
             ship_autoencoder(args.work, args.device, stage == "decoder")
         elif stage == "base":
             ship_base(args.work, args.device, args.further, scale)
+        elif stage == "rcdm":
+            ship_rcdm(args.work, args.device, args.images or rcdm.IMAGES)
         elif stage == "concepts":
             save_concepts(FOLDER / CONCEPTS, fit_concepts(open_backbone("tiny-cnn")))
         elif stage == "scope":

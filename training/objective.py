@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.guidance import feature_distance
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 
 from .base_model import BaseModel
 from .config import TrainConfig
+from .pipeline import predicted_clean
 
 
 def lighten(config: TrainConfig, base: BaseModel, backbone: Backbone) -> None:
@@ -21,6 +24,11 @@ def lighten(config: TrainConfig, base: BaseModel, backbone: Backbone) -> None:
     if config.precision == "bf16":
         for part in (base.unet, base.vae, backbone):
             part.bfloat16()
+
+
+def at_stage(config: TrainConfig, seen: int) -> TrainConfig:
+    """What counts in the step after `seen` images: the configuration, before cycle_after without cycle consistency."""
+    return replace(config, cycle=0.0, cycle_after=0) if seen < config.cycle_after else config
 
 
 class Chance(NamedTuple):
@@ -118,16 +126,7 @@ def min_snr_weight(kept: Tensor, gamma: float, velocity: bool) -> Tensor:
     return ratio.clamp(max=gamma) / (ratio + 1) if velocity else (gamma / ratio).clamp(max=1)
 
 
-def predicted_clean(base: BaseModel, noisy: Tensor, found: Tensor, t: Tensor) -> Tensor:
-    """x0_hat: the clean latents [B, C, H, W] that a prediction `found` at timesteps t [B] amounts to."""
-    kept = base.scheduler.alphas_cumprod.to(noisy.device)[t][:, None, None, None]
-    if base.scheduler.config.prediction_type == "v_prediction":
-        return kept.sqrt() * noisy - (1 - kept).sqrt() * found
-    return (noisy - (1 - kept).sqrt() * found) / kept.sqrt()
-
-
 def cycle_distance(base: BaseModel, backbone: Backbone, clean: Tensor, features: Tensor, config: TrainConfig) -> Tensor:
     """[B] means over locations of 1 - cos(F(D(x0_hat)), f), D the decoder and F the backbone: the cycle
     consistency of ControlNet++ (Li et al. 2024) with features as the condition. Gradients reach `clean`."""
-    seen = backbone.values(backbone.frame(base.decode(clean), "stretch"), config.layer, config.pooled)
-    return 1 - F.cosine_similarity(seen.float(), features.float(), dim=1).mean((1, 2))
+    return feature_distance(base.decode(clean), backbone, features, config.layer, config.pooled)

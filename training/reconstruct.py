@@ -4,7 +4,8 @@
     python training/reconstruct.py --image a.png b.png --mix 0 0.25 0.5 0.75 1 --out DIR
     python training/reconstruct.py --image inner.png outer.png --mask mask.png --out DIR
 
-Writes every picture, panel.png with the cosine similarity under each, and results.json. Where the weights file has scope
+Writes every picture, panel.png with the cosine similarity under each, and results.json. With --best-of N each picture is
+the one of the highest cosine among N, which results.json says. Where the weights file has scope
 statistics, results.json says whether each map is inside what the model knows, and the panel where it is not.
 """
 
@@ -29,7 +30,7 @@ from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.core.weights import load_scope
 from featinv_nodes.tiny_world import model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
-from training.inversion import Opened
+from training.inversion import ATTEMPT, Opened
 from training.pipeline import noise
 from training.report import panel, save_image, to_image
 
@@ -88,13 +89,16 @@ def main(argv: list[str] | None = None) -> None:
         raise FeatInvError(f"--samples {args.samples}: expected at least 1")
     make_folder(args.out)
     pictures = [read_image(file) for file in args.image]
-    opened, how = open_from(args)
+    opened, how = open_from(args, chooses=True)
     framed = torch.cat([opened.backbone.frame(x, args.fit) for x in pictures])
     maps = wanted_maps(opened, args, framed)
     wanted = concatenate([m for _, m in maps]).repeat(args.samples)
-    start = noise(opened.base, args.seed, args.samples).repeat(len(maps), 1, 1, 1)
-    with tqdm(total=len(start), desc="drawing", unit="picture") as bar:
-        drawn = opened.draw(wanted, how, start, args.batch, bar.update)
+
+    def start_of(attempt: int) -> Tensor:
+        return noise(opened.base, args.seed + ATTEMPT * attempt, args.samples).repeat(len(maps), 1, 1, 1)
+
+    with tqdm(total=len(wanted) * how.best_of, desc="drawing", unit="picture") as bar:
+        drawn, attempts = opened.best(wanted, how, start_of, args.batch, bar.update)
     scores = opened.score(wanted, drawn).tolist()
     scopes = judged(opened, model_file(args.model), wanted, scores)
     off = [f"{name}: {scopes[m * args.samples]['line']}" for m, (name, _) in enumerate(maps) if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]]
@@ -106,8 +110,9 @@ def main(argv: list[str] | None = None) -> None:
         for s, i in enumerate(picks):
             file = args.out / f"{m:03d}_{name}_{s}.png"
             save_image(to_image(drawn[i]), file)
-            entries.append({"file": file.name, "map": name, "sample": s, "seed": args.seed, "cosine": scores[i], "scope": scopes[i]})
-    note = "\n".join([*([SCOPE_NOTE] if opened.is_tiny else []), *off])
+            entries.append({"file": file.name, "map": name, "sample": s, "seed": args.seed, "attempt": attempts[i].item(), "cosine": scores[i], "scope": scopes[i]})
+    chosen = [f"Each picture is the one of the highest cosine among {how.best_of}."] if how.best_of > 1 else []
+    note = "\n".join([*([SCOPE_NOTE] if opened.is_tiny else []), *chosen, *off])
     titles = ["original", *(name[:18] for name, _ in maps)]
     save_image(panel(rows, titles, opened.info.source.describe(), note), args.out / "panel.png")
     write_json(args.out / "results.json", {

@@ -13,7 +13,7 @@ import math
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -36,13 +36,14 @@ from training.cli import make_folder, run
 from training.config import TrainConfig, parse_arguments
 from training.data import loader
 from training.ema import update_average
+from training.fit_scope import end_with_scope
 from training.floor import floor_gmac
 from training.graph import check_device, make_plain, set_rate, training_step
 from training.interrupts import Interrupts
 from training.latent_cache import open_pictures
 from training.log import Pace, check_trackers, device_peak, open_log, show, start_trackers, write_line
 from training.mishaps import Mishaps
-from training.objective import draw_chance, latents_from, lighten, observe, training_loss
+from training.objective import at_stage, draw_chance, latents_from, lighten, observe, training_loss
 from training.optimizer import build_optimizer, clip_and_step
 from training.panel import sample_panel
 from training.pipeline import Inversion
@@ -68,7 +69,7 @@ def start_from(model: Inversion, file: str, base: BaseModel) -> int:
     that such a model has seen, 0 for other features."""
     other, info = Inversion.load(file, base)
     model.controlnet.load_state_dict(other.controlnet.state_dict())
-    if info.source != model.source or info.encoder != model.encoder.settings:
+    if info.source != model.source or other.encoder.settings != model.encoder.settings:
         return 0
     model.encoder.load_state_dict(other.encoder.state_dict())
     return info.images_seen
@@ -114,7 +115,8 @@ def train(config: TrainConfig, output: Path) -> Path:
         first = next(loader(pictures, 0, 256, 0, 1, 0)).tensors
         with accelerator.autocast():
             model.encoder.standardise(observe(base, backbone, {name: rows.to(device) for name, rows in first.items()}, config)[1])
-    pace = Pace(floor_gmac(base, backbone, model, config), device_peak(device, processes))
+    gmac = {cycle: floor_gmac(base, backbone, model, replace(config, cycle=cycle, cycle_after=0)) for cycle in {at_stage(config, 0).cycle, config.cycle}}
+    pace = Pace(gmac[config.cycle], device_peak(device, processes))
     average = deepcopy(model) if config.ema else None
     trained, optimizer = accelerator.prepare(model, build_optimizer(model, config))
     if average is not None and accelerator.distributed_type == DistributedType.FSDP:
@@ -171,7 +173,7 @@ def train(config: TrainConfig, output: Path) -> Path:
                     moments, features = observe(base, backbone, {name: rows[first : first + config.batch] for name, rows in images.items()}, config)
                     chance = chance or draw_chance(per_step, moments, base, config)
                     own = chance.rows(rank * per_process + first, config.batch)
-                    loss = training_loss(base, backbone, trained, latents_from(moments, own.latent), features, config, own) / config.accumulate
+                    loss = training_loss(base, backbone, trained, latents_from(moments, own.latent), features, at_stage(config, seen), own) / config.accumulate
                 accelerator.backward(loss)
             total = total + loss.detach()
         return total
@@ -202,6 +204,7 @@ def train(config: TrainConfig, output: Path) -> Path:
             # Report, panel, checkpoint
             stop = interrupts.received if processes == 1 else 0
             if due(EVERY * per_step, seen, per_step):
+                pace.gmac = gmac[at_stage(config, seen - per_step).cycle]
                 values, stop = mishaps.check(losses, seen, interrupts.received)
                 losses, loss = [], fmean(filter(math.isfinite, values))
                 record(loss=loss, rate=rate_at(seen, config, per_step), **pace.report(EVERY * per_step))
@@ -225,6 +228,8 @@ def train(config: TrainConfig, output: Path) -> Path:
     if main:
         info = InversionInfo(model.source, model.encoder.settings, base.describe(), config.prompt, config.recommended, before + seen, asdict(config))
         latest.save(file, info)
+        if config.scope:
+            end_with_scope(file, config, device)
         say("\n".join(filter(None, (mishaps.summary(), f"wrote {file}"))))
     accelerator.end_training()
     return file

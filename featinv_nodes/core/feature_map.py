@@ -105,6 +105,10 @@ class FeatureMap:
         prefix = None if self.prefix is None else self.prefix.repeat_interleave(times, 0)
         return FeatureMap(self.values.repeat_interleave(times, 0), self.source, prefix)
 
+    def in_turn(self, count: int) -> FeatureMap:
+        """`count` maps: fewer than these are the first of them, more repeat them in turn, [0, 1, 2, 0, 1, ...]."""
+        return self.select(torch.arange(count, device=self.values.device) % len(self))
+
 
 def concatenate(maps: Sequence[FeatureMap]) -> FeatureMap:
     """Joins batches of one source. Raises FeatInvError if the sources differ."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .feature_map import FeatureMap
+from .feature_map import FeatInvError, FeatureMap
 
 
 def cosine_per_location(a: FeatureMap, b: FeatureMap, centre: Tensor | None = None) -> Tensor:
@@ -28,6 +28,18 @@ def cosine_per_location(a: FeatureMap, b: FeatureMap, centre: Tensor | None = No
 def cosine(a: FeatureMap, b: FeatureMap, centre: Tensor | None = None) -> Tensor:
     """[B] mean over the locations of cosine_per_location: the number under the paper's figures."""
     return cosine_per_location(a, b, centre).mean((1, 2))
+
+
+def best_rows(similarity: Tensor, maps: int, keep: int) -> Tensor:
+    """[maps * keep] the rows of similarity [N] with the highest values, `keep` of each map, the best first.
+
+    Row i belongs to map i mod maps: the pictures of several maps repeated in turn. Raises FeatInvError unless there is
+    a whole number of rows to a map, and at least `keep`.
+    """
+    if len(similarity) % maps or not 1 <= keep <= len(similarity) // maps:
+        raise FeatInvError(f"{len(similarity)} pictures of {maps} feature maps, {keep} of each to keep: expected a multiple of {maps} pictures, and at least as many of each as to keep")
+    best = similarity.unflatten(0, (-1, maps)).topk(keep, dim=0).indices  # [keep, maps]
+    return (best * maps + torch.arange(maps, device=best.device)).T.flatten()
 
 
 def top_k_match(original: Tensor, reconstruction: Tensor, k: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.cldm.cldm
+import comfy.conds
 import comfy.controlnet
 import comfy.hooks
 import comfy.model_management as management
@@ -23,8 +24,17 @@ from .unet import ldm_config, to_ldm
 #: What guidance pushes away from: the same features with the negative text (the paper), or zero features as well,
 #: the combination that training drops to. The node repeats the names: at start-up this module is too heavy for it.
 NEGATIVES = ("text and features", "text")
-UNCONDITIONAL = 1  # the host's number for the negative conditioning
 PLACES = "featinv_places"
+NEGATIVE = "featinv_negative"
+
+
+def marked(options: dict, negative: bool) -> dict:
+    """A conditioning's options with a note of whether it is what guidance pushes away from.
+
+    A guider numbers its conditionings as it likes, so the number does not tell. The note stands among the model's
+    conditions, the one part that the host takes from the text when it makes a conditioning for an area's opposite.
+    """
+    return {**options, "model_conds": {**options.get("model_conds", {}), NEGATIVE: comfy.conds.CONDRegular(torch.tensor([negative]))}}
 
 
 def note_places(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):  # noqa: ANN001, ANN201
@@ -100,10 +110,10 @@ class FeatureControl(comfy.controlnet.ControlNet):
         places = transformer_options.get(PLACES, {"size": tuple(x_noisy.shape[2:]), "areas": {}})
         steered, null = self.hints(places["size"])
         per_chunk = x_noisy.shape[0] // batched_number
-        kinds, uuids = transformer_options["cond_or_uncond"], transformer_options["uuids"]
+        negatives = cond[NEGATIVE].view(batched_number, -1)[:, 0].tolist() if NEGATIVE in cond else [False] * batched_number
         chunks = []
-        for kind, uuid in zip(kinds, uuids):
-            hint = null if null is not None and kind == UNCONDITIONAL else steered
+        for negative, uuid in zip(negatives, transformer_options["uuids"]):
+            hint = null if null is not None and negative else steered
             chunks.append(comfy.utils.repeat_to_batch_size(cut(hint, places["areas"].get(uuid)), per_chunk))
         dtype = self.manual_cast_dtype or self.control_model.dtype
         self.cond_hint = torch.cat(chunks).to(x_noisy.device, dtype)

@@ -29,27 +29,30 @@ class FeatInvControlNet(io.ComfyNode):
                 io.Conditioning.Output("positive_out", display_name="positive", tooltip="For KSampler's positive."),
                 io.Conditioning.Output("negative_out", display_name="negative", tooltip="For KSampler's negative."),
                 io.String.Output("scope", display_name="scope", tooltip="Whether the feature map is inside what the inversion model knows, and if not, what of it is off. Connect Preview Any."),
+                io.Conditioning.Output("features_only", display_name="features only", tooltip="The negative prompt's text with the features: cond2 of Dual CFG Guider, where the features (cfg_cond2_negative) and the prompt (cfg_conds) have a guidance scale each."),
             ],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, positive, negative, control_net, features, strength, start_percent, end_percent, guide_away_from) -> io.NodeOutput:  # noqa: ANN001
+        from ..host.controlnet import marked
+
         control = control_net.applied(features, strength, (start_percent, end_percent), guide_away_from)
         scope = control.judge(features)
         if strength == 0:
-            return io.NodeOutput(positive, negative, scope)
-        copies = {}  # one control per chain before it, shared by positive and negative so that both stay one batch
+            return io.NodeOutput(positive, negative, scope, negative)
+        copies = {}  # one control per chain before it, shared by all outputs so that they stay one batch
 
-        def steered(conditioning: list) -> list:
+        def steered(conditioning: list, away: bool = False) -> list:
             out = []
             for text, options in conditioning:
                 before = options.get("control")
                 if before not in copies:
                     copies[before] = control.copy().set_previous_controlnet(before)
-                out.append([text, {**options, "control": copies[before], "control_apply_to_uncond": False}])
+                out.append([text, marked({**options, "control": copies[before], "control_apply_to_uncond": False}, away)])
             return out
 
-        return io.NodeOutput(steered(positive), steered(negative), scope)
+        return io.NodeOutput(steered(positive), steered(negative, away=True), scope, steered(negative))
 
 
 NODES = [FeatInvControlNet]

@@ -1,9 +1,11 @@
-"""The Perceiver encoder, beside what test_weights.py asks of the convolutional one."""
+"""The encoders that are not the paper's own, beside what test_weights.py asks of that one."""
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from featinv_nodes.core.encoders import PerceiverEncoder, build_encoder
+from featinv_nodes.core.encoders import ConvEncoder, MapConvEncoder, PerceiverEncoder, build_encoder
 
 
 @pytest.fixture
@@ -40,3 +42,37 @@ def test_settings_build_the_same_encoder(encoder):
     again.load_state_dict(encoder.state_dict())
     x = torch.randn(2, 6, 3, 4)
     assert torch.equal(again(x, (8, 8)), encoder(x, (8, 8)))
+
+
+def test_convolutions_on_the_map_are_upsampled_afterwards_and_start_at_zero():
+    torch.manual_seed(0)
+    encoder, x = MapConvEncoder(6, 8, width=10), torch.randn(2, 6, 3, 4)
+    assert not encoder(x, (8, 12)).any()
+    torch.nn.init.normal_(encoder.block[-1].weight)
+    encoder.standardise(x * 3 + 1)
+    hint = encoder(x, (8, 12))
+    assert hint.shape == (2, 8, 8, 12) and torch.equal(hint, F.interpolate(encoder(x, (3, 4)), (8, 12), mode="bilinear"))
+    paper = ConvEncoder(6, 8, width=10)
+    paper.load_state_dict(encoder.state_dict())
+    assert torch.allclose(encoder(x, (3, 4)), paper(x, (3, 4)), atol=1e-6)  # without upsampling the two are one
+    assert not torch.allclose(hint, paper(x, (8, 12)), atol=0.1)
+    pooled = encoder(torch.randn(1, 6, 1, 1), (9, 9))
+    assert torch.allclose(pooled, pooled[:, :, :1, :1].expand_as(pooled), atol=1e-6)
+    again = build_encoder(encoder.settings)
+    again.load_state_dict(encoder.state_dict())
+    assert torch.equal(again(x, (8, 12)), hint)
+
+
+def gmac(kind, channels=1024, grid=9):
+    with torch.device("meta"):
+        encoder, values = build_encoder({"kind": kind, "channels": channels, "out_channels": 320, "width": 512}), torch.zeros(1, channels, grid, grid)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        encoder(values, (32, 32))
+    return counter.get_total_flops() / 2e9
+
+
+def test_convolutions_on_the_map_cost_a_thirteenth_for_convnext():
+    latent, at_map = gmac("conv"), gmac("conv_at_map")
+    print(f"{latent:.2f} GMAC on the latent grid, {at_map:.2f} on the map: {latent / at_map:.1f} times fewer")
+    assert round(latent, 2) == 8.76 and round(at_map, 2) == 0.69 and round(latent / at_map, 1) == 12.6  # (32 / 9)^2

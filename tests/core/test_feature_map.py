@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
-from featinv_nodes.core.metrics import bootstrap, cosine, cosine_per_location, frechet_distance, top_k_match
+from featinv_nodes.core.metrics import best_rows, bootstrap, cosine, cosine_per_location, frechet_distance, top_k_match
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 
 SOURCE = FeatureSource("net.tag", "last", False, 5, (3, 4), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -101,3 +101,15 @@ def test_bootstrap_interval_covers_the_mean():
     found = bootstrap(torch.arange(100.0))
     assert found["n"] == 100 and found["low"] < found["value"] == 49.5 < found["high"]
     assert 4 < found["value"] - found["low"] < 8  # 1.96 * 28.9 / 10 = 5.7
+
+
+def test_maps_in_turn_and_the_best_of_each():
+    """Pictures of two maps repeated in turn: rows 0, 2, 4 belong to the first, 1, 3, 5 to the second."""
+    maps = random_map()
+    assert [i for row in maps.in_turn(5).values for i in range(2) if torch.equal(row, maps.values[i])] == [0, 1, 0, 1, 0]
+    assert torch.equal(maps.in_turn(1).values, maps.values[:1])
+    similarity = torch.tensor([0.1, 0.9, 0.5, 0.2, 0.3, 0.4])
+    assert best_rows(similarity, 2, 1).tolist() == [2, 1] and best_rows(similarity, 2, 2).tolist() == [2, 4, 1, 5]
+    for rows, keep in ((5, 1), (6, 4), (6, 0)):
+        with pytest.raises(FeatInvError, match="to keep: expected"):
+            best_rows(similarity[:rows], 2, keep)

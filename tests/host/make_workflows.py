@@ -96,16 +96,22 @@ def empty(world: Tiny | MiniSD, batch: int) -> Ref:
     return world.graph.add("EmptyLatentImage", width=world.side, height=world.side, batch_size=batch)[0]
 
 
-def draw(world: Tiny | MiniSD, features: Ref, control: Node, batch: int = 1, seed: int = 7, latent: Ref | None = None) -> Node:
-    """Feature maps -> pictures, by the stock sampler; latent: what it starts from if not from empty latents."""
-    g = world.graph
-    steered = g.add(
+def steer(world: Tiny | MiniSD, features: Ref, control: Node, away: str) -> Node:
+    """The conditionings of the steered sampler; away: what guidance pushes away from."""
+    return world.graph.add(
         "FeatInvControlNet", positive=world.positive, negative=world.negative, control_net=control[0], features=features, strength=1.0,
-        start_percent=0.0, end_percent=1.0, guide_away_from="text and features" if world.name == "tiny" else "text",
+        start_percent=0.0, end_percent=1.0, guide_away_from=away,
     )  # fmt: skip
+
+
+def draw(world: Tiny | MiniSD, features: Ref, control: Node, batch: int = 1, seed: int = 7, latent: Ref | None = None, model: Ref | None = None) -> Node:
+    """Feature maps -> pictures, by the stock sampler; latent: what it starts from if not from empty latents; model: if
+    not the world's own."""
+    g = world.graph
+    steered = steer(world, features, control, "text and features" if world.name == "tiny" else "text")
     latent = latent or empty(world, batch)
     sampled = g.add(
-        "KSampler", model=world.model, positive=steered[0], negative=steered[1], latent_image=latent, seed=seed, steps=world.steps,
+        "KSampler", model=model or world.model, positive=steered[0], negative=steered[1], latent_image=latent, seed=seed, steps=world.steps,
         cfg=world.guidance, sampler_name="ddim", scheduler="simple", denoise=1.0,
     )  # fmt: skip
     return g.add("VAEDecode", samples=sampled[0], vae=world.vae)
@@ -233,7 +239,45 @@ def backbones(world: Tiny | MiniSD) -> str:
     return "**Do two models see the same?** One picture, inverted from the feature map of a convolutional network and from that of a transformer, with the same noise. What one keeps and the other loses tells them apart."
 
 
-WORKFLOWS = {"reconstruct": reconstruct, "seeds": seeds, "interpolate": interpolate, "compose": compose, "attenuate": attenuate, "viz": viz, "discover": discover, "backbones": backbones}
+def two_guidances(world: Tiny | MiniSD) -> str:
+    g = world.graph
+    backbone, control = world.backbone(), world.control()
+    picture, features = extract(world, backbone, 3)
+    steered = steer(world, features[0], control, "text and features")
+    guider = g.add("DualCFGGuider", model=world.model, cond1=steered[0], cond2=steered[3], negative=steered[1], cfg_conds=1.0, cfg_cond2_negative=2.0, style="regular")
+    noise, sampler = g.add("RandomNoise", noise_seed=7), g.add("KSamplerSelect", sampler_name="ddim")
+    schedule = g.add("BasicScheduler", model=world.model, scheduler="simple", steps=world.steps, denoise=1.0)
+    sampled = g.add("SamplerCustomAdvanced", noise=noise[0], guider=guider[0], sampler=sampler[0], sigmas=schedule[0], latent_image=empty(world, 2))
+    compare(world, features[0], backbone, g.add("VAEDecode", samples=sampled[0], vae=world.vae))
+    g.add("PreviewImage", title="Original, as the model saw it", images=features[1])
+    return (
+        "**How much features, how much prompt?** Guidance in two parts, each with a scale of its own: `cfg_cond2_negative` towards the features, from no features at all; "
+        "`cfg_conds` from there towards the prompt. With equal scales the picture is KSampler's. Raise the first for a picture more like the feature map, the second for one more like the prompt; "
+        "0 for the second leaves the prompt out."
+    )
+
+
+def faithful(world: Tiny | MiniSD) -> str:
+    g = world.graph
+    backbone, control = world.backbone(), world.control()
+    picture, features = extract(world, backbone, 1)
+    guided = g.add("FeatInv_FeatureGuidance", model=world.model, vae=world.vae, backbone=backbone[0], features=features[0], step=0.05, last=0.5)
+    pictures = draw(world, features[0], control, batch=4, model=guided[0])
+    kept = g.add("FeatInv_KeepMostSimilar", image=pictures[0], features=features[0], backbone=backbone[0], keep=1)
+    compare(world, features[0], backbone, kept)
+    g.add("PreviewAny", title="The best, and the range of all", source=kept[1])
+    g.add("PreviewImage", title="Original, as the model saw it", images=features[1])
+    return (
+        "**As faithful as it gets.** Two ways to a higher cosine similarity, for more time: in the last steps Feature Guidance decodes the picture so far, lets the backbone read it, "
+        "and moves the latents towards the feature map; and of several pictures from different noise, Keep Most Similar keeps the best. Bypass Feature Guidance to see what each is worth. "
+        "The backbone is asked for what it is then judged by: another backbone may like the picture less."
+    )
+
+
+WORKFLOWS = {
+    "reconstruct": reconstruct, "seeds": seeds, "interpolate": interpolate, "compose": compose, "attenuate": attenuate, "viz": viz, "discover": discover,
+    "backbones": backbones, "two_guidances": two_guidances, "faithful": faithful,
+}  # fmt: skip
 
 
 def graphs() -> dict[str, Graph]:

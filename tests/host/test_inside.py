@@ -13,7 +13,7 @@ def test_loading_imports_no_heavy_library(measured):
 
 def test_a_missing_requirement_gives_one_line(measured):
     line, nodes = measured["missing"]
-    assert "timm is missing" in line and "pip install" in line and nodes == "18 nodes"
+    assert "timm is missing" in line and "pip install" in line and nodes == "20 nodes"
 
 
 def test_the_same_picture_as_the_command_line(measured):
@@ -32,6 +32,32 @@ def test_chains_with_a_stock_controlnet_in_either_order(measured):
 
 def test_encodes_once_per_run_and_keeps_both_conditionings_in_one_batch(measured):
     assert measured["counts"] == {"control": 10, "encoder": 2}  # ten steps; the features and the trained null
+
+
+def test_other_guiders_give_the_pictures_that_their_arithmetic_says(measured):
+    """Dual CFG in its limits, Perp-Neg, Basic, conditionings swapped: who is the negative is known whatever its number."""
+    found = dict(measured["guiders"])
+    assert found.pop("calls") == 10 and found.pop("they differ") > 0.01  # three conditionings in one batch
+    assert {name: value for name, value in found.items() if not value <= CLOSE} == {}
+
+
+def test_two_guidances_are_the_command_line_s(measured):
+    assert len(measured["two_scales"]) == 3 and max(p["difference"] for p in measured["two_scales"]) <= CLOSE
+
+
+def test_the_best_of_many_are_kept_map_by_map(measured):
+    found = measured["best"]
+    assert found["kept"] == 0 and found["text"][:-1] == found["expected"] and found["text"][-1].startswith("all 8: ")
+    assert "7 pictures of 2 feature maps" in found["uneven"] and "8 pictures of 2 feature maps, 5 of each" in found["too few"]
+
+
+def test_guidance_by_the_gradient_makes_pictures_more_alike(measured):
+    """As the command line's; the same with another guider; only in the model that the node gives."""
+    found = measured["gradient"]
+    assert found["moved"] > found["plain"] + 0.01 and found["bypass"] and found["after"] == 0
+    assert max(found["dual"], found["one"]) <= CLOSE
+    assert found["command line"] <= 5e-4  # each guided step enlarges the float32 differences before it; 8e-5 seen
+    assert "Use the same backbone" in found["other backbone"] and "3 latent channels, the model 24" in found["other vae"]
 
 
 def test_says_whether_a_map_is_inside(measured):

@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
 TINY = [f for f in FILES if f.name.startswith("tiny")]
 #: least cosine similarity that each shows: of the map asked for, or of the mixed one, which no picture may have
-LEAST = {"reconstruct": 0.9, "seeds": 0.9, "interpolate": 0.8, "compose": 0.65, "attenuate": 0.7, "viz": 0.7, "discover": 0.65, "backbones": 0.6}
+LEAST = {"reconstruct": 0.9, "seeds": 0.9, "interpolate": 0.8, "compose": 0.65, "attenuate": 0.7, "viz": 0.7, "discover": 0.65, "backbones": 0.6, "two_guidances": 0.95, "faithful": 0.98}
 
 
 def id_of(path):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.encoders import ConvEncoder
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.weights import ENCODER_PREFIX, load_inversion, read_info
+from featinv_nodes.core.weights import ENCODER_PREFIX, load_inversion, read_info, save_inversion
 from training import convert
 from training.pipeline import BaseModel, Inversion
 
@@ -294,6 +295,11 @@ def test_shipped_models_go_to_diffusers_but_standardised_ones_not_back(tmp_path)
     assert all(torch.equal(stored[k], v) for k, v in encoder.state_dict().items())
     with pytest.raises(FeatInvError, match="standardises its features"):
         convert.main(["tiny_cnn_last", str(tmp_path / "tiny.ckpt"), "--to", "official"])
+    other = ConvEncoder(encoder.settings["channels"], encoder.settings["out_channels"], encoder.settings["width"])
+    other.settings["kind"] = "conv_at_map"  # the same tensors, used otherwise
+    save_inversion(tmp_path / "other.safetensors", replace(info, encoder=other.settings), tensors, other)
+    with pytest.raises(FeatInvError, match="conv_at_map"):
+        convert.main([str(tmp_path / "other.safetensors"), str(tmp_path / "tiny.ckpt"), "--to", "official"])
     assert not (tmp_path / "tiny.ckpt").exists()
 
 

@@ -15,7 +15,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
 from training import evaluate
 from training.evaluation import shards
-from training.evaluation.bench import Subject
+from training.inversion import Opened
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["training.evaluate"])
@@ -83,8 +83,8 @@ def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, m
     assert not (tmp_path / "results.json").exists()
     monkeypatch.setattr(shards, "write_verified", real)
     (damaged := next(written[-1].iterdir())).write_bytes(damaged.read_bytes()[:-1])
-    drawn, real_draw = [], Subject.draw
-    monkeypatch.setattr(Subject, "draw", lambda self, framed, *rest: drawn.append(len(framed)) or real_draw(self, framed, *rest))
+    drawn, real_draw = [], Opened.draw
+    monkeypatch.setattr(Opened, "draw", lambda self, features, *rest: drawn.append(0 if features is None else len(features)) or real_draw(self, features, *rest))
     evaluate.main([*SMALL, "--out", str(tmp_path)])
     assert sum(drawn) == 6  # of 8 reconstructions two shards were there, one of them damaged
     assert results(tmp_path) == results(whole)

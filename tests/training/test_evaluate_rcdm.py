@@ -1,8 +1,7 @@
-"""RCDM's published checkpoints: every tensor has its place, and the blocks compute what the published ones do."""
+"""RCDM's published checkpoints and the embedded world's: every tensor has its place, and the blocks compute what the published ones do."""
 
 import hashlib
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +9,15 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.files import read_about
+from featinv_nodes.tiny_world import model_file, open_backbone
 from tests.training.test_evaluate_suites import photographic as photographic
 from tests.training.test_evaluate_suites import run
 from tests.training.test_real_layout import stable_diffusion as stable_diffusion
-from training.evaluation.rcdm import HEADS, RCDM, load_rcdm, translate
+from training.evaluation.rcdm import HEADS, RCDM, load_rcdm, save_rcdm, translate
 from training.evaluation.suites import rcdm as suite
+from training.make_tiny_world import ship_rcdm
+from training.tiny.rcdm import IMAGES, INVERSION_COST, INVERSION_IMAGES, RESOLUTION, WIDTHS
 
 SMALL = (32, 32, 64, 96, 128)
 #: SHA-256 of the lines "NAME (SHAPE)" of the state dict that the published code (facebookresearch/RCDM) makes with the
@@ -107,13 +110,64 @@ def test_samples_depend_on_the_vector_and_the_noise():
     assert not torch.allclose(drawn[:1], model.sample(vectors[1:], noise[:1], 2), atol=0.1)
 
 
-def test_the_vectors_are_those_that_its_authors_train_on():
+def test_the_vectors_are_those_that_it_was_trained_on():
     backbone = untrained_backbone("resnet10t", 64)
-    framed = torch.rand(2, 3, 64, 64)
-    found = suite.BesideRCDM.vectors(SimpleNamespace(subject=SimpleNamespace(backbone=backbone)), framed)
-    with torch.inference_mode():
-        wanted = backbone.model.forward_features(framed * 2 - 1).mean((2, 3))
-    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-5)  # float32, scaled there and back
+    framed, model = torch.rand(2, 3, 64, 64), RCDM(512, SMALL, 32)
+    for mean, std in ((model.mean, model.std), (backbone.mean, backbone.std)):  # the published ones, and the backbone's own
+        model.mean, model.std = mean, std
+        normalised = (framed - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        with torch.inference_mode():
+            wanted = backbone.model.forward_features(normalised).mean((2, 3))
+        assert torch.allclose(model.vectors(backbone, framed), wanted, rtol=1e-3, atol=1e-5)  # float32, scaled there and back
+
+
+def test_published_checkpoints_take_pictures_from_minus_one_to_one():
+    assert RCDM.mean == RCDM.std == (0.5, 0.5, 0.5) and RCDM.source is None
+
+
+def small_world(file, seed=0):
+    """An untrained RCDM of the embedded world's size and features."""
+    torch.manual_seed(seed)
+    source = open_backbone("tiny-cnn").source("last", True)
+    model = RCDM(source.channels, WIDTHS, RESOLUTION)
+    save_rcdm(file, model, source, {"steps": 2, "images_seen": 0})
+    return model.eval()
+
+
+def test_its_own_file_holds_the_same_model(tmp_path):
+    model, loaded = small_world(tmp_path / "rcdm.safetensors"), load_rcdm(tmp_path / "rcdm.safetensors")
+    assert loaded.steps == 2 and loaded.source.backbone == "resnet10t.tiny_world" and loaded.mean == loaded.source.mean
+    for (name, wanted), found in zip(model.state_dict().items(), loaded.state_dict().values()):
+        assert torch.equal(wanted.half().float(), found), name
+    with pytest.raises(FeatInvError, match="no RCDM"):
+        load_rcdm(model_file("tiny_cnn_last"))
+
+
+def test_a_finished_checkpoint_is_shipped_without_training(tmp_path, capsys):
+    model = RCDM(128, WIDTHS, RESOLUTION)
+    average = {name: value + 1 for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    torch.save({"model": model.state_dict(), "average": average, "optimizer": optimizer, "seen": IMAGES}, tmp_path / "rcdm.pt")
+    ship_rcdm(tmp_path, "cpu", IMAGES, tmp_path / "rcdm.safetensors")
+    assert torch.equal(load_rcdm(tmp_path / "rcdm.safetensors").vector.bias, average["vector.bias"].half().float())
+    about = read_about(tmp_path / "rcdm.safetensors", "rcdm", "RCDM")
+    assert about["images_seen"] == IMAGES and tuple(about["widths"]) == WIDTHS and about["source"]["pooled"]
+    # as much compute as the model of pooled features had, to within a batch of each
+    assert about["gmac"] == pytest.approx(INVERSION_IMAGES * INVERSION_COST, rel=1e-3)
+
+
+def test_the_embedded_world_compares_without_arguments(tmp_path, monkeypatch):
+    small_world(tmp_path / "rcdm.safetensors")
+    monkeypatch.setattr(suite, "EMBEDDED", tmp_path / "rcdm.safetensors")
+    found, text = run(tmp_path, "rcdm", count=2)
+    for arm in ("floor", "RCDM", "tiny_cnn_pooled", "tiny_cnn_last", "ceiling"):
+        for name in ("cosine", "cosine_pooled", "top1_match", "top5_match"):
+            assert found[arm][name]["n"] == found[arm][f"native: {name}"]["n"] == 2
+    assert found["sampling"]["RCDM"]["steps"] == 2 and "32 pixels, RCDM's own" in text
+    # an untrained network's pictures are no reconstructions
+    assert found["RCDM"]["cosine"]["value"] < found["tiny_cnn_pooled"]["cosine"]["value"] < found["tiny_cnn_last"]["cosine"]["value"]
+    with pytest.raises(FeatInvError, match="give --rcdm FILE"):
+        run(tmp_path / "vit", "rcdm", "--model", "tiny_vit_last")
 
 
 def test_other_checkpoints_are_refused(tmp_path):
@@ -130,11 +184,9 @@ def test_the_suite_scores_both_at_both_resolutions(photographic, tmp_path, monke
     (tmp_path / "rcdm.pt").write_bytes(b"in its place")
     monkeypatch.setattr(suite, "load_rcdm", lambda file: model)
     found, text = run(tmp_path, "rcdm", *photographic, "--rcdm", str(tmp_path / "rcdm.pt"), "--rcdm-steps", "2", count=2)
-    for arm in ("RCDM", "reconstruction", "floor", "ceiling"):
+    for arm in ("RCDM", photographic[1], "floor", "ceiling"):
         assert found[arm]["cosine"]["n"] == found[arm]["native: cosine"]["n"] == 2
     assert found["RCDM"]["native: cosine"] != found["RCDM"]["cosine"] and "32 pixels, RCDM's own" in text
     assert json.loads((tmp_path / "rcdm" / "settings.json").read_text())["files"]["rcdm"]
     with pytest.raises(FeatInvError, match="512 channels of the last layer"):
         run(tmp_path / "other", "rcdm", "--rcdm", str(tmp_path / "rcdm.pt"))
-    with pytest.raises(FeatInvError, match="--rcdm FILE"):
-        run(tmp_path / "none", "rcdm")

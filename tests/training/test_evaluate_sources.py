@@ -86,3 +86,15 @@ def test_scenes_are_the_embedded_worlds_held_out_ones():
     source = open_source("tiny", 6)
     originals, failed = read(source, [1, 5])
     assert not failed and originals.numbers == [1, 5] and originals.pictures[0].shape == (3, 64, 64) and len(source.names) == 6
+
+
+def test_a_data_sets_labels_are_its_classes(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=[SHARK, TENCH, "dogs"])})
+    pictures, labels = [str(folder / synset / f"{k}.png") for synset in (SHARK, TENCH) for k in range(3)], [0, 0, 0, 1, 1, 2]
+    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).save_to_disk(str(tmp_path / "set"))
+    source = open_source(f"hf:{tmp_path / 'set'}", per_class=1)
+    assert source.classes == ["dogs", TENCH, SHARK]
+    assert source.labels[TENCH].startswith("tench") and "dogs" not in source.labels
+    assert [name[-3:] for name in source.names] == ["[5]", "[3]", "[0]"]
+    assert open_source(f"hf:{tmp_path / 'set'}", 3).classes == [SHARK, SHARK, TENCH]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 
 from featinv_nodes.core.backbones import untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
@@ -20,7 +21,9 @@ from tests.training.test_real_layout import PROMPT
 from tests.training.test_real_layout import stable_diffusion as stable_diffusion
 from training import evaluate
 from training.base_model import load_base
+from training.evaluation.bench import Bench, Choice
 from training.evaluation.judge import Judge
+from training.evaluation.sources import open_source
 from training.evaluation.suites import baseline
 from training.evaluation.suites.corruptions import CORRUPTIONS, SEEDED, corrupt, library
 from training.pipeline import Inversion
@@ -65,6 +68,8 @@ def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
     after = read_info(file)
     assert after.recommended == before.recommended | {"strength": 1.0, "guidance": 1.0} and after.source == before.source
     assert (load_scope(file) is None) == (scope is None)
+    again, _ = run(tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1")  # finds all records
+    assert again.keys() == found.keys() and again["floor"] == found["floor"]
     assert (tmp_path / "sweep" / "cosine.png").exists() and (tmp_path / "sweep" / "top1_match.png").exists()
 
 
@@ -132,13 +137,18 @@ def test_baseline_draws_each_class_by_its_name(photographic, tmp_path, monkeypat
     real = baseline.embeddings
     monkeypatch.setattr(baseline, "embeddings", lambda base, prompts: asked.append(prompts) or real(base, prompts))
     found, text = run(tmp_path, "baseline", *photographic, count=2)
-    start = "a high-quality, detailed, and professional image of a "
-    assert asked == [[start + "tench", start + "great white shark"]]
-    assert found["class name"]["top5_accuracy"]["n"] == found["class name"]["cosine"]["n"] == 2 and "superclass" in text
+    start, kind = "a high-quality, detailed, and professional image of a ", ", which is a kind of "
+    assert asked == [[f"{start}tench{kind}cyprinid", f"{start}great white shark{kind}mackerel shark"]]  # the first is the paper's example
+    assert found["class name"]["top5_accuracy"]["n"] == found["class name"]["cosine"]["n"] == 2 and "SUPERCLASS" in text
     for folder in (tmp_path / "val").iterdir():
         folder.rename(folder.with_name(f"dogs {folder.name[-1]}"))
     with pytest.raises(FeatInvError, match="needs ImageNet's layout"):
         run(tmp_path / "plain", "baseline", *photographic, count=2)
+
+
+def test_every_class_of_imagenet_has_a_superclass():
+    found = baseline.superclasses()
+    assert list(found) == ImageNetInfo().label_names() and all(found.values())
 
 
 def test_natural_adversarial_matches_among_200_classes(photographic, tmp_path, monkeypatch):
@@ -147,6 +157,12 @@ def test_natural_adversarial_matches_among_200_classes(photographic, tmp_path, m
     monkeypatch.setattr(Judge, "__init__", lambda self, backbone, compared, subset=None: asked.append(subset) or real(self, backbone, compared, subset))
     found, _ = run(tmp_path, "natural-adversarial", *photographic, count=2)
     assert len(asked[0]) == 200 and asked[0][:3] == [6, 11, 13] and found["reconstruction"]["top1_match"]["n"] == 2
+
+
+def test_a_model_and_its_judges_share_one_backbone():
+    bench = Bench(open_source("tiny", 1))
+    choice = Choice("tiny_cnn_last")
+    assert bench.open(choice).backbone is bench.backbone(choice)
 
 
 def test_without_the_corruptions_package_it_is_named(tmp_path, monkeypatch):

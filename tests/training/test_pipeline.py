@@ -12,8 +12,8 @@ from featinv_nodes.tiny_world import open_backbone
 from featinv_nodes.tiny_world.scenes import draw
 from training.base_model import load_base
 from training.config import DEFAULT, read_config
-from training.objective import cycle_distance, predicted_clean, training_loss
-from training.pipeline import Inversion, Sampling, noise, round_trip, sample
+from training.objective import cycle_distance, training_loss
+from training.pipeline import Inversion, Sampling, noise, predicted_clean, round_trip, sample
 
 PROMPT = "a drawing of the small world"
 

@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.weights import load_scope
 from featinv_nodes.tiny_world.scenes import draw
 from training import memory
 from training.config import CONFIGS, DEFAULT, read_config
@@ -75,6 +76,57 @@ def test_the_perceiver_encoder_trains_and_opens(tmp_path):
     opened = open_model(str(run(tmp_path, 16, encoder="perceiver")))
     assert opened.info.encoder["kind"] == "perceiver" and opened.info.encoder["tokens"] == [8, 8] and opened.info.encoder["queries"] == [8, 8]
     assert opened.draw(opened.features(draw(0, torch.arange(1)).image), opened.recommended(steps=1), opened.noise([0])).shape == (1, 3, 64, 64)
+
+
+def test_the_encoder_on_the_maps_own_grid_trains_and_opens(tmp_path):
+    """A 4 x 4 map of pictures of half the size, for latents of 8 x 8."""
+    opened = open_model(str(run(tmp_path, 16, encoder="conv_at_map", input_size="32")))
+    assert opened.info.encoder["kind"] == "conv_at_map" and opened.info.source.grid == (4, 4)
+    framed = opened.backbone.frame(draw(0, torch.arange(1)).image)
+    assert opened.draw(opened.features(framed), opened.recommended(steps=1), opened.noise([0])).shape == (1, 3, 64, 64)
+
+
+def test_cycle_consistency_counts_from_a_number_of_images_on(tmp_path):
+    """Before them the run is one without, bit by bit; stopped, it goes on exactly."""
+    often = {"save_every": "8", "keep": "9"}
+    staged = often | {"cycle": "2.0", "cycle_after": "16"}
+    straight, plain = load_file(run(tmp_path / "straight", 24, **staged)), load_file(run(tmp_path / "plain", 24, **often))
+    before = [torch.load(next((tmp_path / name).glob("checkpoint-000000000016-*")), weights_only=True)["average"] for name in ("straight", "plain")]
+    assert all(torch.equal(before[0][k], before[1][k]) for k in before[1])
+    assert any(not torch.equal(straight[k], plain[k]) for k in plain)
+    run(tmp_path / "stopped", 8, **staged)
+    resumed = load_file(run(tmp_path / "stopped", 24, **staged))
+    assert all(torch.equal(resumed[k], straight[k]) for k in straight)
+
+
+def test_cycle_consistency_that_does_not_count_yet_costs_nothing(tmp_path, monkeypatch):
+    def refused(*_):
+        raise AssertionError("the features of the predicted picture were computed")
+
+    monkeypatch.setattr("training.objective.cycle_distance", refused)
+    monkeypatch.setattr("training.train.floor_gmac", lambda *_: 1.0)
+    run(tmp_path, 16, cycle="2.0", cycle_after="16")
+    with pytest.raises(AssertionError, match="were computed"):
+        run(tmp_path, 24, cycle="2.0", cycle_after="16")
+
+
+def test_a_run_can_end_with_scope_statistics(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.fit_scope.DRAWN", 2)
+    file = run(tmp_path, 16, scope="200", recommended="{strength: 1.0, guidance: 1.0, negative: text, steps: 1}")
+    scope = load_scope(file)
+    assert scope.maps == 200 and "cycle" in scope.quantiles and open_model(str(file)).info.images_seen == 16
+
+
+def test_fields_that_do_not_go_together_are_refused():
+    wrong = {
+        "leave --graph": {"cycle_after": "8", "graph": "true"},
+        "give --cycle": {"cycle_after": "8", "cycle": "0"},
+        "at least 200": {"scope": "100"},
+        "--scope_data FOLDER": {"scope": "4000", "data": "photos"},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(FeatInvError, match=message):
+            read_config(DEFAULT, changes)
 
 
 def test_too_little_memory_is_said_before_and_during_training(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -12,7 +12,7 @@ from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.tiny_world import model_file, open_backbone
 
-from ..inversion import Opened, open_model
+from ..inversion import ATTEMPT, Opened, open_model
 from ..pipeline import Sampling, round_trip
 from .judge import Columns, Judge
 from .shards import Arm, Table
@@ -49,23 +49,25 @@ class Bench:
 
     def __post_init__(self) -> None:
         self._opened: tuple[Choice, Opened] | None = None
-        self._backbones: dict[str, Backbone] = {}
+        self._backbones: dict[tuple, Backbone] = {}
+        self._space: Backbone | None = None
 
     def open(self, choice: Choice) -> Opened:
         if self._opened is None or self._opened[0] != choice:
             self._opened = None  # let go before the next is read
-            self._opened = choice, open_model(choice.model, choice.base, choice.backbone_weights, choice.backbone, self.device)
+            opened = open_model(choice.model, choice.base, choice.backbone_weights, choice.backbone, self.device)
+            self._opened = choice, replace(opened, backbone=self.backbone(choice))  # the judges' own: in memory once
         return self._opened[1]
 
     def backbone(self, choice: Choice) -> Backbone:
         """A choice's backbone without its model."""
         source = self.info(choice).source
-        if source.backbone not in self._backbones:
+        key = choice.backbone or source.backbone, choice.backbone_weights, source.input_size
+        if key not in self._backbones:
             height, width = source.input_size
-            side = height if height == width else None
-            opened = open_backbone(choice.backbone or source.backbone, choice.backbone_weights, side).to(self.device)
-            self._backbones[source.backbone] = opened.to(memory_format=torch.channels_last)
-        return self._backbones[source.backbone]
+            opened = open_backbone(key[0], choice.backbone_weights, height if height == width else None)
+            self._backbones[key] = opened.to(self.device, memory_format=torch.channels_last)
+        return self._backbones[key]
 
     @staticmethod
     def info(choice: Choice) -> InversionInfo:
@@ -73,13 +75,13 @@ class Bench:
 
     def sampling(self, choice: Choice, **changes) -> Sampling:
         """The weights file's own settings with the run's changes, and these."""
-        return Sampling(**(self.info(choice).recommended | {k: v for k, v in (self.changes | changes).items() if v is not None}))
+        return Sampling.chosen(self.info(choice).recommended, self.changes | changes)
 
     def spaces(self, choice: Choice) -> list[Space]:
         """The named feature space, or the choice's own backbone; and Inception's where its file is given."""
-        if self.space and "space" not in self._backbones:
-            self._backbones["space"] = open_backbone(self.space, self.space_weights).to(self.device)
-        own = self._backbones["space"] if self.space else self.backbone(choice)
+        if self.space and self._space is None:
+            self._space = open_backbone(self.space, self.space_weights).to(self.device)
+        own = self._space or self.backbone(choice)
         return [TimmSpace(own), *([self._inception] if self.inception else [])]
 
     @cached_property
@@ -133,24 +135,33 @@ class Subject:
     def reconstruction(self, how: Sampling) -> Arm:
         def arm(originals: Originals) -> Columns:
             framed = originals.framed(self.backbone)
-            return self.measure(framed, self.draw(framed, how, self.start(originals)), originals.single)
+            opened = self.bench.open(self.choice)
+
+            def start_of(attempt: int) -> Tensor:
+                return opened.noise([n + self.bench.seed + ATTEMPT * attempt for n in originals.numbers])
+
+            drawn, _ = opened.best(opened.features(framed), how, start_of, len(originals.numbers))
+            return self.measure(framed, drawn, originals.single)
 
         return arm
 
-    def floor(self, originals: Originals) -> Columns:
+    def floor(self, how: Sampling) -> Arm:
         """What the base model draws without features, from the same noise."""
-        opened = self.bench.open(self.choice)
-        pictures = opened.draw(None, self.bench.sampling(self.choice), self.start(originals), len(originals.numbers))
-        return self.measure(originals.framed(self.backbone), pictures, originals.single)
+
+        def arm(originals: Originals) -> Columns:
+            pictures = self.bench.open(self.choice).draw(None, how, self.start(originals), len(originals.numbers))
+            return self.measure(originals.framed(self.backbone), pictures, originals.single)
+
+        return arm
 
     def ceiling(self, originals: Originals) -> Columns:
         """The autoencoder's round trip of the originals."""
         framed = originals.framed(self.backbone)
         return self.measure(framed, round_trip(self.bench.open(self.choice).base, framed.to(self.bench.device)).cpu(), originals.single)
 
-    def bounds(self) -> dict[str, Arm]:
-        """The arms that every report carries beside its own."""
-        return {FLOOR: self.floor, CEILING: self.ceiling}
+    def bounds(self, how: Sampling) -> dict[str, Arm]:
+        """The arms that every report carries beside its own. how: the floor's sampling."""
+        return {FLOOR: self.floor(how), CEILING: self.ceiling}
 
 
 def own_judge(bench: Bench, choice: Choice, subset: list[int] | None = None) -> Judge:
@@ -159,4 +170,3 @@ def own_judge(bench: Bench, choice: Choice, subset: list[int] | None = None) -> 
     source = bench.info(choice).source
     compared = {"cosine": (source.layer, source.pooled)} | ({"cosine_unpooled": (source.layer, False)} if source.pooled else {})
     return Judge(bench.backbone(choice), compared, subset)
-

@@ -1,11 +1,14 @@
 """RCDM (Bordes et al. 2022): a diffusion model in pixel space, conditioned on a pooled feature vector.
 
 Its published checkpoints hold the UNet of Dhariwal and Nichol (2021) in that code's names, and one linear layer that adds
-the vector to the timestep's embedding. Here it is diffusers' UNet of the same architecture, under diffusers' names.
+the vector to the timestep's embedding. Here it is diffusers' UNet of the same architecture, under diffusers' names. The
+embedded world's small one (training/tiny/rcdm.py) is a safetensors file in these names, with a JSON text under the key
+"rcdm": {"widths", "resolution", "source", "steps", "images_seen", "gmac_per_picture", "gmac"}.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -14,11 +17,17 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import read_pickle
+from featinv_nodes.core.backbones import LAST, Backbone
+from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
+from featinv_nodes.core.files import read_about, read_pickle, read_tensors, write_safetensors
+
+#: the embedded world's, of the CNN's pooled last layer
+EMBEDDED = Path(__file__).parent / "tiny_rcdm.safetensors"
 
 #: the published models: 128 pixels, attention at 32, 16 and 8; widths by level
 WIDTHS, LAYERS, HEADS, ATTENDING, RESOLUTION = (256, 256, 512, 768, 1024), 2, 4, (2, 3, 4), 128
+#: diffusers' words for the noise that it was trained with
+SCHEDULE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "trailing", "clip_sample": True}
 RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
@@ -30,7 +39,18 @@ ENDS = {
 
 
 class RCDM(nn.Module):
-    """The noise predictor; see load_rcdm. channels: length of the vectors. widths, resolution: where not the published ones."""
+    """The noise predictor; see load_rcdm.
+
+    channels: length of the vectors. widths, resolution: where not the published ones. mean, std: what pictures were
+    normalised with for the vectors that it was trained on; the published ones with -1..1, whatever the backbone's own.
+    source: the features that it inverts, None where its file does not say. steps: of DDIM, where nobody says; 100 in the
+    published code.
+    """
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    source: FeatureSource | None = None
+    steps: int = 100
 
     def __init__(self, channels: int = 2048, widths: tuple[int, ...] = WIDTHS, resolution: int = RESOLUTION) -> None:
         super().__init__()
@@ -46,7 +66,7 @@ class RCDM(nn.Module):
             if isinstance(module, Attention):  # as many heads at every level, whatever its width
                 module.heads = HEADS
         self.vector = nn.Linear(channels, 4 * widths[0])
-        self.resolution = resolution
+        self.widths, self.resolution = tuple(widths), resolution
 
     @property
     def channels(self) -> int:
@@ -58,9 +78,15 @@ class RCDM(nn.Module):
         return self.unet(x, t, self.vector(vectors)).sample[:, :3]
 
     @torch.inference_mode()
+    def vectors(self, backbone: Backbone, framed: Tensor) -> Tensor:
+        """[B, C] what it is conditioned on: the backbone's averaged last map of framed pictures in 0..1."""
+        own, used = ([torch.tensor(v)[:, None, None] for v in (m.mean, m.std)] for m in (backbone, self))
+        return backbone.values((framed.cpu() - used[0]) / used[1] * own[1] + own[0], LAST, True).flatten(1)
+
+    @torch.inference_mode()
     def sample(self, vectors: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Pictures [B, 3, H, W] in 0..1 by DDIM (eta 0), the linear schedule that the model was trained with."""
-        scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="trailing", clip_sample=True)
+        scheduler = DDIMScheduler(**SCHEDULE)
         scheduler.set_timesteps(steps)
         device = self.vector.weight.device
         x, vectors = noise.to(device), vectors.to(device)
@@ -114,9 +140,34 @@ def translate(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     return found
 
 
+def save_rcdm(file: str | Path, model: RCDM, source: FeatureSource, about: dict) -> None:
+    """Writes this project's own layout in fp16. about: the steps, and how it was trained; see the module."""
+    tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
+    about = {"widths": model.widths, "resolution": model.resolution, "source": source.to_dict()} | about
+    write_safetensors(file, tensors, {"rcdm": json.dumps(about)})
+
+
 def load_rcdm(file: str | Path) -> RCDM:
-    """A published checkpoint, opened without running code from it. Raises FeatInvError for a file that is missing, damaged,
-    or another architecture's."""
+    """A published checkpoint, opened without running code from it, or a .safetensors file of this project. Raises
+    FeatInvError for a file that is missing, damaged, or another architecture's."""
+    return (load_own(file) if Path(file).suffix == ".safetensors" else load_published(file)).eval().requires_grad_(False)
+
+
+def load_own(file: str | Path) -> RCDM:
+    """A file that save_rcdm wrote."""
+    about = read_about(file, "rcdm", "RCDM")
+    source = FeatureSource.from_dict(about["source"])
+    model = RCDM(source.channels, tuple(about["widths"]), about["resolution"])
+    try:
+        model.load_state_dict({name: value.float() for name, value in read_tensors(file).items()})
+    except RuntimeError as error:
+        raise FeatInvError(f"{file}: RCDM's tensors do not fit the widths {about['widths']}: {str(error)[:300]}") from error
+    model.source, model.mean, model.std, model.steps = source, source.mean, source.std, about["steps"]
+    return model
+
+
+def load_published(file: str | Path) -> RCDM:
+    """A checkpoint in the layout of RCDM's own code."""
     if not Path(file).is_file():
         raise FeatInvError(f"RCDM checkpoint {file} does not exist; its authors publish rcdm_ema_supervised.pt for ResNet50")
     state = read_pickle(Path(file))
@@ -128,4 +179,4 @@ def load_rcdm(file: str | Path) -> RCDM:
         model.load_state_dict(translate({key: value.float() for key, value in state.items()}, len(WIDTHS)))
     except (RuntimeError, KeyError, TypeError) as error:
         raise FeatInvError(f"{file} is not of RCDM's published architecture (128 pixels, widths {WIDTHS}): {str(error)[:300]}") from error
-    return model.eval().requires_grad_(False)
+    return model

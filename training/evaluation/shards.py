@@ -55,6 +55,14 @@ def room(folder: Path) -> Iterator[None]:
         raise FeatInvError(f"cannot write to {folder}: {error}. What is done is kept; make room, and the same command goes on") from error
 
 
+def _leaves(values: dict, prefix: str = "") -> dict:
+    """Nested settings as one level, names joined by dots."""
+    found = {}
+    for name, value in values.items():
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 class Store:
     """The folder of an evaluation's records."""
 
@@ -65,9 +73,9 @@ class Store:
         """Notes what decides the figures. Raises FeatInvError if the folder holds the records of another evaluation."""
         file, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
         if file.is_file():
-            known = json.loads(file.read_text())
-            keys = [key for key in sorted(known.keys() | settings.keys()) if known.get(key) != settings.get(key)]
-            differing = [f"{key}: {known.get(key)!r} there, {settings.get(key)!r} now" for key in keys]
+            known, settings_now = _leaves(json.loads(file.read_text())), _leaves(settings)
+            keys = [key for key in sorted(known.keys() | settings_now.keys()) if known.get(key) != settings_now.get(key)]
+            differing = [f"{key}: {known.get(key)!r} there, {settings_now.get(key)!r} now" for key in keys]
             if differing:
                 raise FeatInvError(f"{self.folder} holds the records of another evaluation ({'; '.join(differing)[:600]}); give another --out, or delete it")
         with room(self.folder):

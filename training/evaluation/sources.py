@@ -23,7 +23,7 @@ from featinv_nodes.core.images import LARGEST, SMALLEST
 from featinv_nodes.tiny_world.scenes import draw
 
 from ..data import Unreadable
-from ..listing import HUGGING_FACE, Listing, Part, TarShards, fingerprint, open_listing
+from ..listing import HUGGING_FACE, Listing, TarShards, fingerprint, open_listing
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -31,7 +31,7 @@ SYNSET = re.compile(r"n\d{8}")
 class Source(Protocol):
     """Pictures in a fixed order.
 
-    names: one per picture. classes: the class folder of each, None where there is none. labels: class folder -> words.
+    names: one per picture. classes: the class folder of each, or a data set's label, None where there is none. labels: class folder -> words.
     notes: what a report should say of the source. fingerprint: the same for the same pictures in the same order.
     """
 
@@ -108,7 +108,7 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
 
     data: "tiny", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set on disk.
     count: as many, evenly spread over the names (of the embedded world the first ones); None for all. per_class: the
-    first as many by name of each class folder, class by class. Raises FeatInvError where there are none, or fewer.
+    first as many by name of each class folder or label, class by class. Raises FeatInvError where there are none, or fewer.
     """
     if data == "tiny":
         if per_class is not None:
@@ -116,15 +116,18 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
         return Scenes(count or 500)
     file = Path(data)
     listing: Listing = TarShards([file]) if file.suffix == ".tar" and file.is_file() else open_listing(data, None)
-    shards, has_folders = isinstance(listing, TarShards), not data.startswith(HUGGING_FACE)
-    if count is not None and count > len(listing.names):
-        raise FeatInvError(f"{data} holds {len(listing.names)} images; asked for {count}. Give a folder with more, or a smaller --count")
+    shards, count_all = isinstance(listing, TarShards), len(listing.names)
+    if data.startswith(HUGGING_FACE):
+        classes = getattr(listing, "classes", None) or [None] * count_all  # a data set's own labels
+    else:
+        classes = [class_folder(name, shards) for name in listing.names]
+    if count is not None and count > count_all:
+        raise FeatInvError(f"{data} holds {count_all} images; asked for {count}. Give a folder with more, or a smaller --count")
     if per_class is not None:
-        folders = [class_folder(name, shards) if has_folders else None for name in listing.names]
-        listing = Chosen(listing, first_of_each(data, listing.names, folders, per_class))
-    elif count is not None:
-        listing = Part(listing, count)
-    return Pictures(listing, [class_folder(name, shards) if has_folders else None for name in listing.names])
+        places = first_of_each(data, listing.names, classes, per_class)
+    else:
+        places = [k * count_all // (count or count_all) for k in range(count or count_all)]
+    return Pictures(Chosen(listing, places), [classes[place] for place in places])
 
 
 def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None], count: int) -> list[int]:
@@ -134,7 +137,7 @@ def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None]
         if classes[place]:
             places.setdefault(classes[place], []).append(place)
     if not places:
-        raise FeatInvError(f"--per-class {count}: {data} has no class folders; use --count")
+        raise FeatInvError(f"--per-class {count}: {data} has no class folders or labels; use --count")
     few = [f"{name} ({len(found)})" for name, found in sorted(places.items()) if len(found) < count]
     if few or count < 1:
         more = f" and {len(few) - 8} more" if len(few) > 8 else ""

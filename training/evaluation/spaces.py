@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
@@ -30,6 +31,16 @@ class TimmSpace:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         return self._backbone.extract(self._backbone.frame(pictures, "stretch"), pooled=True).values.flatten(1).cpu()
+
+
+class Scaled:
+    """Another space, of pictures scaled whole to `side` pixels first."""
+
+    def __init__(self, space: Space, side: int) -> None:
+        self.name, self._space, self._side = f"{space.name}, at {side} pixels", space, (side, side)
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return self._space(pictures if pictures.shape[2:] == self._side else F.interpolate(pictures, self._side, mode="bilinear", antialias=True))
 
 
 class Inception:

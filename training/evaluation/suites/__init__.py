@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .baseline import Baseline
 from .corruptions import Corruptions
+from .cost import Cost
+from .guidances import Guidances
 from .mixing import Mixing
 from .models import CrossModel, Layers
 from .quality import NaturalAdversarial, OutOfDistribution, Quality
@@ -13,5 +15,5 @@ from .variability import Variability
 
 SUITES = {
     suite.name: suite
-    for suite in (Quality, Layers, CrossModel, Sweep, Variability, Mixing, Baseline, Corruptions, NaturalAdversarial, OutOfDistribution, BesideRCDM)
+    for suite in (Quality, Layers, CrossModel, Sweep, Variability, Mixing, Baseline, Corruptions, NaturalAdversarial, OutOfDistribution, BesideRCDM, Guidances, Cost)
 }

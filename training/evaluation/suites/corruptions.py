@@ -63,7 +63,8 @@ class Corruptions(Suite):
         return arm
 
     def arms(self) -> dict[str, Arm]:
-        return {CLEAN: self.subject.reconstruction(self.sampling[CLEAN]), **{kind: self.corrupted(kind) for kind in self.kinds}, **self.subject.bounds()}
+        clean = {CLEAN: self.subject.reconstruction(self.sampling[CLEAN])}
+        return clean | {kind: self.corrupted(kind) for kind in self.kinds} | self.subject.bounds(self.sampling[FLOOR])
 
     def report(self, tables: dict[str, Table]) -> Report:
         arms = [FLOOR, CLEAN, *self.kinds, CEILING]

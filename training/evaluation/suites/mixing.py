@@ -81,7 +81,7 @@ class Mixing(Suite):
 
     def arms(self) -> dict[str, Arm]:
         found: dict[str, Arm] = {name: self.interpolated(weight) for name, weight in self.weights.items()}
-        return found | ({} if self.pooled else {COMPOSED: self.composed}) | self.subject.bounds()
+        return found | ({} if self.pooled else {COMPOSED: self.composed}) | self.subject.bounds(self.sampling[FLOOR])
 
     def report(self, tables: dict[str, Table]) -> Report:
         arms = [arm for arm in tables if arm != ORIGINAL]

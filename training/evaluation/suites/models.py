@@ -22,28 +22,36 @@ class Several(Suite):
 
     count = 200
     default: tuple[str, ...]
+    fewest = 2
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
         super().__init__(bench, args)
-        self.models = dict(zip(args.models or self.default, several(args, self.default)))
-        if len(self.models) < 2:
+        self.models = self.chosen()
+        if len(self.models) < self.fewest:
             raise FeatInvError(f"suite {self.name} compares models; give two or more to --models")
         self.spaces = bench.spaces(next(iter(self.models.values())))
         for name, choice in self.models.items():
             self.subjects[f"{ORIGINAL} {name}"] = Subject(bench, choice, self.judges(choice), self.spaces)
             self.sampling[name] = bench.sampling(choice)
         self.first = next(iter(self.subjects.values()))
+        self.sampling[FLOOR] = bench.sampling(self.first.choice)
+
+    def chosen(self) -> dict[str, Choice]:
+        """Arm -> model."""
+        return dict(zip(self.args.models or self.default, several(self.args, self.default)))
 
     def judges(self, choice: Choice) -> dict[str, Judge]:
         raise NotImplementedError
 
     def arms(self) -> dict[str, Arm]:
         own = {name: self.subjects[f"{ORIGINAL} {name}"].reconstruction(self.sampling[name]) for name in self.models}
-        return own | self.first.bounds()
+        return own | self.first.bounds(self.sampling[FLOOR])
 
     def figures(self, tables: dict[str, Table]) -> dict[str, Figures]:
+        """All arms' figures; those of no model compare with the first one's originals."""
         first = next(iter(self.models))
-        return {arm: figures_of(tables[arm], tables[f"{ORIGINAL} {arm if arm in self.models else first}"]) for arm in (*self.models, FLOOR, CEILING)}
+        arms = [arm for arm in tables if arm not in self.subjects]
+        return {arm: figures_of(tables[arm], tables[f"{ORIGINAL} {arm if arm in self.models else first}"]) for arm in arms}
 
     def panel(self, tables: dict[str, Table], scored: str) -> dict:
         arms = [f"{ORIGINAL} {next(iter(self.models))}", *self.models, CEILING, FLOOR]

@@ -31,7 +31,7 @@ class Quality(Suite):
         return None
 
     def arms(self) -> dict[str, Arm]:
-        return {RECONSTRUCTION: self.subject.reconstruction(self.sampling[RECONSTRUCTION]), **self.subject.bounds()}
+        return {RECONSTRUCTION: self.subject.reconstruction(self.sampling[RECONSTRUCTION]), **self.subject.bounds(self.sampling[FLOOR])}
 
     def report(self, tables: dict[str, Table]) -> Report:
         columns = [FLOOR, RECONSTRUCTION, CEILING]

@@ -31,7 +31,7 @@ class Sweep(Suite):
         self.subject = self.one_subject()
         self.settings_of = {f"strength={s:g}, guidance={g:g}": (s, g) for s, g in product(sorted(set(args.strengths)), sorted(set(args.guidances)))}
         self.sampling = {arm: bench.sampling(self.choice, strength=s, guidance=g) for arm, (s, g) in self.settings_of.items()}
-        self.sampling[FLOOR] = bench.sampling(self.choice)
+        self.sampling[FLOOR] = bench.sampling(self.choice, strength=1.0, guidance=1.0)  # whatever the file recommends, before and after
         self.score = "cosine_unpooled" if bench.info(self.choice).source.pooled else "cosine"
         if args.write_back and not Path(args.model).is_file():
             raise FeatInvError(f"--write-back changes the model's file; {args.model} is a shipped model, copy its file and name the copy")
@@ -43,7 +43,8 @@ class Sweep(Suite):
         parser.add_argument("--write-back", action="store_true", help="make the setting of the highest cosine the file's recommended one")
 
     def arms(self) -> dict[str, Arm]:
-        return {arm: self.subject.reconstruction(self.sampling[arm]) for arm in self.settings_of} | self.subject.bounds()
+        own = {arm: self.subject.reconstruction(self.sampling[arm]) for arm in self.settings_of}
+        return own | self.subject.bounds(self.sampling[FLOOR])
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.settings_of, FLOOR, CEILING)}
@@ -66,10 +67,11 @@ class Sweep(Suite):
         return Report(self.title(), figures, [grid], lines, {"best": dict(zip(("strength", "guidance"), self.settings_of[best]))}, panels)
 
 
-def recommend(file: Path, strength: float, guidance: float) -> None:
-    """Writes a weights file again with other recommended settings and everything else as it was, whole or not at all."""
+def recommend(file: Path, strength: float | None = None, guidance: float | None = None, **settings) -> None:
+    """Writes a weights file again with other recommended settings and everything else as it was, whole or not at all.
+    None leaves strength or guidance alone; settings: further fields of Sampling."""
     read_info(file)  # refuses what is no weights file
     metadata = read_metadata(file)
     about = json.loads(metadata["featinv"])
-    about["recommended"] |= {"strength": strength, "guidance": guidance}
+    about["recommended"] |= {k: v for k, v in (("strength", strength), ("guidance", guidance)) if v is not None} | settings
     write_safetensors(file, read_tensors(file), metadata | {"featinv": json.dumps(about)})

@@ -1,0 +1,67 @@
+"""Guidance by the gradient of the features in the host's sampling: the clean latents moved after each step's prediction."""
+
+from __future__ import annotations
+
+import comfy.model_management as management
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..core.feature_map import FeatInvError, FeatureMap
+from ..core.guidance import leave_inference, toward_features
+from .models import ManagedBackbone
+
+KEY = "featinv_guidance"
+GRAPH = 4  # memory of a decoding whose gradient is taken, in units of one without: SD's decoder keeps 2.6 for the way back
+
+
+def guided(model: ModelPatcher, vae: comfy.sd.VAE, backbone: ManagedBackbone, wanted: FeatureMap, step: float, last: float) -> ModelPatcher:
+    """A clone of the model whose predicted clean latents move towards `wanted`, by `step` of their own length at each of
+    the last steps; last: which share of all. Whatever guider draws with it, what it has guided is moved.
+
+    One map serves any batch, fewer maps than latents are repeated in turn. The autoencoder and the backbone are loaded
+    with the model, so that none pushes another out between steps. Raises FeatInvError if the map is not the backbone's
+    or the autoencoder not the model's.
+    """
+    wanted.source.require(backbone.backbone.source(wanted.source.layer, wanted.source.pooled), "the feature map", "the backbone")
+    channels = model.model.latent_format.latent_channels
+    if vae.latent_channels != channels:
+        raise FeatInvError(f"the autoencoder has {vae.latent_channels} latent channels, the model {channels}; connect the VAE that belongs to the model")
+    decoder = whole(vae.patcher)
+
+    def predict(executor, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None) -> Tensor:  # noqa: ANN001
+        clean = executor(x, sigma, model_options, seed)
+        if not among_last(sigma, model_options["transformer_options"]["sample_sigmas"], last):
+            return clean
+        unscaled = executor.class_obj.inner_model.process_latent_out
+        leave_inference(decoder.model)
+
+        def picture_of(latents: Tensor) -> Tensor:
+            return vae.process_output(decoder.model.decode(unscaled(latents).to(vae.vae_dtype)).float())
+
+        maps = wanted.in_turn(len(clean))
+        need = GRAPH * vae.memory_used_decode((1, *clean.shape[1:]), vae.vae_dtype)
+        rows = max(1, int(management.get_free_memory(clean.device) / need))
+        parts = range(0, len(clean), rows)
+        return torch.cat([toward_features(clean[i : i + rows], picture_of, backbone.backbone, maps.select(slice(i, i + rows)), step) for i in parts])
+
+    found = model.clone()
+    found.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)
+    found.set_additional_models(KEY, [*found.get_additional_models_with_key(KEY), decoder, backbone.patcher])
+    return found
+
+
+def whole(patcher: ModelPatcher) -> ModelPatcher:
+    """The patcher, or where the host would load its weights piece by piece as they are used, one that loads them all:
+    such pieces know no gradients."""
+    dynamic = getattr(patcher, "is_dynamic", None)  # hosts before 0.30 have none
+    return patcher.get_non_dynamic_delegate() if dynamic and dynamic() else patcher
+
+
+def among_last(sigma: Tensor, sigmas: Tensor, share: float) -> bool:
+    """Whether a noise level belongs to the last `share` of a schedule [steps + 1], which falls to zero."""
+    steps = len(sigmas) - 1
+    number = int((sigmas[:-1] > sigma.max() * (1 + 1e-4)).sum())  # levels between two steps count to the later one
+    return number >= round((1 - share) * steps)

@@ -1,0 +1,69 @@
+"""Nodes that make pictures more like their feature map: guidance by gradient, and the best of many."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .types import CATEGORY, Backbone, Features, channels_first, channels_last
+
+
+class FeatureGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_FeatureGuidance",
+            display_name="Feature Guidance",
+            category=CATEGORY,
+            description="Makes the sampler look: in the last steps the picture so far is decoded, the backbone reads it, and the latents move towards the feature map asked for. Slower, and more faithful.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, on its way to the sampler."),
+                io.Vae.Input("vae", tooltip="The model's autoencoder."),
+                Backbone.Input("backbone", tooltip="The backbone that made the features."),
+                Features.Input("features", tooltip="The feature map to move towards, the same as FeatInv ControlNet's. One map serves all latents; fewer maps than latents are repeated in turn, of more the first are used."),
+                io.Float.Input("step", default=0.05, min=0.0, max=1.0, step=0.01, tooltip="How far the latents move at each step, as a share of their own length. 0 leaves the sampler alone."),
+                io.Float.Input("last", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="The share of the steps, counted from the end, in which they move."),
+            ],
+            outputs=[io.Model.Output("guided", display_name="model", tooltip="For the sampler.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, vae, backbone, features, step, last) -> io.NodeOutput:  # noqa: ANN001
+        from ..host.guidance import guided
+
+        return io.NodeOutput(guided(model, vae, backbone, features, step, last) if step and last else model)
+
+
+class KeepMostSimilar(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_KeepMostSimilar",
+            display_name="Keep Most Similar",
+            category=CATEGORY,
+            description="The best of many: the backbone reads the pictures, and those whose feature maps are most like the one asked for are kept.",
+            inputs=[
+                io.Image.Input("image", tooltip="What was drawn of the features, a batch from different noise."),
+                Features.Input("features", tooltip="The feature map asked for; of several, each is compared with its own pictures, in turn as FeatInv ControlNet gives them to the latents."),
+                Backbone.Input("backbone", tooltip="The backbone that made them."),
+                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many pictures to keep of each feature map."),
+            ],
+            outputs=[
+                io.Image.Output("kept", display_name="image", tooltip="The pictures kept, the best first; those of the first map before those of the second."),
+                io.String.Output("cosines", display_name="cosines", tooltip="A line per picture kept: its number in the batch, from 0, and its cosine similarity; then the range of all. Connect Preview Any."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, image, features, backbone, keep) -> io.NodeOutput:  # noqa: ANN001
+        from ..core.metrics import best_rows, cosine
+
+        pictures, source = channels_first(image).cpu(), features.source
+        seen = backbone.extract(backbone.backbone.frame(pictures, "stretch"), source.layer, source.pooled)
+        scores = cosine(features.in_turn(len(pictures)), seen)
+        rows = best_rows(scores, len(features), keep).tolist()
+        lines = [f"number {row}: cosine {scores[row]:.3f}" for row in rows]
+        lines.append(f"all {len(scores)}: {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
+        return io.NodeOutput(channels_last(pictures[rows]), "\n".join(lines))
+
+
+NODES = [FeatureGuidance, KeepMostSimilar]

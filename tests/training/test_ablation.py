@@ -1,0 +1,92 @@
+"""The ablation's rows build on one another, and the program trains, measures and reports them, once."""
+
+import json
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from featinv_nodes.core.feature_map import FeatInvError
+from training import ablation, ablation_rows
+from training.ablation_rows import PAPER_SAMPLING, RECOMMENDED, all_rows, chain, chosen_rows, config_of, sampling_of, weights_of
+from training.evaluation.metrics import RESAMPLES
+
+ROWS = ["paper_1e-5", "null_3", "steps_10"]
+
+
+def test_each_row_is_one_change_from_the_row_it_builds_on():
+    rows = all_rows(1000)
+    for name, row in rows.items():
+        assert name == row.name and row.change and (row.base is None or list(rows).index(row.base) < list(rows).index(name))
+        assert bool(row.config) != bool(row.sampling)
+        made = [vars(config_of(rows, weights_of(rows, other), 1000)) for other in chain(rows, row)[-2:]]
+        changed = {field for field in made[0] if made[0][field] != made[-1][field]}
+        assert changed == (set(row.config) if row.base else set()), name
+    paper = config_of(rows, rows["paper_1e-5"], 1000)
+    assert (paper.batch, paper.rate, paper.dropout, paper.schedule, paper.warmup, paper.ema, paper.cycle, paper.standardise) == (8, 1e-5, 0.15, "constant", 0, 0, 0, False)
+    assert all(vars(sampling_of(rows, row)).items() >= PAPER_SAMPLING.items() for row in rows.values() if row.config)
+    assert config_of(rows, rows["cycle_late"], 1000).cycle_after == 500
+    assert weights_of(rows, rows[RECOMMENDED]).name == "batch_16" and sampling_of(rows, rows[RECOMMENDED]).negative == "features"
+    assert [row.name for row in chosen_rows(rows, ["ema", "batch"])] == ["batch", "ema"]
+    with pytest.raises(FeatInvError, match="--rows nothing: expected some of paper_1e-5"):
+        chosen_rows(rows, ["nothing"])
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Uncompiled, two steps of sampling, and a page of its own."""
+    monkeypatch.setitem(ablation_rows.SHARED, "compile", "false")
+    monkeypatch.setitem(PAPER_SAMPLING, "steps", 2)
+    monkeypatch.setattr(ablation, "PAGE", tmp_path / "page.md")
+    monkeypatch.setitem(RESAMPLES, 512, 2)
+    (tmp_path / "page.md").write_text("before\n\n<!-- ablation: begin -->\nold\n<!-- ablation: end -->\n\nafter\n")
+    out = tmp_path / "out"
+    yield out, ["--images", "64", "--count", "9", "--out", str(out)]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
+    out, arguments = quick
+    ablation.main([*arguments, "--rows", *ROWS])
+    found = json.loads((out / "results.json").read_text())
+    assert {"floor", "ceiling", *ROWS} <= found.keys() and sorted(found["rows"]) == sorted(ROWS)
+    measures = {"cosine", "cosine_centred", "top1_match", "witness: cosine", "witness: top1_match"}
+    kids = {"kid (resnet10t.tiny_world, pooled)", "kid (vit_tiny_patch16_224.tiny_world, pooled)"}
+    assert all(found[row].keys() >= measures | kids and found[row]["cosine"]["n"] == 9 for row in ROWS)
+    low, mid, high = (found[arm]["cosine"]["value"] for arm in ("floor", "steps_10", "ceiling"))
+    assert found["rows"]["steps_10"]["gap_closed"] == pytest.approx((mid - low) / (high - low))
+    assert found["rows"]["steps_10"]["gain"]["value"] == pytest.approx(mid - found["null_3"]["cosine"]["value"])
+    assert found["rows"]["null_3"]["gain"] is None  # the row that it builds on was not asked for
+    apart = [1 - found[row]["cosine"]["value"] for row in ("paper_1e-5", "steps_10")]
+    assert found["result"]["distance_ratio"]["value"] == pytest.approx(apart[0] / apart[1]) and found["rows"]["steps_10"]["evaluations"] == 20
+    gmac = found["result"]["gmac"]
+    assert gmac == [found["rows"][row]["gmac"] for row in ("paper_1e-5", "steps_10")] and 3 < gmac[1] / gmac[0] < 5  # five times the steps, and decoding
+    assert Image.open(out / "panel.png").width > 6 * 144  # original, floor, three rows, ceiling
+
+    monkeypatch.setattr(ablation, "train", None)
+    monkeypatch.setattr(ablation, "reconstruction", lambda *_: None)
+    ablation.main([*arguments, "--rows", *ROWS, "--page"])  # nothing is done twice
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| steps_10 |" in text and "](page.png)" in text and (tmp_path / "page.png").is_file()
+    ablation.main([*arguments, "--rows", *ROWS, "--page"])
+    assert (tmp_path / "page.md").read_text() == text
+    with pytest.raises(FeatInvError, match=r"another run \(max_images: 64 there, 128 now"):
+        ablation.main([*arguments, "--rows", *ROWS, "--images", "128"])
+
+
+def test_a_finished_run_of_before_a_field_existed_is_taken_as_it_is(quick, monkeypatch):
+    out, arguments = quick
+    rows = all_rows(64)
+    config = config_of(rows, rows["paper_1e-5"], 64)
+    folder = out / "paper_1e-5"
+    file = ablation.trained(config, folder)
+    known = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in known.items() if k not in ("scope", "scope_data", "cycle_after")}))
+    before = file.read_bytes()
+    monkeypatch.setattr(ablation, "train", None)
+    assert ablation.trained(config, folder) == file and file.read_bytes() == before
+    (folder / "config.yaml").write_text(yaml.safe_dump(known | {"rate": 0.5}))
+    with pytest.raises(FeatInvError, match="rate: 0.5 there, 1e-05 now"):
+        ablation.trained(config, folder)

@@ -1,0 +1,192 @@
+"""Sampling beyond the paper: two guidances apart, solvers, guidance by the gradient, best of N."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.tiny_world.scenes import draw
+from training import reconstruct
+from training.cli import model_parser, open_from
+from training.evaluation.suites.cost import choose
+from training.inversion import ATTEMPT, open_model
+from training.pipeline import SOLVERS, Sampling, predicted_clean, prediction_of, sample, solver_of
+
+APART = Sampling(steps=4, guidance=3.0, negative="features", text_guidance=1.5)
+
+
+@pytest.fixture(scope="module")
+def opened():
+    return open_model("tiny_cnn_last")
+
+
+@pytest.fixture(scope="module")
+def features(opened):
+    return opened.features(opened.backbone.frame(draw(0, torch.arange(2), "held-out").image))
+
+
+def latents(opened, features, how):
+    return sample(opened.base, opened.model, features, opened.noise([0, 1]), how, opened.info.prompt, opened.backbone)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_equal_guidances_are_the_joint_one(opened, features):
+    equal = replace(APART, text_guidance=3.0)
+    assert torch.equal(latents(opened, features, equal), latents(opened, features, replace(APART, text_guidance=None)))
+    assert not torch.allclose(latents(opened, features, APART), latents(opened, features, equal), rtol=0.01)
+
+
+@pytest.mark.parametrize(("guidance", "text", "evaluations"), [(3.0, 1.5, 3), (3.0, 0.0, 2), (1.0, 2.0, 2), (0.0, 2.0, 3), (1.0, 1.0, 1)])
+def test_two_guidances_follow_their_formula(opened, features, guidance, text, evaluations):
+    """Against a loop that evaluates all three one after another (Brooks et al. 2023, Eq. 3); what has no share is left out."""
+    how, base, model = replace(APART, guidance=guidance, text_guidance=text), opened.base, opened.model
+    x, scheduler = opened.noise([0, 1]), DDIMScheduler.from_config(opened.base.scheduler.config)
+    scheduler.set_timesteps(how.steps)
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            one = lambda values, prompt: model(base.unet, x, t, base.text[prompt].expand(2, -1, -1), values)  # noqa: B023, E731
+            none, shown, both = one(features.values * 0, ""), one(features.values, ""), one(features.values, opened.info.prompt)
+            x = scheduler.step(none + guidance * (shown - none) + text * (both - shown), t, x).prev_sample
+    assert relative(latents(opened, features, how), x) < 1e-4  # float32, batches of another size
+    assert len(how.weights()) == evaluations and how.evaluations == 4 * evaluations
+
+
+def test_without_a_model_only_the_texts_guidance_is_left(opened):
+    start = opened.noise([0])
+    apart = sample(opened.base, None, None, start, APART, opened.info.prompt)
+    joint = sample(opened.base, None, None, start, Sampling(steps=4, guidance=1.5), opened.info.prompt)
+    assert relative(apart, joint) < 1e-4
+
+
+def test_solvers_agree_where_steps_are_many_and_are_nearer_where_they_are_few(opened, features):
+    """All solve the same equation. The reference is DDIM of 100 steps, itself of first order: the tolerance is about half
+    of what ten steps are off (0.07 to 0.09)."""
+    one = features.select(slice(0, 1))
+
+    def drawn(solver, steps):
+        return sample(opened.base, opened.model, one, opened.noise([0]), Sampling(steps, guidance=1.0, solver=solver), opened.info.prompt)
+
+    reference = drawn("ddim", 100)
+    errors = {solver: relative(drawn(solver, 10), reference) for solver in SOLVERS}
+    assert max(errors["dpmpp_2m"], errors["unipc"]) < errors["ddim"]
+    assert relative(drawn("dpmpp_2m", 40), reference) < 0.05
+
+
+def test_dpmpp_2m_is_the_hosts_formula(opened, features):
+    """Against k-diffusion's loop over sigma = sqrt((1 - a) / a) at KSampler's scheduler "simple"."""
+    how = Sampling(steps=10, guidance=1.0, solver="dpmpp_2m")
+    base, kept = opened.base, opened.base.scheduler.alphas_cumprod
+    times = [999 - int(k * 1000 / how.steps) for k in range(how.steps)]
+    sigmas = [((1 - kept[t]) / kept[t]).sqrt() for t in times] + [torch.tensor(0.0)]
+    x, old = opened.noise([0, 1]) / kept[times[0]].sqrt(), None
+    with torch.inference_mode():
+        for i, t in enumerate(times):
+            noisy = x * kept[t].sqrt()
+            found = opened.model(base.unet, noisy, torch.tensor(t), base.text[opened.info.prompt].expand(2, -1, -1), features.values)
+            clean = predicted_clean(base, noisy, found, torch.tensor(t))
+            if old is None or sigmas[i + 1] == 0:
+                mixed = clean
+            else:
+                h, last = (sigmas[i] / sigmas[i + 1]).log(), (sigmas[i - 1] / sigmas[i]).log()
+                mixed = clean + (clean - old) * h / (2 * last)
+            ratio = sigmas[i + 1] / sigmas[i]
+            x, old = ratio * x + (1 - ratio) * mixed, clean
+    assert relative(latents(opened, features, how), x) < 1e-4  # float32, in other units
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_remembers_nothing_between_calls(opened, features, solver):
+    how = Sampling(steps=4, guidance=1.0, solver=solver)
+    before = dict(opened.base.scheduler.config), opened.base.scheduler.timesteps.clone()
+    first = latents(opened, features, how)
+    latents(opened, features, replace(how, steps=3))
+    assert torch.equal(latents(opened, features, how), first) and solver_of(opened.base, how) is not solver_of(opened.base, how)
+    assert dict(opened.base.scheduler.config) == before[0] and torch.equal(opened.base.scheduler.timesteps, before[1])
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+def test_clean_latents_and_prediction_are_each_others_inverse(opened, kind):
+    base = replace(opened.base, scheduler=DDIMScheduler.from_config(opened.base.scheduler.config, prediction_type=kind))
+    clean, noise, t = torch.randn(2, 24, 8, 8), torch.randn(2, 24, 8, 8), torch.tensor(300)
+    noisy = base.scheduler.add_noise(clean, noise, t)
+    found = base.scheduler.get_velocity(clean, noise, t[None]) if kind == "v_prediction" else noise
+    assert (prediction_of(base, noisy, clean, t) - found).abs().max() < 1e-4  # float32; the noise's share is above a half
+    assert (predicted_clean(base, noisy, found, t) - clean).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_gradient_raises_the_cosine_and_leaves_no_gradients(opened, features, solver):
+    how = Sampling(steps=6, guidance=1.0, solver=solver, gradient_steps=2)
+    start = opened.noise([0, 1])
+    plain, guided = (opened.draw(features, replace(how, gradient=step), start) for step in (0.0, 0.05))
+    assert (opened.score(features, guided) > opened.score(features, plain)).all()
+    parts = opened.base.unet, opened.base.vae, opened.model, opened.backbone
+    assert all(p.grad is None and not p.requires_grad for part in parts for p in part.parameters())
+    assert torch.equal(opened.draw(features, replace(how, gradient=0.05, gradient_steps=0), start), plain)
+    with pytest.raises(FeatInvError, match="needs the backbone"):
+        sample(opened.base, opened.model, features, start, replace(how, gradient=0.05), opened.info.prompt)
+
+
+def test_best_of_n_is_never_worse_and_one_is_a_plain_draw(opened, features):
+    how, maps = Sampling(steps=2, guidance=1.0), features.repeat(2)
+
+    def start_of(attempt):
+        return opened.noise([n + ATTEMPT * attempt for n in range(4)])
+
+    plain = opened.draw(maps, how, start_of(0))
+    one, first = opened.best(maps, how, start_of)
+    assert torch.equal(one, plain) and first.tolist() == [0] * 4
+    best, attempts = opened.best(maps, replace(how, best_of=3), start_of, batch=2)
+    drawn = torch.stack([opened.draw(maps, how, start_of(k)) for k in range(3)])
+    scores = torch.stack([opened.score(maps, x) for x in drawn])
+    assert torch.allclose(opened.score(maps, best), scores.max(0).values, atol=1e-5) and attempts.max() > 0
+    for row, attempt in enumerate(attempts):
+        assert torch.allclose(best[row], drawn[attempt, row], atol=1e-4)  # batches of another size
+    assert replace(how, best_of=3).evaluations == 6
+
+
+def test_reconstruct_keeps_the_best_and_says_so(opened, tmp_path):
+    import json
+
+    from training.report import save_image, to_image
+
+    save_image(to_image(draw(0, torch.arange(1), "held-out").image[0]), tmp_path / "scene.png")
+    found = {}
+    for count in ("1", "3"):
+        reconstruct.main(["--image", str(tmp_path / "scene.png"), "--out", str(tmp_path / count), "--steps", "2", "--device", "cpu", "--best-of", count])
+        found[count] = json.loads((tmp_path / count / "results.json").read_text())
+    assert found["3"]["pictures"][0]["cosine"] >= found["1"]["pictures"][0]["cosine"] - 1e-6  # of its own attempt 0
+    assert found["3"]["sampling"]["best_of"] == 3 and "among 3" in found["3"]["note"] and "among" not in found["1"]["note"]
+
+
+def test_a_program_that_draws_once_refuses_best_of():
+    with pytest.raises(FeatInvError, match="draws each picture once"):
+        open_from(model_parser("").parse_args(["--best-of", "4"]))
+
+
+def test_options_reach_the_sampling(opened):
+    args = model_parser("").parse_args("--solver unipc --text-guidance 0.5 --negative features --gradient 0.1 --gradient-steps 3 --device cpu".split())
+    _, how = open_from(args)
+    assert (how.solver, how.text_guidance, how.negative, how.gradient, how.gradient_steps) == ("unipc", 0.5, "features", 0.1, 3)
+    assert how.steps == opened.info.recommended["steps"]
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(FeatInvError, match="set negative to 'features'"):
+        Sampling(negative="text", text_guidance=1.0)
+    for wrong in ({"solver": "euler"}, {"text_guidance": -1.0, "negative": "features"}, {"gradient": -0.1}, {"gradient_steps": -1}, {"best_of": 0}):
+        with pytest.raises(FeatInvError):
+            Sampling(**wrong)
+    recommended = {"negative": "features", "text_guidance": 2.0, "guidance": 3.0}
+    assert Sampling.chosen(recommended, {"negative": "text", "steps": None}) == Sampling(guidance=3.0)
+    assert Sampling.chosen(recommended, {"guidance": 4.0}).text_guidance == 2.0
+
+
+def test_the_cheapest_within_the_interval_of_the_best_is_chosen():
+    scores = {"long": {"value": 0.90, "low": 0.88}, "short": {"value": 0.885, "low": 0.8}, "other": {"value": 0.89, "low": 0.8}, "poor": {"value": 0.5, "low": 0.4}}
+    assert choose(scores, {"long": 50, "short": 20, "other": 20, "poor": 5}) == ("long", "other")

@@ -1,0 +1,214 @@
+"""What each departure from the paper's recipe is worth, in the embedded world: one change at a time.
+
+    python training/ablation.py                          trains what is missing, measures, writes the report: hours
+    python training/ablation.py --rows ema standardise   these rows only
+    python training/ablation.py --page                   the table and the panel in docs/faithfulness.md, too
+
+All rows are trained on the same scenes, as many of them, with one seed, and judged on the same held-out scenes with the
+same noise: by the backbone that is inverted, and by a witness that took no part, neither in training nor in sampling.
+Stopped at any moment, the same command goes on where it was. Writes DIR/ROW (the runs), DIR/measured (the records),
+results.json, report.md, index.html and panel.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import yaml
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+
+from featinv_nodes.core.backbones import LAST
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.metrics import bootstrap
+from featinv_nodes.core.weights import read_info
+from featinv_nodes.tiny_world import open_backbone
+from training.ablation_rows import PAPER_SAMPLING, RECOMMENDED, Row, all_rows, chosen_rows, config_of, sampling_of, weights_of
+from training.cli import make_folder, run, write_text
+from training.config import TrainConfig
+from training.evaluate import digest
+from training.evaluation.bench import CEILING, FLOOR, ORIGINAL, Bench, Choice, Subject
+from training.evaluation.judge import Columns, Judge
+from training.evaluation.metrics import mean_entry
+from training.evaluation.report import Figures, Grid, Report, cell, figures_of, to_markdown, write
+from training.evaluation.shards import Arm, Store, Table, record
+from training.evaluation.sources import Originals, open_source
+from training.evaluation.spaces import TimmSpace
+from training.evaluation.suites.cost import drawing_gmac
+from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
+from training.inversion import ATTEMPT, open_model
+from training.pipeline import Sampling
+from training.report import panel, save_image
+from training.train import train
+
+OWN, WITNESS = "tiny-cnn", "tiny-vit"
+PAGE = Path(__file__).parents[1] / "docs" / "faithfulness.md"
+MARKS = "<!-- ablation: begin -->", "<!-- ablation: end -->"
+
+
+def trained(config: TrainConfig, folder: Path) -> Path:
+    """The weights file of a run, which is made, or goes on, where there is none. Raises FeatInvError if the folder holds
+    another run."""
+    file, noted = folder / f"{config.name}.safetensors", folder / "config.yaml"
+    if noted.is_file():
+        known, wanted = yaml.safe_load(noted.read_text()), asdict(config)
+        differing = [f"{f.name}: {known[f.name]} there, {wanted[f.name]} now" for f in fields(config) if f.name in known and known[f.name] != wanted[f.name]]
+        if differing:
+            raise FeatInvError(f"{folder} holds another run ({'; '.join(differing)}); give another --out, or delete it")
+    if not file.is_file() or read_info(file).images_seen < config.max_images:
+        print(f"training {folder.name}", flush=True)
+        torch.compiler.reset()
+        train(config, folder)
+    return file
+
+
+def subject_of(bench: Bench) -> Subject:
+    """The judges of all rows: the inverted backbone at its own input size, and the witness."""
+    own, witness = open_backbone(OWN).to(bench.device), open_backbone(WITNESS).to(bench.device)
+    judges = {"": Judge(own, {"cosine": (LAST, False)}), "witness: ": Judge(witness, {"cosine": (LAST, False)})}
+    return Subject(bench, Choice("tiny_cnn_last"), judges, [TimmSpace(own), TimmSpace(witness)])
+
+
+def reconstruction(subject: Subject, file: Path, how: Sampling) -> Arm:
+    """Draws with a row's weights, from maps of its own input size; judged as all are."""
+
+    def arm(originals: Originals) -> Columns:
+        opened = subject.bench.open(Choice(str(file)))
+        features = opened.features(originals.framed(opened.backbone))
+        start = lambda attempt: opened.noise([number + attempt * ATTEMPT for number in originals.numbers])  # noqa: E731
+        pictures, _ = opened.best(features, how, start, len(originals.numbers))
+        return subject.measure(originals.framed(subject.backbone), pictures, originals.single)
+
+    return arm
+
+
+def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], args: argparse.Namespace) -> dict[str, Table]:
+    """Records of the originals, the bounds and the chosen rows. files: row -> its weights."""
+    crew = PartialState(timeout=timedelta(days=7))
+    source = open_source("tiny", args.count)
+    subject = subject_of(Bench(source, str(crew.device), dict(PAPER_SAMPLING)))
+    tables: dict[str, Table] = {}
+
+    def fill(name: str, arms: dict[str, Arm], settings: dict) -> None:
+        store = Store(args.out / "measured" / name, args.count)
+        store.begin(settings | {"pictures": source.fingerprint})
+        record(store, source, arms, args.batch, crew)
+        tables.update({arm: store.table(arm) for arm in arms})
+
+    fill("bounds", {ORIGINAL: subject.original}, {"sampling": PAPER_SAMPLING})
+    subject.centre(tables[ORIGINAL])
+    fill("bounds", subject.bounds(Sampling(**PAPER_SAMPLING)), {"sampling": PAPER_SAMPLING})
+    for row in chosen:
+        file, how = files[row.name], sampling_of(rows, row)
+        fill(row.name, {row.name: reconstruction(subject, file, how)}, {"sampling": asdict(how), "weights": digest(file)})
+    return tables
+
+
+def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table]) -> Report:
+    figures = {arm: figures_of(table, tables[ORIGINAL]) for arm, table in tables.items() if arm != ORIGINAL}
+    kids = [name for name in figures[FLOOR] if name.startswith("kid")]
+    first, second, extra, opened = [], [], {}, open_model("tiny_cnn_last")  # all rows' architecture but the smaller maps'
+    for row in chosen:
+        own = figures[row.name]
+        gain = mean_entry(tables[row.name].columns["cosine"] - tables[row.base].columns["cosine"]) if row.base in tables else None
+        way = gap_closed({FLOOR: figures[FLOOR], RECONSTRUCTION: own, CEILING: figures[CEILING]})
+        extra[row.name] = {"change": row.change, "from": row.base, "gain": gain, "gap_closed": way, "evaluations": (how := sampling_of(rows, row)).evaluations, "gmac": drawing_gmac(opened, how)}
+        begins = [row.name, row.change, row.base or ""]
+        first.append([*begins, cell(own, "cosine"), _signed(gain), f"{way:.1%}", cell(own, "cosine_centred"), cell(own, "top1_match")])
+        second.append([row.name, *(cell(own, f"witness: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kids), str(extra[row.name]["evaluations"]), f"{extra[row.name]['gmac']:.1f}"])
+    for place, bound in ((0, FLOOR), (len(chosen) + 1, CEILING)):
+        own = figures[bound]
+        first.insert(place, [bound, "", "", cell(own, "cosine"), "", "", cell(own, "cosine_centred"), cell(own, "top1_match")])
+        second.insert(place, [bound, *(cell(own, f"witness: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kids), "", ""])
+    head = ["row", "change", "from row", "cosine", "change of the cosine", "of the way from floor to ceiling", "cosine, mean removed", "top-1 match"]
+    grids = [
+        Grid("By the inverted backbone", head, first, "The change of the cosine is that of the same scenes, from the row that is named."),
+        Grid("By the witness, and as sets", ["row", "cosine", "top-1 match", *kids, "passes per picture", "GMAC"], second,
+             "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and gradients included."),
+    ]
+    compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
+    return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": columns(chosen, tables)})
+
+
+def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figures], gmac: dict[str, float]) -> tuple[dict | None, list[str]]:
+    """The recommended row beside the paper's recipe at the best of its rates: (figures, lines of the report)."""
+    papers = [row.name for row in chosen if row.name.startswith("paper")]
+    if not papers or RECOMMENDED not in tables:
+        return None, []
+    best = max(papers, key=lambda name: figures[name]["cosine"]["value"])
+    pair = [tables[name].columns for name in (best, RECOMMENDED)]
+    distances = torch.stack([1 - columns["cosine"] for columns in pair], 1)
+    found = {"paper": best, "recommended": RECOMMENDED, "distance_ratio": bootstrap(distances, lambda x: x[..., 0].mean(1) / x[..., 1].mean(1))}
+    found |= {name: mean_entry(pair[1][name] - pair[0][name]) for name in ("top1_match", "witness: cosine", "witness: top1_match")}
+    cost = [gmac[name] for name in (best, RECOMMENDED)]
+    kids = [f"{name}: {cell(figures[best], name)} against {cell(figures[RECOMMENDED], name)}" for name in figures[best] if name.startswith("kid")]
+    return found | {"gmac": cost}, [
+        f"The paper's recipe at the best of its rates ({best}) against {RECOMMENDED}: the cosine distance, 1 - cosine, is "
+        f"{cell(found, 'distance_ratio')} times as large; {RECOMMENDED}'s top-1 match is {_signed(found['top1_match'])} higher, the witness's "
+        f"{_signed(found['witness: top1_match'])}, its cosine {_signed(found['witness: cosine'])}; {'; '.join(kids)}; "
+        f"{cost[0]:.1f} GMAC per picture against {cost[1]:.1f}."
+    ]
+
+
+def _signed(entry: dict | None) -> str:
+    return f"{entry['value']:+.3f} ({entry['low']:+.3f} to {entry['high']:+.3f})" if entry else ""
+
+
+def columns(chosen: list[Row], tables: dict[str, Table]) -> Image.Image:
+    """A panel with a row per scene and a column per row of the table."""
+    arms = [ORIGINAL, FLOOR, *(row.name for row in chosen), CEILING]
+
+    def caption(arm: str, scene: int) -> str:
+        score: Tensor | None = tables[arm].columns.get("cosine")
+        return arm if score is None else f"{arm} {score[scene]:.2f}"
+
+    scenes = range(len(tables[ORIGINAL].pictures))
+    return panel([[(tables[arm].pictures[n], caption(arm, n)) for arm in arms] for n in scenes], [f"scene {n}" for n in scenes], "Cosine under each picture")
+
+
+def write_page(page: Path, report: Report, notes: list[str]) -> None:
+    """Puts tables and panel between the page's marks. Raises FeatInvError if it has none."""
+    text, picture = page.read_text(encoding="utf-8"), page.with_suffix(".png")
+    if any(text.count(mark) != 1 for mark in MARKS):
+        raise FeatInvError(f"{page}: expected the lines {MARKS[0]} and {MARKS[1]} once each")
+    before, rest = text.split(MARKS[0])
+    body = to_markdown(replace(report, panels={picture.name: report.panels["panel.png"]}), notes).split("\n", 2)[2]  # without the title
+    save_image(report.panels["panel.png"], picture)
+    write_text(page, "\n".join([before + MARKS[0], "", body.strip(), "", MARKS[1] + rest.split(MARKS[1])[1]]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=[], help=f"some of {', '.join(all_rows(0))} (default: all)")
+    parser.add_argument("--images", type=int, default=51_200, help="that each row is trained on")
+    parser.add_argument("--count", type=int, default=500, help="held-out scenes")
+    parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once")
+    parser.add_argument("--out", type=Path, default=Path("out/ablation"))
+    parser.add_argument("--page", action="store_true", help=f"write tables and panel into docs/{PAGE.name}")
+    args = parser.parse_args(argv)
+    for name in ("images", "count", "batch"):
+        if getattr(args, name) < 1:
+            raise FeatInvError(f"--{name} {getattr(args, name)}: expected at least 1")
+    rows = all_rows(args.images)
+    chosen = chosen_rows(rows, args.rows)
+    make_folder(args.out)
+    files = {row.name: trained(config_of(rows, weights_of(rows, row), args.images), args.out / weights_of(rows, row).name) for row in chosen}
+    report = report_of(rows, chosen, measured(rows, chosen, files, args))
+    notes = [f"{args.images:,} training scenes a row, seed 1; {args.count} held-out scenes; 95 % bootstrap intervals."]
+    configs = {row.name: asdict(config_of(rows, weights_of(rows, row), args.images)) for row in chosen}
+    about = {"images": args.images, "count": args.count, "configs": configs, "sampling": {row.name: asdict(sampling_of(rows, row)) for row in chosen}}
+    print(write(args.out, report, about, notes))
+    if args.page:
+        write_page(PAGE, report, notes)
+
+
+if __name__ == "__main__":
+    run(main)

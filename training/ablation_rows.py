@@ -1,0 +1,91 @@
+"""The rows of the ablation: the paper's recipe, and one change after the other to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from featinv_nodes.core.feature_map import FeatInvError
+
+from .config import CONFIGS, TrainConfig, read_config
+from .pipeline import Sampling
+
+#: how all rows are drawn but those that change it: the paper's settings (Table 3's caption)
+PAPER_SAMPLING = {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
+#: what all trainings share beside the images: they can be compared, and their speed is not of interest
+SHARED = {"seed": "1", "compile": "true", "save_every": "12800", "panel_every": "12800", "scope": "0"}
+PAPER = {
+    "standardise": "false", "cycle": "0", "batch": "8", "schedule": "constant", "ema": "0", "rate": "1e-5", "warmup": "0",
+    "recommended": str(PAPER_SAMPLING),
+}  # fmt: skip
+RECOMMENDED = "steps_10"  # the row that is set beside the paper's
+
+
+@dataclass(frozen=True)
+class Row:
+    """change: in words. base: the row it builds on, None for the first. config: fields of the configuration that it
+    changes; sampling: settings that it changes. A row without config draws with its base's weights."""
+
+    name: str
+    change: str
+    base: str | None
+    config: dict[str, str] = field(default_factory=dict)
+    sampling: dict = field(default_factory=dict)
+
+
+def all_rows(images: int) -> dict[str, Row]:
+    """name -> row, each after the one it builds on."""
+    rows = [
+        Row("paper_1e-5", "the paper's recipe: batch 8, rate 1e-5", None, PAPER),
+        Row("paper_1e-4", "rate 1e-4", "paper_1e-5", {"rate": "1e-4"}),
+        Row("paper_3e-4", "rate 3e-4", "paper_1e-5", {"rate": "3e-4"}),
+        Row("paper_1e-3", "rate 1e-3", "paper_1e-5", {"rate": "1e-3"}),
+        Row("batch", "batch 64, rate 1.5e-3 after a warm-up, falling to 0", "paper_1e-5", {"batch": "64", "rate": "1.5e-3", "schedule": "cosine", "warmup": "1000"}),
+        Row("ema", "moving average, 0.999 a step", "batch", {"ema": "0.999"}),
+        Row("standardise", "features standardised per channel", "ema", {"standardise": "true"}),
+        Row("min_snr", "min-SNR weighting, gamma 5", "standardise", {"min_snr": "5"}),
+        Row("small", "pictures of 32 pixels, maps of 4 x 4", "standardise", {"input_size": "32"}),
+        Row("small_at_map", "convolutions before the upsampling", "small", {"encoder": "conv_at_map"}),
+        Row("cycle", "cycle consistency, weight 2", "standardise", {"cycle": "2.0"}),
+        Row("cycle_200", "at timesteps below 200 only", "cycle", {"cycle_below": "200"}),
+        Row("cycle_late", "in the second half only", "cycle", {"cycle_after": str(images // 2)}),
+        Row("batch_16", "batch 16 again, rate 8e-4", "cycle", {"batch": "16", "rate": "8e-4"}),
+        Row("null", "guidance away from the trained null, same scale", "batch_16", sampling={"negative": "features"}),
+        Row("null_3", "scale 3", "null", sampling={"guidance": 3.0}),
+        Row("steps_10", "10 steps instead of 50", "null_3", sampling={"steps": 10}),
+        Row("dpmpp_2m", "DPM-Solver++ 2M instead of DDIM", "steps_10", sampling={"solver": "dpmpp_2m"}),
+        Row("unipc", "UniPC instead of DDIM", "steps_10", sampling={"solver": "unipc"}),
+        Row("text_1", "the text's own guidance scale, 1", "steps_10", sampling={"text_guidance": 1.0}),
+        Row("best_of_4", "the best of 4 by cosine", "steps_10", sampling={"best_of": 4}),
+        Row("gradient", "gradient guidance", "steps_10", sampling={"gradient": 0.1}),  # the best of 0.02 to 0.4 on 24 scenes that are not measured
+    ]
+    return {row.name: row for row in rows}
+
+
+def chosen_rows(rows: dict[str, Row], names: list[str]) -> list[Row]:
+    """The named rows in the table's order, all without names. Raises FeatInvError for others."""
+    unknown = [name for name in names if name not in rows]
+    if unknown:
+        raise FeatInvError(f"--rows {' '.join(unknown)}: expected some of {', '.join(rows)}")
+    return [row for row in rows.values() if row.name in (names or rows)]
+
+
+def chain(rows: dict[str, Row], row: Row) -> list[Row]:
+    """The rows that a row builds on and itself, the first one first."""
+    return [*(chain(rows, rows[row.base]) if row.base else []), row]
+
+
+def weights_of(rows: dict[str, Row], row: Row) -> Row:
+    """The row whose weights a row draws with: its own, or those of the nearest row below that was trained."""
+    return next(other for other in reversed(chain(rows, row)) if other.config)
+
+
+def config_of(rows: dict[str, Row], row: Row, images: int) -> TrainConfig:
+    """How a row's weights are trained."""
+    changes = {name: value for other in chain(rows, row) for name, value in other.config.items()}
+    return read_config(CONFIGS / "tiny_cnn_last.yaml", SHARED | {"max_images": str(images)} | changes)
+
+
+def sampling_of(rows: dict[str, Row], row: Row) -> Sampling:
+    """How a row's pictures are drawn."""
+    changes = {name: value for other in chain(rows, row) for name, value in other.sampling.items()}
+    return Sampling(**(PAPER_SAMPLING | changes))

@@ -1,0 +1,135 @@
+"""Faithfulness against the cost of sampling: solvers and their steps."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.tiny_world import model_file
+
+from ...inversion import Opened
+from ...pipeline import SOLVERS, Sampling
+from ...real_size import gmac_of
+from ..bench import CEILING, FLOOR, ORIGINAL, Bench
+from ..report import Figures, Grid, Report, cell, figures_of, shown
+from ..shards import Arm, Table
+from .base import Suite
+from .guidances import PAPER, PAPERS_OWN, extra_measures, witnessed
+from .sweep import recommend
+
+REFERENCE = "ddim", 50
+COLOURS = {"ddim": (38, 34, 98), "dpmpp_2m": (200, 80, 30), "unipc": (30, 140, 90)}
+
+
+class Cost(Suite):
+    """An arm per solver and number of steps, all else as the weights file recommends; same pictures, same noise."""
+
+    name = "cost"
+    count = 100
+
+    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
+        super().__init__(bench, args)
+        self.subject = witnessed(self)
+        chosen = [*product(SOLVERS, sorted(set(args.solver_steps))), REFERENCE]
+        self.tried = {f"{solver}, {steps} steps": bench.sampling(self.choice, solver=solver, steps=steps) for solver, steps in chosen}
+        self.sampling = self.tried | {PAPER: PAPERS_OWN, FLOOR: PAPERS_OWN}
+        self.score = "cosine_unpooled" if bench.info(self.choice).source.pooled else "cosine"
+        if args.write_back and not Path(args.model).is_file():
+            raise FeatInvError(f"--write-back changes the model's file; {args.model} is a shipped model, copy its file and name the copy")
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--solver-steps", type=int, nargs="+", default=[8, 12, 20, 30], help="steps of each solver; --write-back writes the cheapest good one")
+
+    def arms(self) -> dict[str, Arm]:
+        drawn = {arm: self.subject.reconstruction(how) for arm, how in self.sampling.items() if arm != FLOOR}
+        return drawn | self.subject.bounds(self.sampling[FLOOR])
+
+    def report(self, tables: dict[str, Table]) -> Report:
+        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.sampling, CEILING)}
+        drawn = [*self.tried, PAPER]
+        opened = self.bench.open(self.choice)
+        costs = {arm: {"evaluations": self.sampling[arm].evaluations, "gmac": drawing_gmac(opened, self.sampling[arm])} for arm in drawn}
+        best, cheapest = choose({arm: figures[arm][self.score] for arm in self.tried}, {arm: cost["evaluations"] for arm, cost in costs.items()})
+        measures = [self.score, *extra_measures(figures[PAPER])]
+        rows = [[arm, str(costs[arm]["evaluations"]), f"{costs[arm]['gmac']:.1f}", *(cell(figures[arm], name) for name in measures)] for arm in drawn]
+        rows += [[arm, "", "", *(cell(figures[arm], name) for name in measures)] for arm in (FLOOR, CEILING)]
+        lines = [
+            "Evaluations of the steered model for a picture, each branch of guidance one; GMAC of drawing it with one map, decoding included.",
+            f"Highest {self.score}: {best}. The cheapest within its interval: {cheapest}, {costs[cheapest]['evaluations']} evaluations instead of "
+            f"{costs[best]['evaluations']}; the paper's sampling takes {costs[PAPER]['evaluations']}.",
+        ]
+        if self.args.write_back:
+            lines.append(self.write_back(cheapest))
+        panels = {"cost.png": self.curve(figures, costs)}
+        panels["panel.png"] = shown(tables, list(dict.fromkeys([ORIGINAL, best, cheapest, PAPER, CEILING, FLOOR])), self.title(), self.score)
+        grid = Grid("Cost and faithfulness", ["setting", "evaluations", "GMAC", *measures], rows)
+        return Report(self.title(), figures, [grid], lines, {"costs": costs, "best": best, "recommended": cheapest}, panels)
+
+    def write_back(self, arm: str) -> str:
+        """Makes an arm's sampling the recommended one, where it differs from it."""
+        recommended = asdict(Sampling(**self.bench.info(self.choice).recommended))
+        recommend(model_file(self.args.model), **{name: value for name, value in asdict(self.sampling[arm]).items() if value != recommended[name]})
+        return f"{self.args.model} now recommends {arm}."
+
+    def curve(self, figures: dict[str, Figures], costs: dict[str, dict]) -> Image.Image:
+        """Cosine with its interval against evaluations, a line per solver."""
+        lines: dict[str, list] = {solver: [] for solver in SOLVERS}
+        for arm, how in self.tried.items():
+            lines[how.solver].append((costs[arm]["evaluations"], figures[arm][self.score]))
+        return curves(lines, (costs[PAPER]["evaluations"], figures[PAPER][self.score]), f"{self.score} against evaluations, {self.args.model}")
+
+
+def drawing_gmac(opened: Opened, how: Sampling) -> float:
+    """Multiply-accumulates (10^9) of drawing a picture, decoding and the gradient's way back included, by torch's counter."""
+    source = opened.info.source
+    blank = FeatureMap(torch.zeros(1, source.channels, *((1, 1) if source.pooled else source.grid)), source)
+    return gmac_of(lambda: opened.draw(blank, how, opened.noise([0]), 1)) * how.best_of
+
+
+def choose(scores: dict[str, dict], costs: dict[str, int]) -> tuple[str, str]:
+    """(the setting of the highest score, the cheapest one whose score lies within that one's interval; of equally cheap
+    ones the better)."""
+    best = max(scores, key=lambda arm: scores[arm]["value"])
+    close = [arm for arm in scores if scores[arm]["value"] >= scores[best]["low"]]
+    return best, min(close, key=lambda arm: (costs[arm], -scores[arm]["value"]))
+
+
+def curves(lines: dict[str, list[tuple[int, dict]]], reference: tuple[int, dict], heading: str) -> Image.Image:
+    """A picture of lines of (x, {"value", "low", "high"}), with the paper's sampling as a cross."""
+    left, top, wide, high = 70, 50, 560, 320
+    small = ImageFont.load_default(13)
+    sheet = Image.new("RGB", (left + wide + 30, top + high + 60), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((10, 8), heading, "black", ImageFont.load_default(15))
+    points = [*(point for line in lines.values() for point in line), reference]
+    most, lows, highs = max(x for x, _ in points), min(y["low"] for _, y in points), max(y["high"] for _, y in points)
+    span = max(highs - lows, 1e-9)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + wide * x / most, top + high * (highs - y) / span
+
+    pen.rectangle((left, top, left + wide, top + high), outline="grey")
+    for k in range(5):
+        x, y = most * k / 4, lows + span * k / 4
+        pen.text((at(x, lows)[0], top + high + 8), f"{x:.0f}", "black", small, anchor="mt")
+        pen.text((left - 8, at(0, y)[1]), f"{y:.3f}", "black", small, anchor="rm")
+    pen.text((left + wide / 2, top + high + 30), "evaluations of the steered model for a picture", "black", small, anchor="mt")
+    for number, (solver, line) in enumerate(lines.items()):
+        pen.line([at(x, y["value"]) for x, y in sorted(line, key=lambda point: point[0])], COLOURS[solver], 2)
+        for x, y in line:
+            pen.line((at(x, y["low"]), at(x, y["high"])), COLOURS[solver])
+            cx, cy = at(x, y["value"])
+            pen.ellipse((cx - 3, cy - 3, cx + 3, cy + 3), COLOURS[solver])
+        pen.text((left + wide - 10, top + high - 66 + 16 * number), solver, COLOURS[solver], small, anchor="rm")
+    cx, cy = at(reference[0], reference[1]["value"])
+    pen.line((cx - 5, cy - 5, cx + 5, cy + 5), "black", 2)
+    pen.line((cx - 5, cy + 5, cx + 5, cy - 5), "black", 2)
+    pen.text((left + wide - 10, top + high - 66 + 16 * len(lines)), f"x  {PAPER}", "black", small, anchor="rm")
+    return sheet

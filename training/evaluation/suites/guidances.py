@@ -1,0 +1,82 @@
+"""The guidance of the features and that of the text apart, beside the paper's one scale."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+
+import torch
+
+from featinv_nodes.core.backbones import LAST
+from featinv_nodes.tiny_world import open_backbone
+
+from ...pipeline import Sampling
+from ..bench import CEILING, FLOOR, ORIGINAL, Bench, Subject
+from ..judge import Judge
+from ..report import Report, by_arm, figures_of, heat_map, set_measures, shown
+from ..shards import Arm, Table
+from .base import Suite
+
+PAPER, WITNESS = "the paper's sampling", "witness: "
+PAPERS_OWN = Sampling(50, 1.0, 1.75, "text")  # Sec. 4.1
+
+
+class Guidances(Suite):
+    """An arm per pair of scales, and per scale against the same features without text; same pictures, same noise."""
+
+    name = "guidances"
+    count = 100
+
+    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
+        super().__init__(bench, args)
+        self.subject = witnessed(self)
+        self.features, self.texts = sorted(set(args.guidances)), sorted(set(args.text_guidances))
+        self.apart = {pair(f, t): bench.sampling(self.choice, guidance=f, text_guidance=t, negative="features") for f, t in product(self.features, self.texts)}
+        recommended, changes = bench.info(self.choice).recommended, bench.changes | {"text_guidance": None, "negative": "text"}
+        self.joint = {f"against text={g:g}": Sampling.chosen(recommended, changes | {"guidance": g}) for g in self.features if g != 1}
+        self.sampling = self.apart | self.joint | {PAPER: PAPERS_OWN, FLOOR: PAPERS_OWN}
+        self.score = "cosine_unpooled" if bench.info(self.choice).source.pooled else "cosine"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--text-guidances", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0], help="the text's scales; the features' are --guidances")
+        parser.add_argument("--witness", help="for guidances and cost: timm-hub folder or name of a backbone that took no part "
+                            "(default in the embedded world: the other backbone)")  # fmt: skip
+
+    def arms(self) -> dict[str, Arm]:
+        drawn = {arm: self.subject.reconstruction(how) for arm, how in self.sampling.items() if arm != FLOOR}
+        return drawn | self.subject.bounds(self.sampling[FLOOR])
+
+    def report(self, tables: dict[str, Table]) -> Report:
+        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.sampling, CEILING)}
+        tried, measures = [*self.apart, *self.joint], [self.score, *extra_measures(figures[PAPER])]
+        best = {name: (min if name.startswith("kid") else max)(tried, key=lambda arm: figures[arm][name]["value"]) for name in measures}
+        panels = {"panel.png": shown(tables, list(dict.fromkeys([ORIGINAL, *best.values(), PAPER, CEILING, FLOOR])), self.title(), self.score)}
+        for name in measures:
+            values = torch.tensor([[figures[pair(f, t)][name]["value"] for t in self.texts] for f in self.features])
+            labels = [f"features {f:g}" for f in self.features], [f"text {t:g}" for t in self.texts]
+            digits = 4 if name.startswith("kid") else 3
+            panels[f"{name.split(' (')[0].replace(': ', '_')}.png"] = heat_map(values, *labels, f"{name}, {self.args.model}", digits)
+        lines = [f"Best {name}: {arm} ({figures[arm][name]['value']:.4f}; {PAPER} {figures[PAPER][name]['value']:.4f})." for name, arm in best.items()]
+        lines.append(f"The best of {len(tried)} settings on these pictures: their figures are too favourable; measure the chosen one on others.")
+        grid = by_arm("All settings", figures, [FLOOR, PAPER, *tried, CEILING], [self.score, f"{WITNESS}cosine", "top1_match", *set_measures(figures[FLOOR])], "setting")
+        return Report(self.title(), figures, [grid], lines, {"best": best}, panels)
+
+
+def pair(features: float, text: float) -> str:
+    return f"features={features:g}, text={text:g}"
+
+
+def witnessed(suite: Suite) -> Subject:
+    """The model of --model, judged by its own backbone and by one that took no part, where there is one."""
+    subject, name = suite.one_subject(), suite.args.witness
+    if name is None and suite.args.data == "tiny":
+        name = "tiny-cnn" if suite.bench.info(suite.choice).source.backbone.startswith("vit") else "tiny-vit"
+    if name:
+        subject.judges[WITNESS] = Judge(open_backbone(name).to(suite.bench.device), {"cosine": (LAST, False)})
+    return subject
+
+
+def extra_measures(figures: dict) -> list[str]:
+    """What else a setting is chosen by: the witness's cosine and the distances KID, those that there are."""
+    return [name for name in figures if name == f"{WITNESS}cosine" or name.startswith("kid")]
