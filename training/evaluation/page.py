@@ -1,0 +1,119 @@
+"""The tables of docs/evaluation.md, each from the results.json of a run of training/evaluation_page.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .bench import CEILING, FLOOR
+from .report import cell, set_measures
+from .suites.corruptions import CLEAN, CORRUPTIONS
+from .suites.rcdm import COMPETITOR, NATIVE
+
+#: measure -> its name in the page; of those with a longer name the beginning
+WORDS = {
+    "cosine": "cosine", "cosine_centred": "cosine, mean removed", "cosine_pooled": "cosine, pooled", "top1_match": "top-1 match",
+    "top5_match": "top-5 match", "frechet_distance": "Frechet distance, biased at this n", "kid": "KID",
+}  # fmt: skip
+#: panels that the page shows, by run
+PANELS = {"layers": "evaluation-layers.png", "rcdm": "evaluation-rcdm.png"}
+
+
+def text_of(figures: dict, name: str, interval: bool = True) -> str:
+    return cell(figures, name, interval).removesuffix(" biased")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def figures_by_arm(found: dict, arms: Sequence[str], names: dict[str, str], interval: bool = True, what: str = "drawn from") -> list[str]:
+    """A row per arm. names: heading -> measure."""
+    return table([what, *names], [[arm, *(text_of(found[arm], name, interval) for name in names.values())] for arm in arms])
+
+
+def named(figures: dict, prefix: str) -> str:
+    """The one measure of sets that begins so, at the backbone's resolution."""
+    return next(name for name in set_measures(figures) if name.startswith(prefix) and " pixels" not in name)
+
+
+def models(found: dict) -> list[str]:
+    """The arms of the models that a suite compares."""
+    return [arm for arm in found["sampling"] if arm not in (FLOOR, COMPETITOR)]
+
+
+def quality(found: dict) -> list[str]:
+    arms = {FLOOR: FLOOR, "tiny_cnn_last": "reconstruction", CEILING: CEILING}
+    names = ["cosine", "cosine_centred", "top1_match", "top5_match", *(named(found[FLOOR], kind) for kind in ("frechet_distance", "kid"))]
+    rows = [[WORDS[name.split(" ")[0]], *(text_of(found[arm], name) for arm in arms.values())] for name in names]
+    return [*table(["measure", *arms], rows), f"The cosine comes {found['gap_closed']:.1%} of the way from floor to ceiling."]
+
+
+def layers(found: dict) -> list[str]:
+    arms = [FLOOR, *models(found), CEILING]
+    stages = {name.removeprefix("cosine "): name for name in found[FLOOR] if name.startswith("cosine ") and not name.endswith("centred")}
+    names = {"cosine, last layer": "cosine last", "top-1 match": "top1_match", "top-5 match": "top5_match", "KID": named(found[FLOOR], "kid")}
+    return ["Cosine at every stage:", "", *figures_by_arm(found, arms, stages, False, "model"), *figures_by_arm(found, arms, names, what="model")][:-1]
+
+
+def layers_by_another(found: dict) -> list[str]:
+    names = {"KID in the transformer's space": named(found[FLOOR], "kid"), "Frechet distance there, biased at this n": named(found[FLOOR], "frechet_distance")}
+    return figures_by_arm(found, [FLOOR, *models(found), CEILING], names, what="model")[:-1]
+
+
+def cross_model(found: dict) -> list[str]:
+    judges = {"tiny-cnn": "resnet10t.tiny_world", "tiny-vit": "vit_tiny_patch16_224.tiny_world"}
+    names = {f"{word} by {short}": f"{full}: {name}" for word, name in (("top-1", "top1_match"), ("cosine", "cosine")) for short, full in judges.items()}
+    return figures_by_arm(found, [FLOOR, *models(found), CEILING], names)[:-1]
+
+
+def rcdm(found: dict) -> list[str]:
+    arms = [FLOOR, COMPETITOR, *models(found), CEILING]
+    lines = []
+    for title, prefix in (("At the backbone's 64 pixels:", ""), ("All pictures scaled to 32 pixels, RCDM's own:", NATIVE)):
+        names = {WORDS[name]: prefix + name for name in ("cosine", "cosine_pooled", "top1_match", "top5_match")}
+        for kind in ("frechet_distance", "kid"):
+            names[WORDS[kind]] = next(name for name in set_measures(found[FLOOR]) if name.startswith(kind) and (" pixels" in name) == bool(prefix))
+        lines += [title, "", *figures_by_arm(found, arms, names, what="model")]
+    return lines[:-1]
+
+
+def sweep(found: dict) -> list[str]:
+    measure = "cosine_unpooled" if "cosine_unpooled" in found[FLOOR] else "cosine"
+    settings = found["settings"]
+    rows = [
+        [f"{s:g}", *(text_of(found[f"strength={s:g}, guidance={g:g}"], measure, False) for g in sorted(settings["guidances"]))]
+        for s in sorted(settings["strengths"])
+    ]
+    return table(["strength", *(f"guidance {g:g}" for g in sorted(settings["guidances"]))], rows)[:-1]
+
+
+def mixing(found: dict) -> list[str]:
+    weights = sorted(found["settings"]["weights"])
+    mixed = {name: text_of(found["composed"], f"cosine_{name}") for name in ("inside", "outside", "inside_with_other", "outside_with_other")}
+    return [
+        *table(["share of the second map", "cosine with the combined map"], [[f"{w:g}", text_of(found[f"weight={w:g}"], "cosine")] for w in weights]),
+        "With the next scene's map in the middle quarter:", "",
+        *table(["cosine", "inside", "outside"], [["with the map that was asked for", mixed["inside"], mixed["outside"]],
+                                                  ["with the other scene's map", mixed["inside_with_other"], mixed["outside_with_other"]]]),
+    ][:-1]  # fmt: skip
+
+
+def variability(found: dict) -> list[str]:
+    arms = {FLOOR: FLOOR, found["model"]: "reconstruction"}
+    words = {"variance of the pixels": "pixel_variance", "variance of the features, share of their squared length": "feature_variance"}
+    rows = [[word, *(text_of(found[arm], name) for arm in arms.values())] for word, name in words.items()]
+    return [f"{found['settings']['samples']} samples of each map:", "", *table(["", *arms], rows)][:-1]
+
+
+def corruptions(found: dict) -> list[str]:
+    names, levels = ("cosine", "top1_match"), (1, 5)
+    rows = [[kind.replace("_", " "), *(text_of(found[f"{kind} {level}"], name, False) for name in names for level in levels)] for kind in CORRUPTIONS]
+    rows = [[arm, *(text for name in names for text in (text_of(found[arm], name, False), ""))] for arm in (CLEAN, FLOOR)] + rows
+    return table(["corruption", "cosine, level 1", "level 5", "top-1 match, level 1", "level 5"], rows)[:-1]
+
+
+TABLES: dict[str, Callable[[dict], list[str]]] = {
+    "quality": quality, "layers": layers, "layers-vit": layers_by_another, "cross-model": cross_model, "rcdm": rcdm, "sweep": sweep,
+    "sweep-pooled": sweep, "mixing": mixing, "variability": variability, "variability-pooled": variability, "corruptions": corruptions,
+}  # fmt: skip
