@@ -52,6 +52,7 @@ def quality(found: dict) -> list[str]:
 def layers(found: dict) -> list[str]:
     arms = [FLOOR, *models(found), CEILING]
     stages = {name.removeprefix("cosine "): name for name in found[FLOOR] if name.startswith("cosine ") and not name.endswith("centred")}
+    stages |= {"last": stages.pop("last")}  # the last column
     names = {"cosine, last layer": "cosine last", "top-1 match": "top1_match", "top-5 match": "top5_match", "KID": named(found[FLOOR], "kid")}
     return ["Cosine at every stage:", "", *figures_by_arm(found, arms, stages, False, "model"), *figures_by_arm(found, arms, names, what="model")][:-1]
 
