@@ -76,8 +76,14 @@ def test_hugging_face_sets_are_read_by_place(photographs, monkeypatch, tmp_path)
     class ImageColumn:
         pass
 
+    class Label:
+        names = ["cat", "dog"]
+
     class Rows(list):
-        features = {"label": object(), "image": ImageColumn()}
+        features = {"label": Label(), "image": ImageColumn()}
+
+        def __getitem__(self, key):
+            return [0, 1, -1] * (len(self) // 3) if key == "label" else super().__getitem__(key)
 
         def select_columns(self, names):
             assert names == ["image"]
@@ -85,7 +91,7 @@ def test_hugging_face_sets_are_read_by_place(photographs, monkeypatch, tmp_path)
 
     asked = []
     library = ModuleType("datasets")
-    library.Image, library.DatasetDict = ImageColumn, dict
+    library.Image, library.ClassLabel, library.DatasetDict = ImageColumn, Label, dict
     rows = Rows({"image": Image.open(f)} for f in sorted(photographs.iterdir()))
     library.load_dataset = lambda name, split: asked.append((name, split)) or rows
     library.load_from_disk = lambda name: {"train": rows}
@@ -93,6 +99,7 @@ def test_hugging_face_sets_are_read_by_place(photographs, monkeypatch, tmp_path)
     wanted = batch(Folder(photographs))
     assert torch.equal(batch(open_listing("hf:somebody/pictures:validation", None)), wanted)
     assert asked == [("somebody/pictures", "validation")]
+    assert open_listing("hf:somebody/pictures", None).classes[:4] == ["cat", "dog", None, "cat"]
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "dataset_dict.json").write_text("{}")
     rows = Rows({"image": Image.open(f)} for f in sorted(photographs.iterdir()))
