@@ -36,15 +36,15 @@ from training.cli import make_folder, run, write_text
 from training.config import TrainConfig
 from training.evaluate import digest
 from training.evaluation.bench import CEILING, FLOOR, ORIGINAL, Bench, Choice, Subject
-from training.evaluation.judge import Columns, Judge
+from training.evaluation.judge import Judge
 from training.evaluation.metrics import mean_entry
 from training.evaluation.report import Figures, Grid, Report, cell, figures_of, to_markdown, write
 from training.evaluation.shards import Arm, Store, Table, record
-from training.evaluation.sources import Originals, open_source
+from training.evaluation.sources import open_source
 from training.evaluation.spaces import TimmSpace
 from training.evaluation.suites.cost import drawing_gmac
 from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
-from training.inversion import ATTEMPT, open_model
+from training.inversion import open_model
 from training.pipeline import Sampling
 from training.report import panel, save_image
 from training.train import train
@@ -77,19 +77,6 @@ def subject_of(bench: Bench) -> Subject:
     return Subject(bench, Choice("tiny_cnn_last"), judges, [TimmSpace(own), TimmSpace(witness)])
 
 
-def reconstruction(subject: Subject, file: Path, how: Sampling) -> Arm:
-    """Draws with a row's weights, from maps of its own input size; judged as all are."""
-
-    def arm(originals: Originals) -> Columns:
-        opened = subject.bench.open(Choice(str(file)))
-        features = opened.features(originals.framed(opened.backbone))
-        start = lambda attempt: opened.noise([number + attempt * ATTEMPT for number in originals.numbers])  # noqa: E731
-        pictures, _ = opened.best(features, how, start, len(originals.numbers))
-        return subject.measure(originals.framed(subject.backbone), pictures, originals.single)
-
-    return arm
-
-
 def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], args: argparse.Namespace) -> dict[str, Table]:
     """Records of the originals, the bounds and the chosen rows. files: row -> its weights."""
     crew = PartialState(timeout=timedelta(days=7))
@@ -108,7 +95,7 @@ def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], ar
     fill("bounds", subject.bounds(Sampling(**PAPER_SAMPLING)), {"sampling": PAPER_SAMPLING})
     for row in chosen:
         file, how = files[row.name], sampling_of(rows, row)
-        fill(row.name, {row.name: reconstruction(subject, file, how)}, {"sampling": asdict(how), "weights": digest(file)})
+        fill(row.name, {row.name: subject.reconstruction(how, Choice(str(file)))}, {"sampling": asdict(how), "weights": digest(file)})
     return tables
 
 

@@ -130,17 +130,24 @@ def open_listing(data: str, images: int | None) -> Listing:
     return found if images is None else Part(found, images)
 
 
-class Part:
-    """Some of a listing's pictures, evenly spread over it."""
+class Chosen:
+    """Some of a listing's pictures, by their places in it."""
+
+    def __init__(self, whole: Listing, places: list[int]) -> None:
+        self._whole, self.places = whole, places
+        self.names = [whole.names[place] for place in places]
+
+    def open(self, place: int) -> Image.Image:
+        return self._whole.open(self.places[place])
+
+
+class Part(Chosen):
+    """`count` of a listing's pictures, evenly spread over it."""
 
     def __init__(self, whole: Listing, count: int) -> None:
         if not 0 < count <= len(whole.names):
             raise FeatInvError(f"images {count}: expected 1 to {len(whole.names)}, as many as there are")
-        self._whole, self._places = whole, [k * len(whole.names) // count for k in range(count)]
-        self.names = [whole.names[place] for place in self._places]
-
-    def open(self, place: int) -> Image.Image:
-        return self._whole.open(self._places[place])
+        super().__init__(whole, [k * len(whole.names) // count for k in range(count)])
 
 
 def fingerprint(names: Sequence[str]) -> str:

@@ -65,7 +65,7 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     assert Image.open(out / "panel.png").width > 6 * 144  # original, floor, three rows, ceiling
 
     monkeypatch.setattr(ablation, "train", None)
-    monkeypatch.setattr(ablation, "reconstruction", lambda *_: None)
+    monkeypatch.setattr(ablation.Subject, "reconstruction", lambda *_: None)
     ablation.main([*arguments, "--rows", *ROWS, "--page"])  # nothing is done twice
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text

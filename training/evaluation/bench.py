@@ -132,16 +132,17 @@ class Subject:
         for prefix, judge in self.judges.items():
             judge.centres = {name: originals.columns[f"mean/{prefix}{name}"].mean(0) for name in judge.compared}
 
-    def reconstruction(self, how: Sampling) -> Arm:
+    def reconstruction(self, how: Sampling, by: Choice | None = None) -> Arm:
+        """Pictures with the originals' features. by: another model that draws them, from maps of its own input size."""
+
         def arm(originals: Originals) -> Columns:
-            framed = originals.framed(self.backbone)
-            opened = self.bench.open(self.choice)
+            opened = self.bench.open(by or self.choice)
 
             def start_of(attempt: int) -> Tensor:
                 return opened.noise([n + self.bench.seed + ATTEMPT * attempt for n in originals.numbers])
 
-            drawn, _ = opened.best(opened.features(framed), how, start_of, len(originals.numbers))
-            return self.measure(framed, drawn, originals.single)
+            drawn, _ = opened.best(opened.features(originals.framed(opened.backbone)), how, start_of, len(originals.numbers))
+            return self.measure(originals.framed(self.backbone), drawn, originals.single)
 
         return arm
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
@@ -23,7 +23,7 @@ from featinv_nodes.core.images import LARGEST, SMALLEST
 from featinv_nodes.tiny_world.scenes import draw
 
 from ..data import Unreadable
-from ..listing import HUGGING_FACE, Listing, TarShards, fingerprint, open_listing
+from ..listing import HUGGING_FACE, Chosen, Listing, Part, TarShards, fingerprint, open_listing
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -124,10 +124,10 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
     if count is not None and count > count_all:
         raise FeatInvError(f"{data} holds {count_all} images; asked for {count}. Give a folder with more, or a smaller --count")
     if per_class is not None:
-        places = first_of_each(data, listing.names, classes, per_class)
+        chosen = Chosen(listing, first_of_each(data, listing.names, classes, per_class))
     else:
-        places = [k * count_all // (count or count_all) for k in range(count or count_all)]
-    return Pictures(Chosen(listing, places), [classes[place] for place in places])
+        chosen = Part(listing, count or count_all)
+    return Pictures(chosen, [classes[place] for place in chosen.places])
 
 
 def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None], count: int) -> list[int]:
@@ -143,17 +143,6 @@ def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None]
         more = f" and {len(few) - 8} more" if len(few) > 8 else ""
         raise FeatInvError(f"--per-class {count}: expected at least 1, and as many images in each class folder of {data}; fewer in {', '.join(few[:8])}{more}")
     return [place for name in sorted(places) for place in places[name][:count]]
-
-
-class Chosen:
-    """Some of a listing's pictures."""
-
-    def __init__(self, whole: Listing, places: list[int]) -> None:
-        self._whole, self._places = whole, places
-        self.names = [whole.names[place] for place in places]
-
-    def open(self, place: int) -> Image.Image:
-        return self._whole.open(self._places[place])
 
 
 @dataclass

@@ -10,7 +10,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import model_file
 
 from ...pipeline import Sampling
-from ..bench import ORIGINAL, Bench, Choice, Subject, own_judge
+from ..bench import FLOOR, ORIGINAL, Bench, Choice, Subject, own_judge
 from ..report import Report
 from ..shards import Arm, Table
 
@@ -19,7 +19,7 @@ class Suite:
     """count: pictures of the embedded world where the user does not say.
 
     sampling: arm -> how its pictures are drawn, for results.json. subjects: the arm of a model's originals -> the model
-    under judgement. A suite fills both in its constructor and offers arms and report.
+    under judgement. A suite fills both in its constructor and offers a report.
     """
 
     name: str
@@ -35,7 +35,9 @@ class Suite:
         """Adds the suite's own options, if it has any; all of them are settings of its figures."""
 
     def arms(self) -> dict[str, Arm]:
-        raise NotImplementedError
+        """A reconstruction for each sampling, and the bounds; other suites say otherwise."""
+        subject = self.subjects[ORIGINAL]
+        return {arm: subject.reconstruction(how) for arm, how in self.sampling.items() if arm != FLOOR} | subject.bounds(self.sampling[FLOOR])
 
     def report(self, tables: dict[str, Table]) -> Report:
         raise NotImplementedError
@@ -60,6 +62,16 @@ class Suite:
         """The model of --model."""
         a = self.args
         return Choice(a.model, a.base, a.backbone_weights, a.backbone)
+
+    @property
+    def score(self) -> str:
+        """The cosine by which settings are chosen: the unpooled map's, as in the paper, whatever the model inverts."""
+        return "cosine_unpooled" if self.bench.info(self.choice).source.pooled else "cosine"
+
+    def require_own_file(self) -> None:
+        """Raises FeatInvError for --write-back to a shipped model."""
+        if self.args.write_back and not Path(self.args.model).is_file():
+            raise FeatInvError(f"--write-back changes the model's file; {self.args.model} is a shipped model, copy its file and name the copy")
 
     def one_subject(self, subset: list[int] | None = None) -> Subject:
         """The model of --model, judged by its own backbone."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from itertools import product
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.tiny_world import model_file
 
 from ...inversion import Opened
@@ -18,7 +17,7 @@ from ...pipeline import SOLVERS, Sampling
 from ...real_size import gmac_of
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..report import Figures, Grid, Report, cell, figures_of, shown
-from ..shards import Arm, Table
+from ..shards import Table
 from .base import Suite
 from .guidances import PAPER, PAPERS_OWN, extra_measures, witnessed
 from .sweep import recommend
@@ -39,17 +38,11 @@ class Cost(Suite):
         chosen = [*product(SOLVERS, sorted(set(args.solver_steps))), REFERENCE]
         self.tried = {f"{solver}, {steps} steps": bench.sampling(self.choice, solver=solver, steps=steps) for solver, steps in chosen}
         self.sampling = self.tried | {PAPER: PAPERS_OWN, FLOOR: PAPERS_OWN}
-        self.score = "cosine_unpooled" if bench.info(self.choice).source.pooled else "cosine"
-        if args.write_back and not Path(args.model).is_file():
-            raise FeatInvError(f"--write-back changes the model's file; {args.model} is a shipped model, copy its file and name the copy")
+        self.require_own_file()
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--solver-steps", type=int, nargs="+", default=[8, 12, 20, 30], help="steps of each solver; --write-back writes the cheapest good one")
-
-    def arms(self) -> dict[str, Arm]:
-        drawn = {arm: self.subject.reconstruction(how) for arm, how in self.sampling.items() if arm != FLOOR}
-        return drawn | self.subject.bounds(self.sampling[FLOOR])
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.sampling, CEILING)}

@@ -14,7 +14,7 @@ from ...pipeline import Sampling
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench, Subject
 from ..judge import Judge
 from ..report import Report, by_arm, figures_of, heat_map, set_measures, shown
-from ..shards import Arm, Table
+from ..shards import Table
 from .base import Suite
 
 PAPER, WITNESS = "the paper's sampling", "witness: "
@@ -35,17 +35,12 @@ class Guidances(Suite):
         recommended, changes = bench.info(self.choice).recommended, bench.changes | {"text_guidance": None, "negative": "text"}
         self.joint = {f"against text={g:g}": Sampling.chosen(recommended, changes | {"guidance": g}) for g in self.features if g != 1}
         self.sampling = self.apart | self.joint | {PAPER: PAPERS_OWN, FLOOR: PAPERS_OWN}
-        self.score = "cosine_unpooled" if bench.info(self.choice).source.pooled else "cosine"
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--text-guidances", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0], help="the text's scales; the features' are --guidances")
         parser.add_argument("--witness", help="for guidances and cost: timm-hub folder or name of a backbone that took no part "
                             "(default in the embedded world: the other backbone)")  # fmt: skip
-
-    def arms(self) -> dict[str, Arm]:
-        drawn = {arm: self.subject.reconstruction(how) for arm, how in self.sampling.items() if arm != FLOOR}
-        return drawn | self.subject.bounds(self.sampling[FLOOR])
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.sampling, CEILING)}

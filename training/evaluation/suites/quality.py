@@ -10,7 +10,7 @@ import timm
 from .. import paper
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..report import Report, by_measure, figures_of, shown
-from ..shards import Arm, Table
+from ..shards import Table
 from .base import Suite
 
 RECONSTRUCTION = "reconstruction"
@@ -29,9 +29,6 @@ class Quality(Suite):
     def subset(self) -> list[int] | None:
         """The classes that count for the match, None for all."""
         return None
-
-    def arms(self) -> dict[str, Arm]:
-        return {RECONSTRUCTION: self.subject.reconstruction(self.sampling[RECONSTRUCTION]), **self.subject.bounds(self.sampling[FLOOR])}
 
     def report(self, tables: dict[str, Table]) -> Report:
         columns = [FLOOR, RECONSTRUCTION, CEILING]

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_metadata, read_tensors, write_safetensors
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.tiny_world import model_file
 
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..report import Report, by_arm, figures_of, heat_map, shown
-from ..shards import Arm, Table
+from ..shards import Table
 from .base import Suite
 
 
@@ -32,19 +31,13 @@ class Sweep(Suite):
         self.settings_of = {f"strength={s:g}, guidance={g:g}": (s, g) for s, g in product(sorted(set(args.strengths)), sorted(set(args.guidances)))}
         self.sampling = {arm: bench.sampling(self.choice, strength=s, guidance=g) for arm, (s, g) in self.settings_of.items()}
         self.sampling[FLOOR] = bench.sampling(self.choice, strength=1.0, guidance=1.0)  # whatever the file recommends, before and after
-        self.score = "cosine_unpooled" if bench.info(self.choice).source.pooled else "cosine"
-        if args.write_back and not Path(args.model).is_file():
-            raise FeatInvError(f"--write-back changes the model's file; {args.model} is a shipped model, copy its file and name the copy")
+        self.require_own_file()
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="control strengths")
         parser.add_argument("--guidances", type=float, nargs="+", default=[1.0, 1.75, 3.0, 5.0, 8.0], help="guidance scales")
         parser.add_argument("--write-back", action="store_true", help="make the setting of the highest cosine the file's recommended one")
-
-    def arms(self) -> dict[str, Arm]:
-        own = {arm: self.subject.reconstruction(self.sampling[arm]) for arm in self.settings_of}
-        return own | self.subject.bounds(self.sampling[FLOOR])
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.settings_of, FLOOR, CEILING)}
