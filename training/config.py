@@ -13,6 +13,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.scope import FEWEST
 
 from .cli import write_text
+from .listing import STREAM
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "tiny_cnn_last.yaml"
@@ -36,7 +37,7 @@ class TrainConfig:
     input_size: side of the pictures it reads, where that is not timm's default. layer, pooled: what is inverted.
     base: "tiny", a diffusers folder, a single file of Stable Diffusion 1.x, or owner/name in the hub's cache.
     data: "tiny", a folder of images or of plain tar files (webdataset), or "hf:" and a Hugging Face data set (a folder
-    of save_to_disk, or a name with its split after a colon); images: only so many of them, evenly spread. flips: "none",
+    of save_to_disk, or a name with its split after a colon), or "stream:" and one that is read as it comes; images: only so many of them, evenly spread. flips: "none",
     "horizontal" or "both". views: crops and flips of each picture, one per epoch in turn, 0 for new ones without end.
     cache: folder of latents that training/cache.py wrote for these views; cache_features: the features are there too.
     encoder: "conv" (the paper), "conv_at_map" (it upsamples last) or "perceiver"; encoder_width: its hidden channels (the
@@ -117,6 +118,8 @@ class TrainConfig:
         for name in ("batch", "accumulate", "keep", "panel_every", "save_every", "max_images"):
             if getattr(self, name) < 1:
                 raise FeatInvError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.data.startswith(STREAM) and (self.cache or self.views or self.images):
+            raise FeatInvError(f"data {self.data}: what comes by in a stream cannot be counted or cached; leave --cache, --views and --images out")
         if self.cache and not self.views and self.data != "tiny":
             raise FeatInvError("a cache holds a number of views of each picture: say how many with --views")
         if self.cache_features and not self.cache:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -17,23 +15,12 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
 
 from .base_model import BaseModel
+from .batch import TRIES, Batch, Unreadable, crops
 from .config import TrainConfig
-from .listing import Listing, fingerprint, open_listing
+from .listing import STREAM, Listing, fingerprint, open_listing
+from .stream import Reading, Stream
 
 AT_ONCE = 4096  # scenes drawn together on a GPU, where a batch takes no longer than a few
-TRIES = 100  # pictures in a row that cannot be read before the data itself is in doubt
-
-
-class Batch(NamedTuple):
-    """tensors: what the loader was asked for, "pictures" [B, 3, side, side] in 0..1 and others alike, a row per image
-    number. skipped: name and reason of pictures that could not be read and were replaced by the next in the order."""
-
-    tensors: dict[str, Tensor]
-    skipped: list[tuple[str, str]]
-
-
-class Unreadable(Exception):
-    """A picture that cannot be read, and why."""
 
 
 class TinyWorld(Dataset):
@@ -120,19 +107,7 @@ class Photographs(Dataset):
         return fill(self, numbers)
 
     def _crops(self, place: int, view: int) -> dict[str, Tensor]:
-        chance = random.Random(f"{self.seed}/{place}/{view}")
-        try:
-            with self.listing.open(place) as opened:
-                image = opened.convert("RGB")
-        except Exception as error:  # decoders raise whatever they stumble over
-            raise Unreadable(f"{type(error).__name__}: {error}") from error
-        box = _crop(*image.size, chance)
-        across, down = self.flips != "none" and chance.random() < 0.5, self.flips == "both" and chance.random() < 0.5
-        crops = {}
-        for name, side in self.sides.items():
-            pixels = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box), np.float32) / 255
-            crops[name] = torch.from_numpy(pixels[:: -1 if down else 1, :: -1 if across else 1].copy()).permute(2, 0, 1)
-        return crops
+        return crops(lambda: self.listing.open(place), self.sides, self.flips, random.Random(f"{self.seed}/{place}/{view}"))
 
 
 def fill(source: Photographs, numbers: list[int]) -> Batch:
@@ -156,19 +131,6 @@ def fill(source: Photographs, numbers: list[int]) -> Batch:
     return Batch(tensors, skipped)
 
 
-def _crop(width: int, height: int, chance: random.Random) -> tuple[int, int, int, int]:
-    """torchvision's random resized crop: 8 to 100 % of the area, aspect 3/4 to 4/3, ten tries, else the centre."""
-    for _ in range(10):
-        area, aspect = width * height * chance.uniform(0.08, 1), 2 ** chance.uniform(-0.415, 0.415)
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            left, top = chance.randint(0, width - w), chance.randint(0, height - h)
-            return left, top, left + w, top + h
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
-
-
 class Batches(Sampler):
     """Endless lists of image numbers for one process: the share of `rank` in each global batch, from `start` on."""
 
@@ -190,10 +152,12 @@ def sides(base: BaseModel, backbone: Backbone) -> dict[str, int]:
     return {"pictures": side} if side == base.resolution else {"pictures": side, "target": base.resolution}
 
 
-def open_source(config: TrainConfig, wanted: dict[str, int], device: torch.device | str = "cpu") -> TinyWorld | Photographs:
+def open_source(config: TrainConfig, wanted: dict[str, int], device: torch.device | str = "cpu") -> TinyWorld | Photographs | Stream:
     """The configuration's pictures, cropped to the `wanted` sides. Raises FeatInvError where there are none."""
     if config.data == "tiny":
         return TinyWorld(config.seed, device, config.images)
+    if config.data.startswith(STREAM):
+        return Stream(config.data, wanted, config.flips, config.seed)
     return Photographs(open_listing(config.data, config.images), wanted, config.flips, config.seed, config.views)
 
 
@@ -202,7 +166,11 @@ def as_it_is(batch: tuple) -> tuple:
     return batch
 
 
-def loader(source: Dataset, start: int, batch: int, rank: int, processes: int, workers: int, pin: bool = False) -> Iterator[Batch]:
-    """Batches from image number `start` on, per process `batch` images."""
+def loader(
+    source: Dataset | Stream, start: int, batch: int, rank: int, processes: int, workers: int, pin: bool = False, state: dict | None = None
+) -> Iterator[Batch]:
+    """Batches from image number `start` on, per process `batch` images; of a stream from where `state` says, see Reading."""
+    if isinstance(source, Stream):
+        return Reading(source, batch, rank, processes, workers, pin, state)
     numbers = Batches(start, batch, rank, processes)
     return iter(DataLoader(source, batch_sampler=numbers, num_workers=workers, collate_fn=as_it_is, persistent_workers=workers > 0, pin_memory=pin))

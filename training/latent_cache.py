@@ -23,9 +23,11 @@ from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 
 from .base_model import BaseModel
+from .batch import Batch
 from .cli import make_folder, write_json
 from .config import TrainConfig
-from .data import Batch, Photographs, TinyWorld, fill, open_source, sides
+from .data import Photographs, TinyWorld, fill, open_source, sides
+from .stream import Stream
 from .verified import is_whole, write_verified
 
 SHARD = 4096
@@ -139,7 +141,7 @@ class Cached(Dataset):
         return fill(self, numbers)
 
 
-def open_pictures(config: TrainConfig, base: BaseModel, backbone: Backbone, device: torch.device | str, rank: int, processes: int) -> TinyWorld | Photographs | Cached:
+def open_pictures(config: TrainConfig, base: BaseModel, backbone: Backbone, device: torch.device | str, rank: int, processes: int) -> TinyWorld | Photographs | Stream | Cached:
     """The configuration's pictures, from its cache where it names one, every shard of which is read once by one of the
     processes. Raises FeatInvError for a cache of something else, or an incomplete one."""
     wanted = sides(base, backbone)

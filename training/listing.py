@@ -8,7 +8,8 @@ import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -17,7 +18,7 @@ from featinv_nodes.core.images import SUFFIXES
 
 from .cli import write_json
 
-HUGGING_FACE = "hf:"
+HUGGING_FACE, STREAM = "hf:", "stream:"
 
 
 class Listing(Protocol):
@@ -83,31 +84,45 @@ def _index(shard: Path) -> list[tuple[str, int, int]]:
     return found
 
 
+def hugging_face(data: str, streaming: bool = False) -> tuple[ModuleType, Any, str]:
+    """(the `datasets` library, the set that `data` names after its prefix, its column of pictures).
+
+    After the prefix: a folder of save_to_disk, not for streaming, or what load_dataset takes, with the split after a
+    colon (default train). Raises FeatInvError if there is no such set, or it has no pictures.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise FeatInvError(f"data {data} needs the package datasets: pip install datasets") from error
+    name = data.partition(":")[2]
+    try:
+        if Path(name).is_dir() and any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json")):
+            if streaming:
+                raise FeatInvError(f"data {data} was saved by save_to_disk and is on this computer already: write {HUGGING_FACE}{name}")
+            found = datasets.load_from_disk(name)
+            found = found["train"] if isinstance(found, datasets.DatasetDict) else found
+        else:
+            name, _, split = name.partition(":")
+            found = datasets.load_dataset(name, split=split or "train", **({"streaming": True} if streaming else {}))
+    except (OSError, ValueError, KeyError) as error:
+        raise FeatInvError(f"data {data} cannot be opened: {error}") from error
+    features = found.features or {}  # unknown in some streams
+    columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    if not columns:
+        raise FeatInvError(f"data {data} has no column of pictures; it has {', '.join(features) or 'columns of unknown kinds'}")
+    return datasets, found, columns[0]
+
+
 class HuggingFace:
     """A data set of the `datasets` library that is on this computer, with a column of pictures. classes: the name of each
     one's label, None where it has none; None altogether for a data set without a column of labels."""
 
-    def __init__(self, name: str) -> None:
-        """name: a folder of save_to_disk, or what load_dataset takes, with the split after a colon (default train)."""
-        try:
-            import datasets
-        except ImportError as error:
-            raise FeatInvError(f"data {HUGGING_FACE}{name} needs the package datasets: pip install datasets") from error
-        try:
-            if Path(name).is_dir() and any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json")):
-                found = datasets.load_from_disk(name)
-                found = found["train"] if isinstance(found, datasets.DatasetDict) else found
-            else:
-                name, _, split = name.partition(":")
-                found = datasets.load_dataset(name, split=split or "train")
-        except (OSError, ValueError, KeyError) as error:
-            raise FeatInvError(f"data {HUGGING_FACE}{name} cannot be opened: {error}") from error
-        columns = [column for column, kind in found.features.items() if isinstance(kind, datasets.Image)]
-        if not columns:
-            raise FeatInvError(f"data {HUGGING_FACE}{name} has no column of pictures; it has {', '.join(found.features)}")
-        self._column, self._set = columns[0], found.select_columns(columns[:1])
-        self.names = [f"{name}[{place}]" for place in range(len(found))]
-        labels = [column for column, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)]
+    def __init__(self, data: str) -> None:
+        """data: as hugging_face takes it."""
+        library, found, self._column = hugging_face(data)
+        self._set = found.select_columns([self._column])
+        self.names = [f"{data.removeprefix(HUGGING_FACE)}[{place}]" for place in range(len(found))]
+        labels = [column for column, kind in found.features.items() if isinstance(kind, library.ClassLabel)]
         known = found.features[labels[0]].names if labels else []
         self.classes = [known[k] if k is not None and k >= 0 else None for k in found[labels[0]]] if labels else None
 
@@ -119,7 +134,9 @@ def open_listing(data: str, images: int | None) -> Listing:
     """A folder of pictures or of tar files, or "hf:" and a Hugging Face data set; images: only so many of them, evenly
     spread. Raises FeatInvError where there are none, or fewer."""
     if data.startswith(HUGGING_FACE):
-        found: Listing = HuggingFace(data.removeprefix(HUGGING_FACE))
+        found: Listing = HuggingFace(data)
+    elif data.startswith(STREAM):
+        raise FeatInvError(f"data {data}: a stream can be trained on, not evaluated or listed; download the set, and write {HUGGING_FACE}")
     elif Path(data).is_dir():
         shards = sorted(Path(data).glob("*.tar"))
         found = TarShards(shards) if shards else Folder(Path(data))

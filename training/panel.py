@@ -13,18 +13,21 @@ from featinv_nodes.tiny_world.scenes import draw
 
 from .base_model import BaseModel
 from .config import TrainConfig
-from .listing import Part, open_listing
+from .listing import STREAM, Part, open_listing
 from .pipeline import Inversion, Sampling, noise, sample
 from .report import panel
+from .stream import first_pictures
 
 COUNT, SIDE = 8, 512  # pictures, and the pixels a side that their centre is scaled to
 
 
 def held_out(config: TrainConfig) -> Tensor:
     """[COUNT, 3, h, w] pictures that training does not see: held-out scenes; of photographs, whose augmented versions
-    it does see, an even choice, less those that cannot be read."""
+    it does see, an even choice, of a stream the first, less those that cannot be read."""
     if config.data == "tiny":
         return draw(config.seed, torch.arange(COUNT), "held-out").image
+    if config.data.startswith(STREAM):
+        return torch.stack([_square(picture) for picture in first_pictures(config.data, COUNT)])
     listing = open_listing(config.data, None)
     chosen = Part(listing, min(COUNT, len(listing.names)))
     return torch.stack([x for place in range(len(chosen.names)) if (x := _read(chosen, place)) is not None])
@@ -33,10 +36,14 @@ def held_out(config: TrainConfig) -> Tensor:
 def _read(listing: Part, place: int) -> Tensor | None:
     try:
         with listing.open(place) as opened:
-            square = ImageOps.fit(opened.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
+            return _square(opened.convert("RGB"))
     except Exception:  # decoders raise whatever they stumble over; training names the picture
         return None
-    return torch.from_numpy(np.asarray(square, np.float32) / 255).permute(2, 0, 1)
+
+
+def _square(picture: Image.Image) -> Tensor:
+    fitted = ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(fitted, np.float32) / 255).permute(2, 0, 1)
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from .base_model import BaseModel
 from .config import TrainConfig
 from .graph import training_step
 from .objective import draw_chance, latents_from, lighten, moments_of, observe, training_loss
-from .optimizer import LARGEST_NORM, build_optimizer, fused_step
+from .optimizer import LARGEST_NORM, build_optimizer, fused_step, weights_layout
 from .pipeline import Inversion
 from .stable_diffusion import CLIP, SCHEDULE, UNET, VAE, build_text_encoder
 
@@ -95,12 +95,12 @@ CACHES = {"nothing cached": (), "latents cached": ("moments",), "latents and fea
 
 
 def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph: bool = False, largest_norm: float = LARGEST_NORM) -> Callable[[], Tensor]:
-    """train.py's step on pictures [B, 3, h, w] in 0..1: frozen parts in bf16 where the precision is, channels_last,
-    fused optimizer. cached: a value of CACHES. graph: the step as one CUDA graph."""
+    """train.py's step on pictures [B, 3, h, w] in 0..1: frozen parts in bf16 where the precision is, train.py's
+    layouts, fused optimizer. cached: a value of CACHES. graph: the step as one CUDA graph."""
     p, device = parts, parts.base.unet.device.type
     p.base.to(device)
-    for module in (p.backbone, p.model):
-        module.to(memory_format=torch.channels_last)
+    p.backbone.to(memory_format=torch.channels_last)
+    p.model.to(memory_format=weights_layout(p.config, device))
     lighten(p.config, p.base, p.backbone)
     optimizer = build_optimizer(p.model, p.config)
     precision = {"device_type": device, "dtype": torch.bfloat16, "enabled": p.config.precision == "bf16"}

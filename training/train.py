@@ -44,9 +44,10 @@ from training.latent_cache import open_pictures
 from training.log import Pace, check_trackers, device_peak, open_log, show, start_trackers, write_line
 from training.mishaps import Mishaps
 from training.objective import at_stage, draw_chance, latents_from, lighten, observe, training_loss
-from training.optimizer import build_optimizer, clip_and_step
+from training.optimizer import build_optimizer, clip_and_step, weights_layout
 from training.panel import sample_panel
 from training.pipeline import Inversion
+from training.stream import states
 
 MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes per parameter
 EVERY = 20  # steps between two lines of stats.jsonl; between them nothing waits for the device
@@ -92,7 +93,8 @@ def train(config: TrainConfig, output: Path) -> Path:
     say = tqdm.write if main else lambda _: None
     set_seed(config.seed)
     base, backbone = open_frozen(config, device)
-    model = Inversion.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder).to(device, memory_format=torch.channels_last)
+    model = Inversion.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder)
+    model.to(device, memory_format=weights_layout(config, device))
     lighten(config, base, backbone)
     if config.checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -107,7 +109,7 @@ def train(config: TrainConfig, output: Path) -> Path:
         make_folder(output)
         config.save(output / "config.yaml")
     (file,) = broadcast_object_list([checkpoints.newest(output, say) if main else None])
-    state = checkpoints.load(file) if file else {"seen": 0, "before": 0, "losses": []}
+    state = checkpoints.load(file) if file else {"seen": 0, "before": 0, "losses": [], "stream": None}
     seen, before, losses = state["seen"], state["before"], [torch.tensor(x, device=device) for x in state["losses"]]
     if not file and config.init_from:
         before = start_from(model, config.init_from, base)
@@ -134,7 +136,8 @@ def train(config: TrainConfig, output: Path) -> Path:
             say(f"{config.data} holds other pictures than before: the run goes on, but not as if it had never stopped")
     if config.compile:
         trained = torch.compile(trained)
-    batches = loader(pictures, seen, per_process, rank, processes, config.workers, pin=device.type == "cuda" and config.workers > 0)
+    place = state["stream"] and state["stream"][rank % len(state["stream"])]
+    batches = loader(pictures, seen, per_process, rank, processes, config.workers, device.type == "cuda" and config.workers > 0, place)
     log = open_log(output / "stats.jsonl", seen) if main else None
     start_trackers(accelerator, asdict(config))
 
@@ -145,6 +148,7 @@ def train(config: TrainConfig, output: Path) -> Path:
     def save(last: bool) -> None:
         values, _ = mishaps.check(losses, seen)
         state = {"seen": seen, "before": before, "losses": values, "data": pictures.fingerprint, "mishaps": mishaps.state()}
+        state["stream"] = states(batches, in_hand=seen < config.max_images)
         state |= checkpoints.gather(model, optimizer.optimizer, average)
         state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
         try:

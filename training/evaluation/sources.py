@@ -22,7 +22,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import LARGEST, SMALLEST
 from featinv_nodes.tiny_world.scenes import draw
 
-from ..data import Unreadable
+from ..batch import Unreadable
 from ..listing import HUGGING_FACE, Chosen, Listing, Part, TarShards, fingerprint, open_listing
 
 SYNSET = re.compile(r"n\d{8}")

@@ -1,0 +1,56 @@
+"""What a training step is handed: batches of crops, and the crops themselves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+TRIES = 100  # pictures in a row that cannot be read before the data itself is in doubt
+
+
+class Batch(NamedTuple):
+    """tensors: what the loader was asked for, "pictures" [B, 3, side, side] in 0..1 and others alike, a row per image
+    number. skipped: name and reason of pictures that could not be read and were replaced by the next in the order."""
+
+    tensors: dict[str, Tensor]
+    skipped: list[tuple[str, str]]
+
+
+class Unreadable(Exception):
+    """A picture that cannot be read, and why."""
+
+
+def crops(opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, chance: random.Random) -> dict[str, Tensor]:
+    """The same random resized crop and flips (paper Sec. 2), scaled from the original to each of `sides`: name -> pixels a
+    side gives name -> [3, side, side] in 0..1. flips: as in TrainConfig. Raises Unreadable where `opened` raises."""
+    try:
+        with opened() as picture:
+            image = picture.convert("RGB")
+    except Exception as error:  # decoders raise whatever they stumble over
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
+    box = _crop(*image.size, chance)
+    across, down = flips != "none" and chance.random() < 0.5, flips == "both" and chance.random() < 0.5
+    found = {}
+    for name, side in sides.items():
+        pixels = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box), np.float32) / 255
+        found[name] = torch.from_numpy(pixels[:: -1 if down else 1, :: -1 if across else 1].copy()).permute(2, 0, 1)
+    return found
+
+
+def _crop(width: int, height: int, chance: random.Random) -> tuple[int, int, int, int]:
+    """torchvision's random resized crop: 8 to 100 % of the area, aspect 3/4 to 4/3, ten tries, else the centre."""
+    for _ in range(10):
+        area, aspect = width * height * chance.uniform(0.08, 1), 2 ** chance.uniform(-0.415, 0.415)
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = chance.randint(0, width - w), chance.randint(0, height - h)
+            return left, top, left + w, top + h
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side

@@ -1,0 +1,207 @@
+"""Pictures that are read as they come: a Hugging Face data set that is not downloaded first.
+
+A set is a number of files (parquet, tar shards and others). Each belongs to one reader, a worker of a process, so that
+nothing is read twice in an epoch. A reader takes its files in a new order each epoch and shuffles BLOCK pictures at a time,
+still encoded. Where it stands is four numbers, from which a run goes on exactly.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from featinv_nodes.core.feature_map import FeatInvError
+
+from .batch import TRIES, Batch, Unreadable, crops
+from .listing import hugging_face
+
+BLOCK = 512  # encoded pictures that a reader holds and shuffles
+AT_ONCE = 64  # rows asked of the library together
+
+
+class Place(NamedTuple):
+    """Where a reader stands. file: files of its epoch that are behind it; row: where its block begins in the next one;
+    used: pictures of the block that are used up."""
+
+    epoch: int = 0
+    file: int = 0
+    row: int = 0
+    used: int = 0
+
+
+class Stream:
+    """A set, not yet read; sides, flips and seed as in Photographs. Raises FeatInvError if it cannot be opened."""
+
+    def __init__(self, data: str, sides: dict[str, int], flips: str, seed: int) -> None:
+        self.data, self.sides, self.flips, self.seed = data, sides, flips, seed
+        library, found, self._column = hugging_face(data, streaming=True)
+        self._set = found.select_columns([self._column]).cast_column(self._column, library.Image(decode=False))
+        self.files = found.num_shards
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.data}, {self.files} files"
+
+    def place(self, number: int) -> tuple[int, int]:
+        return number, 0
+
+    def name(self, place: int) -> str:
+        return f"{self.data}, picture {place} of the run"
+
+    def rows(self, file: int, first: int = 0) -> Iterator[dict]:
+        """A file's encoded pictures from row `first` on, {"bytes", "path"}."""
+        part = self._set.shard(self.files, file).skip(first)
+        for rows in part.iter(AT_ONCE):  # iter(part) would deal its rows to the workers of a loader
+            yield from rows[self._column]
+
+
+def decode(encoded: dict) -> Image.Image:
+    """Raises whatever the decoder, or the way to a path, raises."""
+    if encoded["bytes"] is None:
+        import fsspec
+
+        with fsspec.open(encoded["path"]) as opened:
+            return Image.open(io.BytesIO(opened.read()))
+    return Image.open(io.BytesIO(encoded["bytes"]))
+
+
+class Reader:
+    """Reader `number` of several: the files number, number + readers, ... of a stream, without end, from a place on."""
+
+    def __init__(self, stream: Stream, number: int, readers: int, place: Place) -> None:
+        self.stream, self.number, self.readers, self.place = stream, number, readers, place
+
+    def blocks(self) -> Iterator[tuple[Place, Place, list[tuple[str, dict]]]]:
+        """(where a block begins, where the next one does, its pictures with their names). A block ends with its epoch."""
+        begin = self.place._replace(used=0)
+        while True:
+            files = list(range(self.number, self.stream.files, self.readers))
+            self._chance(begin.epoch).shuffle(files)
+            block: list[tuple[str, dict]] = []
+            for position in range(begin.file, len(files)):
+                first = begin.row if position == begin.file else 0
+                for row, encoded in enumerate(self.stream.rows(files[position], first), first):
+                    block.append((f"file {files[position]}, row {row}", encoded))
+                    if len(block) == BLOCK:
+                        after = Place(begin.epoch, position, row + 1)
+                        yield begin, after, block
+                        begin, block = after, []
+            after = Place(begin.epoch + 1)
+            if block:
+                yield begin, after, block
+            elif begin == Place(begin.epoch):
+                raise FeatInvError(f"data {self.stream.data}: the files {', '.join(map(str, sorted(files)))} hold no pictures")
+            begin = after
+
+    def pictures(self) -> Iterator[tuple[str, dict, Place]]:
+        """(name, encoded picture, where the reader stands after it)."""
+        used = self.place.used
+        for begin, after, block in self.blocks():
+            self._chance(*begin).shuffle(block)
+            for count, (name, encoded) in enumerate(block[used:], used + 1):
+                yield f"epoch {begin.epoch}, {name}", encoded, begin._replace(used=count) if count < len(block) else after
+            used = 0
+
+    def batches(self, size: int) -> Iterator[tuple[Place, Batch]]:
+        """(where the reader stands after it, batch of `size` crops). Raises FeatInvError after TRIES pictures in a row that
+        cannot be read."""
+        stream, rows, skipped, failed = self.stream, [], [], 0
+        for name, encoded, place in self.pictures():
+            try:
+                chance = random.Random(f"{stream.seed}/{name}")
+                rows.append(crops(lambda: decode(encoded), stream.sides, stream.flips, chance))  # noqa: B023 - called at once
+                failed = 0
+            except Unreadable as error:
+                skipped.append((f"{stream.data}, {name.partition(', ')[2]}", str(error)))
+                failed += 1
+                if failed == TRIES:
+                    raise FeatInvError(f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({error})") from error
+            if len(rows) == size:
+                yield place, Batch({side: torch.stack([row[side] for row in rows]) for side in stream.sides}, skipped)
+                rows, skipped = [], []
+
+    def _chance(self, *where: int) -> random.Random:
+        return random.Random(f"{self.stream.seed}/{self.number}/{where}")
+
+
+class Readers(IterableDataset):
+    """The readers of one process, which deal batches in turn, each in a worker of a loader, or one without workers.
+
+    turn: whose batch is the next; places: where each stands.
+    """
+
+    def __init__(self, stream: Stream, batch: int, rank: int, processes: int, workers: int) -> None:
+        self.stream, self.batch, self.rank, self.count = stream, batch, rank, max(workers, 1)
+        self.all = processes * self.count
+        if stream.files < self.all:
+            raise FeatInvError(
+                f"data {stream.data} has {stream.files} files, of which each of {self.all} readers ({processes} processes with {self.count} workers) "
+                "needs one of its own: give fewer --workers or processes, or download the set and write hf:"
+            )
+        self.turn, self.places = 0, [Place()] * self.count
+
+    def __iter__(self) -> Iterator[tuple[int, Place, Batch]]:
+        worker = get_worker_info()
+        number = (self.turn + (worker.id if worker else 0)) % self.count  # a loader begins with its first worker
+        reader = Reader(self.stream, self.rank * self.count + number, self.all, self.places[number])
+        for place, batch in reader.batches(self.batch):
+            yield number, place, batch
+
+
+class Reading(Iterator[Batch]):
+    """The batches of one process. state: its own of what `states` gave, to go on from there; where there are other processes
+    or workers now, the stream begins anew, which is said."""
+
+    def __init__(self, stream: Stream, batch: int, rank: int, processes: int, workers: int, pin: bool = False, state: dict | None = None) -> None:
+        self._readers = readers = Readers(stream, batch, rank, processes, workers)
+        if state is not None and (state["all"], len(state["places"])) == (readers.all, readers.count):
+            readers.turn, readers.places = state["turn"], [Place(*place) for place in state["places"]]
+        elif state is not None and rank == 0:
+            tqdm.write(f"{stream.data} was read by {state['all']} readers, {len(state['places'])} each process, and now by {readers.all}: it begins anew")
+        self._turn, self._places = readers.turn, list(readers.places)
+        self._last: tuple[int, Place] | None = None
+        self._batches = iter(DataLoader(readers, batch_size=None, num_workers=workers, pin_memory=pin))
+
+    def __next__(self) -> Batch:
+        self._use_up()
+        number, place, batch = next(self._batches)
+        self._last = number, place
+        return batch
+
+    def _use_up(self) -> None:
+        if self._last:
+            number, place = self._last
+            self._places[number], self._turn, self._last = place, (number + 1) % self._readers.count, None
+
+    def state(self, in_hand: bool) -> dict:
+        """in_hand: the batch that was handed out last is still to be used, and comes again."""
+        if not in_hand:
+            self._use_up()
+        return {"all": self._readers.all, "turn": self._turn, "places": [tuple(place) for place in self._places]}
+
+
+def states(batches: Iterator[Batch], in_hand: bool) -> list[dict] | None:
+    """Where a stream's readers stand, of all processes, for the checkpoint; None for batches of other sources. Every process
+    calls this."""
+    return gather_object([batches.state(in_hand)]) if isinstance(batches, Reading) else None
+
+
+def first_pictures(data: str, count: int) -> list[Image.Image]:
+    """The first pictures of a stream, those that cannot be read left out; for a panel."""
+    stream, found = Stream(data, {}, "none", 0), []
+    for encoded in (encoded for file in range(stream.files) for encoded in stream.rows(file)):
+        try:
+            found.append(decode(encoded).convert("RGB"))
+        except Exception:  # decoders raise whatever they stumble over; training names the picture
+            continue
+        if len(found) == count:
+            break
+    return found
