@@ -127,7 +127,7 @@ def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table])
 
 def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figures], gmac: dict[str, float]) -> tuple[dict | None, list[str]]:
     """The recommended row beside the paper's recipe at the best of its rates: (figures, lines of the report)."""
-    papers = [row.name for row in chosen if row.name.startswith("paper")]
+    papers = [row.name for row in chosen if row.name.startswith("paper") and row.config]
     if not papers or RECOMMENDED not in tables:
         return None, []
     best = max(papers, key=lambda name: figures[name]["cosine"]["value"])

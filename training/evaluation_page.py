@@ -54,6 +54,8 @@ RUNS = {
     "mixing": Run("mixing", 200),
     "variability": Run("variability", 100),
     "variability-pooled": Run("variability", 100, "--model tiny_cnn_pooled"),
+    "guidances": Run("guidances", 500, "--guidances 1 1.25 1.5 2 3 --text-guidances 0 1 2"),
+    "cost": Run("cost", 500),
 }
 
 
@@ -91,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         text = fill(text, name, block(found, command, TABLES[name]))
         write_text(args.page, text)
         if name in PANELS:
-            shutil.copyfile(args.out / name / "panel.png", args.page.with_name(PANELS[name]))
+            there, here = PANELS[name]
+            shutil.copyfile(args.out / name / there, args.page.with_name(here))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 from training import ablation, ablation_rows
-from training.ablation_rows import PAPER_SAMPLING, RECOMMENDED, all_rows, chain, chosen_rows, config_of, sampling_of, weights_of
+from training.ablation_rows import GUIDED, PAPER_SAMPLING, RECOMMENDED, all_rows, chain, chosen_rows, config_of, sampling_of, weights_of
 from training.evaluation.metrics import RESAMPLES
+from training.pipeline import Sampling
 
-ROWS = ["paper_1e-5", "null_3", "steps_10"]
+ROWS = ["paper_1e-5", "steps_20", "gradient"]
 
 
 def test_each_row_is_one_change_from_the_row_it_builds_on():
@@ -26,8 +27,8 @@ def test_each_row_is_one_change_from_the_row_it_builds_on():
     paper = config_of(rows, rows["paper_1e-5"], 1000)
     assert (paper.batch, paper.rate, paper.dropout, paper.schedule, paper.warmup, paper.ema, paper.cycle, paper.standardise) == (8, 1e-5, 0.15, "constant", 0, 0, 0, False)
     assert all(vars(sampling_of(rows, row)).items() >= PAPER_SAMPLING.items() for row in rows.values() if row.config)
-    assert config_of(rows, rows["cycle_late"], 1000).cycle_after == 500
-    assert weights_of(rows, rows[RECOMMENDED]).name == "batch_16" and sampling_of(rows, rows[RECOMMENDED]).negative == "features"
+    assert config_of(rows, rows["cycle_late"], 1000).cycle_after == 750
+    assert weights_of(rows, rows[RECOMMENDED]).name == "batch_8" and sampling_of(rows, rows[RECOMMENDED]) == Sampling(**(PAPER_SAMPLING | GUIDED))
     assert [row.name for row in chosen_rows(rows, ["ema", "batch"])] == ["batch", "ema"]
     with pytest.raises(FeatInvError, match="--rows nothing: expected some of paper_1e-5"):
         chosen_rows(rows, ["nothing"])
@@ -54,14 +55,14 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     measures = {"cosine", "cosine_centred", "top1_match", "witness: cosine", "witness: top1_match"}
     kids = {"kid (resnet10t.tiny_world, pooled)", "kid (vit_tiny_patch16_224.tiny_world, pooled)"}
     assert all(found[row].keys() >= measures | kids and found[row]["cosine"]["n"] == 9 for row in ROWS)
-    low, mid, high = (found[arm]["cosine"]["value"] for arm in ("floor", "steps_10", "ceiling"))
-    assert found["rows"]["steps_10"]["gap_closed"] == pytest.approx((mid - low) / (high - low))
-    assert found["rows"]["steps_10"]["gain"]["value"] == pytest.approx(mid - found["null_3"]["cosine"]["value"])
-    assert found["rows"]["null_3"]["gain"] is None  # the row that it builds on was not asked for
-    apart = [1 - found[row]["cosine"]["value"] for row in ("paper_1e-5", "steps_10")]
-    assert found["result"]["distance_ratio"]["value"] == pytest.approx(apart[0] / apart[1]) and found["rows"]["steps_10"]["evaluations"] == 20
-    gmac = found["result"]["gmac"]
-    assert gmac == [found["rows"][row]["gmac"] for row in ("paper_1e-5", "steps_10")] and 3 < gmac[1] / gmac[0] < 5  # five times the steps, and decoding
+    low, mid, high = (found[arm]["cosine"]["value"] for arm in ("floor", "gradient", "ceiling"))
+    assert found["rows"]["gradient"]["gap_closed"] == pytest.approx((mid - low) / (high - low))
+    assert found["rows"]["gradient"]["gain"]["value"] == pytest.approx(mid - found["steps_20"]["cosine"]["value"])
+    assert found["rows"]["steps_20"]["gain"] is None  # the row that it builds on was not asked for
+    apart = [1 - found[row]["cosine"]["value"] for row in ("paper_1e-5", "gradient")]
+    assert found["result"]["distance_ratio"]["value"] == pytest.approx(apart[0] / apart[1]) and found["rows"]["gradient"]["evaluations"] == 40
+    paper, plain, guided = (found["rows"][row]["gmac"] for row in ROWS)
+    assert found["result"]["gmac"] == [paper, guided] and 5 < plain / paper < 10 and guided > 2 * plain  # ten times the steps, and decoding
     assert Image.open(out / "panel.png").width > 6 * 144  # original, floor, three rows, ceiling
 
     monkeypatch.setattr(ablation, "train", None)
@@ -69,7 +70,7 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     ablation.main([*arguments, "--rows", *ROWS, "--page"])  # nothing is done twice
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| steps_10 |" in text and "](page.png)" in text and (tmp_path / "page.png").is_file()
+    assert "| gradient |" in text and "](page.png)" in text and (tmp_path / "page.png").is_file()
     ablation.main([*arguments, "--rows", *ROWS, "--page"])
     assert (tmp_path / "page.md").read_text() == text
     with pytest.raises(FeatInvError, match=r"another run \(max_images: 64 there, 128 now"):

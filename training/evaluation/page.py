@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from .bench import CEILING, FLOOR
 from .report import cell, set_measures
 from .suites.corruptions import CLEAN, CORRUPTIONS
+from .suites.guidances import PAPER, WITNESS, pair
 from .suites.rcdm import COMPETITOR, NATIVE
 
 #: measure -> its name in the page; of those with a longer name the beginning
@@ -14,8 +15,8 @@ WORDS = {
     "cosine": "cosine", "cosine_centred": "cosine, mean removed", "cosine_pooled": "cosine, pooled", "top1_match": "top-1 match",
     "top5_match": "top-5 match", "frechet_distance": "Frechet distance, biased at this n", "kid": "KID",
 }  # fmt: skip
-#: panels that the page shows, by run
-PANELS = {"layers": "evaluation-layers.png", "rcdm": "evaluation-rcdm.png"}
+#: pictures that the page shows, by run: name among its results, and beside the page
+PANELS = {"layers": ("panel.png", "evaluation-layers.png"), "rcdm": ("panel.png", "evaluation-rcdm.png"), "cost": ("cost.png", "evaluation-cost.png")}
 
 
 def text_of(figures: dict, name: str, interval: bool = True) -> str:
@@ -114,7 +115,30 @@ def corruptions(found: dict) -> list[str]:
     return table(["corruption", "cosine, level 1", "level 5", "top-1 match, level 1", "level 5"], rows)[:-1]
 
 
+def judged(found: dict) -> dict[str, str]:
+    """Heading -> measure, of both judges and of the sets."""
+    return {"cosine": "cosine", "by the transformer": f"{WITNESS}cosine", "top-1 match": "top1_match", "KID": named(found[FLOOR], "kid")}
+
+
+def guidances(found: dict) -> list[str]:
+    settings = found["settings"]
+    features, texts = sorted(settings["guidances"]), sorted(settings["text_guidances"])
+    head = ["features", *(f"text {t:g}" for t in texts), "against the same features without text"]
+    lines = []
+    for title, measure in (("Cosine:", "cosine"), ("Cosine by the transformer:", f"{WITNESS}cosine"), ("KID:", named(found[FLOOR], "kid"))):
+        rows = [[f"{f:g}", *(text_of(found.get(arm, {}), measure, False) for arm in (*(pair(f, t) for t in texts), f"against text={f:g}"))] for f in features]
+        lines += [title, "", *table(head, rows)]
+    return [*lines, *figures_by_arm(found, [FLOOR, PAPER, *dict.fromkeys(found["best"].values()), CEILING], judged(found), what="setting")][:-1]
+
+
+def cost(found: dict) -> list[str]:
+    names, costs = judged(found), found["costs"]
+    rows = [[arm, str(costs[arm]["evaluations"]), f"{costs[arm]['gmac']:.1f}", *(text_of(found[arm], name) for name in names.values())] for arm in costs]
+    return [*table(["setting", "passes", "GMAC", *names], rows), f"The cheapest within the interval of the highest cosine: {found['recommended']}."]
+
+
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "quality": quality, "layers": layers, "layers-vit": layers_by_another, "cross-model": cross_model, "rcdm": rcdm, "sweep": sweep,
     "sweep-pooled": sweep, "mixing": mixing, "variability": variability, "variability-pooled": variability, "corruptions": corruptions,
+    "guidances": guidances, "cost": cost,
 }  # fmt: skip
