@@ -23,8 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import yaml
 from accelerate import PartialState
-from PIL import Image
-from torch import Tensor
 
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
@@ -38,7 +36,7 @@ from training.evaluate import digest
 from training.evaluation.bench import CEILING, FLOOR, ORIGINAL, Bench, Choice, Subject
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import mean_entry
-from training.evaluation.report import Figures, Grid, Report, cell, figures_of, to_markdown, write
+from training.evaluation.report import Figures, Grid, Report, cell, figures_of, shown, to_markdown, write
 from training.evaluation.shards import Arm, Store, Table, record
 from training.evaluation.sources import open_source
 from training.evaluation.spaces import TimmSpace
@@ -46,7 +44,7 @@ from training.evaluation.suites.cost import drawing_gmac
 from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
 from training.inversion import open_model
 from training.pipeline import Sampling
-from training.report import panel, save_image
+from training.report import save_image
 from training.train import train
 
 OWN, WITNESS = "tiny-cnn", "tiny-vit"
@@ -122,7 +120,7 @@ def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table])
              "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and gradients included."),
     ]
     compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
-    return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": columns(chosen, tables)})
+    return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": shown(tables, [ORIGINAL, FLOOR, *(row.name for row in chosen), CEILING], "Ablation: the same scenes in every row")})
 
 
 def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figures], gmac: dict[str, float]) -> tuple[dict | None, list[str]]:
@@ -147,18 +145,6 @@ def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figur
 
 def _signed(entry: dict | None) -> str:
     return f"{entry['value']:+.3f} ({entry['low']:+.3f} to {entry['high']:+.3f})" if entry else ""
-
-
-def columns(chosen: list[Row], tables: dict[str, Table]) -> Image.Image:
-    """A panel with a row per scene and a column per row of the table."""
-    arms = [ORIGINAL, FLOOR, *(row.name for row in chosen), CEILING]
-
-    def caption(arm: str, scene: int) -> str:
-        score: Tensor | None = tables[arm].columns.get("cosine")
-        return arm if score is None else f"{arm} {score[scene]:.2f}"
-
-    scenes = range(len(tables[ORIGINAL].pictures))
-    return panel([[(tables[arm].pictures[n], caption(arm, n)) for arm in arms] for n in scenes], [f"scene {n}" for n in scenes], "Cosine under each picture")
 
 
 def write_page(page: Path, report: Report, notes: list[str]) -> None:

@@ -63,7 +63,7 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     assert found["result"]["distance_ratio"]["value"] == pytest.approx(apart[0] / apart[1]) and found["rows"]["gradient"]["evaluations"] == 40
     paper, plain, guided = (found["rows"][row]["gmac"] for row in ROWS)
     assert found["result"]["gmac"] == [paper, guided] and 5 < plain / paper < 10 and guided > 2 * plain  # ten times the steps, and decoding
-    assert Image.open(out / "panel.png").width > 6 * 144  # original, floor, three rows, ceiling
+    assert Image.open(out / "panel.png").height > 6 * 144  # original, floor, three rows, ceiling
 
     monkeypatch.setattr(ablation, "train", None)
     monkeypatch.setattr(ablation.Subject, "reconstruction", lambda *_: None)
