@@ -95,15 +95,16 @@ def hugging_face(data: str, streaming: bool = False) -> tuple[ModuleType, Any, s
     except ImportError as error:
         raise FeatInvError(f"data {data} needs the package datasets: pip install datasets") from error
     name = data.partition(":")[2]
+    saved = Path(name).is_dir() and any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json"))
+    if saved and streaming:
+        raise FeatInvError(f"data {data} was saved by save_to_disk and is on this computer already: write {HUGGING_FACE}{name}")
     try:
-        if Path(name).is_dir() and any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json")):
-            if streaming:
-                raise FeatInvError(f"data {data} was saved by save_to_disk and is on this computer already: write {HUGGING_FACE}{name}")
+        if saved:
             found = datasets.load_from_disk(name)
             found = found["train"] if isinstance(found, datasets.DatasetDict) else found
         else:
             name, _, split = name.partition(":")
-            found = datasets.load_dataset(name, split=split or "train", **({"streaming": True} if streaming else {}))
+            found = datasets.load_dataset(name, split=split or "train", streaming=streaming)
     except (OSError, ValueError, KeyError) as error:
         raise FeatInvError(f"data {data} cannot be opened: {error}") from error
     features = found.features or {}  # unknown in some streams

@@ -93,7 +93,7 @@ def test_hugging_face_sets_are_read_by_place(photographs, monkeypatch, tmp_path)
     library = ModuleType("datasets")
     library.Image, library.ClassLabel, library.DatasetDict = ImageColumn, Label, dict
     rows = Rows({"image": Image.open(f)} for f in sorted(photographs.iterdir()))
-    library.load_dataset = lambda name, split: asked.append((name, split)) or rows
+    library.load_dataset = lambda name, split, streaming: asked.append((name, split)) or rows
     library.load_from_disk = lambda name: {"train": rows}
     monkeypatch.setitem(sys.modules, "datasets", library)
     wanted = batch(Folder(photographs))

@@ -111,7 +111,7 @@ def test_what_cannot_be_streamed_is_explained(data, tmp_path):
         stream.Stream(f"stream:{tmp_path / 'nowhere'}", {}, "none", 0)
     saved = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(saved)
-    with pytest.raises(FeatInvError, match=f"on this computer already: write hf:{saved}"):
+    with pytest.raises(FeatInvError, match=f"^data stream:{saved} was saved by save_to_disk and is on this computer already: write hf:{saved}$"):
         stream.Stream(f"stream:{saved}", {}, "none", 0)
     (tmp_path / "texts").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "texts" / "0.parquet")
