@@ -4,13 +4,14 @@
     python training/transfer.py --config FILE --from FILE --images 25600 --every 3200 --encoder-first 1600 --out DIR
 
 Trains the configuration twice, at a constant rate, and measures the cosine similarity of 64 held-out scenes every so many
-images. Writes transfer.json: both curves, and after how many images each reaches 95 % of the better final value (linear
-between measurements). Stopped, the same command goes on. Not compiled: a run starts anew after each measurement.
+images. Writes transfer.json: both curves, and after how many images each reaches 95 % of what training from scratch ends with
+(linear between measurements). Stopped, the same command goes on. Not compiled: a run starts anew after each measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -38,13 +39,17 @@ def held_out_cosine(file: Path) -> float:
 
 
 def curve(config: TrainConfig, folder: Path, images: int, every: int) -> list[tuple[int, float]]:
-    """(images, cosine) of a run, which is stopped to be measured: it goes on exactly."""
-    points = []
+    """(images, cosine) of a run, which is stopped to be measured: it goes on exactly. What was measured is kept beside it."""
+    make_folder(folder)
+    kept = folder / "points.json"
+    points = [tuple(point) for point in json.loads(kept.read_text())] if kept.is_file() else []
     for count in range(every, images + 1, every):
-        config.max_images = count
-        points.append((count, held_out_cosine(train(config, folder))))
-        print(f"{folder.name}: {count} images, cosine {points[-1][1]:.3f}", flush=True)
-    return points
+        if count > (points[-1][0] if points else 0):
+            config.max_images = count
+            points.append((count, held_out_cosine(train(config, folder))))
+            write_json(kept, points)
+            print(f"{folder.name}: {count} images, cosine {points[-1][1]:.3f}", flush=True)
+    return [point for point in points if point[0] <= images]
 
 
 def images_to_reach(points: list[tuple[int, float]], value: float) -> float | None:
@@ -75,12 +80,12 @@ def main() -> None:
     for name, changes in runs.items():
         fixed = {"schedule": "constant", "panel_every": "1000000000", "save_every": "1000000000"}
         curves[name] = curve(read_config(args.config, fixed | changes), args.out / name, args.images, args.every)
-    best = max(points[-1][1] for points in curves.values())
-    needed = {name: images_to_reach(points, SHARE * best) for name, points in curves.items()}
+    final = curves["scratch"][-1][1]
+    needed = {name: images_to_reach(points, SHARE * final) for name, points in curves.items()}
     write_json(args.out / "transfer.json", {
-        "config": args.config.stem, "from": args.source, "scenes": SCENES, "share": SHARE, "final": best, "images_needed": needed, "curves": curves,
+        "config": args.config.stem, "from": args.source, "scenes": SCENES, "share": SHARE, "final": final, "images_needed": needed, "curves": curves,
     })  # fmt: skip
-    print(f"images to {SHARE:.0%} of cosine {best:.3f}: {needed}; see {args.out / 'transfer.json'}")
+    print(f"images to {SHARE:.0%} of cosine {final:.3f}, from scratch and by transfer: {needed}; see {args.out / 'transfer.json'}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from training import benchmark, real_size
+from training import benchmark, real_size, transfer
 from training.config import CONFIGS, read_config
 from training.transfer import images_to_reach
 
@@ -35,3 +35,14 @@ def test_images_needed_are_read_off_the_curve():
     points = [(10, 0.2), (20, 0.6), (30, 0.5), (40, 0.8)]
     assert images_to_reach(points, 0.4) == 15 and images_to_reach(points, 0.1) == 10 and images_to_reach(points, 0.9) is None
     assert images_to_reach(points, 0.7) == pytest.approx(30 + 10 * 2 / 3)
+
+
+def test_a_curve_that_was_stopped_goes_on_with_the_points_it_has(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(transfer, "train", lambda config, folder: measured.append(config.max_images) or config.max_images)
+    monkeypatch.setattr(transfer, "held_out_cosine", lambda seen: seen / 100)
+    config = read_config(CONFIGS / "tiny_vit_last.yaml")
+    assert transfer.curve(config, tmp_path / "run", 20, 10) == [(10, 0.1), (20, 0.2)]
+    assert transfer.curve(config, tmp_path / "run", 40, 10) == [(10, 0.1), (20, 0.2), (30, 0.3), (40, 0.4)]
+    assert measured == [10, 20, 30, 40]
+    assert transfer.curve(config, tmp_path / "run", 20, 10) == [(10, 0.1), (20, 0.2)]

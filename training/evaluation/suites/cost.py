@@ -120,9 +120,9 @@ def curves(lines: dict[str, list[tuple[int, dict]]], reference: tuple[int, dict]
             pen.line((at(x, y["low"]), at(x, y["high"])), COLOURS[solver])
             cx, cy = at(x, y["value"])
             pen.ellipse((cx - 3, cy - 3, cx + 3, cy + 3), COLOURS[solver])
-        pen.text((left + wide - 10, top + high - 66 + 16 * number), solver, COLOURS[solver], small, anchor="rm")
+        pen.text((left + 10, top + high - 66 + 16 * number), solver, COLOURS[solver], small, anchor="lm")
     cx, cy = at(reference[0], reference[1]["value"])
     pen.line((cx - 5, cy - 5, cx + 5, cy + 5), "black", 2)
     pen.line((cx - 5, cy + 5, cx + 5, cy - 5), "black", 2)
-    pen.text((left + wide - 10, top + high - 66 + 16 * len(lines)), f"x  {PAPER}", "black", small, anchor="rm")
+    pen.text((left + 10, top + high - 66 + 16 * len(lines)), f"x  {PAPER}", "black", small, anchor="lm")
     return sheet
