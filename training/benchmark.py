@@ -4,9 +4,10 @@
     python training/benchmark.py world           its scenes drawn per second
     python training/benchmark.py model           real size, random weights: parameters, GMAC, memory, time of a step
     python training/benchmark.py training        real size: a training step beside that of the paper's released code
+    python training/benchmark.py memory          real size: GB of a training step on a GPU, counted without one
     python training/benchmark.py sampling        batches beside a loop that draws one picture at a time
 
-The last two take --config NAME (default convnext_last), --batch and --graph.
+The middle three take --config NAME (default convnext_last) and --precision, the first two of them --batch and --graph.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from training.config import CONFIGS, TrainConfig, read_config
 from training.evaluation.sampling_benchmark import sampling
 from training.floor import floor_gmac
 from training.log import device_peak, peak_memory
+from training.step_memory import step_gigabytes
 
 
 def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
@@ -112,6 +114,16 @@ def agreement(args: argparse.Namespace, pictures: torch.Tensor) -> None:
     print(f"loss curves of {args.agreement} steps at equal settings: at most {apart:.1e} apart, relatively")
 
 
+def memory(args: argparse.Namespace) -> None:
+    """The configuration's table of GB for batches, optimizers and checkpointing, at args.precision."""
+    print("| optimizer | moving average | checkpointing | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |\n" + "|---" * (3 + len(BATCHES)) + "|")
+    for optimizer, ema in (("adamw", 0.9995), ("adamw", 0.0), ("adamw8bit", 0.0)):
+        for checkpointing in (False, True):
+            settings = {"optimizer": optimizer, "ema": ema, "checkpointing": checkpointing}
+            found = [step_gigabytes(replace(args.config, batch=batch, **settings)) for batch in BATCHES]
+            print(f"| {optimizer} | {ema or 'none'} | {'yes' if checkpointing else 'no'} | " + " | ".join(f"{gb:.1f}" for gb in found) + " |", flush=True)
+
+
 def floor_of(config: TrainConfig) -> tuple[float, tuple[int, int]]:
     """floor_gmac of a configuration at real size, and its backbone's input size."""
     parts = real_size.build(config, "meta")
@@ -130,7 +142,8 @@ def report(args: argparse.Namespace, gmac: float, what: str, seconds: float, bat
     return rate
 
 
-PARTS = {"reconstruct": reconstruct, "world": world, "model": model, "training": training, "sampling": sampling}
+PARTS = {"reconstruct": reconstruct, "world": world, "model": model, "training": training, "memory": memory, "sampling": sampling}
+BATCHES = (1, 4, 8, 16, 32, 64)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -19,7 +19,7 @@ from .pipeline import Inversion
 def floor_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> float:
     """Multiply-accumulates (10^9) per image of a step, forward and backward, with latents and features there already
     and the base model frozen, by torch's counter: 262 for Stable Diffusion 1.x and ConvNeXt-Base's last layer."""
-    unet, vae, seen, trained = (_without_storage(part) for part in (base.unet, base.vae, backbone, model))
+    unet, vae, seen, trained = (without_storage(part, "meta", torch.float32) for part in (base.unet, base.vae, backbone, model))
     if hasattr(unet, "disable_gradient_checkpointing"):
         unet.disable_gradient_checkpointing()
         trained.controlnet.disable_gradient_checkpointing()
@@ -34,11 +34,11 @@ def floor_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: Tr
     return counter.get_total_flops() / 2e9 / batch
 
 
-def _without_storage(module: nn.Module) -> nn.Module:
-    """A copy on the meta device, float32."""
+def without_storage(module: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy whose tensors are empty ones, on the meta device or in a FakeTensorMode; dtype: of the floating-point ones."""
     known = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        hollow = torch.empty(tensor.shape, dtype=dtype, device="meta", requires_grad=tensor.requires_grad)
+        kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        hollow = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
         known[id(tensor)] = nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
     return deepcopy(module, known)

@@ -9,6 +9,7 @@ from torch import nn
 
 from featinv_nodes.core.feature_map import FeatInvError
 
+MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes per parameter
 
 def available(device: torch.device) -> float:
     """GB of a device: all of a GPU's, this computer's for a processor; infinite where the system does not tell."""

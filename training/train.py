@@ -49,7 +49,6 @@ from training.panel import sample_panel
 from training.pipeline import Inversion
 from training.stream import states
 
-MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes per parameter
 EVERY = 20  # steps between two lines of stats.jsonl; between them nothing waits for the device
 
 
@@ -99,7 +98,7 @@ def train(config: TrainConfig, output: Path) -> Path:
     if config.checkpointing:
         base.unet.enable_gradient_checkpointing()
         model.controlnet.enable_gradient_checkpointing()
-    parts = (model, [base.unet, base.vae, backbone], bool(config.ema), MOMENTS[config.optimizer], device)
+    parts = (model, [base.unet, base.vae, backbone], bool(config.ema), memory.MOMENTS[config.optimizer], device)
     memory.require(*parts)
     pictures = open_pictures(config, base, backbone, device if config.workers == 0 else "cpu", rank, processes)
     say(f"{config.name}: inverts {model.source.describe()} with base model {base.name}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")

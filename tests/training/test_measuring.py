@@ -1,12 +1,14 @@
-"""The programs that measure: both recipes learn the same, and images needed are read off a curve."""
+"""The programs that measure: both recipes learn the same, memory is counted, and images needed are read off a curve."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 import torch
 
 from training import benchmark, real_size, transfer
 from training.config import CONFIGS, read_config
+from training.step_memory import Peak, step_gigabytes
 from training.transfer import images_to_reach
 
 SMALL_UNET = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": 64}
@@ -29,6 +31,32 @@ def test_both_recipes_learn_the_same_at_equal_settings(small, capsys):
     benchmark.agreement(argparse.Namespace(config=small, device="cpu", agreement=3), pictures)
     said = capsys.readouterr().out
     assert float(said.split("at most ")[1].split()[0]) < 1e-4  # float32, summed in another order
+
+
+def test_the_peak_is_what_is_held_at_once_each_storage_once():
+    peak = Peak()
+    with peak:
+        a = torch.zeros(1024)  # 4,096 bytes
+        b = a.view(2, 512)
+        c = a + 1
+        del a, b
+        kept = peak.now
+        d = torch.zeros(100)  # 400 bytes in a block of 512
+    assert kept == 4096 and peak.now == 4096 + 512 and peak.peak == 8192 and len(c) + len(d) == 1124
+
+
+def test_memory_of_a_step_grows_with_the_batch_and_falls_with_checkpointing_and_small_moments(small):
+    """With the amounts that follow from the parameters, and no storage made for any of it."""
+    small = replace(small, precision="bf16", ema=0.0, batch=16)
+    plain, checkpointed, larger = (step_gigabytes(replace(small, **changes)) for changes in ({}, {"checkpointing": True}, {"batch": 32}))
+    parts = real_size.build(small, "meta")
+    trained, frozen = (sum(p.numel() for m in modules for p in m.parameters()) for modules in ((parts.model,), (parts.base.unet, parts.base.vae, parts.backbone)))
+    resident = (16 * trained + 2 * frozen) / 1e9  # float32 weights, gradients, two moments; the frozen parts in bf16
+    activations = plain - resident
+    assert activations > 0 and checkpointed < plain
+    assert larger - resident == pytest.approx(2 * activations, rel=0.05)  # gradients of the weights are there beside them
+    assert step_gigabytes(replace(small, optimizer="adamw8bit")) == pytest.approx(plain - 6 * trained / 1e9, rel=1e-6)
+    assert step_gigabytes(replace(small, ema=0.999)) == pytest.approx(plain + 4 * trained / 1e9, rel=1e-6)
 
 
 def test_images_needed_are_read_off_the_curve():
