@@ -37,7 +37,7 @@ def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
 
     opened = open_model("tiny_cnn_last")
     framed = opened.backbone.frame(draw(0, torch.arange(16), "held-out").image)
-    how, start = opened.recommended(steps=20, guidance=2.0), opened.noise(range(16))
+    how, start = opened.recommended(steps=20, guidance=2.0, gradient=0.0), opened.noise(range(16))
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()

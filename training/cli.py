@@ -21,11 +21,13 @@ from .pipeline import NEGATIVES, SOLVERS, Sampling
 SAMPLING = ("steps", "strength", "guidance", "negative", "solver", "text_guidance", "gradient", "gradient_steps", "best_of")
 
 
-def model_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that choose a model and how it draws."""
+def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
+    """A parser with the arguments that choose a model and how it draws. defaults: of settings of Sampling that a program
+    does not take from the weights file."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny_cnn_last", help=f"weights file, or one of {', '.join(MODELS)}")
-    parser.add_argument("--steps", type=int, help="solver's steps (default for this and the next eight: the weights file's own)")
+    other = "".join(f", but --{name} {value:g}" for name, value in defaults.items())
+    parser.add_argument("--steps", type=int, help=f"solver's steps (default for this and the next eight: the weights file's own{other})")
     parser.add_argument("--strength", type=float, help="control strength")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none")
     parser.add_argument("--negative", choices=NEGATIVES, help="what guidance pushes away from: empty text, or no features either")
@@ -39,6 +41,7 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--backbone", help="timm-hub folder or name of the backbone, likewise")
     parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(**defaults)
     return parser
 
 

@@ -49,12 +49,12 @@ RUNS = {
     "layers-vit": Run("layers", 500, "--models tiny_cnn_last tiny_cnn_stage --space tiny-vit"),
     "cross-model": Run("cross-model", 500),
     "rcdm": Run("rcdm", 500),
-    "sweep": Run("sweep", 100),
-    "sweep-pooled": Run("sweep", 100, "--model tiny_cnn_pooled"),
+    "sweep": Run("sweep", 100, "--gradient 0"),
+    "sweep-pooled": Run("sweep", 100, "--model tiny_cnn_pooled --gradient 0"),
     "mixing": Run("mixing", 200),
     "variability": Run("variability", 100),
     "variability-pooled": Run("variability", 100, "--model tiny_cnn_pooled"),
-    "guidances": Run("guidances", 500, "--guidances 1 1.25 1.5 2 3 --text-guidances 0 1 2"),
+    "guidances": Run("guidances", 500, "--guidances 1 1.25 1.5 2 3 --text-guidances 0 1 2 --gradient 0"),
     "cost": Run("cost", 500),
 }
 

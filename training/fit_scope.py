@@ -10,6 +10,7 @@ cosine. Everything else in the file stays as it is.
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 from collections.abc import Iterator
@@ -64,7 +65,8 @@ def pictures(opened: Opened, data: str, count: int, batch: int, first: int = FIR
 
 
 def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centres: int, batch: int = 32) -> Scope:
-    """The statistics of `count` pictures and the quantiles of `drawn` reconstructions' cycle cosines (0: none)."""
+    """The statistics of `count` pictures and the quantiles of `drawn` reconstructions' cycle cosines (0: none). how: without
+    guidance by the gradient, which raises the cosine of whatever map it is given."""
     some: list[FeatureMap] = []
 
     def maps() -> Iterator[FeatureMap]:
@@ -88,28 +90,32 @@ def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centre
 def ship_scope(name: str) -> None:
     """The statistics of a model of the embedded world, written into its file."""
     opened = open_model(name)
-    save_scope(model_file(name), fit(opened, opened.recommended(), "tiny", 4000, 1000, TINY_CENTRES))
+    save_scope(model_file(name), fit(opened, opened.recommended(gradient=0.0), "tiny", 4000, 1000, TINY_CENTRES))
 
 
 def end_with_scope(file: Path, config: TrainConfig, device: torch.device | str) -> None:
     """What train.py ends with: the statistics that a configuration asks for, written into its weights file."""
     data = config.scope_data or config.data
     opened = open_model(str(file), config.base, config.backbone_weights, config.backbone, str(device))
-    save_scope(file, fit(opened, opened.recommended(), data, config.scope, min(DRAWN, config.scope), centres_for(data)))
+    save_scope(file, fit(opened, opened.recommended(gradient=0.0), data, config.scope, min(DRAWN, config.scope), centres_for(data)))
 
 
 def centres_for(data: str) -> int:
     return TINY_CENTRES if data == "tiny" else CENTRES
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = model_parser(__doc__)
+def arguments() -> argparse.ArgumentParser:
+    parser = model_parser(__doc__, gradient=0.0)
     parser.add_argument("--data", required=True, help='folder of images that training did not see, or "tiny" for held-out scenes')
     parser.add_argument("--count", type=int, default=4000, help="how many pictures, spread over the folder; at least 2,000 for the outer quantiles to mean something")
     parser.add_argument("--drawn", type=int, default=DRAWN, help="how many of them are reconstructed for the cycle cosine's quantiles, 0 for none")
     parser.add_argument("--centres", type=int, help=f"directions in the bank (default {CENTRES:,}, in the embedded world {TINY_CENTRES})")
     parser.add_argument("--out", type=Path, help="weights file to write, where not the same one again")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
     if not 0 <= args.drawn <= args.count:
         raise FeatInvError(f"--drawn {args.drawn}: expected 0 to --count {args.count}")
     opened, how = open_from(args)

@@ -157,7 +157,7 @@ def in_workers(args: argparse.Namespace, tracks: Sequence[Track], rows: Sequence
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = model_parser(__doc__)
+    parser = model_parser(__doc__, gradient=0.0)
     parser.add_argument("--count", type=int, default=200, help="held-out scenes to report on")
     parser.add_argument("--validation", type=int, default=40, help="further ones, on which each map's threshold is chosen")
     parser.add_argument("--seeds", type=int, default=5, help="reconstructions of each map")

@@ -237,7 +237,7 @@ a bad reconstruction:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = model_parser(__doc__)
+    parser = model_parser(__doc__, gradient=0.0)
     parser.add_argument("--data", default="tiny", help='folder of images, or "tiny" for held-out scenes')
     parser.add_argument("--count", type=int, default=500, help="how many held-out maps")
     parser.add_argument("--drawn", type=int, default=24, help="how many maps of each edit are drawn")

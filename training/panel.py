@@ -48,10 +48,11 @@ def _square(picture: Image.Image) -> Tensor:
 
 @torch.inference_mode()
 def sample_panel(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> tuple[Image.Image, float]:
-    """Draws held-out pictures from their features with fixed noise; the panel and the mean cosine."""
+    """Draws held-out pictures from their features with fixed noise; the panel and the mean cosine. Without guidance by the
+    gradient, whatever is recommended: it would hide what the weights have learned."""
     framed = backbone.frame(held_out(config).to(base.unet.device))
     features = backbone(framed, config.layer, config.pooled)
-    how = Sampling(**config.recommended)
+    how = Sampling.chosen(config.recommended, {"gradient": 0.0})
     start = torch.cat([noise(base, seed) for seed in range(len(framed))])
     pictures = base.decode(sample(base, model, features, start, how, config.prompt))
     score = cosine(features, backbone(backbone.frame(pictures, "stretch"), config.layer, config.pooled))

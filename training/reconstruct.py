@@ -31,7 +31,7 @@ from featinv_nodes.core.weights import load_scope
 from featinv_nodes.tiny_world import model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
 from training.inversion import ATTEMPT, Opened
-from training.pipeline import noise
+from training.pipeline import Sampling, noise
 from training.report import panel, save_image, to_image
 
 SCOPE_NOTE = "The embedded model knows drawn scenes only; a photograph is outside its world and comes back as the nearest scene."
@@ -67,8 +67,9 @@ def wanted_maps(opened: Opened, args: argparse.Namespace, framed: Tensor) -> lis
     return [(f"mix_{w:.2f}", interpolate([first, second], [1 - w, w])) for w in args.mix]
 
 
-def judged(opened: Opened, file: Path, maps: FeatureMap, scores: list[float]) -> list[dict]:
-    """For each map what the scope statistics of the weights file say of it and of its reconstruction; {} without any."""
+def judged(file: Path, maps: FeatureMap, scores: list[float], how: Sampling) -> list[dict]:
+    """For each map what the scope statistics of the weights file say of it; {} without any. And of its reconstruction by
+    its score, where it was drawn as those behind the statistics were: without guidance by the gradient."""
     scope = load_scope(file)
     if scope is None:
         return [{} for _ in scores]
@@ -77,7 +78,7 @@ def judged(opened: Opened, file: Path, maps: FeatureMap, scores: list[float]) ->
         {"verdict": verdict, "off": off, "line": line, "less_unusual": {name: share[i].item() for name, share in report.share.items()}}
         for i, (verdict, off, line) in enumerate(zip(report.verdict, report.off, report.lines()))
     ]
-    if "cycle" in scope.quantiles:
+    if "cycle" in scope.quantiles and not how.gradient:
         shares, verdicts = scope.judge_cycle(torch.tensor(scores))
         found = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(found, verdicts, shares.tolist())]
     return found
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(wanted) * how.best_of, desc="drawing", unit="picture") as bar:
         drawn, attempts = opened.best(wanted, how, start_of, args.batch, bar.update)
     scores = opened.score(wanted, drawn).tolist()
-    scopes = judged(opened, model_file(args.model), wanted, scores)
+    scopes = judged(model_file(args.model), wanted, scores, how)
     off = [f"{name}: {scopes[m * args.samples]['line']}" for m, (name, _) in enumerate(maps) if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]]
 
     rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(framed, args.image)]], []

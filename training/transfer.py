@@ -32,10 +32,11 @@ SHARE = 0.95
 
 
 def held_out_cosine(file: Path) -> float:
-    """Mean cosine similarity of the features of held-out scenes and of their reconstructions, at the file's settings."""
+    """Mean cosine similarity of the features of held-out scenes and of their reconstructions, at the file's
+    settings without guidance by the gradient: what the weights have learned."""
     opened = open_model(str(file))
     features = opened.features(opened.backbone.frame(draw(0, torch.arange(SCENES), "held-out").image))
-    return opened.score(features, opened.draw(features, opened.recommended(), opened.noise(range(SCENES)))).mean().item()
+    return opened.score(features, opened.draw(features, opened.recommended(gradient=0.0), opened.noise(range(SCENES)))).mean().item()
 
 
 def curve(config: TrainConfig, folder: Path, images: int, every: int) -> list[tuple[int, float]]:

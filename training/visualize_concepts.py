@@ -36,7 +36,7 @@ from training.viz import Request, Shown, visualize
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = model_parser(__doc__)
+    parser = model_parser(__doc__, gradient=0.0)  # of an edited map it draws less of the edit: docs/concepts.md
     parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
     parser.add_argument("--concepts", type=Path, default=FOLDER / CONCEPTS, help="concept file (default: the embedded one)")
     parser.add_argument("--names", required=True, help='concepts, such as "object" or "0, 3; 1"')
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     details = [(Path(file).name[:18], shown) for file, row in zip(args.image, rows) for shown in row]
     edited = concatenate([shown.change.changed for _, shown in details])
     scores = [opened.score(s.change.changed.repeat(args.seeds), s.changed).mean().item() for _, s in details]
-    scopes = judged(opened, model_file(args.model), edited, scores)
+    scopes = judged(model_file(args.model), edited, scores, how)
     entries = [save(args, stem, number, shown) for stem, row in zip(stems, rows) for number, shown in enumerate(row)]
     entries = [entry | {"cosine": cosine, "scope": scope} for entry, cosine, scope in zip(entries, scores, scopes)]
     heading = f"{opened.info.source.describe()}; concepts x{args.factor:g}, {args.seeds} seeds"

@@ -31,7 +31,8 @@ class InversionInfo:
     source: the features it inverts. encoder: settings for build_encoder. base: {"name", "width" (first block),
     "context" (cross-attention width), "latent_channels", "heads" (attention heads)}. prompt: text of the positive prompt. recommended:
     {"strength", "guidance", "steps", "negative"}, "negative" being what guidance pushes away from: "text" or
-    "features". images_seen: pictures in training. config: the training configuration.
+    "features", and optionally "gradient" and "gradient_steps", the step of toward_features and in how many of the last
+    steps. images_seen: pictures in training. config: the training configuration.
     metrics: as measured when it was saved.
     """
 

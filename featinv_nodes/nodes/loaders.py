@@ -72,7 +72,7 @@ class LoadFeatInvControlNet(io.ComfyNode):
             ],
             outputs=[
                 Control.Output("control_net", display_name="control_net", tooltip="The inversion model for FeatInv ControlNet."),
-                io.String.Output("about", display_name="about", tooltip="What it inverts, its base model and prompt, and the recommended strength, guidance (cfg) and steps."),
+                io.String.Output("about", display_name="about", tooltip="What it inverts, its base model and prompt, and the recommended strength, guidance (cfg), steps and Feature Guidance."),
             ],
         )  # fmt: skip
 
@@ -88,8 +88,11 @@ class LoadFeatInvControlNet(io.ComfyNode):
         file: Path = model_file(weights.removesuffix(EMBEDDED)) if embedded else folders.path(folders.CONTROLS, weights)
         control = load_feature_control(file)
         info = control.info
-        how = ", ".join(f"{name} {value}" for name, value in info.recommended.items())
-        about = f"inverts {info.source.describe()}\nbase model: {info.base['name']}\nprompt: {info.prompt}\nrecommended: {how}\ntrained on {info.images_seen:,} images"
+        how = dict(info.recommended)
+        gradient, last = how.pop("gradient", 0.0), how.pop("gradient_steps", 0) / how["steps"]
+        guided = f"\nFeature Guidance: step {gradient:g}, last {min(last, 1):g}" if gradient else ""
+        words = ", ".join(f"{name} {value}" for name, value in how.items())
+        about = f"inverts {info.source.describe()}\nbase model: {info.base['name']}\nprompt: {info.prompt}\nrecommended: {words}{guided}\ntrained on {info.images_seen:,} images"
         return io.NodeOutput(control, about)
 
 

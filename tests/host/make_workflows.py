@@ -30,7 +30,7 @@ HUB = "https://huggingface.co"
 class Tiny:
     """The embedded world: nothing to download."""
 
-    name, side, steps, guidance = "tiny", 64, 10, 1.5
+    name, side, steps, guidance, gradient = "tiny", 64, 10, 1.5, {"cnn": 0.05, "vit": 0.03}
     note = "Runs at once, on a processor too: models and pictures are part of the pack."
 
     def __init__(self, graph: Graph) -> None:
@@ -58,7 +58,7 @@ class Tiny:
 class MiniSD:
     """The paper's base model and backbones; the inversion model is one that train.py made."""
 
-    name, side, steps, guidance = "minisd", 256, 50, 1.75
+    name, side, steps, guidance, gradient = "minisd", 256, 50, 1.75, {}  # what the gradient gains at real size is not measured
     note = (
         f"Needs MiniSD ({HUB}/justinpinkney/miniSD) in models/checkpoints, the backbone's timm weights in models/backbones, "
         "and an inversion model in models/featinv, trained with "
@@ -104,6 +104,13 @@ def steer(world: Tiny | MiniSD, features: Ref, control: Node, away: str) -> Node
     )  # fmt: skip
 
 
+def guided(world: Tiny | MiniSD, features: Ref, backbone: Node, step: float) -> Ref:
+    """The model that looks at what it draws; the world's own for a step of 0."""
+    if not step:
+        return world.model
+    return world.graph.add("FeatInv_FeatureGuidance", model=world.model, vae=world.vae, backbone=backbone[0], features=features, step=step, last=0.5)[0]
+
+
 def draw(world: Tiny | MiniSD, features: Ref, control: Node, batch: int = 1, seed: int = 7, latent: Ref | None = None, model: Ref | None = None) -> Node:
     """Feature maps -> pictures, by the stock sampler; latent: what it starts from if not from empty latents; model: if
     not the world's own."""
@@ -132,19 +139,21 @@ def compare(world: Tiny | MiniSD, features: Ref, backbone: Node, pictures: Node,
 def reconstruct(world: Tiny | MiniSD) -> str:
     backbone, control = world.backbone(), world.control()
     picture, features = extract(world, backbone, 0)
-    pictures = draw(world, features[0], control)
+    pictures = draw(world, features[0], control, model=guided(world, features[0], backbone, world.gradient.get("cnn", 0)))
     compare(world, features[0], backbone, pictures)
     world.graph.add("FeatInv_PreviewFeatures", features=features[0])
     classes = world.graph.add("FeatInv_ClassifyImage", backbone=backbone[0], image=pictures[0], fit="stretch", top=1)
     world.graph.add("PreviewImage", title="What the model takes it for", images=classes[0])
     world.graph.add("PreviewImage", title="Original, as the model saw it", images=features[1])
-    return "**What did the model see?** The picture on the left becomes a feature map; the sampler draws a new picture that has the same map. The number below it, the cosine similarity, says how alike the two maps are: 1 is the same."
+    text = "**What did the model see?** The picture on the left becomes a feature map; the sampler draws a new picture that has the same map. The number below it, the cosine similarity, says how alike the two maps are: 1 is the same."
+    return text + (" Feature Guidance lets the sampler look at what it draws; bypass it to see what it is worth." if world.gradient else "")
 
 
 def seeds(world: Tiny | MiniSD) -> str:
     backbone, control = world.backbone(), world.control()
     picture, features = extract(world, backbone, 1)
-    compare(world, features[0], backbone, draw(world, features[0], control, batch=4))
+    model = guided(world, features[0], backbone, world.gradient.get("cnn", 0))
+    compare(world, features[0], backbone, draw(world, features[0], control, batch=4, model=model))
     world.graph.add("PreviewImage", title="Original, as the model saw it", images=features[1])
     return "**What does the model not care about?** Four pictures of one feature map, each from other noise. What stays the same is what the model sees; what varies is what it ignores."
 
@@ -235,7 +244,8 @@ def backbones(world: Tiny | MiniSD) -> str:
     for kind, title in (("cnn", RESULT), ("vit", "Result of the transformer")):
         backbone, control = world.backbone(kind), world.control(kind)
         picture, features = extract(world, backbone, 2)
-        compare(world, features[0], backbone, draw(world, features[0], control, batch=2), title)
+        model = guided(world, features[0], backbone, world.gradient.get(kind, 0))
+        compare(world, features[0], backbone, draw(world, features[0], control, batch=2, model=model), title)
     return "**Do two models see the same?** One picture, inverted from the feature map of a convolutional network and from that of a transformer, with the same noise. What one keeps and the other loses tells them apart."
 
 
@@ -261,8 +271,7 @@ def faithful(world: Tiny | MiniSD) -> str:
     g = world.graph
     backbone, control = world.backbone(), world.control()
     picture, features = extract(world, backbone, 1)
-    guided = g.add("FeatInv_FeatureGuidance", model=world.model, vae=world.vae, backbone=backbone[0], features=features[0], step=0.05, last=0.5)
-    pictures = draw(world, features[0], control, batch=4, model=guided[0])
+    pictures = draw(world, features[0], control, batch=4, model=guided(world, features[0], backbone, 0.05))
     kept = g.add("FeatInv_KeepMostSimilar", image=pictures[0], features=features[0], backbone=backbone[0], keep=1)
     compare(world, features[0], backbone, kept)
     g.add("PreviewAny", title="The best, and the range of all", source=kept[1])

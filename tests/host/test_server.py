@@ -125,6 +125,15 @@ def test_features_survive_the_disk(server):
     assert float(server.run(again)["5"]["text"][0]) > 0.9999
 
 
+def test_the_loader_says_how_to_draw_in_the_hosts_words(server):
+    about = {
+        "1": {"class_type": "FeatInv_LoadFeatInvControlNet", "inputs": {"weights": "tiny_vit_last (embedded)"}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}},
+    }
+    (said,) = server.run(about)["2"]["text"]
+    assert "guidance 1.25" in said and "Feature Guidance: step 0.03, last 0.5" in said and "gradient" not in said
+
+
 def discovery(images=None, **changes):
     """Concepts of the embedded CNN; node 3 says which."""
     inputs = {

@@ -1,14 +1,18 @@
 """Sampling beyond the paper: two guidances apart, solvers, guidance by the gradient, best of N."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.weights import read_info
+from featinv_nodes.tiny_world import model_file
 from featinv_nodes.tiny_world.scenes import draw
-from training import reconstruct
+from training import evaluate, fit_scope, reconstruct, visualize_concepts
 from training.cli import model_parser, open_from
 from training.evaluation.suites.cost import choose
 from training.inversion import ATTEMPT, open_model
@@ -151,7 +155,6 @@ def test_best_of_n_is_never_worse_and_one_is_a_plain_draw(opened, features):
 
 
 def test_reconstruct_keeps_the_best_and_says_so(opened, tmp_path):
-    import json
 
     from training.report import save_image, to_image
 
@@ -176,6 +179,13 @@ def test_options_reach_the_sampling(opened):
     assert how.steps == opened.info.recommended["steps"]
 
 
+def test_edited_maps_are_drawn_without_the_gradient_that_the_files_recommend(opened):
+    assert opened.recommended().gradient > 0 and open_from(model_parser("").parse_args([]))[1] == opened.recommended()
+    for program in (visualize_concepts.arguments(), fit_scope.arguments()):
+        wanted = [word for action in program._actions if action.required for word in (action.option_strings[0], "tiny")]
+        assert open_from(program.parse_args(wanted))[1] == opened.recommended(gradient=0.0)
+
+
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(FeatInvError, match="set negative to 'features'"):
         Sampling(negative="text", text_guidance=1.0)
@@ -190,3 +200,17 @@ def test_settings_that_make_no_sense_are_refused():
 def test_the_cheapest_within_the_interval_of_the_best_is_chosen():
     scores = {"long": {"value": 0.90, "low": 0.88}, "short": {"value": 0.885, "low": 0.8}, "other": {"value": 0.89, "low": 0.8}, "poor": {"value": 0.5, "low": 0.4}}
     assert choose(scores, {"long": 50, "short": 20, "other": 20, "poor": 5}) == ("long", "other")
+
+
+def test_the_cost_suite_tries_steps_and_the_gradient_and_writes_the_cheapest_good_one(tmp_path):
+    """Guidance by the gradient beats one step without it, wherever three scenes' intervals lie."""
+    file = tmp_path / "copy.safetensors"
+    file.write_bytes(model_file("tiny_cnn_last").read_bytes())
+    evaluate.main([*"--suite cost --count 3 --solver-steps 1 --gradient-last 2 --write-back --device cpu --model".split(), str(file), "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    guided, plain = "ddim, 10 steps, gradient in the last 2", "ddim, 1 steps"
+    assert found[guided]["cosine"]["value"] > found["ddim, 10 steps"]["cosine"]["value"] > found[plain]["cosine"]["value"]
+    assert found["costs"][plain]["gmac"] < found["costs"]["ddim, 10 steps"]["gmac"] < found["costs"][guided]["gmac"] < found["costs"]["the paper's sampling"]["gmac"]
+    assert Image.open(tmp_path / "out" / "cost.png").width > 600
+    how, chosen = read_info(file).recommended, found["settings"]["sampling"][found["recommended"]]
+    assert {name: how.get(name, asdict(Sampling())[name]) for name in chosen} == chosen

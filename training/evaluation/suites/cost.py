@@ -1,4 +1,4 @@
-"""Faithfulness against the cost of sampling: solvers and their steps."""
+"""Faithfulness against the cost of sampling: solvers, their steps, and guidance by the gradient."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from .guidances import PAPER, PAPERS_OWN, extra_measures, witnessed
 from .sweep import recommend
 
 REFERENCE = "ddim", 50
-COLOURS = {"ddim": (38, 34, 98), "dpmpp_2m": (200, 80, 30), "unipc": (30, 140, 90)}
+GUIDED, STEP = "gradient", 0.05  # the step where the file recommends none
+COLOURS = {"ddim": (38, 34, 98), "dpmpp_2m": (200, 80, 30), "unipc": (30, 140, 90), GUIDED: (150, 40, 140)}
 
 
 class Cost(Suite):
-    """An arm per solver and number of steps, all else as the weights file recommends; same pictures, same noise."""
+    """An arm per solver and number of steps without guidance by the gradient, and per number of last steps with it, all
+    else as the weights file recommends; same pictures, same noise."""
 
     name = "cost"
     count = 100
@@ -35,28 +37,34 @@ class Cost(Suite):
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
         super().__init__(bench, args)
         self.subject = witnessed(self)
-        chosen = [*product(SOLVERS, sorted(set(args.solver_steps))), REFERENCE]
-        self.tried = {f"{solver}, {steps} steps": bench.sampling(self.choice, solver=solver, steps=steps) for solver, steps in chosen}
+        own = bench.sampling(self.choice)
+        chosen = [*product(SOLVERS, sorted(set(args.solver_steps))), REFERENCE, (own.solver, own.steps)]
+        self.tried = {f"{solver}, {steps} steps": bench.sampling(self.choice, solver=solver, steps=steps, gradient=0.0) for solver, steps in chosen}
+        self.tried |= {
+            f"{own.solver}, {own.steps} steps, gradient in the last {last}": bench.sampling(self.choice, gradient=own.gradient or STEP, gradient_steps=last)
+            for last in sorted(set(args.gradient_last))
+        }
         self.sampling = self.tried | {PAPER: PAPERS_OWN, FLOOR: PAPERS_OWN}
         self.require_own_file()
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--solver-steps", type=int, nargs="+", default=[8, 12, 20, 30], help="steps of each solver; --write-back writes the cheapest good one")
+        parser.add_argument("--gradient-last", type=int, nargs="+", default=[3, 5, 10], help="numbers of last steps with guidance by the gradient")
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.sampling, CEILING)}
         drawn = [*self.tried, PAPER]
         opened = self.bench.open(self.choice)
         costs = {arm: {"evaluations": self.sampling[arm].evaluations, "gmac": drawing_gmac(opened, self.sampling[arm])} for arm in drawn}
-        best, cheapest = choose({arm: figures[arm][self.score] for arm in self.tried}, {arm: cost["evaluations"] for arm, cost in costs.items()})
+        best, cheapest = choose({arm: figures[arm][self.score] for arm in self.tried}, {arm: cost["gmac"] for arm, cost in costs.items()})
         measures = [self.score, *extra_measures(figures[PAPER])]
         rows = [[arm, str(costs[arm]["evaluations"]), f"{costs[arm]['gmac']:.1f}", *(cell(figures[arm], name) for name in measures)] for arm in drawn]
         rows += [[arm, "", "", *(cell(figures[arm], name) for name in measures)] for arm in (FLOOR, CEILING)]
         lines = [
             "Evaluations of the steered model for a picture, each branch of guidance one; GMAC of drawing it with one map, decoding included.",
-            f"Highest {self.score}: {best}. The cheapest within its interval: {cheapest}, {costs[cheapest]['evaluations']} evaluations instead of "
-            f"{costs[best]['evaluations']}; the paper's sampling takes {costs[PAPER]['evaluations']}.",
+            f"Highest {self.score}: {best}. The cheapest within its interval: {cheapest}, {costs[cheapest]['gmac']:.1f} GMAC instead of "
+            f"{costs[best]['gmac']:.1f}; the paper's sampling takes {costs[PAPER]['gmac']:.1f}.",
         ]
         if self.args.write_back:
             lines.append(self.write_back(cheapest))
@@ -72,11 +80,11 @@ class Cost(Suite):
         return f"{self.args.model} now recommends {arm}."
 
     def curve(self, figures: dict[str, Figures], costs: dict[str, dict]) -> Image.Image:
-        """Cosine with its interval against evaluations, a line per solver."""
-        lines: dict[str, list] = {solver: [] for solver in SOLVERS}
+        """Cosine with its interval against GMAC, a line per solver, and one for the gradient."""
+        lines: dict[str, list] = {name: [] for name in COLOURS}
         for arm, how in self.tried.items():
-            lines[how.solver].append((costs[arm]["evaluations"], figures[arm][self.score]))
-        return curves(lines, (costs[PAPER]["evaluations"], figures[PAPER][self.score]), f"{self.score} against evaluations, {self.args.model}")
+            lines[GUIDED if how.gradient else how.solver].append((costs[arm]["gmac"], figures[arm][self.score]))
+        return curves(lines, (costs[PAPER]["gmac"], figures[PAPER][self.score]), f"{self.score} against cost, {self.args.model}")
 
 
 def drawing_gmac(opened: Opened, how: Sampling) -> float:
@@ -86,7 +94,7 @@ def drawing_gmac(opened: Opened, how: Sampling) -> float:
     return gmac_of(lambda: opened.draw(blank, how, opened.noise([0]), 1)) * how.best_of
 
 
-def choose(scores: dict[str, dict], costs: dict[str, int]) -> tuple[str, str]:
+def choose(scores: dict[str, dict], costs: dict[str, float]) -> tuple[str, str]:
     """(the setting of the highest score, the cheapest one whose score lies within that one's interval; of equally cheap
     ones the better)."""
     best = max(scores, key=lambda arm: scores[arm]["value"])
@@ -94,7 +102,7 @@ def choose(scores: dict[str, dict], costs: dict[str, int]) -> tuple[str, str]:
     return best, min(close, key=lambda arm: (costs[arm], -scores[arm]["value"]))
 
 
-def curves(lines: dict[str, list[tuple[int, dict]]], reference: tuple[int, dict], heading: str) -> Image.Image:
+def curves(lines: dict[str, list[tuple[float, dict]]], reference: tuple[float, dict], heading: str) -> Image.Image:
     """A picture of lines of (x, {"value", "low", "high"}), with the paper's sampling as a cross."""
     left, top, wide, high = 70, 50, 560, 320
     small = ImageFont.load_default(13)
@@ -113,16 +121,16 @@ def curves(lines: dict[str, list[tuple[int, dict]]], reference: tuple[int, dict]
         x, y = most * k / 4, lows + span * k / 4
         pen.text((at(x, lows)[0], top + high + 8), f"{x:.0f}", "black", small, anchor="mt")
         pen.text((left - 8, at(0, y)[1]), f"{y:.3f}", "black", small, anchor="rm")
-    pen.text((left + wide / 2, top + high + 30), "evaluations of the steered model for a picture", "black", small, anchor="mt")
+    pen.text((left + wide / 2, top + high + 30), "GMAC for a picture", "black", small, anchor="mt")
     for number, (solver, line) in enumerate(lines.items()):
         pen.line([at(x, y["value"]) for x, y in sorted(line, key=lambda point: point[0])], COLOURS[solver], 2)
         for x, y in line:
             pen.line((at(x, y["low"]), at(x, y["high"])), COLOURS[solver])
             cx, cy = at(x, y["value"])
             pen.ellipse((cx - 3, cy - 3, cx + 3, cy + 3), COLOURS[solver])
-        pen.text((left + 10, top + high - 66 + 16 * number), solver, COLOURS[solver], small, anchor="lm")
+        pen.text((left + 10, top + high - 82 + 16 * number), solver, COLOURS[solver], small, anchor="lm")
     cx, cy = at(reference[0], reference[1]["value"])
     pen.line((cx - 5, cy - 5, cx + 5, cy + 5), "black", 2)
     pen.line((cx - 5, cy + 5, cx + 5, cy - 5), "black", 2)
-    pen.text((left + 10, top + high - 66 + 16 * len(lines)), f"x  {PAPER}", "black", small, anchor="lm")
+    pen.text((left + 10, top + high - 82 + 16 * len(lines)), f"x  {PAPER}", "black", small, anchor="lm")
     return sheet
