@@ -7,7 +7,7 @@
     python training/benchmark.py memory          real size: GB of a training step on a GPU, counted without one
     python training/benchmark.py sampling        batches beside a loop that draws one picture at a time
 
-The middle three take --config NAME (default convnext_last) and --precision, the first two of them --batch and --graph.
+The middle three take --config NAME (default convnext_last) and --precision, the first two of them --batch, --graph and --compile.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def training(args: argparse.Namespace) -> None:
     del step  # before the next is built
     for what, cached in reversed(real_size.CACHES.items()):
         step = real_size.our_step(real_size.build(config, device), pictures, cached, args.graph)
-        rate = report(args, floor, f"ours, {config.precision}, {what}", real_size.seconds(step, args.repeats, 1))
+        rate = report(args, floor, f"ours, {config.precision}{', compiled' if config.compile else ''}, {what}", real_size.seconds(step, args.repeats, 1))
         print(f"    {rate / first:.2f} times the released recipe", flush=True)
         del step
     if args.agreement:
@@ -154,8 +154,9 @@ if __name__ == "__main__":
     parser.add_argument("--precision", default="bf16", help="of our step")
     parser.add_argument("--agreement", type=int, default=4, help="steps whose losses are compared, 0 for none")
     parser.add_argument("--graph", action="store_true", help="our step as one CUDA graph")
+    parser.add_argument("--compile", action="store_true", help="our step through torch.compile, as the *_fast configurations have it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     file = Path(args.config) if args.config.endswith(".yaml") else CONFIGS / f"{args.config}.yaml"
-    args.config = read_config(file, {"precision": args.precision})
+    args.config = read_config(file, {"precision": args.precision} | ({"compile": "true"} if args.compile else {}))
     PARTS[args.part](args)

@@ -96,7 +96,7 @@ CACHES = {"nothing cached": (), "latents cached": ("moments",), "latents and fea
 
 def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph: bool = False, largest_norm: float = LARGEST_NORM) -> Callable[[], Tensor]:
     """train.py's step on pictures [B, 3, h, w] in 0..1: frozen parts in bf16 where the precision is, train.py's
-    layouts, fused optimizer. cached: a value of CACHES. graph: the step as one CUDA graph."""
+    layouts, fused optimizer, compiled where the configuration says so. cached: a value of CACHES. graph: the step as one CUDA graph."""
     p, device = parts, parts.base.unet.device.type
     p.base.to(device)
     p.backbone.to(memory_format=torch.channels_last)
@@ -109,12 +109,13 @@ def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph
     with torch.autocast(**precision):
         known = dict(zip(("moments", "features"), observe(p.base, p.backbone, seen, p.config))) if cached else {}
     seen |= {name: known[name] for name in cached}
+    trained = torch.compile(p.model) if p.config.compile else p.model
 
     def gradients() -> Tensor:
         with torch.autocast(**precision):
             moments, features = observe(p.base, p.backbone, seen, p.config)
             chance = draw_chance(len(pictures), moments, p.base, p.config)
-            loss = training_loss(p.base, p.backbone, p.model, latents_from(moments, chance.latent), features, p.config, chance)
+            loss = training_loss(p.base, p.backbone, trained, latents_from(moments, chance.latent), features, p.config, chance)
         loss.backward()
         return loss.detach()
 

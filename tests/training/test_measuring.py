@@ -33,6 +33,17 @@ def test_both_recipes_learn_the_same_at_equal_settings(small, capsys):
     assert float(said.split("at most ")[1].split()[0]) < 1e-4  # float32, summed in another order
 
 
+def test_our_step_is_compiled_where_the_configuration_says_so(small, monkeypatch):
+    """As train.py's is: the trained part, which takes the base model along."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    pictures = torch.rand(2, 3, 176, 176)
+    for wanted in (False, True):
+        parts = real_size.build(replace(small, compile=wanted), "cpu")
+        assert real_size.our_step(parts, pictures)().isfinite()
+        assert compiled == ([parts.model] if wanted else [])
+
+
 def test_the_peak_is_what_is_held_at_once_each_storage_once():
     peak = Peak()
     with peak:
