@@ -84,7 +84,7 @@ def step_gigabytes(config: TrainConfig) -> float:
             for tensor in (*module.parameters(), *module.buffers()):
                 peak.count(tensor)
         with peak:
-            moments = torch.empty(config.batch, 8, base.latent_size, base.latent_size)
+            moments = torch.empty(config.batch, 2 * unet.config.in_channels, base.latent_size, base.latent_size)
             features = torch.empty(config.batch, source.channels, *((1, 1) if source.pooled else source.grid))
             for _ in range(2):
                 with torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else nullcontext():
