@@ -92,8 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         found = json.loads((args.out / name / "results.json").read_text())
         text = fill(text, name, block(found, command, TABLES[name]))
         write_text(args.page, text)
-        if name in PANELS:
-            there, here = PANELS[name]
+        for there, here in PANELS.get(name, {}).items():
             shutil.copyfile(args.out / name / there, args.page.with_name(here))
 
 
