@@ -120,7 +120,8 @@ def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table])
              "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and gradients included."),
     ]
     compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
-    return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": shown(tables, [ORIGINAL, FLOOR, *(row.name for row in chosen), CEILING], "Ablation: the same scenes in every row")})
+    panel = shown(tables, [ORIGINAL, FLOOR, *(row.name for row in chosen), CEILING], "Ablation: the same scenes in every row")
+    return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": panel})
 
 
 def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figures], gmac: dict[str, float]) -> tuple[dict | None, list[str]]:

@@ -7,7 +7,8 @@
     python training/benchmark.py memory          real size: GB of a training step on a GPU, counted without one
     python training/benchmark.py sampling        batches beside a loop that draws one picture at a time
 
-The middle three take --config NAME (default convnext_last) and --precision, the first two of them --batch, --graph and --compile.
+The last four take --config NAME (default convnext_last; sampling on a GPU only), the first three of them --precision, and model and
+training --batch, --graph and --compile.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from training import real_size
+from training import real_size, step_memory
 from training.config import CONFIGS, TrainConfig, read_config
 from training.evaluation.sampling_benchmark import sampling
 from training.floor import floor_gmac
 from training.log import device_peak, peak_memory
-from training.step_memory import step_gigabytes
+from training.memory import MOMENTS
 
 
 def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
@@ -99,7 +100,7 @@ def training(args: argparse.Namespace) -> None:
 
 def agreement(args: argparse.Namespace, pictures: torch.Tensor) -> None:
     """Prints the losses of both recipes from the same weights, and what a step of each computes."""
-    plain = replace(args.config, precision="fp32")
+    plain = replace(args.config, precision="fp32", compile=False)
     recipes = {
         "released": lambda parts: real_size.released_step(parts, pictures),
         "ours": lambda parts: real_size.our_step(parts, pictures, ("moments",), largest_norm=float("inf")),
@@ -117,11 +118,12 @@ def agreement(args: argparse.Namespace, pictures: torch.Tensor) -> None:
 def memory(args: argparse.Namespace) -> None:
     """The configuration's table of GB for batches, optimizers and checkpointing, at args.precision."""
     print("| optimizer | moving average | checkpointing | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |\n" + "|---" * (3 + len(BATCHES)) + "|")
+    parts = step_memory.without_memory(args.config)
+    activations = {again: [step_memory.activation_gigabytes(parts, batch, again) for batch in BATCHES] for again in (False, True)}
     for optimizer, ema in (("adamw", 0.9995), ("adamw", 0.0), ("adamw8bit", 0.0)):
-        for checkpointing in (False, True):
-            settings = {"optimizer": optimizer, "ema": ema, "checkpointing": checkpointing}
-            found = [step_gigabytes(replace(args.config, batch=batch, **settings)) for batch in BATCHES]
-            print(f"| {optimizer} | {ema or 'none'} | {'yes' if checkpointing else 'no'} | " + " | ".join(f"{gb:.1f}" for gb in found) + " |", flush=True)
+        others = step_memory.needed(parts, bool(ema), MOMENTS[optimizer])
+        for again, found in activations.items():
+            print(f"| {optimizer} | {ema or 'none'} | {'yes' if again else 'no'} | " + " | ".join(f"{others + gb:.1f}" for gb in found) + " |")
 
 
 def floor_of(config: TrainConfig) -> tuple[float, tuple[int, int]]:

@@ -19,12 +19,11 @@ from .pipeline import Inversion
 def floor_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> float:
     """Multiply-accumulates (10^9) per image of a step, forward and backward, with latents and features there already
     and the base model frozen, by torch's counter: 262 for Stable Diffusion 1.x and ConvNeXt-Base's last layer."""
-    unet, vae, seen, trained = (without_storage(part, "meta", torch.float32) for part in (base.unet, base.vae, backbone, model))
-    if hasattr(unet, "disable_gradient_checkpointing"):
-        unet.disable_gradient_checkpointing()
+    hollow = base_without_storage(base, "meta", torch.float32)
+    seen, trained = (without_storage(part, "meta", torch.float32) for part in (backbone, model))
+    if hasattr(hollow.unet, "disable_gradient_checkpointing"):
+        hollow.unet.disable_gradient_checkpointing()
         trained.controlnet.disable_gradient_checkpointing()
-    text = {prompt: torch.empty(value.shape, device="meta") for prompt, value in base.text.items()}
-    hollow = BaseModel(base.name, unet, vae, deepcopy(base.scheduler), text)
     batch, side, source = 8, base.latent_size, model.source
     latents = torch.empty(batch, base.unet.config.in_channels, side, side, device="meta")
     features = torch.empty(batch, source.channels, *((1, 1) if source.pooled else source.grid), device="meta")
@@ -32,6 +31,14 @@ def floor_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: Tr
     with counter:
         training_loss(hollow, seen, trained, latents, features, config).backward()
     return counter.get_total_flops() / 2e9 / batch
+
+
+def base_without_storage(base: BaseModel, device: str, dtype: torch.dtype | None = None) -> BaseModel:
+    """A copy of the base model of such parts, see without_storage."""
+    unet, vae = (without_storage(part, device, dtype) for part in (base.unet, base.vae))
+    text = {prompt: torch.empty(value.shape, device=device) for prompt, value in base.text.items()}
+    scheduler = type(base.scheduler).from_config(base.scheduler.config)  # adding noise moves its tensors to the device
+    return BaseModel(base.name, unet, vae, scheduler, text)
 
 
 def without_storage(module: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:

@@ -90,6 +90,28 @@ def released_step(parts: Parts, pictures: Tensor) -> Callable[[], Tensor]:
     return step
 
 
+def lay_out(parts: Parts, device: str) -> None:
+    """The parts in train.py's layouts for a device and in its precision, in place."""
+    parts.base.to(parts.base.unet.device)
+    parts.backbone.to(memory_format=torch.channels_last)
+    parts.model.to(memory_format=weights_layout(parts.config, device))
+    lighten(parts.config, parts.base, parts.backbone)
+
+
+def in_precision(parts: Parts) -> torch.autocast:
+    return torch.autocast(parts.base.unet.device.type, torch.bfloat16, parts.config.precision == "bf16")
+
+
+def gradients(parts: Parts, trained: torch.nn.Module, seen: dict[str, Tensor]) -> Tensor:
+    """The loss of what observe() is given, and its gradients in the trained part, which may be compiled."""
+    with in_precision(parts):
+        moments, features = observe(parts.base, parts.backbone, seen, parts.config)
+        chance = draw_chance(len(moments), moments, parts.base, parts.config)
+        loss = training_loss(parts.base, parts.backbone, trained, latents_from(moments, chance.latent), features, parts.config, chance)
+    loss.backward()
+    return loss.detach()
+
+
 #: what our step finds on the disk
 CACHES = {"nothing cached": (), "latents cached": ("moments",), "latents and features cached": ("moments", "features")}
 
@@ -98,28 +120,16 @@ def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph
     """train.py's step on pictures [B, 3, h, w] in 0..1: frozen parts in bf16 where the precision is, train.py's
     layouts, fused optimizer, compiled where the configuration says so. cached: a value of CACHES. graph: the step as one CUDA graph."""
     p, device = parts, parts.base.unet.device.type
-    p.base.to(device)
-    p.backbone.to(memory_format=torch.channels_last)
-    p.model.to(memory_format=weights_layout(p.config, device))
-    lighten(p.config, p.base, p.backbone)
+    lay_out(p, device)
     optimizer = build_optimizer(p.model, p.config)
-    precision = {"device_type": device, "dtype": torch.bfloat16, "enabled": p.config.precision == "bf16"}
     target = F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True)
     seen = {"pictures": pictures} | ({} if target.shape == pictures.shape else {"target": target})
-    with torch.autocast(**precision):
+    with in_precision(p):
         known = dict(zip(("moments", "features"), observe(p.base, p.backbone, seen, p.config))) if cached else {}
     seen |= {name: known[name] for name in cached}
     trained = torch.compile(p.model) if p.config.compile else p.model
 
-    def gradients() -> Tensor:
-        with torch.autocast(**precision):
-            moments, features = observe(p.base, p.backbone, seen, p.config)
-            chance = draw_chance(len(pictures), moments, p.base, p.config)
-            loss = training_loss(p.base, p.backbone, trained, latents_from(moments, chance.latent), features, p.config, chance)
-        loss.backward()
-        return loss.detach()
-
-    return training_step(gradients, lambda: fused_step(optimizer, largest_norm), optimizer, graph)
+    return training_step(lambda: gradients(p, trained, seen), lambda: fused_step(optimizer, largest_norm), optimizer, graph)
 
 
 def losses(step: Callable[[], Tensor], count: int) -> list[float]:

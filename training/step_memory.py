@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import real_size
-from .base_model import BaseModel
+from . import memory, real_size
 from .config import TrainConfig
-from .floor import without_storage
-from .memory import MOMENTS
-from .objective import draw_chance, latents_from, lighten, training_loss
+from .floor import base_without_storage, without_storage
+from .real_size import Parts
 
 BLOCK = 512  # bytes that CUDA's allocator rounds up to
 
@@ -62,33 +60,45 @@ def normalise_as_on_cuda(module: nn.Module) -> None:
             norm.float().register_forward_pre_hook(lambda _, inputs: inputs[0].float())
 
 
-def step_gigabytes(config: TrainConfig) -> float:
-    """GB at the peak of a step of config.batch pictures of a real-size configuration (Stable Diffusion 1.x), latents and
-    features there already, with the frozen parts' weights, gradients (kept from the part before, as where they
-    accumulate), the optimizer's moments and the moving average. What a GPU's libraries take for themselves is not in it."""
+def without_memory(config: TrainConfig) -> Parts:
+    """The parts of a real-size configuration (Stable Diffusion 1.x), laid out as on a GPU, on the meta device."""
     parts = real_size.build(config, "meta")
-    lighten(config, parts.base, parts.backbone)
-    for module in (parts.base.unet, parts.base.vae, parts.backbone, parts.model):
-        module.to(memory_format=torch.channels_last)
+    real_size.lay_out(parts, "cuda")
+    for module in (parts.base.unet, parts.model):
         normalise_as_on_cuda(module)
+    return parts
+
+
+def activation_gigabytes(parts: Parts, batch: int, checkpointing: bool) -> float:
+    """GB that a step of `batch` pictures takes at its peak beyond weights and gradients, which are kept from the part
+    before, as where they accumulate; latents and features are there already. parts: of without_memory. What a GPU's
+    libraries take for themselves is not in it."""
     source = parts.model.source
-    beside = sum(p.numel() for p in parts.model.parameters()) * (MOMENTS[config.optimizer] + 4 * bool(config.ema))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet, vae, backbone, model = (without_storage(m, "cpu") for m in (parts.base.unet, parts.base.vae, parts.backbone, parts.model))
-        base = BaseModel("hollow", unet, vae, parts.base.scheduler, {p: torch.empty(v.shape) for p, v in parts.base.text.items()})
-        if config.checkpointing:
-            unet.enable_gradient_checkpointing()
+        base = base_without_storage(parts.base, "cpu")
+        backbone, model = (without_storage(part, "cpu") for part in (parts.backbone, parts.model))
+        hollow = replace(parts, base=base, backbone=backbone, model=model)
+        if checkpointing:
+            base.unet.enable_gradient_checkpointing()
             model.controlnet.enable_gradient_checkpointing()
         peak = Peak()
-        for module in (unet, vae, backbone, model):
-            for tensor in (*module.parameters(), *module.buffers()):
-                peak.count(tensor)
+        for module in (base.unet, base.vae, backbone, model):
+            for parameter in module.parameters():
+                peak.count(parameter)
         with peak:
-            moments = torch.empty(config.batch, 2 * unet.config.in_channels, base.latent_size, base.latent_size)
-            features = torch.empty(config.batch, source.channels, *((1, 1) if source.pooled else source.grid))
+            moments = torch.empty(batch, 2 * base.unet.config.in_channels, base.latent_size, base.latent_size)
+            features = torch.empty(batch, source.channels, *((1, 1) if source.pooled else source.grid))
             for _ in range(2):
-                with torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else nullcontext():
-                    chance = draw_chance(config.batch, moments, base, config)
-                    loss = training_loss(base, backbone, model, latents_from(moments, chance.latent), features, config, chance)
-                loss.backward()
-    return (peak.peak + beside) / 1e9
+                real_size.gradients(hollow, model, {"moments": moments, "features": features})
+    return peak.peak / 1e9 - needed(parts, average=False, moments=0)
+
+
+def needed(parts: Parts, average: bool, moments: int) -> float:
+    """memory.needed of the parts."""
+    return memory.needed(parts.model, [parts.base.unet, parts.base.vae, parts.backbone], average, moments)
+
+
+def step_gigabytes(config: TrainConfig) -> float:
+    """GB at the peak of a step of a real-size configuration: weights, gradients, moments, average and activations."""
+    parts = without_memory(config)
+    return needed(parts, bool(config.ema), memory.MOMENTS[config.optimizer]) + activation_gigabytes(parts, config.batch, config.checkpointing)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,15 +41,20 @@ def held_out_cosine(file: Path) -> float:
 
 
 def curve(config: TrainConfig, folder: Path, images: int, every: int) -> list[tuple[int, float]]:
-    """(images, cosine) of a run, which is stopped to be measured: it goes on exactly. What was measured is kept beside it."""
+    """(images, cosine) of a run, which is stopped to be measured: it goes on exactly. What was measured is kept beside it;
+    raises FeatInvError if that was of another configuration."""
     make_folder(folder)
-    kept = folder / "points.json"
-    points = [tuple(point) for point in json.loads(kept.read_text())] if kept.is_file() else []
+    kept, about = folder / "points.json", json.loads(json.dumps(asdict(config) | {"max_images": None}))
+    found = json.loads(kept.read_text()) if kept.is_file() else {"config": about, "points": []}
+    other = [name for name in about if found["config"].get(name) != about[name]]
+    if other:
+        raise FeatInvError(f"{kept} holds what was measured of another run ({', '.join(other)} differ); give another --out, or delete it")
+    points = [tuple(point) for point in found["points"]]
     for count in range(every, images + 1, every):
         if count > (points[-1][0] if points else 0):
             config.max_images = count
             points.append((count, held_out_cosine(train(config, folder))))
-            write_json(kept, points)
+            write_json(kept, {"config": about, "points": points})
             print(f"{folder.name}: {count} images, cosine {points[-1][1]:.3f}", flush=True)
     return [point for point in points if point[0] <= images]
 

@@ -89,7 +89,7 @@ class LoadFeatInvControlNet(io.ComfyNode):
         control = load_feature_control(file)
         info = control.info
         how = dict(info.recommended)
-        gradient, last = how.pop("gradient", 0.0), how.pop("gradient_steps", 10) / how["steps"]
+        gradient, last = how.pop("gradient", 0.0), how.pop("gradient_steps", 10) / how["steps"]  # 10: InversionInfo's
         guided = f"\nFeature Guidance: step {gradient:g}, last {min(last, 1):g}" if gradient else ""
         words = ", ".join(f"{name} {value}" for name, value in how.items())
         about = f"inverts {info.source.describe()}\nbase model: {info.base['name']}\nprompt: {info.prompt}\nrecommended: {words}{guided}\ntrained on {info.images_seen:,} images"

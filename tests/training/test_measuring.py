@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from featinv_nodes.core.feature_map import FeatInvError
 from training import benchmark, real_size, transfer
 from training.config import CONFIGS, read_config
 from training.step_memory import Peak, step_gigabytes
@@ -85,3 +86,5 @@ def test_a_curve_that_was_stopped_goes_on_with_the_points_it_has(tmp_path, monke
     assert transfer.curve(config, tmp_path / "run", 40, 10) == [(10, 0.1), (20, 0.2), (30, 0.3), (40, 0.4)]
     assert measured == [10, 20, 30, 40]
     assert transfer.curve(config, tmp_path / "run", 20, 10) == [(10, 0.1), (20, 0.2)]
+    with pytest.raises(FeatInvError, match=r"another run \(rate differ\)"):
+        transfer.curve(replace(config, rate=1.0), tmp_path / "run", 20, 10)

@@ -120,7 +120,8 @@ def corruptions(found: dict) -> list[str]:
 
 def judged(found: dict) -> dict[str, str]:
     """Heading -> measure, of both judges and of the sets."""
-    return {"cosine": "cosine", "by the transformer": f"{WITNESS}cosine", "top-1 match": "top1_match", "match by the transformer": f"{WITNESS}top1_match", "KID": named(found[FLOOR], "kid")}
+    own, other = ("cosine", "top1_match"), (f"{WITNESS}cosine", f"{WITNESS}top1_match")
+    return {"cosine": own[0], "by the transformer": other[0], "top-1 match": own[1], "match by the transformer": other[1], "KID": named(found[FLOOR], "kid")}
 
 
 def guidances(found: dict) -> list[str]:
