@@ -42,8 +42,8 @@ from training.evaluation.sources import open_source
 from training.evaluation.spaces import TimmSpace
 from training.evaluation.suites.cost import drawing_gmac
 from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
-from training.inversion import open_model
-from training.pipeline import Sampling
+from training.models.inversion import open_model
+from training.models.pipeline import Sampling
 from training.report import save_image
 from training.train import train
 

@@ -7,8 +7,8 @@
     python training/benchmark.py memory          real size: GB of a training step on a GPU, counted without one
     python training/benchmark.py sampling        batches beside a loop that draws one picture at a time
 
-The last four take --config NAME (default convnext_last; sampling on a GPU only), the first three of them --precision, and model and
-training --batch, --graph and --compile.
+The last four take --config NAME (default convnext_last; sampling on a GPU only), the first three of them --precision, model and
+training --batch, --graph and --compile, and training --profile.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from training import real_size, step_memory
 from training.config import CONFIGS, TrainConfig, read_config
-from training.evaluation.sampling_benchmark import sampling
-from training.floor import floor_gmac
-from training.log import device_peak, peak_memory
-from training.memory import MOMENTS
+from training.loop.floor import floor_gmac
+from training.loop.log import device_peak, peak_memory
+from training.loop.memory import MOMENTS
+from training.speed import real_size, step_memory
+from training.speed.sampling import sampling
 
 
 def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
     """Seconds from feature maps to pictures of a batch of 16, after one run that is not counted."""
     from featinv_nodes.tiny_world.scenes import draw
-    from training.inversion import open_model
+    from training.models.inversion import open_model
 
     opened = open_model("tiny_cnn_last")
     framed = opened.backbone.frame(draw(0, torch.arange(16), "held-out").image)
@@ -93,6 +93,8 @@ def training(args: argparse.Namespace) -> None:
         step = real_size.our_step(real_size.build(config, device), pictures, cached, args.graph)
         rate = report(args, floor, f"ours, {config.precision}{', compiled' if config.compile else ''}, {what}", real_size.seconds(step, args.repeats, 1))
         print(f"    {rate / first:.2f} times the released recipe", flush=True)
+        if args.profile:
+            print(real_size.costliest(step, args.profile), flush=True)
         del step
     if args.agreement:
         agreement(args, pictures[:small])
@@ -140,7 +142,9 @@ def report(args: argparse.Namespace, gmac: float, what: str, seconds: float, bat
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     share = f", {flops / peak:.1%} of the bf16 peak" if peak else ""
     print(f"{what}, batch {batch}: {seconds:.3f} s, {rate:.3g} images/s, {flops / 1e12:.3g} TFLOP/s on the floor{share}, "
-          f"peak memory {peak_memory():.1f} GB ({name})", flush=True)  # fmt: skip
+          f"peak memory{' so far' if args.device == 'cpu' else ''} {peak_memory():.1f} GB ({name})", flush=True)  # fmt: skip
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # each row has its own
     return rate
 
 
@@ -157,6 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--agreement", type=int, default=4, help="steps whose losses are compared, 0 for none")
     parser.add_argument("--graph", action="store_true", help="our step as one CUDA graph")
     parser.add_argument("--compile", action="store_true", help="our step through torch.compile, as the *_fast configurations have it")
+    parser.add_argument("--profile", type=int, metavar="ROWS", help="training: what our step spends most time in, so many rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     file = Path(args.config) if args.config.endswith(".yaml") else CONFIGS / f"{args.config}.yaml"

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from featinv_nodes.core.feature_map import FeatInvError
 from training.cli import run
 from training.config import TrainConfig, parse_arguments
-from training.data import Photographs, TinyWorld, as_it_is, open_source, sides
-from training.latent_cache import SHARD, Part, parts_of
-from training.objective import lighten, observe
-from training.train import open_frozen
+from training.data.latent_cache import SHARD, Part, parts_of
+from training.data.loader import Photographs, TinyWorld, as_it_is, open_source, sides
+from training.loop.beginning import open_frozen
+from training.loop.objective import lighten, observe
 from training.verified import is_whole
 
 Entry = tuple[int, int]  # place, view
@@ -70,26 +70,28 @@ def fill(config: TrainConfig) -> None:
     the folder holds another."""
     if not config.cache:
         raise FeatInvError("say where with --cache DIR")
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision))
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device, main = accelerator.device, accelerator.is_main_process
     base, backbone = open_frozen(config, device)
     lighten(config, base, backbone)
-    source = open_source(config, sides(base, backbone), device if config.workers == 0 else "cpu")
+    wanted = sides(base, backbone) if config.cache_features else {"target": base.resolution}
+    source = open_source(config, wanted, device if config.workers == 0 else "cpu")
     parts = parts_of(config, source, base, backbone)
     with accelerator.main_process_first():
         for part in parts:
             part.begin()
     own = parts[0].shards()[accelerator.process_index :: accelerator.num_processes]
-    wanted = {shard: found for shard in tqdm(own, "reading back", unit="shard", disable=not main) if (found := missing(parts, *shard))}
+    missed = {shard: found for shard in tqdm(own, "reading back", unit="shard", disable=not main) if (found := missing(parts, *shard))}
     loader = DataLoader(
-        Entries(source), batch_sampler=list(batches(list(wanted), len(source), config.batch)), num_workers=config.workers,
+        Entries(source), batch_sampler=list(batches(list(missed), len(source), config.batch)), num_workers=config.workers,
         collate_fn=as_it_is, pin_memory=device.type == "cuda" and config.workers > 0,
     )  # fmt: skip
     rows: dict[str, list[Tensor]] = {part.name: [] for part in parts}
     failed: dict[int, str] = {}
     for entries, tensors, wrong in tqdm(loader, "caching", unit="batch", disable=not main):
         with accelerator.autocast():
-            moments, features = observe(base, backbone, {name: x.to(device) for name, x in tensors.items()}, config)
+            seen = {name: x.to(device) for name, x in tensors.items()} | ({} if config.cache_features else {"features": torch.empty(0)})
+            moments, features = observe(base, backbone, seen, config)
         done = sum(map(len, rows[parts[0].name]))
         failed |= {done + row: reason for row, reason in wrong.items()}
         for name, values in {"moments": moments, "features": features}.items():
@@ -97,13 +99,13 @@ def fill(config: TrainConfig) -> None:
                 rows[name].append(values.half().cpu())
         (place, view), end = entries[-1], done + len(entries)
         if end == SHARD or place == len(source) - 1:
-            for part in wanted[view, place + 1 - end]:
+            for part in missed[view, place + 1 - end]:
                 part.write(view, place + 1 - end, torch.cat(rows[part.name]), failed)
             rows, failed = {name: [] for name in rows}, {}
     accelerator.wait_for_everyone()
     if main:
         size = sum(file.stat().st_size for part in parts for file in part.folder.glob("*.safetensors")) / 1e9
-        print(f"{len(source)} pictures, {parts[0].views} views, {size:.2f} GB in {config.cache}; {len(wanted)} of this process's {len(own)} shards were made now")
+        print(f"{len(source)} pictures, {parts[0].views} views, {size:.2f} GB in {config.cache}; {len(missed)} of this process's {len(own)} shards were made now")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import MODELS
 
-from .inversion import Opened, open_model
-from .pipeline import NEGATIVES, SOLVERS, Sampling
+from .models.inversion import Opened, open_model
+from .models.pipeline import NEGATIVES, SOLVERS, Sampling
 
 #: the settings of Sampling that are options of every program; without one the weights file's own holds
 SAMPLING = ("steps", "strength", "guidance", "negative", "solver", "text_guidance", "gradient", "gradient_steps", "best_of")
@@ -80,9 +83,19 @@ def write_json(file: Path, values: dict) -> None:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Runs a program; bad input becomes one line on standard error and exit status 2."""
+    """Runs a program; bad input and a full disk become one line on standard error and exit status 2, Ctrl-C status 130."""
     try:
         main()
+    except KeyboardInterrupt:
+        _end("stopped", 128 + signal.SIGINT)
     except FeatInvError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _end(f"{error}; make room there, and give the same command again", 2)
+
+
+def _end(why: str, status: int) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+    sys.exit(status)

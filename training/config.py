@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -13,12 +15,13 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.scope import FEWEST
 
 from .cli import write_text
-from .listing import STREAM
+from .models.pipeline import Sampling
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "tiny_cnn_last.yaml"
+STREAM = "stream:"  # how data begins that is read as it comes
 #: fields that a run cannot change when it goes on
-MODEL_FIELDS = ("backbone", "input_size", "layer", "pooled", "base", "prompt", "encoder", "encoder_width", "standardise")
+MODEL_FIELDS = ("backbone", "input_size", "layer", "pooled", "base", "prompt", "encoder", "encoder_width", "standardise", "optimizer")
 CHOICES = {
     "encoder": tuple(KINDS),
     "schedule": ("constant", "cosine"),
@@ -27,6 +30,12 @@ CHOICES = {
     "optimizer": ("adamw", "adamw8bit"),
     "nan": ("stop", "skip"),
 }
+#: least and largest values
+RANGES = {
+    **dict.fromkeys(("batch", "accumulate", "keep", "panel_every", "save_every", "max_images", "images", "input_size", "encoder_width"), (1, math.inf)),
+    **dict.fromkeys(("rate", "warmup", "weight_decay", "cycle", "cycle_after", "min_snr", "encoder_first", "workers", "views"), (0, math.inf)),
+    "dropout": (0, 1), "ema": (0, 0.999999), "cycle_below": (0, 1000),
+}  # fmt: skip
 
 
 @dataclass
@@ -115,9 +124,13 @@ class TrainConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise FeatInvError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        for name in ("batch", "accumulate", "keep", "panel_every", "save_every", "max_images"):
-            if getattr(self, name) < 1:
-                raise FeatInvError(f"{name} {getattr(self, name)}: expected at least 1")
+        for name, (least, most) in RANGES.items():
+            if (value := getattr(self, name)) is not None and not least <= value <= most:
+                raise FeatInvError(f"{name} {value}: expected {f'at least {least}' if most == math.inf else f'{least} to {most}'}")
+        try:
+            Sampling(**self.recommended)
+        except TypeError as error:
+            raise FeatInvError(f"recommended {self.recommended}: {error}") from error
         if self.data.startswith(STREAM) and (self.cache or self.views or self.images):
             raise FeatInvError(f"data {self.data}: what comes by in a stream cannot be counted or cached; leave --cache, --views and --images out")
         if self.cache and not self.views and self.data != "tiny":
@@ -128,21 +141,28 @@ class TrainConfig:
             raise FeatInvError(f"cycle_after {self.cycle_after}: there is no cycle consistency to wait for; give --cycle too")
         if self.cycle_after and self.graph:
             raise FeatInvError(f"cycle_after {self.cycle_after}: one CUDA graph cannot change what a step computes; leave --graph or --cycle_after out")
+        if self.encoder_first and not self.init_from:
+            raise FeatInvError(f"encoder_first {self.encoder_first}: without --init-from the ControlNet starts at nothing, through which no encoder learns")
         if self.scope and self.scope < 2 * FEWEST:
             raise FeatInvError(f"scope {self.scope}: expected 0 or at least {2 * FEWEST}")
         if self.scope and not self.scope_data and self.data != "tiny":
             raise FeatInvError(f"scope {self.scope}: name pictures that training does not see with --scope_data FOLDER")
 
+    @property
+    def mixed_precision(self) -> str:
+        """`precision` as accelerate names it."""
+        return {"fp32": "no"}.get(self.precision, self.precision)
+
     def save(self, file: Path) -> None:
         """Writes the configuration beside its results.
 
-        Raises FeatInvError if the file is there already and belongs to a run of another model.
+        Raises FeatInvError if the file is there already and belongs to a run of another model or optimizer.
         """
         if file.exists():
             old, new = yaml.safe_load(file.read_text()), asdict(self)
             differing = [f"{name}: {old.get(name)} there, {new[name]} now" for name in MODEL_FIELDS if old.get(name) != new[name]]
             if differing:
-                raise FeatInvError(f"{file.parent} holds a run of another model ({'; '.join(differing)}); choose another --output")
+                raise FeatInvError(f"{file.parent} holds another run ({'; '.join(differing)}); choose another --output")
         write_text(file, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
@@ -151,8 +171,8 @@ def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainCon
     unknown or missing fields and for values of the wrong type."""
     if not file.is_file():
         raise FeatInvError(f"configuration {file} does not exist; shipped: {', '.join(sorted(f.name for f in CONFIGS.glob('*.yaml')))}")
-    values = _values(file) | {k: yaml.safe_load(v) for k, v in (overrides or {}).items()}
     known = {f.name: f for f in fields(TrainConfig)}
+    values = _values(file) | {name: _parsed(text, str(known[name].type) if name in known else "") for name, text in (overrides or {}).items()}
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise FeatInvError(f"{file}: unknown fields {unknown}; known: {', '.join(known)}")
@@ -166,7 +186,12 @@ def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainCon
 
 def _values(file: Path) -> dict:
     """A YAML file's fields over those of the files that it extends, the last named first."""
-    own = yaml.safe_load(file.read_text())
+    try:
+        own = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FeatInvError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(own, dict):
+        raise FeatInvError(f"{file} holds no fields; expected lines such as `batch: 8`")
     parents = own.pop("extends", [])
     values = {}
     for name in [parents] if isinstance(parents, str) else parents:
@@ -176,10 +201,21 @@ def _values(file: Path) -> dict:
     return values | own
 
 
+def _parsed(text: str, wanted: str) -> object:
+    """An override's text as YAML; what is to be text stays as it is, whatever else YAML might take it for."""
+    words = wanted.split(" | ")
+    if "str" not in words:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text  # of the wrong type, then
+    return None if "None" in words and text.lower() in ("", "~", "null", "none") else text
+
+
 def _typed(file: Path, name: str, value: object, wanted: str) -> object:
     """The value if it is of the wanted type (a dataclass annotation), numbers for floats converted."""
     try:
-        if wanted == "float":
+        if wanted == "float" and not isinstance(value, bool):
             return float(value)  # YAML reads 1e-5 as text
     except (TypeError, ValueError):
         pass
@@ -190,12 +226,22 @@ def _typed(file: Path, name: str, value: object, wanted: str) -> object:
 
 def parse_arguments(description: str) -> tuple[TrainConfig, Path]:
     """Command line of train.py: --config FILE, --output DIR and --FIELD VALUE for every field."""
-    parser = argparse.ArgumentParser(description=description)
+    text = f"{description}\nFields, each an option, and what they are:\n\n{inspect.getdoc(TrainConfig)}"
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=DEFAULT, help="YAML file (default: the embedded world's CNN)")
     parser.add_argument("--output", type=Path, help="folder of the run (default: out/train/NAME)")
+    add_fields(parser)
+    args = parser.parse_args()
+    config = read_config(args.config, given_fields(args))
+    return config, args.output or Path("out/train") / config.name
+
+
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    """An option for every field of the configuration."""
     for f in fields(TrainConfig):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, metavar=str(f.type).upper(), help=argparse.SUPPRESS if f.name == "name" else None)
-    args = vars(parser.parse_args())
-    file, output = args.pop("config"), args.pop("output")
-    config = read_config(file, {k: v for k, v in args.items() if v is not None})
-    return config, output or Path("out/train") / config.name
+        parser.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, metavar=str(f.type).upper())
+
+
+def given_fields(args: argparse.Namespace) -> dict[str, str]:
+    """Those of add_fields that were given, for read_config."""
+    return {f.name: value for f in fields(TrainConfig) if (value := getattr(args, f.name)) is not None}

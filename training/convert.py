@@ -43,8 +43,8 @@ from featinv_nodes.core.files import read_pickle, write_safetensors
 from featinv_nodes.core.weights import ENCODER_PREFIX, InversionInfo, load_inversion, save_inversion
 from featinv_nodes.tiny_world import BACKBONES, model_file, open_backbone
 from training.cli import make_folder, run, write_text
-from training.pipeline import NEGATIVES, Sampling
-from training.stable_diffusion import PROMPT
+from training.models.pipeline import NEGATIVES, Sampling
+from training.models.stable_diffusion import PROMPT
 
 CONTROL = "control_model."
 FIRST_HINT = "input_hint_block.block.1.weight"

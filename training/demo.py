@@ -27,8 +27,8 @@ from featinv_nodes.core.mixing import at_grid, compose, interpolate
 from featinv_nodes.tiny_world import MODELS
 from training.cli import make_folder, run, write_json, write_text
 from training.evaluate import evaluate, gap_closed, load_pictures
-from training.inversion import Opened, open_model
-from training.pipeline import Sampling
+from training.models.inversion import Opened, open_model
+from training.models.pipeline import Sampling
 from training.reconstruct import SCOPE_NOTE
 from training.report import Cell, page, panel, save_image
 

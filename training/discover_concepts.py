@@ -33,7 +33,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import open_backbone
 from featinv_nodes.tiny_world.scenes import draw
 from training.cli import make_folder, run, write_text
-from training.concept_page import page
+from training.concepts.page import page
 
 SCENES, AUTO = 400, "auto"
 

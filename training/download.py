@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import BACKBONES
 from training.config import CONFIGS, TrainConfig, read_config
-from training.hub import Repository, Unreachable
+from training.models.hub import Repository, Unreachable
 
 HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(/(?P<file>\w[\w.-]*\.(safetensors|ckpt)))?")
 MODEL_PARTS = ("unet", "vae", "text_encoder")

@@ -43,8 +43,8 @@ from training.evaluation.spaces import TimmSpace
 from training.evaluation.suites import SUITES
 from training.evaluation.suites.base import Suite
 from training.evaluation.suites.quality import gap_closed as gap_closed
-from training.inversion import Opened
-from training.pipeline import Sampling, round_trip
+from training.models.inversion import Opened
+from training.models.pipeline import Sampling, round_trip
 
 #: options that decide no figure
 IDLE = ("out", "batch", "device", "write_back")

@@ -32,8 +32,8 @@ from featinv_nodes.tiny_world import model_file
 from featinv_nodes.tiny_world.scenes import draw
 from training.cli import model_parser, open_from, run
 from training.config import TrainConfig
-from training.inversion import Opened, open_model
-from training.pipeline import Sampling
+from training.models.inversion import Opened, open_model
+from training.models.pipeline import Sampling
 
 FIRST = 100_000  # the first held-out scene for the fit; reports use those from 0 on
 TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels each

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from training.cli import run
-from training.config import DEFAULT, read_config
+from training.config import DEFAULT, add_fields, given_fields, read_config
 from training.train import train
 
 SMALL = {
@@ -67,11 +67,12 @@ def differences(one: Path, two: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    args, fields = parser.parse_known_args()
-    values = {k: str(v) for k, v in SMALL.items()} | dict(zip((f.removeprefix("--") for f in fields[::2]), fields[1::2]))
+    parser.add_argument("--moments", type=int, default=0, help="seed of the moments to kill at")
+    add_fields(parser)
+    args = parser.parse_args()
+    values = {k: str(v) for k, v in SMALL.items()} | given_fields(args)
     read_config(DEFAULT, values)
-    chance, kills, writing, wrong = random.Random(args.seed), 0, 0, []
+    chance, kills, writing, wrong = random.Random(args.moments), 0, 0, []
     with tempfile.TemporaryDirectory() as name:
         peace, began = Path(name) / "peace", time.monotonic()
         start(values, peace).join()

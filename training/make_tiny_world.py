@@ -27,14 +27,14 @@ from featinv_nodes.core.concepts import save_concepts
 from featinv_nodes.core.files import write_safetensors
 from featinv_nodes.core.weights import load_inversion, save_inversion
 from featinv_nodes.tiny_world import BACKBONES, CONCEPTS, FOLDER, MODELS, open_backbone
-from training.base_model import load_base, load_vae
-from training.card import write_card
 from training.cli import run
 from training.config import CONFIGS, read_config
 from training.evaluation.rcdm import EMBEDDED, save_rcdm
 from training.fit_scope import ship_scope
-from training.graph import check_device
+from training.loop.graph import check_device
+from training.models.base_model import load_base, load_vae
 from training.tiny import autoencoder, backbones, base, rcdm
+from training.tiny.card import write_card
 from training.tiny.concepts import fit_concepts
 from training.train import train
 

@@ -32,13 +32,13 @@ from featinv_nodes.core.concepts.relevance import relevance
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.steering import null_difference
 from featinv_nodes.tiny_world.scenes import BACKGROUNDS, Scenes, draw
-from training import localisation
 from training.cli import make_folder, model_parser, open_from, run
-from training.concept_report import CLOSED, VIZ, Trial, write_report
-from training.inversion import Opened
-from training.pipeline import Sampling
+from training.concepts import localisation
+from training.concepts.report import CLOSED, VIZ, Trial, write_report
+from training.concepts.viz import Request, Shown, visualize
+from training.models.inversion import Opened
+from training.models.pipeline import Sampling
 from training.tiny.concepts import OBJECT, fit_concepts
-from training.viz import Request, Shown, visualize
 
 TRUE, DISCOVERED = "true masks", {"mcd": "discovered by MCD", "kmeans": "discovered by k-means"}
 TRAINING_SCENES, VECTORS, CONCEPTS = 400, 10_000, 8

@@ -33,8 +33,8 @@ from featinv_nodes.core.weights import load_scope
 from featinv_nodes.tiny_world import CONCEPTS, FOLDER, model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json, write_text
 from training.fit_scope import pictures
-from training.inversion import Opened
-from training.pipeline import Sampling
+from training.models.inversion import Opened
+from training.models.pipeline import Sampling
 from training.report import panel, save_image
 
 FIRST = 200_000  # the first held-out scene measured on

@@ -30,8 +30,8 @@ from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.core.weights import load_scope
 from featinv_nodes.tiny_world import model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
-from training.inversion import ATTEMPT, Opened
-from training.pipeline import Sampling, noise
+from training.models.inversion import ATTEMPT, Opened
+from training.models.pipeline import Sampling, noise
 from training.report import panel, save_image, to_image
 
 SCOPE_NOTE = "The embedded model knows drawn scenes only; a photograph is outside its world and comes back as the nearest scene."

@@ -25,7 +25,7 @@ from featinv_nodes.tiny_world import model_file
 from featinv_nodes.tiny_world.scenes import draw
 from training.cli import make_folder, run, write_json
 from training.config import CONFIGS, TrainConfig, read_config
-from training.inversion import open_model
+from training.models.inversion import open_model
 from training.train import train
 
 SCENES = 64

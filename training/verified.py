@@ -12,17 +12,25 @@ DIGITS = 16  # of the digest, in the name
 
 
 class _Digesting:
-    """A binary file that digests what is written to it."""
+    """A binary file that digests what is written to it. failed: the first error in doing so, which libraries replace by
+    ones of their own."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
+        self.file, self.digest, self.failed = file, hashlib.sha256(), None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        return self._try(lambda: self.file.write(data))
 
     def flush(self) -> None:
-        self.file.flush()
+        self._try(self.file.flush)
+
+    def _try(self, action: Callable[[], int | None]) -> int | None:
+        try:
+            return action()
+        except OSError as error:
+            self.failed = self.failed or error
+            raise
 
 
 def write_verified(folder: Path, stem: str, suffix: str, write: Callable[[BinaryIO], object]) -> Path:
@@ -35,8 +43,11 @@ def write_verified(folder: Path, stem: str, suffix: str, write: Callable[[Binary
     try:
         with open(part, "wb") as opened:
             digesting = _Digesting(opened)
-            write(digesting)
-            opened.flush()
+            try:
+                write(digesting)
+                digesting.flush()
+            except RuntimeError as error:
+                raise digesting.failed or error from error
             os.fsync(opened.fileno())
         wanted = digesting.digest.hexdigest()[:DIGITS]
         if _digest(part) != wanted:

@@ -30,9 +30,9 @@ from featinv_nodes.core.pictures import diverging, heat_map, spotlight
 from featinv_nodes.core.steering import FACTOR, SEEDS, THRESHOLD, affected, normalised, parse_groups, signed_difference
 from featinv_nodes.tiny_world import CONCEPTS, FOLDER, model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
+from training.concepts.viz import Request, Shown, visualize
 from training.reconstruct import judged
 from training.report import Cell, panel, save_image, to_image
-from training.viz import Request, Shown, visualize
 
 
 def arguments() -> argparse.ArgumentParser:

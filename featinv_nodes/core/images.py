@@ -25,6 +25,17 @@ def find_images(folder: str | Path) -> list[Path]:
     return files
 
 
+def as_seen(opened: Image.Image) -> Image.Image:
+    """An opened picture as RGB, as a viewer shows it: turned upright, transparency on white, 16 bits scaled to 8. Raises
+    whatever the decoder raises."""
+    image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):  # grey with 16 bits, which convert would clip
+        image = Image.fromarray((np.asarray(image).clip(0, 65_535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def read_image(file: str | Path, square: int | None = None) -> Tensor:
     """[1, 3, h, w] in 0..1 from any format Pillow reads; turned upright, transparency on white.
 
@@ -36,10 +47,7 @@ def read_image(file: str | Path, square: int | None = None) -> Tensor:
             width, height = opened.size
             if not (SMALLEST <= min(width, height) and max(width, height) <= LARGEST):
                 raise FeatInvError(f"{file} has {width} x {height} pixels; expected sides between {SMALLEST} and {LARGEST}")
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("RGB")
+            image = as_seen(opened)
     except FileNotFoundError as error:
         raise FeatInvError(f"{file} does not exist") from error
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:

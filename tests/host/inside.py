@@ -23,9 +23,9 @@ import nodes
 import torch
 
 from featinv_nodes.core import steering
-from training.inversion import open_model
-from training.pipeline import Inversion, Sampling, noise, sample
-from training.viz import Request, visualize
+from training.concepts.viz import Request, visualize
+from training.models.inversion import open_model
+from training.models.pipeline import Inversion, Sampling, noise, sample
 
 
 def parity(world: World) -> list[dict]:
@@ -123,7 +123,7 @@ def edited(world: World, names: str, factor: float = 0.25, **changes) -> tuple:
 
 
 def paired(world: World) -> dict:
-    """FeatInv-Viz by nodes around one run of the stock sampler, against training/viz.py, and what else the nodes say."""
+    """FeatInv-Viz by nodes around one run of the stock sampler, against training/concepts/viz.py, and what else the nodes say."""
     opened, seeds, groups, guidance = open_model("tiny_cnn_last"), 3, [["object"], ["sky", "night"]], 3.0
     found = {}
     for factor in (0.25, 2.0):

@@ -20,6 +20,9 @@ from hosts import PACK, Server, find_hosts
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from featinv_nodes.core.weights import read_info
+from featinv_nodes.tiny_world import model_file
+
 FOLDER = PACK / "workflows"
 RESULT, REPORT = "Result", "What came of it"
 GIVEN = ("Original, as", "Outside", "Inside")  # titles of the pictures that a result is made from
@@ -30,13 +33,17 @@ HUB = "https://huggingface.co"
 class Tiny:
     """The embedded world: nothing to download."""
 
-    name, side, steps, guidance, gradient = "tiny", 64, 10, 1.5, {"cnn": 0.05, "vit": 0.03}
+    name, side = "tiny", 64
     note = "Runs at once, on a processor too: models and pictures are part of the pack."
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         world = graph.add("FeatInv_LoadTinyWorld")
         self.model, self.positive, self.negative, self.vae = (world[i] for i in range(4))
+
+    def settings(self, kind: str = "cnn") -> dict:
+        """How the inversion model is best drawn with."""
+        return read_info(model_file(f"tiny_{kind}_last")).recommended
 
     def backbone(self, kind: str = "cnn") -> Node:
         return self.graph.add("FeatInv_LoadBackbone", weights=f"tiny-{kind} (embedded)", timm_name="", input_size=0)
@@ -58,7 +65,7 @@ class Tiny:
 class MiniSD:
     """The paper's base model and backbones; the inversion model is one that train.py made."""
 
-    name, side, steps, guidance, gradient = "minisd", 256, 50, 1.75, {}  # what the gradient gains at real size is not measured
+    name, side = "minisd", 256
     note = (
         f"Needs MiniSD ({HUB}/justinpinkney/miniSD) in models/checkpoints, the backbone's timm weights in models/backbones, "
         "and an inversion model in models/featinv, trained with "
@@ -72,6 +79,10 @@ class MiniSD:
         checkpoint = graph.add("CheckpointLoaderSimple", models=models, ckpt_name="miniSD.ckpt")
         self.model, self.vae = checkpoint[0], checkpoint[2]
         self.positive, self.negative = (graph.add("CLIPTextEncode", clip=checkpoint[1], text=text)[0] for text in (PROMPT, ""))
+
+    def settings(self, kind: str = "cnn") -> dict:
+        """The paper's (Table 3's caption); what the gradient gains at real size is not measured."""
+        return {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
 
     def backbone(self, kind: str = "cnn") -> Node:
         name = self.TIMM[kind]
@@ -96,30 +107,32 @@ def empty(world: Tiny | MiniSD, batch: int) -> Ref:
     return world.graph.add("EmptyLatentImage", width=world.side, height=world.side, batch_size=batch)[0]
 
 
-def steer(world: Tiny | MiniSD, features: Ref, control: Node, away: str) -> Node:
-    """The conditionings of the steered sampler; away: what guidance pushes away from."""
+def steer(world: Tiny | MiniSD, features: Ref, control: Node, settings: dict) -> Node:
+    """The conditionings of the steered sampler."""
+    away = {"text": "text", "features": "text and features"}[settings["negative"]]
     return world.graph.add(
-        "FeatInvControlNet", positive=world.positive, negative=world.negative, control_net=control[0], features=features, strength=1.0,
-        start_percent=0.0, end_percent=1.0, guide_away_from=away,
+        "FeatInvControlNet", positive=world.positive, negative=world.negative, control_net=control[0], features=features,
+        strength=settings["strength"], start_percent=0.0, end_percent=1.0, guide_away_from=away,
     )  # fmt: skip
 
 
-def guided(world: Tiny | MiniSD, features: Ref, backbone: Node, step: float) -> Ref:
-    """The model that looks at what it draws; the world's own for a step of 0."""
-    if not step:
+def guided(world: Tiny | MiniSD, features: Ref, backbone: Node, settings: dict) -> Ref:
+    """The model that looks at what it draws; the world's own where the settings have no gradient."""
+    if not settings.get("gradient"):
         return world.model
-    return world.graph.add("FeatInv_FeatureGuidance", model=world.model, vae=world.vae, backbone=backbone[0], features=features, step=step, last=0.5)[0]
+    step, last = settings["gradient"], settings["gradient_steps"] / settings["steps"]
+    return world.graph.add("FeatInv_FeatureGuidance", model=world.model, vae=world.vae, backbone=backbone[0], features=features, step=step, last=last)[0]
 
 
-def draw(world: Tiny | MiniSD, features: Ref, control: Node, batch: int = 1, seed: int = 7, latent: Ref | None = None, model: Ref | None = None) -> Node:
+def draw(world: Tiny | MiniSD, features: Ref, control: Node, batch: int = 1, kind: str = "cnn", latent: Ref | None = None, model: Ref | None = None) -> Node:
     """Feature maps -> pictures, by the stock sampler; latent: what it starts from if not from empty latents; model: if
     not the world's own."""
-    g = world.graph
-    steered = steer(world, features, control, "text and features" if world.name == "tiny" else "text")
+    g, settings = world.graph, world.settings(kind)
+    steered = steer(world, features, control, settings)
     latent = latent or empty(world, batch)
     sampled = g.add(
-        "KSampler", model=model or world.model, positive=steered[0], negative=steered[1], latent_image=latent, seed=seed, steps=world.steps,
-        cfg=world.guidance, sampler_name="ddim", scheduler="simple", denoise=1.0,
+        "KSampler", model=model or world.model, positive=steered[0], negative=steered[1], latent_image=latent, seed=7, steps=settings["steps"],
+        cfg=settings["guidance"], sampler_name="ddim", scheduler="simple", denoise=1.0,
     )  # fmt: skip
     return g.add("VAEDecode", samples=sampled[0], vae=world.vae)
 
@@ -139,20 +152,20 @@ def compare(world: Tiny | MiniSD, features: Ref, backbone: Node, pictures: Node,
 def reconstruct(world: Tiny | MiniSD) -> str:
     backbone, control = world.backbone(), world.control()
     picture, features = extract(world, backbone, 0)
-    pictures = draw(world, features[0], control, model=guided(world, features[0], backbone, world.gradient.get("cnn", 0)))
+    pictures = draw(world, features[0], control, model=guided(world, features[0], backbone, world.settings()))
     compare(world, features[0], backbone, pictures)
     world.graph.add("FeatInv_PreviewFeatures", features=features[0])
     classes = world.graph.add("FeatInv_ClassifyImage", backbone=backbone[0], image=pictures[0], fit="stretch", top=1)
     world.graph.add("PreviewImage", title="What the model takes it for", images=classes[0])
     world.graph.add("PreviewImage", title="Original, as the model saw it", images=features[1])
     text = "**What did the model see?** The picture on the left becomes a feature map; the sampler draws a new picture that has the same map. The number below it, the cosine similarity, says how alike the two maps are: 1 is the same."
-    return text + (" Feature Guidance lets the sampler look at what it draws; bypass it to see what it is worth." if world.gradient else "")
+    return text + (" Feature Guidance lets the sampler look at what it draws; bypass it to see what it is worth." if "gradient" in world.settings() else "")
 
 
 def seeds(world: Tiny | MiniSD) -> str:
     backbone, control = world.backbone(), world.control()
     picture, features = extract(world, backbone, 1)
-    model = guided(world, features[0], backbone, world.gradient.get("cnn", 0))
+    model = guided(world, features[0], backbone, world.settings())
     compare(world, features[0], backbone, draw(world, features[0], control, batch=4, model=model))
     world.graph.add("PreviewImage", title="Original, as the model saw it", images=features[1])
     return "**What does the model not care about?** Four pictures of one feature map, each from other noise. What stays the same is what the model sees; what varies is what it ignores."
@@ -244,8 +257,8 @@ def backbones(world: Tiny | MiniSD) -> str:
     for kind, title in (("cnn", RESULT), ("vit", "Result of the transformer")):
         backbone, control = world.backbone(kind), world.control(kind)
         picture, features = extract(world, backbone, 2)
-        model = guided(world, features[0], backbone, world.gradient.get(kind, 0))
-        compare(world, features[0], backbone, draw(world, features[0], control, batch=2, model=model), title)
+        model = guided(world, features[0], backbone, world.settings(kind))
+        compare(world, features[0], backbone, draw(world, features[0], control, 2, kind, model=model), title)
     return "**Do two models see the same?** One picture, inverted from the feature map of a convolutional network and from that of a transformer, with the same noise. What one keeps and the other loses tells them apart."
 
 
@@ -253,10 +266,10 @@ def two_guidances(world: Tiny | MiniSD) -> str:
     g = world.graph
     backbone, control = world.backbone(), world.control()
     picture, features = extract(world, backbone, 3)
-    steered = steer(world, features[0], control, "text and features")
+    steered = steer(world, features[0], control, world.settings() | {"negative": "features"})
     guider = g.add("DualCFGGuider", model=world.model, cond1=steered[0], cond2=steered[3], negative=steered[1], cfg_conds=1.0, cfg_cond2_negative=2.0, style="regular")
     noise, sampler = g.add("RandomNoise", noise_seed=7), g.add("KSamplerSelect", sampler_name="ddim")
-    schedule = g.add("BasicScheduler", model=world.model, scheduler="simple", steps=world.steps, denoise=1.0)
+    schedule = g.add("BasicScheduler", model=world.model, scheduler="simple", steps=world.settings()["steps"], denoise=1.0)
     sampled = g.add("SamplerCustomAdvanced", noise=noise[0], guider=guider[0], sampler=sampler[0], sigmas=schedule[0], latent_image=empty(world, 2))
     compare(world, features[0], backbone, g.add("VAEDecode", samples=sampled[0], vae=world.vae))
     g.add("PreviewImage", title="Original, as the model saw it", images=features[1])
@@ -271,7 +284,8 @@ def faithful(world: Tiny | MiniSD) -> str:
     g = world.graph
     backbone, control = world.backbone(), world.control()
     picture, features = extract(world, backbone, 1)
-    pictures = draw(world, features[0], control, batch=4, model=guided(world, features[0], backbone, 0.05))
+    how = world.settings() | {"gradient": 0.05, "gradient_steps": world.settings()["steps"] // 2}
+    pictures = draw(world, features[0], control, batch=4, model=guided(world, features[0], backbone, how))
     kept = g.add("FeatInv_KeepMostSimilar", image=pictures[0], features=features[0], backbone=backbone[0], keep=1)
     compare(world, features[0], backbone, kept)
     g.add("PreviewAny", title="The best, and the range of all", source=kept[1])

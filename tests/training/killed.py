@@ -5,11 +5,15 @@ import signal
 from pathlib import Path
 
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
-from training import checkpoints, log, train, verified
-from training.config import DEFAULT, read_config
-from training.ema import update_average
-from training.pipeline import Inversion
+from training import train, verified
+from training.config import CONFIGS, DEFAULT, read_config
+from training.loop import checkpoints, log
+from training.loop.ema import update_average
+from training.models.pipeline import Inversion
 
 SMALL = {
     "batch": "2", "cycle": "0.0", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "warmup": "0", "ema": "0.9",
@@ -103,6 +107,23 @@ def run_as(rank, processes, port, folder, values):
     }  # fmt: skip
     torch.set_num_threads(1)
     train.train(read_config(DEFAULT, values), Path(folder))
+
+
+def run_shared_out(rank, port, folder, values):
+    """One of two processes that train as configs/accelerate/fsdp.yaml has it, which accelerate otherwise keeps to GPUs."""
+    shipped = load_config_from_file(str(CONFIGS / "accelerate" / "fsdp.yaml")).fsdp_config
+    shipped["fsdp_transformer_cls_to_wrap"] = shipped["fsdp_transformer_layer_cls_to_wrap"]  # as accelerate's launcher names it
+    os.environ |= {key.upper(): str(value).lower() if isinstance(value, bool) else str(value) for key, value in shipped.items()}
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    real, given = AcceleratorState.__init__, []
+
+    def on_a_processor(self, *args, fsdp_plugin=None, **kwargs):
+        real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        given.extend([fsdp_plugin] if fsdp_plugin else [])
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, given[0]
+
+    AcceleratorState.__init__ = on_a_processor
+    run_as(rank, 2, port, folder, values)
 
 
 def learned(place, restored=None):

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import FOLDER
-from training import stable_diffusion
-from training.base_model import load_base
-from training.stable_diffusion import KNOWN, PROMPT, Tokens, build_text_encoder, load_single_file
+from training.models import stable_diffusion
+from training.models.base_model import load_base
+from training.models.stable_diffusion import KNOWN, PROMPT, Tokens, build_text_encoder, load_single_file
 from training.tiny.base import PROMPT as TINY_PROMPT
 
 SMALL_UNET = {**stable_diffusion.UNET, "sample_size": 8, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 16, "attention_head_dim": 4}
@@ -122,7 +122,7 @@ def test_a_repository_in_the_hubs_cache_is_opened_by_its_name(tmp_path, monkeypa
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
     shutil.copytree(FOLDER / "base", folder / "snapshots" / commit)
-    monkeypatch.setattr("training.base_model.snapshot_download", partial(huggingface_hub.snapshot_download, cache_dir=tmp_path))
+    monkeypatch.setattr("training.models.base_model.snapshot_download", partial(huggingface_hub.snapshot_download, cache_dir=tmp_path))
     found, wanted = load_base("nobody/tiny", TINY_PROMPT), load_base("tiny", TINY_PROMPT)
     assert found.name == "nobody/tiny" and torch.equal(found.unet.conv_in.weight, wanted.unet.conv_in.weight)
 
@@ -133,7 +133,7 @@ def test_a_single_file_in_the_hubs_cache(state, tmp_path, monkeypatch):
     (folder / "refs" / "main").write_text(commit)
     (folder / "snapshots" / commit).mkdir(parents=True)
     save_file(state, folder / "snapshots" / commit / "sd.safetensors")
-    monkeypatch.setattr("training.base_model.try_to_load_from_cache", partial(huggingface_hub.try_to_load_from_cache, cache_dir=tmp_path))
+    monkeypatch.setattr("training.models.base_model.try_to_load_from_cache", partial(huggingface_hub.try_to_load_from_cache, cache_dir=tmp_path))
     assert load_base("nobody/sd/sd.safetensors", PROMPT).name == "nobody/sd/sd.safetensors"
     with pytest.raises(FeatInvError, match="does not exist"):
         load_base("nobody/sd/other.safetensors", PROMPT)

@@ -9,12 +9,13 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import open_backbone
 from tests.training import killed
 from tests.training.test_never_loses_work import photographs as photographs
-from training import cache, latent_cache, train
-from training.base_model import load_base
+from training import cache, train
 from training.config import DEFAULT, read_config
-from training.data import loader
-from training.latent_cache import open_pictures
-from training.objective import observe
+from training.data import latent_cache
+from training.data.latent_cache import open_pictures
+from training.data.loader import loader
+from training.loop.objective import observe
+from training.models.base_model import load_base
 from training.verified import is_whole
 
 PROMPT = "a drawing of the small world"

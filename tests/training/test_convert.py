@@ -15,7 +15,7 @@ from featinv_nodes.core.encoders import ConvEncoder
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import ENCODER_PREFIX, load_inversion, read_info, save_inversion
 from training import convert
-from training.pipeline import BaseModel, Inversion
+from training.models.pipeline import BaseModel, Inversion
 
 BACKBONE = "resnet10t"
 CHANNELS, HIDDEN, CONTEXT, HEADS = 64, 24, 48, 8  # layer1 of that backbone has 64 channels

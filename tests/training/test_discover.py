@@ -15,7 +15,8 @@ from featinv_nodes.core.concepts.statistics import judge
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.tiny_world import open_backbone
 from featinv_nodes.tiny_world.scenes import draw
-from training import concept_page, discover_concepts
+from training import discover_concepts
+from training.concepts import page as concept_page
 
 
 @pytest.fixture

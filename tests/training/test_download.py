@@ -19,8 +19,9 @@ from huggingface_hub import constants
 
 from featinv_nodes.core.backbones import load_backbone
 from featinv_nodes.core.feature_map import FeatInvError
-from training import download, hub
-from training.base_model import load_base
+from training import download
+from training.models import hub
+from training.models.base_model import load_base
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONE, BASE = "test_convnext.r160_in1k", "somebody/small-SD"

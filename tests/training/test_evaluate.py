@@ -15,7 +15,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
 from training import evaluate
 from training.evaluation import shards
-from training.inversion import Opened
+from training.models.inversion import Opened
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["training.evaluate"])
@@ -57,7 +57,7 @@ def test_every_figure_has_its_count_interval_seeds_and_settings(whole):
 
 
 def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
-    from training.inversion import open_model
+    from training.models.inversion import open_model
 
     opened = open_model("tiny_cnn_last")
     framed, counts = evaluate.load_pictures(opened, "tiny", 8)
@@ -160,8 +160,8 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, options, message):
 
 @pytest.mark.parametrize("negative, guidance", [("features", 2.0), ("text", 1.0)])
 def test_drawing_one_at_a_time_gives_the_same_pictures(negative, guidance):
-    from training.evaluation.sampling_benchmark import one_by_one
-    from training.inversion import open_model
+    from training.models.inversion import open_model
+    from training.speed.sampling import one_by_one
 
     opened = open_model("tiny_cnn_last")
     features = opened.features(opened.backbone.frame(draw(0, torch.arange(2), "held-out").image))

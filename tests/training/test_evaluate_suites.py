@@ -20,13 +20,13 @@ from featinv_nodes.tiny_world.scenes import draw
 from tests.training.test_real_layout import PROMPT
 from tests.training.test_real_layout import stable_diffusion as stable_diffusion
 from training import evaluate
-from training.base_model import load_base
 from training.evaluation.bench import Bench, Choice
 from training.evaluation.judge import Judge
 from training.evaluation.sources import open_source
 from training.evaluation.suites import baseline
 from training.evaluation.suites.corruptions import CORRUPTIONS, SEEDED, corrupt, library
-from training.pipeline import Inversion
+from training.models.base_model import load_base
+from training.models.pipeline import Inversion
 
 
 def run(tmp_path, suite, *options, count=4):

@@ -12,8 +12,8 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 from tests.training.test_never_loses_work import photographs as photographs
-from training.data import Photographs, loader
-from training.listing import Folder, Part, TarShards, fingerprint, open_listing
+from training.data.listing import Folder, Part, TarShards, fingerprint, open_listing
+from training.data.loader import Photographs, loader
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_tar_shards_hold_the_folders_pictures(photographs, shards, monkeypatch):
     assert torch.equal(batch(open_listing(str(shards), None)), wanted)
     index = shards / "000000.tar.index.json"
     assert len(json.loads(index.read_text())["pictures"]) == 7
-    monkeypatch.setattr("training.listing.tarfile.open", None)  # the second time no shard is walked
+    monkeypatch.setattr("training.data.listing.tarfile.open", None)  # the second time no shard is walked
     assert torch.equal(batch(open_listing(str(shards), None)), wanted)
     monkeypatch.undo()
     index.write_text("{")  # cut off

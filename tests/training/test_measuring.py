@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
-from training import benchmark, real_size, transfer
+from training import benchmark, transfer
 from training.config import CONFIGS, read_config
-from training.step_memory import Peak, step_gigabytes
+from training.speed import real_size
+from training.speed.step_memory import Peak, step_gigabytes
 from training.transfer import images_to_reach
 
 SMALL_UNET = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": 64}
@@ -43,6 +44,12 @@ def test_our_step_is_compiled_where_the_configuration_says_so(small, monkeypatch
         parts = real_size.build(replace(small, compile=wanted), "cpu")
         assert real_size.our_step(parts, pictures)().isfinite()
         assert compiled == ([parts.model] if wanted else [])
+
+
+def test_a_profile_names_what_a_step_spends_its_time_in(small):
+    step = real_size.our_step(real_size.build(small, "cpu"), torch.rand(2, 3, 176, 176))
+    assert {"aten::convolution_backward", "aten::_fused_adamw_"} <= set(real_size.costliest(step, 1000).split())
+    assert sum(line.lstrip().startswith("aten::") for line in real_size.costliest(step, 5).splitlines()) <= 5
 
 
 def test_the_peak_is_what_is_held_at_once_each_storage_once():

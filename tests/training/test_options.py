@@ -17,11 +17,11 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import open_backbone
 from tests.training import killed
 from training import train
-from training.base_model import load_base
 from training.config import CONFIGS, DEFAULT, read_config
-from training.floor import floor_gmac
-from training.objective import min_snr_weight
-from training.pipeline import Inversion
+from training.loop.floor import floor_gmac
+from training.loop.objective import min_snr_weight
+from training.models.base_model import load_base
+from training.models.pipeline import Inversion
 
 SMALL = killed.SMALL | {"max_images": "40", "save_every": "1000"}
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -94,7 +94,7 @@ def test_the_encoder_alone_learns_first(tmp_path):
     first = load_file(here(tmp_path / "first", init_from=str(given), encoder_first="4", max_images="4", ema="0"))
     moved = {k for k in start if not torch.equal(start[k], first[k])}
     assert moved and all(k.startswith("controlnet_cond_embedding.block") for k in moved)
-    further = load_file(here(tmp_path / "first", encoder_first="4", max_images="6", ema="0"))
+    further = load_file(here(tmp_path / "first", init_from=str(given), encoder_first="4", max_images="6", ema="0"))
     assert any(not torch.equal(start[k], further[k]) for k in start if not k.startswith("controlnet_cond_embedding"))
 
 
@@ -151,8 +151,30 @@ def test_trackers_get_numbers_and_panels(tmp_path, monkeypatch):
     assert "cosine" in seen["values"][40] and [line.keys() & {"loss", "cosine"} for line in lines(tmp_path)] == [{"loss"}, {"cosine"}]
 
 
+def test_a_tracker_that_fails_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("no picture of mine")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "remembering", Remembering)
+    monkeypatch.setattr(Remembering, "log_images", fails)
+    assert here(tmp_path, trackers="[remembering]", panel_every="4", max_images="6").exists()
+    assert "the tracker remembering did not take the panel: no picture of mine" in capsys.readouterr().out
+
+
+def test_tensorboard_gets_numbers_and_panels(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    here(tmp_path, trackers="[tensorboard]", panel_every="20", max_images="20")
+    events = EventAccumulator(str(tmp_path / "featinv"), size_guidance={"images": 0}).Reload()
+    (tag,) = events.Tags()["images"]
+    (image,) = events.Images(tag)
+    assert image.step == 20 and image.width > image.height > 100
+    assert {"loss", "cosine"} <= set(events.Tags()["scalars"])
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.log.filter_trackers", lambda *_: [])
+    monkeypatch.setattr("training.loop.log.filter_trackers", lambda *_: [])
     with pytest.raises(FeatInvError, match="'tensorboard' is not installed: pip install tensorboard"):
         here(tmp_path, trackers="[tensorboard]")
     monkeypatch.undo()
@@ -167,6 +189,22 @@ def test_shipped_launch_configurations_are_read():
     files = list((CONFIGS / "accelerate").glob("*.yaml"))
     kinds = {file.stem: load_config_from_file(str(file)).distributed_type for file in files}
     assert kinds == {"ddp": "MULTI_GPU", "fsdp": "FSDP", "multi_node": "MULTI_GPU"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": "0", "standardise": "false", "checkpointing": "true"}])
+def test_processes_that_share_out_the_weights_train_as_one(whole, tmp_path, changes):
+    """FSDP through accelerate, with a panel, an average and a checkpoint from which one process goes on."""
+    port, own, values = free_port(), [], SMALL | {"batch": "1", "panel_every": "40"} | changes
+    for rank in range(2):
+        own.append(PROCESSES.Process(target=killed.run_shared_out, args=(rank, port, str(tmp_path), values)))
+        own[-1].start()
+    for process in own:
+        process.join()
+    assert [p.exitcode for p in own] == [0, 0]
+    alone = load_file(here(tmp_path / "alone", **changes)) if changes else whole[1]
+    assert close(load_file(tmp_path / "tiny_cnn_last.safetensors"), alone) and list(tmp_path.glob("panel_*.png"))
+    here(tmp_path, max_images="44", **changes)
+    assert len(list(tmp_path.glob("checkpoint-*.pt"))) == 2
 
 
 def test_weights_that_processes_share_out_are_saved_whole(tmp_path):

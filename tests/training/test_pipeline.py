@@ -1,5 +1,6 @@
 """The diffusion side: ControlNet starts as nothing, steers as told, and reads and writes the weights file."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,10 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.tiny_world import open_backbone
 from featinv_nodes.tiny_world.scenes import draw
-from training.base_model import load_base
 from training.config import DEFAULT, read_config
-from training.objective import cycle_distance, training_loss
-from training.pipeline import Inversion, Sampling, noise, predicted_clean, round_trip, sample
+from training.loop.objective import cycle_distance, training_loss
+from training.models.base_model import load_base
+from training.models.pipeline import Inversion, Sampling, noise, predicted_clean, round_trip, sample
 
 PROMPT = "a drawing of the small world"
 
@@ -49,6 +50,18 @@ def test_at_first_the_output_is_exactly_the_base_models(base, backbone, features
     model = Inversion.start(base, backbone.source(), width=32).eval()
     how, start = Sampling(steps=3, guidance=2.0), noise(base, 0, 2)
     assert torch.equal(sample(base, model, features, start, how, PROMPT), sample(base, None, None, start, how, PROMPT))
+
+
+def test_a_cast_base_model_is_not_taken_back_to_float32_by_autocast(base, steering, features):
+    cast, modes = deepcopy(base.unet).bfloat16(), set()
+    for norm in (m for m in cast.modules() if isinstance(m, torch.nn.GroupNorm)):
+        norm.register_forward_hook(lambda _, given, made: modes.add((torch.is_autocast_enabled("cpu"), given[0].dtype, made.dtype)))
+    given = noise(base, 0, 2), torch.tensor([400, 700]), base.text[PROMPT].expand(2, -1, -1), features.values
+    exact = steering(base.unet, *given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = steering(cast, *given)
+    assert modes == {(False, torch.bfloat16, torch.bfloat16)}
+    assert (found - exact).norm() < 2**-5 * exact.norm()  # bf16 has eight bits, and dozens of layers round
 
 
 def test_strength_zero_and_an_empty_range_bypass_the_control(base, steering, features):

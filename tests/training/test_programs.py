@@ -1,10 +1,13 @@
 """The programs as a user runs them: their results, and clear errors with exit status 2 and nothing half-written."""
 
+import errno
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,11 +15,12 @@ import torch
 from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.images import read_image
+from featinv_nodes.core.images import as_seen, read_image
 from featinv_nodes.tiny_world import FOLDER, MODELS
 from featinv_nodes.tiny_world.scenes import draw
-from training import demo, evaluate, reconstruct
-from training.inversion import open_model
+from training import cli, demo, evaluate, reconstruct
+from training.data.batch import crops
+from training.models.inversion import open_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,6 +143,27 @@ def test_programs_run_as_files_from_anywhere_and_exit_with_status_2(tmp_path):
     assert done.stderr.strip().splitlines()[-1] == "reconstruct.py: none.png does not exist"
 
 
+def test_a_full_disk_and_ctrl_c_end_a_program_in_one_line(capsys):
+    for error, status, said in ((OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "make room"), (KeyboardInterrupt(), 130, "stopped")):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(Mock(side_effect=error))
+        assert ended.value.code == status and said in capsys.readouterr().err
+    with pytest.raises(PermissionError):
+        cli.run(Mock(side_effect=PermissionError()))
+
+
+def test_training_reads_a_picture_as_the_nodes_do(tmp_path):
+    turned = Image.new("RGBA", (60, 40), (255, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "turned.png", exif=exif)
+    seen = read_image(tmp_path / "turned.png")
+    assert seen.shape == (1, 3, 60, 40)
+    crop = crops(lambda: Image.open(tmp_path / "turned.png"), {"pictures": 16}, "none", random.Random(0))["pictures"]
+    assert crop.min() == seen.min() == 1
+    assert as_seen(Image.open(tmp_path / "turned.png")).size == (40, 60)
+
+
 def test_pictures_of_every_mode_are_read_alike(tmp_path):
     for mode in ("RGB", "RGBA", "L", "P", "LA", "CMYK", "I;16", "1"):
         file = tmp_path / f"{mode.replace(';', '_')}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}"
@@ -146,6 +171,9 @@ def test_pictures_of_every_mode_are_read_alike(tmp_path):
         x = read_image(file)
         assert x.shape == (1, 3, 30, 20) and x.dtype == torch.float32
     assert read_image(file, square=16).shape == (1, 3, 16, 16)
+    grey = tmp_path / "grey.png"
+    Image.fromarray(np.full((20, 20), 32_768, np.uint16)).save(grey)
+    assert read_image(grey).unique().tolist() == [pytest.approx(0.5, abs=1 / 255)]  # 16 bits are scaled, not cut off
     clear = tmp_path / "clear.png"
     Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(clear)
     assert read_image(clear).min() == 1  # transparent is white

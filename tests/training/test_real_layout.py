@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv_nodes.tiny_world.scenes import draw
-from training.base_model import load_base
 from training.config import DEFAULT, read_config
-from training.inversion import open_model
-from training.pipeline import round_trip
+from training.models.base_model import load_base
+from training.models.inversion import open_model
+from training.models.pipeline import round_trip
 from training.train import train
 
 PROMPT = "a b"

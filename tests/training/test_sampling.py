@@ -15,8 +15,8 @@ from featinv_nodes.tiny_world.scenes import draw
 from training import evaluate, fit_scope, reconstruct, visualize_concepts
 from training.cli import model_parser, open_from
 from training.evaluation.suites.cost import choose
-from training.inversion import ATTEMPT, open_model
-from training.pipeline import SOLVERS, Sampling, predicted_clean, prediction_of, sample, solver_of
+from training.models.inversion import ATTEMPT, open_model
+from training.models.pipeline import SOLVERS, Sampling, predicted_clean, prediction_of, sample, solver_of
 
 APART = Sampling(steps=4, guidance=3.0, negative="features", text_guidance=1.5)
 

@@ -1,5 +1,7 @@
 """Training goes on exactly where it stopped, and its configuration says what is wrong with it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,15 +10,18 @@ from safetensors.torch import load_file
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import load_scope
+from featinv_nodes.tiny_world import model_file
 from featinv_nodes.tiny_world.scenes import draw
-from training import memory
 from training.config import CONFIGS, DEFAULT, read_config
-from training.data import Photographs, TinyWorld, loader
-from training.inversion import open_model
-from training.listing import Folder, open_listing
-from training.objective import training_loss
-from training.pipeline import Inversion
-from training.train import rate_at, train
+from training.data.listing import Folder, open_listing
+from training.data.loader import Photographs, TinyWorld, loader
+from training.loop import memory
+from training.loop.objective import observe, training_loss
+from training.loop.schedule import rate_at
+from training.models.base_model import load_base
+from training.models.inversion import open_model
+from training.models.pipeline import Inversion
+from training.train import train
 
 SMALL = {"batch": "8", "cycle": "0.0", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "panel_every": "1000", "save_every": "16", "warmup": "0"}
 
@@ -44,10 +49,35 @@ def test_starting_from_a_model_of_the_same_or_of_other_features(tmp_path):
     assert kept["controlnet_cond_embedding.block.0.weight"].shape[1] == 64
 
 
-def test_another_models_run_is_not_continued(tmp_path):
-    run(tmp_path, 8)
+def test_a_taken_over_encoder_keeps_its_own_statistics(tmp_path, monkeypatch):
+    """Whatever its file says of the images it has seen: a converted one says none."""
+    base, file = load_base("tiny", ""), tmp_path / "converted.safetensors"
+    model, info = Inversion.load(model_file("tiny_cnn_last"), base)
+    model.save(file, replace(info, images_seen=0))
+    mean, given, observed = model.encoder.mean.clone(), {"rate": "0.0", "weight_decay": "0.0", "ema": "0.0", "standardise": "true"}, []
+
+    def observing(base, backbone, seen, config):
+        observed.append(len(seen["pictures"]))
+        return observe(base, backbone, seen, config)
+
+    monkeypatch.setattr("training.loop.beginning.observe", observing)
+    width = str(info.encoder["width"])
+    assert torch.equal(load_file(run(tmp_path / "same", 8, init_from=str(file), encoder_width=width, **given))["controlnet_cond_embedding.mean"], mean)
+    assert not observed
+    run(tmp_path / "other", 8, init_from=str(file), layer="layer2", **given)
+    assert sum(observed) == 256 and max(observed) == 8  # no more at once than a step sees
+
+
+def test_another_models_run_is_not_continued(tmp_path, capsys):
+    run(tmp_path, 8, ema="0")
     with pytest.raises(FeatInvError, match="layer: last there, layer2 now"):
         run(tmp_path, 16, layer="layer2")
+    with pytest.raises(FeatInvError, match="optimizer: adamw there, adamw8bit now"):
+        run(tmp_path, 16, optimizer="adamw8bit")
+    assert run(tmp_path, 16, ema="0.9").exists()  # an average can begin at any time
+    capsys.readouterr()
+    run(tmp_path, 16)
+    assert "16 of 16 images are seen: nothing is left to train; begin anew with another --output" in capsys.readouterr().out
 
 
 def test_the_result_opens_as_a_model_and_states_how_it_was_made(tmp_path):
@@ -103,7 +133,7 @@ def test_cycle_consistency_that_does_not_count_yet_costs_nothing(tmp_path, monke
     def refused(*_):
         raise AssertionError("the features of the predicted picture were computed")
 
-    monkeypatch.setattr("training.objective.cycle_distance", refused)
+    monkeypatch.setattr("training.loop.objective.cycle_distance", refused)
     monkeypatch.setattr("training.train.floor_gmac", lambda *_: 1.0)
     run(tmp_path, 16, cycle="2.0", cycle_after="16")
     with pytest.raises(AssertionError, match="were computed"):
@@ -123,6 +153,7 @@ def test_fields_that_do_not_go_together_are_refused():
         "give --cycle": {"cycle_after": "8", "cycle": "0"},
         "at least 200": {"scope": "100"},
         "--scope_data FOLDER": {"scope": "4000", "data": "photos"},
+        "without --init-from": {"encoder_first": "100"},
     }
     for message, changes in wrong.items():
         with pytest.raises(FeatInvError, match=message):
@@ -187,6 +218,29 @@ def test_shipped_configurations_are_valid_and_overrides_are_typed(tmp_path):
             read_config(DEFAULT, {field: value})
     with pytest.raises(FeatInvError, match="tiny_cnn_last.yaml"):
         read_config(CONFIGS / "none.yaml")
+    named = read_config(DEFAULT, {"data": "2024", "prompt": "a photo: bright", "backbone_weights": "null"})
+    assert (named.data, named.prompt, named.backbone_weights) == ("2024", "a photo: bright", None)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("dropout", "2", "dropout 2.0: expected 0 to 1"), ("ema", "1.5", "ema 1.5: expected 0 to"), ("ema", "true", "ema is True; expected float"),
+        ("min_snr", "-1", "min_snr -1.0: expected at least 0"), ("rate", "-1", "rate -1.0"), ("images", "0", "images 0: expected at least 1"),
+        ("cycle_below", "5000", "cycle_below 5000: expected 0 to 1000"), ("recommended", "{foo: 2}", "recommended .*foo"),
+        ("recommended", "{steps: 0}", "steps >= 1"), ("recommended", "{a: [", "recommended is"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_before_anything_runs(field, value, message):
+    with pytest.raises(FeatInvError, match=message):
+        read_config(DEFAULT, {field: value})
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path):
+    for text, message in {"": "holds no fields", "[1, 2]": "holds no fields", "a: [": "is not a YAML file"}.items():
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(FeatInvError, match=message):
+            read_config(tmp_path / "mine.yaml")
 
 
 def test_learning_rate_warms_up_and_falls():

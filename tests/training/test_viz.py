@@ -12,11 +12,12 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.steering import difference, edit, slope
 from featinv_nodes.tiny_world import CONCEPTS, FOLDER
 from featinv_nodes.tiny_world.scenes import draw
-from training import localisation, measure_concepts, visualize_concepts
-from training.inversion import open_model
-from training.pipeline import noise
+from training import measure_concepts, visualize_concepts
+from training.concepts import localisation
+from training.concepts.viz import Request, visualize
+from training.models.inversion import open_model
+from training.models.pipeline import noise
 from training.tiny import concepts as tiny_concepts
-from training.viz import Request, visualize
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.tiny_world import model_file, open_backbone
 
-from ..inversion import ATTEMPT, Opened, open_model
-from ..pipeline import Sampling, round_trip
+from ..models.inversion import ATTEMPT, Opened, open_model
+from ..models.pipeline import Sampling, round_trip
 from .judge import Columns, Judge
 from .shards import Arm, Table
 from .sources import Originals, Source

@@ -14,16 +14,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.images import LARGEST, SMALLEST
+from featinv_nodes.core.images import LARGEST, SMALLEST, as_seen
 from featinv_nodes.tiny_world.scenes import draw
 
-from ..batch import Unreadable
-from ..listing import HUGGING_FACE, Chosen, Listing, Part, TarShards, fingerprint, open_listing
+from ..data.batch import Unreadable
+from ..data.listing import HUGGING_FACE, Chosen, Listing, Part, TarShards, fingerprint, open_listing
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -71,7 +70,7 @@ class Pictures:
     def read(self, number: int) -> tuple[Tensor, bool]:
         try:
             with self._listing.open(number) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
+                image = as_seen(opened)
         except Exception as error:  # decoders raise whatever they stumble over
             raise Unreadable(f"{type(error).__name__}: {error}") from error
         if not (SMALLEST <= min(image.size) and max(image.size) <= LARGEST):

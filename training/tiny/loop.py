@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.ema import update_average
-from training.graph import check_device, make_plain, set_rate, training_step
+from training.loop.ema import update_average
+from training.loop.graph import check_device, make_plain, set_rate, training_step
 
 CHECKPOINT_SECONDS = 120
 

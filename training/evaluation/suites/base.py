@@ -9,7 +9,7 @@ from pathlib import Path
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import model_file
 
-from ...pipeline import Sampling
+from ...models.pipeline import Sampling
 from ..bench import FLOOR, ORIGINAL, Bench, Choice, Subject, own_judge
 from ..report import Report
 from ..shards import Arm, Table

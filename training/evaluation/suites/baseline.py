@@ -13,8 +13,8 @@ from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import top_k_match
 
-from ... import base_model, stable_diffusion
-from ...pipeline import sample
+from ...models import base_model, stable_diffusion
+from ...models.pipeline import sample
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..judge import Columns
 from ..report import Report, by_measure, figures_of, shown

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.tiny_world import model_file
 
-from ...inversion import Opened
-from ...pipeline import SOLVERS, Sampling
-from ...real_size import gmac_of
+from ...models.inversion import Opened
+from ...models.pipeline import SOLVERS, Sampling
+from ...speed.real_size import gmac_of
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..report import Figures, Grid, Report, cell, figures_of, shown
 from ..shards import Table

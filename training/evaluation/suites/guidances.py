@@ -10,7 +10,7 @@ import torch
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.tiny_world import open_backbone
 
-from ...pipeline import Sampling
+from ...models.pipeline import Sampling
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench, Subject
 from ..judge import Judge
 from ..report import Report, by_arm, figures_of, heat_map, set_measures, shown

@@ -11,7 +11,7 @@ from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import open_backbone
 
-from ...pipeline import Sampling
+from ...models.pipeline import Sampling
 from ..bench import CEILING, FLOOR, Bench, Choice
 from ..judge import Columns, Judge
 from ..rcdm import EMBEDDED, load_rcdm

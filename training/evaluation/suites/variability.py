@@ -9,7 +9,7 @@ from torch import Tensor
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from ...pipeline import Sampling
+from ...models.pipeline import Sampling
 from ...report import panel
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..judge import Columns

@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import memory, real_size
-from .config import TrainConfig
-from .floor import base_without_storage, without_storage
+from ..config import TrainConfig
+from ..loop import memory
+from ..loop.floor import base_without_storage, without_storage
+from . import real_size
 from .real_size import Parts
 
 BLOCK = 512  # bytes that CUDA's allocator rounds up to
@@ -64,8 +65,7 @@ def without_memory(config: TrainConfig) -> Parts:
     """The parts of a real-size configuration (Stable Diffusion 1.x), laid out as on a GPU, on the meta device."""
     parts = real_size.build(config, "meta")
     real_size.lay_out(parts, "cuda")
-    for module in (parts.base.unet, parts.model):
-        normalise_as_on_cuda(module)
+    normalise_as_on_cuda(parts.model)
     return parts
 
 

@@ -8,35 +8,41 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.images import as_seen
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.tiny_world.scenes import draw
 
-from .base_model import BaseModel
-from .config import TrainConfig
-from .listing import STREAM, Part, open_listing
-from .pipeline import Inversion, Sampling, noise, sample
-from .report import panel
-from .stream import first_pictures
+from ..config import STREAM, TrainConfig
+from ..data.listing import Part, open_listing
+from ..data.stream import first_pictures
+from ..models.base_model import BaseModel
+from ..models.pipeline import Inversion, Sampling, noise, sample
+from ..report import panel
 
 COUNT, SIDE = 8, 512  # pictures, and the pixels a side that their centre is scaled to
 
 
 def held_out(config: TrainConfig) -> Tensor:
     """[COUNT, 3, h, w] pictures that training does not see: held-out scenes; of photographs, whose augmented versions
-    it does see, an even choice, of a stream the first, less those that cannot be read."""
+    it does see, an even choice, of a stream the first, less those that cannot be read. Raises FeatInvError if none can."""
     if config.data == "tiny":
         return draw(config.seed, torch.arange(COUNT), "held-out").image
     if config.data.startswith(STREAM):
-        return torch.stack([_square(picture) for picture in first_pictures(config.data, COUNT)])
-    listing = open_listing(config.data, None)
-    chosen = Part(listing, min(COUNT, len(listing.names)))
-    return torch.stack([x for place in range(len(chosen.names)) if (x := _read(chosen, place)) is not None])
+        found = [_square(picture) for picture in first_pictures(config.data, COUNT)]
+    else:
+        listing = open_listing(config.data, None)
+        chosen = Part(listing, min(COUNT, len(listing.names)))
+        found = [x for place in range(len(chosen.names)) if (x := _read(chosen, place)) is not None]
+    if not found:
+        raise FeatInvError(f"data {config.data}: no picture to show could be read")
+    return torch.stack(found)
 
 
 def _read(listing: Part, place: int) -> Tensor | None:
     try:
         with listing.open(place) as opened:
-            return _square(opened.convert("RGB"))
+            return _square(as_seen(opened))
     except Exception:  # decoders raise whatever they stumble over; training names the picture
         return None
 
@@ -50,11 +56,14 @@ def _square(picture: Image.Image) -> Tensor:
 def sample_panel(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> tuple[Image.Image, float]:
     """Draws held-out pictures from their features with fixed noise; the panel and the mean cosine. Without guidance by the
     gradient, whatever is recommended: it would hide what the weights have learned."""
+    learning = model.training
+    model.eval()
     framed = backbone.frame(held_out(config).to(base.unet.device))
     features = backbone(framed, config.layer, config.pooled)
     how = Sampling.chosen(config.recommended, {"gradient": 0.0})
     start = torch.cat([noise(base, seed) for seed in range(len(framed))])
     pictures = base.decode(sample(base, model, features, start, how, config.prompt))
+    model.train(learning)
     score = cosine(features, backbone(backbone.frame(pictures, "stretch"), config.layer, config.pooled))
     rows = [[(x, "") for x in framed], [(x, f"cos {c:.2f}") for x, c in zip(pictures, score.tolist())]]
     return panel(rows, ["original", "reconstruction"], f"{config.name}, mean cosine {score.mean():.3f}"), score.mean().item()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.images import as_seen
 
 TRIES = 100  # pictures in a row that cannot be read before the data itself is in doubt
 
@@ -22,6 +27,26 @@ class Batch(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
+def leave_signals(_: int) -> None:
+    """In a loader's worker: Ctrl-C and SIGTERM reach every process of a terminal or a job, and are for the training loop,
+    which still needs its workers to end well. They end with it, see plainly."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def plainly(loader: DataLoader) -> Generator:
+    """What a loader gives; bad input that a worker met is told as if no worker had been between. To be closed: workers that
+    leave signals alone would keep the process from ending."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    except FeatInvError as error:
+        raise FeatInvError(str(error).rstrip().rpartition("FeatInvError: ")[2]) from error
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()  # what its __del__ does, too late where a traceback holds it
+
+
 class Unreadable(Exception):
     """A picture that cannot be read, and why."""
 
@@ -31,7 +56,7 @@ def crops(opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, 
     side gives name -> [3, side, side] in 0..1. flips: as in TrainConfig. Raises Unreadable where `opened` raises."""
     try:
         with opened() as picture:
-            image = picture.convert("RGB")
+            image = as_seen(picture)
     except Exception as error:  # decoders raise whatever they stumble over
         raise Unreadable(f"{type(error).__name__}: {error}") from error
     box = _crop(*image.size, chance)

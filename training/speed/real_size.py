@@ -15,17 +15,18 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from featinv_nodes.core.backbones import Backbone, untrained_backbone
 
-from .base_model import BaseModel
-from .config import TrainConfig
-from .graph import training_step
-from .objective import draw_chance, latents_from, lighten, moments_of, observe, training_loss
-from .optimizer import LARGEST_NORM, build_optimizer, fused_step, weights_layout
-from .pipeline import Inversion
-from .stable_diffusion import CLIP, SCHEDULE, UNET, VAE, build_text_encoder
+from ..config import TrainConfig
+from ..loop.graph import training_step
+from ..loop.objective import draw_chance, latents_from, lighten, moments_of, observe, training_loss
+from ..loop.optimizer import LARGEST_NORM, build_optimizer, fused_step, weights_layout
+from ..models.base_model import BaseModel
+from ..models.pipeline import Inversion
+from ..models.stable_diffusion import CLIP, SCHEDULE, UNET, VAE, build_text_encoder
 
 
 @dataclass
@@ -152,6 +153,14 @@ def seconds(step: Callable[[], object], repeats: int, warm_up: int = 2) -> float
         step()
     wait()
     return (time.perf_counter() - began) / repeats
+
+
+def costliest(step: Callable[[], object], rows: int) -> str:
+    """A table of the operations, on a GPU the kernels, that a step spends most time in, by torch's profiler."""
+    gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+        step()
+    return profiler.key_averages().table(sort_by=f"self_{'device' if gpu else 'cpu'}_time_total", row_limit=rows, max_name_column_width=60)
 
 
 def costs(config: TrainConfig) -> dict[str, tuple[float, float]]:

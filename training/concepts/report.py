@@ -14,9 +14,9 @@ from featinv_nodes.core.metrics import bootstrap
 from featinv_nodes.core.pictures import heat_map, spotlight
 from featinv_nodes.core.steering import LEAST, MOST, affected, normalised
 
-from .cli import write_json, write_text
+from ..cli import write_json, write_text
+from ..report import Cell, page, panel, save_image
 from .localisation import auroc, best_threshold, boundary_f, iou, measures
-from .report import Cell, page, panel, save_image
 from .viz import Shown
 
 VIZ, CLOSED, BAR = "FeatInv-Viz", "FeatInv-Viz, closed loop", "occlusion of the concept"

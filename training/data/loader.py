@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -14,10 +14,10 @@ from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
 
-from .base_model import BaseModel
-from .batch import TRIES, Batch, Unreadable, crops
-from .config import TrainConfig
-from .listing import STREAM, Listing, fingerprint, open_listing
+from ..config import STREAM, TrainConfig
+from ..models.base_model import BaseModel
+from .batch import TRIES, Batch, Unreadable, crops, leave_signals, plainly
+from .listing import Listing, fingerprint, open_listing
 from .stream import Reading, Stream
 
 AT_ONCE = 4096  # scenes drawn together on a GPU, where a batch takes no longer than a few
@@ -168,9 +168,13 @@ def as_it_is(batch: tuple) -> tuple:
 
 def loader(
     source: Dataset | Stream, start: int, batch: int, rank: int, processes: int, workers: int, pin: bool = False, state: dict | None = None
-) -> Iterator[Batch]:
-    """Batches from image number `start` on, per process `batch` images; of a stream from where `state` says, see Reading."""
+) -> Generator[Batch] | Reading:
+    """Batches from image number `start` on, per process `batch` images; of a stream from where `state` says, see Reading.
+    To be closed."""
     if isinstance(source, Stream):
         return Reading(source, batch, rank, processes, workers, pin, state)
     numbers = Batches(start, batch, rank, processes)
-    return iter(DataLoader(source, batch_sampler=numbers, num_workers=workers, collate_fn=as_it_is, persistent_workers=workers > 0, pin_memory=pin))
+    found = DataLoader(
+        source, batch_sampler=numbers, num_workers=workers, collate_fn=as_it_is, persistent_workers=workers > 0, pin_memory=pin, worker_init_fn=leave_signals
+    )
+    return plainly(found)

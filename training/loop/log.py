@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
@@ -19,8 +19,8 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from .cli import write_text
-from .report import save_image
+from ..cli import write_text
+from ..report import save_image
 
 #: dense bf16 peak, FLOP/s, by a part of the device's name (NVIDIA's data sheets)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "4090": 165e12}
@@ -61,25 +61,29 @@ def start_trackers(accelerator: Accelerator, config: dict) -> None:
 
 
 def show(accelerator: Accelerator, image: Image.Image, file: Path, seen: int, say: Callable[[str], object]) -> None:
-    """Writes a panel, and gives it to the trackers that take pictures; a full disk does not end a run."""
+    """Writes a panel, and gives it to the trackers that take pictures; neither a full disk nor a tracker ends a run."""
     try:
         save_image(image, file)
     except OSError as error:
         say(f"{file} was not written: {error}")
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            tracker.log_images({"panel": np.asarray(image)[None]}, step=seen)
+    for tracker in (tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")):
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        try:
+            tracker.log_images({"panel": np.asarray(image)[None]}, step=seen, **layout)
+        except Exception as error:  # each library has its own
+            say(f"the tracker {tracker.name} did not take the panel: {error}")
 
 
 class Pace:
-    """Speed since the last report: images per second, share of the time spent waiting for data, arithmetic.
+    """Speed since the last report: images per second, share of the time spent waiting for data, arithmetic. Without the
+    first step, which compiles and warms up, and what is done elsewhere: panels and checkpoints.
 
     gmac: what an image costs at least (see floor_gmac). peak: FLOP/s of all processes together where known, else None.
     """
 
     def __init__(self, gmac: float, peak: float | None) -> None:
         self.gmac, self.peak = gmac, peak
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._since, self._waited, self._images = None, 0.0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -87,13 +91,29 @@ class Pace:
         yield
         self._waited += time.perf_counter() - began
 
-    def report(self, images: int) -> dict[str, float]:
-        """Figures of the `images` since the last report; "share_of_peak" counts the floor's FLOPs."""
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def step(self, images: int) -> None:
+        """A step of so many images is done."""
+        if self._since is None:
+            self._since, self._waited = time.perf_counter(), 0.0
+        else:
+            self._images += images
+
+    def report(self) -> dict[str, float]:
+        """Figures of the steps since the last report, the memory alone where there were none; "share_of_peak" counts the
+        floor's FLOPs."""
+        if not self._images:
+            return {"memory_gb": peak_memory()}
         now = time.perf_counter()
         taken = now - self._since
-        rate = images / taken
+        rate = self._images / taken
         figures = {"images_per_second": rate, "gflops": 2 * self.gmac * rate, "data_wait": self._waited / taken, "memory_gb": peak_memory()}
-        self._since, self._waited = now, 0.0
+        self._since, self._waited, self._images = now, 0.0, 0
         return figures | ({"share_of_peak": 1e9 * figures["gflops"] / self.peak} if self.peak else {})
 
 
@@ -107,5 +127,9 @@ def peak_memory() -> float:
     """GB at most so far: the device's where there is one, else this process's resident size."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    if platform.system() == "Windows":
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource
+
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

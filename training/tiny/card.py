@@ -9,9 +9,9 @@ from torch import Tensor
 from featinv_nodes.core.metrics import bootstrap, cosine, top_k_match
 from featinv_nodes.tiny_world import BACKBONES, FOLDER, MODELS, open_backbone
 
-from .evaluate import evaluate, gap_closed, load_pictures
-from .inversion import Opened, open_model
-from .tiny import autoencoder, backbones, base
+from ..evaluate import evaluate, gap_closed, load_pictures
+from ..models.inversion import Opened, open_model
+from . import autoencoder, backbones, base
 
 COUNT = 500
 BASE_SEEN = 14_000_128

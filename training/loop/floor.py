@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from featinv_nodes.core.backbones import Backbone
 
-from .base_model import BaseModel
-from .config import TrainConfig
+from ..config import TrainConfig
+from ..models.base_model import BaseModel
+from ..models.pipeline import Inversion
 from .objective import training_loss
-from .pipeline import Inversion
 
 
 def floor_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> float:

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from .cli import write_json, write_text
-from .config import TrainConfig
-from .data import Photographs, TinyWorld
+from ..cli import write_json, write_text
+from ..config import TrainConfig
+from ..data.loader import Photographs, TinyWorld
 
 NAMED = 10  # pictures that a process names as it meets them
+ROW = 20  # steps in a row, not finite, that end a run which leaves such steps out
 
 
 class Mishaps:
@@ -42,28 +43,37 @@ class Mishaps:
         device is waited for.
 
         losses: of the steps up to `seen` images, NaN where the step was left out. Raises FeatInvError for such a step
-        if config.nan is "stop", and for a row of them only in any case; a file then says which images they were.
+        if config.nan is "stop", and for ROW in a row in any case; a file then says which images they were.
         """
-        local = torch.stack([*losses, torch.tensor(float(signal), device=self.accelerator.device)])
-        *values, signals = self.accelerator.reduce(local, "sum").tolist()
-        values = [value / self.accelerator.num_processes for value in values]
+        values = self.accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
+        signals = self.accelerator.gather(torch.tensor([signal], device=self.accelerator.device))
         starts = [seen - (len(values) - k) * self.per_step for k in range(len(values))]
         bad = [start for start, value in zip(starts, values) if not math.isfinite(value) and start not in self.steps]
         self.steps += bad
-        if bad and (self.config.nan == "stop" or len(values) > 1 and not any(map(math.isfinite, values))):
-            raise self._explain(bad[0])
+        if bad and self.config.nan == "stop":
+            raise self._explain(bad[0], "")
+        for start in bad:
+            if (row := self.row(start + self.per_step)) >= ROW:
+                raise self._explain(start - (row - 1) * self.per_step, f", and in {row - 1} more after it")
         if bad and self.accelerator.is_main_process:
             tqdm.write(f"left out: the steps from image {', '.join(map(str, bad))} on, whose loss or gradients are not finite")
-        return values, math.ceil(signals / self.accelerator.num_processes)
+        return values, int(signals.max())
 
-    def _explain(self, first: int) -> FeatInvError:
+    def row(self, seen: int) -> int:
+        """How many steps in a row were left out up to `seen` images."""
+        left_out, count = set(self.steps), 0
+        while seen - (count + 1) * self.per_step in left_out:
+            count += 1
+        return count
+
+    def _explain(self, first: int, more: str) -> FeatInvError:
         file, numbers = self.output / f"not_finite_{first:012d}.json", range(first, first + self.per_step)
         if self.accelerator.is_main_process:
             names = [self.source.name(self.source.place(number)[0]) for number in numbers]
             write_json(file, {"first_image": first, "images": self.per_step, "pictures": names, "config": asdict(self.config)})
         return FeatInvError(
-            f"the loss or its gradients are not finite in the step from image {first} on (its pictures and the configuration: {file}). The last checkpoint "
-            "is from before: a lower --rate, --precision fp32, or --nan skip, which leaves such steps out, may take the run past it"
+            f"the loss or its gradients are not finite in the step from image {first} on{more} (its pictures and the configuration: {file}). The last "
+            f"checkpoint is from before: a lower --rate{'' if more else ', --nan skip, which leaves such steps out,'} or --precision fp32 may take the run past it"
         )
 
     def state(self) -> dict:
@@ -71,7 +81,10 @@ class Mishaps:
         found = gather_object([self.pictures])
         pictures = {name: reason for part in found for name, reason in part.items()}
         if pictures and self.accelerator.is_main_process:
-            write_text(self.output / "unreadable.txt", "".join(f"{name}\t{reason}\n" for name, reason in sorted(pictures.items())))
+            try:
+                write_text(self.output / "unreadable.txt", "".join(f"{name}\t{reason}\n" for name, reason in sorted(pictures.items())))
+            except OSError as error:
+                tqdm.write(f"unreadable.txt was not written: {error}")
         return {"pictures": pictures, "steps": self.steps}
 
     def restore(self, state: dict) -> None:

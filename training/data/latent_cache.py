@@ -22,13 +22,13 @@ from torch.utils.data import Dataset
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 
-from .base_model import BaseModel
+from ..cli import make_folder, write_json
+from ..config import TrainConfig
+from ..models.base_model import BaseModel
+from ..verified import is_whole, write_verified
 from .batch import Batch
-from .cli import make_folder, write_json
-from .config import TrainConfig
-from .data import Photographs, TinyWorld, fill, open_source, sides
+from .loader import Photographs, TinyWorld, fill, open_source, sides
 from .stream import Stream
-from .verified import is_whole, write_verified
 
 SHARD = 4096
 COMMAND = "python training/cache.py makes it, from the same configuration"

@@ -12,10 +12,10 @@ from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.tiny_world.scenes import draw
 
-from .. import real_size
-from ..inversion import Opened, open_model
-from ..log import peak_memory
-from ..pipeline import Sampling
+from ..loop.log import peak_memory
+from ..models.inversion import Opened, open_model
+from ..models.pipeline import Sampling
+from . import real_size
 
 
 @torch.inference_mode()

@@ -16,9 +16,10 @@ from PIL import Image
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import SUFFIXES
 
-from .cli import write_json
+from ..cli import write_json
+from ..config import STREAM
 
-HUGGING_FACE, STREAM = "hf:", "stream:"
+HUGGING_FACE = "hf:"
 
 
 class Listing(Protocol):

@@ -9,8 +9,8 @@ from torch.optim import AdamW, Optimizer
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from .config import TrainConfig
-from .pipeline import Inversion
+from ..config import TrainConfig
+from ..models.pipeline import Inversion
 
 LARGEST_NORM = 1.0
 
@@ -47,6 +47,7 @@ def clip_and_step(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
     if accelerator.scaler is None and accelerator.distributed_type != DistributedType.FSDP and isinstance(inner, AdamW):
         return fused_step(inner)
     norm = accelerator.clip_grad_norm_(model.parameters(), LARGEST_NORM)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # shared out by FSDP
     if accelerator.scaler is not None:
         optimizer.step()
         return torch.ones((), dtype=torch.bool, device=norm.device)

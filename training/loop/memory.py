@@ -21,27 +21,25 @@ def available(device: torch.device) -> float:
         return float("inf")
 
 
-def needed(trained: nn.Module, frozen: list[nn.Module], average: bool, moments: int = 8) -> float:
-    """GB that weights (float32), gradients, AdamW's two moments (bytes per parameter) and the moving average take, and
-    the frozen parts in their precision; activations come on top."""
-    own = sum(p.numel() for p in trained.parameters())
+def needed(trained: nn.Module, frozen: list[nn.Module], average: bool, moments: int = 8, shares: int = 1) -> float:
+    """GB that weights (float32), gradients, AdamW's two moments (bytes per parameter) and the moving average take, where
+    they are shared out one of `shares`, and the frozen parts in their precision; activations come on top."""
+    own = sum(p.numel() for p in trained.parameters()) / shares
     others = sum(p.numel() * p.element_size() for m in frozen for p in m.parameters())
     return (own * (8 + moments + 4 * average) + others) / 1e9
 
 
-def require(trained: nn.Module, frozen: list[nn.Module], average: bool, moments: int, device: torch.device) -> None:
-    """Raises FeatInvError if not even weights and optimizer fit."""
-    wanted, there = needed(trained, frozen, average, moments), available(device)
+def require(device: torch.device, *parts: object) -> None:
+    """Raises FeatInvError if not even weights and optimizer fit. parts: as needed takes them."""
+    wanted, there = needed(*parts), available(device)
     if wanted > there:
         raise FeatInvError(f"training needs {wanted:.1f} GB for weights and optimizer alone, and more with each picture of the batch; {device} has {there:.1f} GB")
 
 
-def explain(
-    error: torch.OutOfMemoryError, trained: nn.Module, frozen: list[nn.Module], average: bool, moments: int, device: torch.device, batch: int
-) -> FeatInvError:
-    """What to do when a step did not fit."""
+def explain(error: torch.OutOfMemoryError, batch: int, device: torch.device, *parts: object) -> FeatInvError:
+    """What to do when a step did not fit. parts: as needed takes them."""
     return FeatInvError(
-        f"{device} ran out of its {available(device):.1f} GB at batch {batch}: weights and optimizer take {needed(trained, frozen, average, moments):.1f} GB, "
+        f"{device} ran out of its {available(device):.1f} GB at batch {batch}: weights and optimizer take {needed(*parts):.1f} GB, "
         "the rest is for the batch; lower --batch and raise --accumulate in turn, or take --checkpointing true or --optimizer adamw8bit. "
         f"What was saved is kept ({str(error).splitlines()[0]})"
     )

@@ -14,9 +14,9 @@ from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.guidance import feature_distance
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 
-from .base_model import BaseModel
-from .config import TrainConfig
-from .pipeline import predicted_clean
+from ..config import TrainConfig
+from ..models.base_model import BaseModel, in_own_precision
+from ..models.pipeline import predicted_clean
 
 
 def lighten(config: TrainConfig, base: BaseModel, backbone: Backbone) -> None:
@@ -61,7 +61,8 @@ def moments_of(base: BaseModel, pictures: Tensor) -> Tensor:
     if isinstance(base.vae, PatchAutoencoder):
         mean = base.encode(pictures).float()
         return torch.cat([mean, torch.full_like(mean, -math.inf)], 1)
-    posterior, factor = base.vae.encode(pictures * 2 - 1).latent_dist, base.vae.config.scaling_factor
+    with in_own_precision(base.vae) as own:
+        posterior, factor = base.vae.encode(own(pictures * 2 - 1)).latent_dist, base.vae.config.scaling_factor
     return torch.cat([posterior.mean.float() * factor, posterior.logvar.float() + 2 * math.log(factor)], 1)
 
 

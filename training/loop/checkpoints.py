@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from .verified import is_whole, write_verified
+from ..verified import is_whole, write_verified
 
 #: one file whatever the number of processes and however they share the weights
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -31,11 +31,11 @@ def gather(model: nn.Module, optimizer: Optimizer, average: nn.Module | None) ->
 
 
 def restore(state: dict, model: nn.Module, optimizer: Optimizer, average: nn.Module | None) -> None:
-    """Puts back what gather gave."""
+    """Puts back what gather gave; an average that the run did not have before starts from the weights."""
     set_model_state_dict(model, state["model"], options=FULL)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FULL)
     if average is not None:
-        set_model_state_dict(average, state["average"], options=FULL)
+        set_model_state_dict(average, state.get("average", state["model"]), options=FULL)
 
 
 def whole(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:

@@ -17,7 +17,7 @@ from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSour
 from featinv_nodes.core.guidance import leave_inference, toward_features
 from featinv_nodes.core.weights import InversionInfo, load_inversion, save_inversion
 
-from .base_model import BaseModel
+from .base_model import BaseModel, in_own_precision
 
 #: What guidance pushes away from: the same features with empty text (the paper), or zero features with empty text,
 #: the combination that training drops to.
@@ -71,7 +71,9 @@ class Inversion(nn.Module):
     def steer(self, unet: UNet2DConditionModel, noisy: Tensor, t: Tensor, context: Tensor, hint: Tensor, strength: float = 1.0) -> Tensor:
         """The steered base model's prediction [B, C, H, W] for noisy latents at timesteps t, the hint encoded before."""
         down, mid = self.controlnet(noisy, t, context, hint, conditioning_scale=strength, return_dict=False)
-        return unet(noisy, t, context, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+        with in_own_precision(unet) as own:
+            down, mid = [own(x) for x in down], own(mid)
+            return unet(own(noisy), t, own(context), down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
 
 
 #: Solvers, all at the base model's own timesteps. ComfyUI's KSampler gives the pictures of the first two with samplers

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.images import as_seen
 
-from .batch import TRIES, Batch, Unreadable, crops
+from .batch import TRIES, Batch, Unreadable, crops, leave_signals, plainly
 from .listing import hugging_face
 
 BLOCK = 512  # encoded pictures that a reader holds and shuffles
@@ -168,13 +169,16 @@ class Reading(Iterator[Batch]):
             tqdm.write(f"{stream.data} was read by {state['all']} readers, {len(state['places'])} each process, and now by {readers.all}: it begins anew")
         self._turn, self._places = readers.turn, list(readers.places)
         self._last: tuple[int, Place] | None = None
-        self._batches = iter(DataLoader(readers, batch_size=None, num_workers=workers, pin_memory=pin))
+        self._batches = plainly(DataLoader(readers, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals))
 
     def __next__(self) -> Batch:
         self._use_up()
         number, place, batch = next(self._batches)
         self._last = number, place
         return batch
+
+    def close(self) -> None:
+        self._batches.close()
 
     def _use_up(self) -> None:
         if self._last:
@@ -199,7 +203,7 @@ def first_pictures(data: str, count: int) -> list[Image.Image]:
     stream, found = Stream(data, {}, "none", 0), []
     for encoded in (encoded for file in range(stream.files) for encoded in stream.rows(file)):
         try:
-            found.append(decode(encoded).convert("RGB"))
+            found.append(as_seen(decode(encoded)))
         except Exception:  # decoders raise whatever they stumble over; training names the picture
             continue
         if len(found) == count:

@@ -12,8 +12,8 @@ from featinv_nodes.core.concepts import Concepts
 from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.steering import FACTOR, SEEDS, Edit, Slope, closed_loop, difference, edit, measure_slope
 
-from .inversion import Opened
-from .pipeline import Sampling, noise
+from ..models.inversion import Opened
+from ..models.pipeline import Sampling, noise
 
 
 @dataclass(frozen=True)

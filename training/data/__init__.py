@@ -1,0 +1,1 @@
+"""Pictures for training: listed, read, cropped, cached."""

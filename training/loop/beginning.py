@@ -1,0 +1,40 @@
+"""How a run begins: frozen parts, another model's weights, the deviation of its features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.tiny_world import open_backbone
+
+from ..config import TrainConfig
+from ..models.base_model import BaseModel, load_base
+from ..models.pipeline import Inversion
+from .objective import observe
+
+
+def open_frozen(config: TrainConfig, device: torch.device) -> tuple[BaseModel, Backbone]:
+    """The base model and the backbone, in float32."""
+    base = load_base(config.base, config.prompt).to(device)
+    return base, open_backbone(config.backbone, config.backbone_weights, config.input_size).to(device, memory_format=torch.channels_last)
+
+
+def start_from(model: Inversion, file: str, base: BaseModel) -> int | None:
+    """Copies the ControlNet of a weights file, and its encoder if it inverts the same features; returns the images
+    that such a model has seen, None for other features."""
+    other, info = Inversion.load(file, base)
+    model.controlnet.load_state_dict(other.controlnet.state_dict())
+    if info.source != model.source or other.encoder.settings != model.encoder.settings:
+        return None
+    model.encoder.load_state_dict(other.encoder.state_dict())
+    return info.images_seen
+
+
+def standardise(model: Inversion, seen: dict[str, Tensor], base: BaseModel, backbone: Backbone, config: TrainConfig) -> None:
+    """Sets the encoder's mean and deviation to those of what it is to be shown; seen: as observe takes it, any number of
+    rows, of which config.batch are observed at once."""
+    device = base.unet.device
+    parts = zip(*(rows.split(config.batch) for rows in seen.values()))
+    features = [observe(base, backbone, {name: rows.to(device) for name, rows in zip(seen, part)}, config)[1] for part in parts]
+    model.encoder.standardise(torch.cat(features))

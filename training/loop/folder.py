@@ -1,0 +1,46 @@
+"""The folder of a run: one run at a time, nothing half written, and room for what is to come."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from featinv_nodes.core.feature_map import FeatInvError
+
+from ..cli import make_folder
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other runs out of it, until the process ends in whatever way; the processes of one run
+    count as one. Clears away what a killed run left half written. Raises FeatInvError if another run is at work there."""
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise FeatInvError(f"another run is at work in {folder}: wait for it, stop it, or choose another --output") from error
+    except NotImplementedError:  # some network disks know no locks
+        pass
+    try:
+        for part in folder.glob("*.part"):
+            part.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def check_room(folder: Path, checkpoint: int, keep: int, say: Callable[[str], object]) -> None:
+    """Says where `keep` checkpoints of so many bytes, and the one that is being written beside them, do not fit."""
+    there = sum(file.stat().st_size for file in folder.glob("checkpoint-*.pt"))
+    wanted, free = (keep + 1) * checkpoint - there, shutil.disk_usage(folder).free
+    if wanted > free:
+        say(f"{folder} has {free / 1e9:.1f} GB left and its checkpoints need {wanted / 1e9:.1f} ({keep} and the one being written): make room there, or lower --keep")

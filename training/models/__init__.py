@@ -1,0 +1,1 @@
+"""Diffusion models and inversion models: opened, steered, sampled."""
