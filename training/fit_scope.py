@@ -93,6 +93,12 @@ def ship_scope(name: str) -> None:
     save_scope(model_file(name), fit(opened, opened.recommended(gradient=0.0), "tiny", 4000, 1000, TINY_CENTRES))
 
 
+def check_scope_data(config: TrainConfig) -> None:
+    """Raises FeatInvError if the pictures for end_with_scope are not there, or too few; before a long training."""
+    if config.scope and config.scope_data not in (None, "tiny") and (there := len(find_images(config.scope_data))) < config.scope:
+        raise FeatInvError(f"scope_data {config.scope_data} holds {there} images; asked for {config.scope}: give a folder with more, or a smaller --scope")
+
+
 def end_with_scope(file: Path, config: TrainConfig, device: torch.device | str) -> None:
     """What train.py ends with: the statistics that a configuration asks for, written into its weights file."""
     data = config.scope_data or config.data

@@ -34,7 +34,7 @@ from training.config import TrainConfig, parse_arguments
 from training.data.latent_cache import open_pictures
 from training.data.loader import loader
 from training.data.stream import states
-from training.fit_scope import end_with_scope
+from training.fit_scope import check_scope_data, end_with_scope
 from training.loop import checkpoints, memory
 from training.loop.beginning import open_frozen, standardise, start_from
 from training.loop.ema import update_average
@@ -62,6 +62,7 @@ def train(config: TrainConfig, output: Path) -> Path:
 def _train(config: TrainConfig, output: Path, opened: ExitStack) -> Path:
     # Set up: devices, frozen parts, the trained part, data
     check_trackers(config.trackers, output)
+    check_scope_data(config)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=output)
     device, rank, processes, main = accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if config.graph:

@@ -145,6 +145,11 @@ def test_a_run_can_end_with_scope_statistics(tmp_path, monkeypatch):
     file = run(tmp_path, 16, scope="200", recommended="{strength: 1.0, guidance: 1.0, negative: text, steps: 1}")
     scope = load_scope(file)
     assert scope.maps == 200 and "cycle" in scope.quantiles and open_model(str(file)).info.images_seen == 16
+    (tmp_path / "own").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "own" / "one.png")
+    with pytest.raises(FeatInvError, match="holds 1 images; asked for 200"):
+        run(tmp_path / "two", 16, scope="200", scope_data=str(tmp_path / "own"))
+    assert not list((tmp_path / "two").glob("*.safetensors"))
 
 
 def test_fields_that_do_not_go_together_are_refused():
