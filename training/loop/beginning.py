@@ -34,7 +34,7 @@ def start_from(model: Inversion, file: str, base: BaseModel) -> int | None:
 def standardise(model: Inversion, seen: dict[str, Tensor], base: BaseModel, backbone: Backbone, config: TrainConfig) -> None:
     """Sets the encoder's mean and deviation to those of what it is to be shown; seen: as observe takes it, any number of
     rows, of which config.batch are observed at once."""
-    device = base.unet.device
+    device, unwanted = base.unet.device, {"moments": torch.empty(0)}
     parts = zip(*(rows.split(config.batch) for rows in seen.values()))
-    features = [observe(base, backbone, {name: rows.to(device) for name, rows in zip(seen, part)}, config)[1] for part in parts]
+    features = [observe(base, backbone, {name: rows.to(device) for name, rows in zip(seen, part)} | unwanted, config)[1] for part in parts]
     model.encoder.standardise(torch.cat(features))
