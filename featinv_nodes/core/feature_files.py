@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .feature_map import FeatureMap, FeatureSource
+from .feature_map import FeatInvError, FeatureMap, FeatureSource
 from .files import read_about, read_tensors, write_safetensors
 
 KEY = "featinv_features"
@@ -23,4 +23,6 @@ def load_features(file: str | Path) -> FeatureMap:
     """Reads what save_features wrote. Raises FeatInvError for a missing, truncated or foreign file."""
     about = read_about(file, KEY, "feature map")
     tensors = read_tensors(file)
+    if "values" not in tensors:
+        raise FeatInvError(f"{file} holds no feature map: its tensors are {', '.join(tensors) or 'none'}")
     return FeatureMap(tensors["values"], FeatureSource.from_dict(about), tensors.get("prefix"))

@@ -25,6 +25,7 @@ from .unet import ldm_config, to_ldm
 #: the combination that training drops to. The node repeats the names: at start-up this module is too heavy for it.
 NEGATIVES = ("text and features", "text")
 PLACES = "featinv_places"
+AT_ONCE = 16  # maps that the encoder reads together
 NEGATIVE = "featinv_negative"
 
 
@@ -67,7 +68,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         self.info, self.scope = info, scope
         self.features: FeatureMap | None = None
         self.negative = NEGATIVES[0]
-        self.encoded: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        self.encoded: dict[tuple[tuple[int, int], int], tuple[Tensor, Tensor | None]] = {}
 
     def applied(self, features: FeatureMap, strength: float, span: tuple[float, float], negative: str) -> FeatureControl:
         """A copy that steers towards `features`; span: start and end as shares of the sampling process."""
@@ -98,9 +99,10 @@ class FeatureControl(comfy.controlnet.ControlNet):
 
     def require_base(self, model: torch.nn.Module) -> None:
         """Raises FeatInvError if the base model is not of the kind that the weights were trained on."""
-        have = getattr(model.model_config, "unet_config", {})
-        pairs = (("width", "model_channels"), ("context", "context_dim"), ("latent_channels", "in_channels"))
-        wrong = [f"{ours} {self.info.base[ours]} in the weights file, {have.get(theirs)} in the model" for ours, theirs in pairs if self.info.base[ours] != have.get(theirs)]
+        config = getattr(model.model_config, "unet_config", {})
+        # an inpainting model takes more channels in, of which a ControlNet gets the latents alone
+        have = {"width": config.get("model_channels"), "context": config.get("context_dim"), "latent_channels": model.latent_format.latent_channels}
+        wrong = [f"{key} {self.info.base[key]} in the weights file, {there} in the model" for key, there in have.items() if self.info.base[key] != there]
         if wrong:
             name = self.info.base["name"]
             source = "LoadTinyWorld" if name == "tiny" else f"Load Checkpoint with {name} or another SD 1.x model"
@@ -108,8 +110,8 @@ class FeatureControl(comfy.controlnet.ControlNet):
 
     def get_control(self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict) -> dict | None:
         places = transformer_options.get(PLACES, {"size": tuple(x_noisy.shape[2:]), "areas": {}})
-        steered, null = self.hints(places["size"])
         per_chunk = x_noisy.shape[0] // batched_number
+        steered, null = self.hints(places["size"], per_chunk)
         negatives = cond[NEGATIVE].view(batched_number, -1)[:, 0].tolist() if NEGATIVE in cond else [False] * batched_number
         chunks = []
         for negative, uuid in zip(negatives, transformer_options["uuids"]):
@@ -119,15 +121,15 @@ class FeatureControl(comfy.controlnet.ControlNet):
         self.cond_hint = torch.cat(chunks).to(x_noisy.device, dtype)
         return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
 
-    def hints(self, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """The encoded features [M, C_d, *size], and the encoded zeros [1, C_d, *size] where guidance pushes away
-        from them; computed once per run and size."""
-        if size not in self.encoded:
-            values = self.features.values.to(self.encoder.load_device)
+    def hints(self, size: tuple[int, int], rows: int) -> tuple[Tensor, Tensor | None]:
+        """The encoded features [M, C_d, *size] of the first M maps, as many as there are or `rows` latents use, and the
+        encoded zeros [1, C_d, *size] where guidance pushes away from them; computed once per run and size."""
+        if (size, rows) not in self.encoded:
+            values = self.features.values[:rows].to(self.encoder.load_device)
             encoder = self.encoder.model
             null = encoder(torch.zeros_like(values[:1]), size) if self.negative == NEGATIVES[0] else None
-            self.encoded[size] = (encoder(values, size), null)
-        return self.encoded[size]
+            self.encoded[size, rows] = (torch.cat([encoder(part, size) for part in values.split(AT_ONCE)]), null)
+        return self.encoded[size, rows]
 
     def get_models(self) -> list:
         return [*super().get_models(), self.encoder]
@@ -136,7 +138,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         """Bytes, an estimate: the ControlNet's activations are about half of the base model's, which the host knows;
         the encoder's are its widest layers on a 64 x 64 latent, float32."""
         widest = self.info.encoder["channels"] + 2 * self.info.encoder.get("width", 512)
-        return super().inference_memory_requirements(dtype) + 4 * 64 * 64 * widest * len(self.features)
+        return super().inference_memory_requirements(dtype) + 4 * 64 * 64 * widest * min(len(self.features), AT_ONCE)
 
     def cleanup(self) -> None:
         self.encoded = {}

@@ -27,6 +27,12 @@ def names(folder: str) -> list[str]:
     return folder_paths.get_filename_list(folder)
 
 
+def stamp(file: Path) -> str:
+    """Changes when a file is written again or another takes its place, even one that keeps its date."""
+    found = file.stat()
+    return f"{found.st_mtime_ns} {found.st_size} {found.st_ino}"
+
+
 def path(folder: str, name: str) -> Path:
     """The file behind a name. Raises FeatInvError that says where it was looked for."""
     found = folder_paths.get_full_path(folder, name)

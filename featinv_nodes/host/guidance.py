@@ -39,7 +39,8 @@ def guided(model: ModelPatcher, vae: comfy.sd.VAE, backbone: ManagedBackbone, wa
         leave_inference(decoder.model)
 
         def picture_of(latents: Tensor) -> Tensor:
-            return vae.process_output(decoder.model.decode(unscaled(latents).to(vae.vae_dtype)).float())
+            decoded = decoder.model.decode(unscaled(latents).to(vae.device, vae.vae_dtype))  # which may be another device
+            return vae.process_output(decoded.float()).to(latents.device)
 
         maps = wanted.in_turn(len(clean))
         need = GRAPH * vae.memory_used_decode((1, *clean.shape[1:]), vae.vae_dtype)

@@ -17,9 +17,20 @@ from ..core.feature_map import FeatureMap, concatenate
 Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
-def managed(model: nn.Module, load: torch.device | None = None) -> comfy.model_patcher.ModelPatcher:
+class Whole(comfy.model_patcher.ModelPatcher):
+    """A plain module is loaded whole or not at all, however short memory is: only the host's own layers can have their
+    weights brought one by one."""
+
+    def load(self, *args, full_load: bool = False, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super().load(*args, full_load=True, **kwargs)
+
+    def partially_unload(self, *_, **__) -> int:  # noqa: ANN002, ANN003
+        return 0  # bytes; the host then unloads all of it
+
+
+def managed(model: nn.Module, load: torch.device | None = None) -> Whole:
     """A patcher for a float32 module: it computes on the host's device and rests where the host lets models rest."""
-    return comfy.model_patcher.ModelPatcher(model, load_device=load or management.get_torch_device(), offload_device=management.unet_offload_device())
+    return Whole(model, load_device=load or management.get_torch_device(), offload_device=management.unet_offload_device())
 
 
 class ManagedBackbone:

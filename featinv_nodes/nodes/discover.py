@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import folder_paths
@@ -9,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..core.concepts import METHODS
 from ..core.feature_map import FeatInvError
+from ..core.images import find_images
 from ..host import folders
 from .types import CATEGORY, Backbone, ConceptSet, channels_first
 
@@ -41,12 +43,15 @@ class DiscoverConcepts(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str = "", **others) -> str:  # noqa: ANN003
-        """Changes when pictures are added to the folder or its class folders, or taken away."""
-        if not folder.strip():
+    def fingerprint_inputs(cls, folder: str | None = "", name: str | None = "", **others) -> str:  # noqa: ANN003
+        """Changes when pictures below the folder are added, replaced or taken away, and when the saved file goes. What comes
+        through a link is None here."""
+        try:
+            pictures = find_images(located(folder)) if folder and folder.strip() else []
+            saved = bool(name and name.strip()) and named(name).exists()
+        except FeatInvError:  # said by execute
             return ""
-        place = located(folder)
-        return " ".join(str(p.stat().st_mtime_ns) for p in [place, *sorted(place.iterdir())] if p.is_dir()) if place.is_dir() else ""
+        return sha256(f"{saved} {[(str(file), folders.stamp(file)) for file in pictures]}".encode()).hexdigest()
 
     @classmethod
     def execute(cls, backbone, folder, layer, method, concepts, vectors, seed, fit, name, images=None) -> io.NodeOutput:  # noqa: ANN001
@@ -65,22 +70,22 @@ class DiscoverConcepts(io.ComfyNode):
         found, worth, collected = find(backbone, pictures, layer.strip(), method, concepts, vectors, seed)
         if file:
             save_concepts(file, with_statistics(found, worth, read=collected.read, classes=collected.classes))
-        lines = [pictures.skipped(), f"read {collected.describe()}", table(found, worth), *remarks(found, worth), f"saved as {file.name}" if file else ""]
+        lines = [pictures.skipped(), f"read {collected.describe()}", table(found, worth), *remarks(found, worth), f"saved as {name.strip().removesuffix('.safetensors')}.safetensors" if file else ""]
         text = "\n".join(filter(None, lines))
         return io.NodeOutput(found, text, ui=ui.PreviewText(text))
 
 
 def located(folder: str) -> Path:
     """The folder that a text names, below the host's input folder unless it is absolute."""
-    return Path(folder_paths.get_input_directory(), folder.strip())
+    return Path(folder_paths.get_input_directory(), Path(folder.strip().strip("\"'")).expanduser())  # as paths are copied
 
 
 def named(name: str) -> Path:
     """The concept file to write. Raises FeatInvError for a name that leads out of its folder."""
     place = Path(folder_paths.get_folder_paths(folders.CONCEPTS)[0]).resolve()
     file = (place / f"{name.strip().removesuffix('.safetensors')}.safetensors").resolve()
-    if not file.is_relative_to(place):
-        raise FeatInvError(f"Discover Concepts: the name {name!r} leads out of {place}; give a file name")
+    if not file.is_relative_to(place) or file.name == ".safetensors":
+        raise FeatInvError(f"Discover Concepts: the name {name!r} is empty or leads out of {place}; give a file name")
     return file
 
 

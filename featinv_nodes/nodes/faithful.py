@@ -21,7 +21,7 @@ class FeatureGuidance(io.ComfyNode):
                 Backbone.Input("backbone", tooltip="The backbone that made the features."),
                 Features.Input("features", tooltip="The feature map to move towards, the same as FeatInv ControlNet's. One map serves all latents; fewer maps than latents are repeated in turn, of more the first are used."),
                 io.Float.Input("step", default=0.05, min=0.0, max=1.0, step=0.01, tooltip="How far the latents move at each step, as a share of their own length. 0 leaves the sampler alone."),
-                io.Float.Input("last", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="The share of the steps, counted from the end, in which they move."),
+                io.Float.Input("last", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="The share of the sampler's steps, counted from the end, in which they move."),
             ],
             outputs=[io.Model.Output("guided", display_name="model", tooltip="For the sampler.")],
         )  # fmt: skip

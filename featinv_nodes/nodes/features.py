@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
 import folder_paths
@@ -9,6 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core.feature_map import FeatInvError, FeatureMap, concatenate
+from ..host.folders import stamp
 from .types import CATEGORY, Backbone, Features, channels_first, channels_last
 
 MIXES = ("interpolate", "sweep", "compose")
@@ -56,22 +58,23 @@ class FeatureMix(io.ComfyNode):
                 io.Combo.Input("mode", options=list(MIXES), default="interpolate", tooltip="interpolate: mean by the weights. sweep: a batch from a to b in equal steps. compose: b inside the mask, a outside."),
                 io.Float.Input("weight_a", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of a (interpolate). Weights are divided by their sum."),
                 io.Float.Input("weight_b", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of b (interpolate)."),
-                io.Int.Input("steps", default=5, min=2, max=64, tooltip="Maps in the sweep, a and b included. Give Empty Latent Image the same batch size."),
+                io.Int.Input("steps", default=5, min=2, max=64, tooltip="Maps in the sweep, a and b included. Give Empty Latent Image the same batch size (times the maps, where a or b is a batch)."),
                 io.Boolean.Input("soft_edge", default=False, tooltip="compose: cells that the mask covers in part are mixed by that part, instead of belonging to one side."),
-                io.Mask.Input("mask", optional=True, tooltip="compose: where b goes. Brought to the feature map's resolution."),
+                io.Mask.Input("mask", optional=True, tooltip="compose: where b goes. Brought to the feature map's resolution: cropped like the pictures if the backbone is connected, else stretched."),
                 Features.Input("features_c", optional=True, tooltip="interpolate: a third feature map."),
                 io.Float.Input("weight_c", default=0.5, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Weight of c, if connected."),
                 Features.Input("features_d", optional=True, tooltip="interpolate: a fourth feature map."),
                 io.Float.Input("weight_d", default=0.5, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Weight of d, if connected."),
+                Backbone.Input("backbone", optional=True, tooltip="compose: crops the mask as Extract Features crops a picture, for a mask that was painted on one. Without it the mask is stretched over the map."),
             ],
             outputs=[Features.Output("features", display_name="features", tooltip="The mixed feature map, or the sweep as a batch.")],
         )  # fmt: skip
 
     @classmethod
     def execute(
-        cls, features_a, features_b, mode, weight_a, weight_b, steps, soft_edge, mask=None, features_c=None, weight_c=0.5, features_d=None, weight_d=0.5  # noqa: ANN001
+        cls, features_a, features_b, mode, weight_a, weight_b, steps, soft_edge, mask=None, features_c=None, weight_c=0.5, features_d=None, weight_d=0.5, backbone=None  # noqa: ANN001
     ) -> io.NodeOutput:
-        from ..core.mixing import compose, interpolate
+        from ..core.mixing import at_grid, compose, interpolate
 
         if mode not in MIXES:  # the oldest hosts let any text through
             raise FeatInvError(f"Feature Mix: mode {mode!r}; expected one of {MIXES}")
@@ -84,7 +87,12 @@ class FeatureMix(io.ComfyNode):
             return io.NodeOutput(concatenate([interpolate([a, b], [1 - w, w]) for w in torch.linspace(0, 1, steps).tolist()]))
         if mask is None:
             raise FeatInvError("Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor")
-        return io.NodeOutput(compose(b, a, mask.cpu(), soft_edge))
+        if len(mask) not in (1, len(a)):
+            raise FeatInvError(f"Feature Mix: {len(mask)} masks and {len(a)} feature maps; give one mask, or one for each map")
+        mask = (mask if backbone is None else backbone.backbone.frame(mask[:, None].expand(-1, 3, -1, -1), "crop")[:, 0]).to(a.values.device)
+        if not at_grid(mask, a.source.grid, soft_edge).any():
+            raise FeatInvError(f"Feature Mix: the mask covers no cell of the {' x '.join(map(str, a.source.grid))} feature map by half; paint more of it, or switch soft_edge on")
+        return io.NodeOutput(compose(b, a, mask, soft_edge))
 
 
 def same_batch(maps: list[FeatureMap] | tuple[FeatureMap, ...]) -> list[FeatureMap]:
@@ -117,9 +125,7 @@ class SaveFeatures(io.ComfyNode):
         from ..core.feature_files import save_features
 
         folder, name, _, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        used = {f.name for f in Path(folder).glob(f"{name}_*.safetensors")}
-        number = next(n for n in range(1, len(used) + 2) if f"{name}_{n:05}.safetensors" not in used)
-        file = Path(folder) / f"{name}_{number:05}.safetensors"
+        file = next(file for n in count(1) if not (file := Path(folder) / f"{name}_{n:05}.safetensors").exists())
         save_features(file, features)
         return io.NodeOutput(ui={"text": [str(file.relative_to(folder_paths.get_output_directory()))]})
 
@@ -147,13 +153,14 @@ class LoadFeatures(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return f"{file} {Path(folder_paths.get_annotated_filepath(file)).stat().st_mtime_ns}"
+        return f"{file} {stamp(Path(folder_paths.get_annotated_filepath(file)))}"
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         from ..core.feature_files import load_features
+        from ..host.models import management
 
-        return io.NodeOutput(load_features(folder_paths.get_annotated_filepath(file)))
+        return io.NodeOutput(load_features(folder_paths.get_annotated_filepath(file)).to(management.intermediate_device()))
 
 
 NODES = [ExtractFeatures, FeatureMix, SaveFeatures, LoadFeatures]

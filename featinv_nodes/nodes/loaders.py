@@ -15,7 +15,7 @@ from .types import CATEGORY, EMBEDDED, Backbone, Control, channels_last
 
 def modified(folder: str, name: str) -> str:
     """Changes when the file behind a widget's name does."""
-    return name if name.endswith(EMBEDDED) else f"{name} {folders.path(folder, name).stat().st_mtime_ns}"
+    return name if name.endswith(EMBEDDED) else f"{name} {folders.stamp(folders.path(folder, name))}"
 
 
 class LoadBackbone(io.ComfyNode):
@@ -53,7 +53,8 @@ class LoadBackbone(io.ComfyNode):
         else:
             file = folders.path(folders.BACKBONES, weights)
             is_folder = (file.parent / "config.json").is_file() and file.name == "model.safetensors"
-            name, own = (str(file.parent), None) if is_folder and not timm_name else (timm_name or file.stem, file)
+            asked = timm_name.strip()
+            name, own = (str(file.parent), None) if is_folder and not asked else (asked or file.stem, file)
             backbone = load_backbone(name, own, input_size or None)
         return io.NodeOutput(ManagedBackbone(backbone), "\n".join(backbone.layers))
 

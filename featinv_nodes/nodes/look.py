@@ -17,7 +17,7 @@ class FeatureSimilarity(io.ComfyNode):
             category=CATEGORY,
             description="How faithful a reconstruction is: the backbone reads it again, and the cosine similarity with the feature map asked for is written under the picture.",
             inputs=[
-                Features.Input("features", tooltip="The feature map asked for; one for all pictures, or one per picture."),
+                Features.Input("features", tooltip="The feature map asked for; one for all pictures, or one per picture; fewer are taken in turn."),
                 Backbone.Input("backbone", tooltip="The backbone that made it."),
                 io.Image.Input("image", tooltip="The reconstruction, one picture or a batch."),
             ],
@@ -34,10 +34,7 @@ class FeatureSimilarity(io.ComfyNode):
         from ..core.pictures import captioned, enlarge, heat_map
 
         pictures = channels_first(image).cpu()
-        if len(features) == 1:
-            features = features.repeat(len(pictures))
-        if len(features) != len(pictures):
-            raise FeatInvError(f"Feature Similarity: {len(features)} feature maps and {len(pictures)} pictures; give equal numbers, or one map")
+        features = features.in_turn(len(pictures))  # as the pictures were drawn
         source = features.source
         again = backbone.extract(backbone.backbone.frame(pictures, "stretch"), source.layer, source.pooled)
         similarity = cosine_per_location(features, again)
@@ -91,11 +88,13 @@ class ClassifyImage(io.ComfyNode):
     def execute(cls, backbone, image, fit, top) -> io.NodeOutput:  # noqa: ANN001
         from ..core.pictures import captioned
 
+        if backbone.backbone.model.num_classes == 0:
+            raise FeatInvError(f"Classify Image: {backbone.name} has no classifier; choose weights that have one")
         pictures = channels_first(image).cpu()
         logits = backbone.logits(backbone.extract(backbone.backbone.frame(pictures, fit)))
         best = backbone.backbone.top_classes(logits, top)
         lines = ["; ".join(f"{name} {share:.0%}" for name, share in found) for found in best]
-        firsts = [", ".join(name.split(": ")[-1] for name, _ in found[::top]) for found in best]
+        firsts = [", ".join(name.split(": ")[-1] for name, _ in found) for found in backbone.backbone.top_classes(logits, 1)]
         return io.NodeOutput(channels_last(captioned(pictures, firsts)), "\n".join(lines))
 
 

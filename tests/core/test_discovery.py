@@ -295,6 +295,17 @@ def test_relevance_of_the_locations_sums_to_that_of_the_concept(head, method):
         relevance_map(backbone, concepts, features, torch.tensor([0, 1, 7]))
 
 
+def test_a_head_that_reads_the_class_token_has_no_relevance():
+    backbone = network("test_vit", global_pool="token", img_size=64)
+    features = backbone(torch.rand(3, 3, *backbone.input_size, generator=generator()))
+    concepts = discover(torch.randn(400, features.source.channels, generator=generator(1)), features.source, "pca", 5)
+    for asked in (lambda: relevance(backbone, concepts, features), lambda: class_weights(backbone, features)):
+        with pytest.raises(FeatInvError, match="reads the class token, not the map"):
+            asked()
+    found = judge(backbone, concepts, features)
+    assert found.relevance == [] and found.completeness is None and found.remark.startswith("no relevance: ")
+
+
 def test_statistics_add_up():
     """Shares are those of the parts; what concepts and rest add to a class's logit is that logit, less the bias."""
     backbone = network("resnet10t", channels=[8, 8, 16, 24])

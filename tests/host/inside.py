@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import comfy.sample
 import guiding
 import nodes
 import torch
+from PIL import Image
 
 from featinv_nodes.core import steering
 from training.concepts.viz import Request, visualize
@@ -233,7 +235,44 @@ def low_memory(world: World) -> dict:
     again = relative(world.draw(world.apply()), reference)
     for m in modules:
         m.comfy_cast_weights = False
-    return {"modules": len(modules), "difference": again}
+    return {"modules": len(modules), "difference": again, "left behind": left_behind(world)}
+
+
+def left_behind(world: World) -> dict[str, int]:
+    """Tensors of plain modules that a device with room for next to nothing does not get; nor does it let go of a part."""
+    models, found = sys.modules["pack of any name.featinv_nodes.host.models"], {}
+    for name, module in {"backbone": world.backbone.backbone, "encoder": world.control.encoder.model, "autoencoder": world.vae.first_stage_model}.items():
+        meta = torch.device("meta")
+        patcher = models.managed(deepcopy(module), meta)
+        patcher.partially_load(meta, 0.1)
+        there = [t.device.type for t in (*patcher.model.parameters(), *patcher.model.buffers())]
+        found[name] = sum(kind != "meta" for kind in there) + patcher.partially_unload(patcher.offload_device, 1000)
+    return found
+
+
+def features_nodes(world: World) -> dict:
+    """Masks come to the map as pictures do, file names are taken as they are, classes belong to their groups."""
+    wide, mask = torch.rand(1, 64, 160, 3), torch.zeros(1, 64, 160)
+    mask[..., 64:96] = 1  # the middle of the picture, of which a centre crop keeps columns 48 to 112
+    a, b = (run("FeatInv_ExtractFeatures", backbone=world.backbone, image=x, layer="last", pooled=False, fit="crop")[0] for x in (wide, 1 - wide))
+    mix = {"features_a": a, "features_b": b, "mode": "compose", "weight_a": 0.5, "weight_b": 0.5, "steps": 5, "soft_edge": False}
+    composed = run("FeatInv_FeatureMix", **mix, mask=mask, backbone=world.backbone)
+    columns = (composed.values == b.values).all(1).all(1)[0].nonzero().flatten().tolist()
+    names = [NODES["FeatInv_SaveFeatures"].execute(world.features, "features/cat[1]").ui["text"][0] for _ in range(2)]
+    picture, _ = run("FeatInv_TinyWorldScenes", first=0, count=1)
+    lines = [run("FeatInv_ClassifyImage", backbone=world.backbone, image=picture, fit="stretch", top=top)[0] for top in (1, 10)]
+    pictures = Path(BASE) / "pictures"
+    (pictures / "a" / "deep").mkdir(parents=True)
+    seen = []
+    for file, side in (("a/0.png", 8), ("a/0.png", 9), ("a/deep/1.png", 8)):
+        Image.new("RGB", (side, side)).save(pictures / file)
+        seen.append(NODES["FeatInv_DiscoverConcepts"].fingerprint_inputs(folder=f'"{pictures}"', name=""))
+    three = run("FeatInv_FeatureSimilarity", features=world.features, backbone=world.backbone, image=picture)[2]
+    return {
+        "columns": columns, "names": names, "folders": len({*seen, NODES["FeatInv_DiscoverConcepts"].fingerprint_inputs(folder=None, name=None)}), "caption": relative(lines[1], lines[0]), "similar": three,
+        "small mask": error_of(run, "FeatInv_FeatureMix", **mix, mask=torch.zeros(1, 64, 160), backbone=world.backbone),
+        "masks": error_of(run, "FeatInv_FeatureMix", **mix, mask=torch.ones(2, 64, 160), backbone=world.backbone),
+    }  # fmt: skip
 
 
 def real_size(folder: Path) -> dict:
@@ -336,6 +375,7 @@ def main() -> None:
             "memory": memory(world),
             "unloading": unloading(world),
             "low_memory": low_memory(world),
+            "features_nodes": features_nodes(world),
             "bad_inputs": bad_inputs(world, folder),
         }
     found["real_size"] = real_size(folder)

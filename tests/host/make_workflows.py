@@ -184,13 +184,13 @@ def compose(world: Tiny | MiniSD) -> str:
     backbone, control = world.backbone(), world.control()
     (_, a), (inner, b) = (extract(world, backbone, i) for i in (0, 1))
     mask = inner[1]
-    mixed = g.add("FeatInv_FeatureMix", features_a=a[0], features_b=b[0], mode="compose", weight_a=0.5, weight_b=0.5, steps=5, soft_edge=False, mask=mask)
+    mixed = g.add("FeatInv_FeatureMix", features_a=a[0], features_b=b[0], mode="compose", weight_a=0.5, weight_b=0.5, steps=5, soft_edge=False, mask=mask, backbone=backbone[0])
     compare(world, mixed[0], backbone, draw(world, mixed[0], control))
     g.add("PreviewImage", title="Outside", images=a[1])
     g.add("PreviewImage", title="Inside", images=b[1])
     shown = g.add("MaskToImage", mask=mask)
     g.add("PreviewImage", title="Mask", images=shown[0])
-    return "**Put one picture's object into another.** The feature map of b inside the mask, of a outside (the paper's Fig. 8). Paint your own mask on a loaded picture with the mask editor; it is brought to the feature map's resolution."
+    return "**Put one picture's object into another.** The feature map of b inside the mask, of a outside (the paper's Fig. 8). Paint your own mask on a loaded picture with the mask editor; it is cropped as the picture is and brought to the feature map's resolution."
 
 
 def attenuate(world: Tiny | MiniSD) -> str:

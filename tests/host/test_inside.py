@@ -117,6 +117,19 @@ def test_weights_may_be_cast_one_by_one(measured):
     assert measured["low_memory"]["modules"] > 50 and measured["low_memory"]["difference"] <= CLOSE
 
 
+def test_plain_modules_are_loaded_whole_however_short_memory_is(measured):
+    assert measured["low_memory"]["left behind"] == {"backbone": 0, "encoder": 0, "autoencoder": 0}
+
+
+def test_masks_names_and_classes_are_what_the_user_meant(measured):
+    found = measured["features_nodes"]
+    assert found["columns"] == [2, 3, 4, 5]  # of 8, as columns 16 to 48 of the 64 that the model saw
+    assert found["names"][0] != found["names"][1] and found["names"][1].endswith("cat[1]_00002.safetensors")
+    assert found["folders"] == 4  # a folder's picture replaced, one added below it, none named: each is another
+    assert found["caption"] == 0 and 0 < found["similar"] <= 1
+    assert "covers no cell of the 8 x 8 feature map" in found["small mask"] and "2 masks and 1 feature maps" in found["masks"]
+
+
 def test_a_file_of_real_size_finds_its_place(measured):
     """SD 1.x architecture, random weights: the host's residuals equal diffusers'."""
     assert measured["real_size"]["residuals"] == 13 and measured["real_size"]["difference"] <= CLOSE

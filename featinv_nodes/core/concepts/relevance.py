@@ -15,6 +15,7 @@ from ..feature_map import FeatInvError, FeatureMap
 from .decomposition import Concepts
 
 TOLERANCE = 1e-3  # of the largest logit: what float32 leaves of an exact sum
+ROUNDING = 1e-6  # likewise: of nothing
 
 
 def relevance(backbone: Backbone, concepts: Concepts, features: FeatureMap, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -36,6 +37,7 @@ def relevance(backbone: Backbone, concepts: Concepts, features: FeatureMap, clas
         bias = logits_of(torch.zeros_like(features.values))
         found = torch.stack([logits_of(part) - bias for part in concepts.each_part(features)])
     _require_affine(backbone, found.sum(0) + bias, logits)
+    _require_reading(backbone, found, logits)
     return found, bias
 
 
@@ -80,6 +82,7 @@ def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64) -> 
         weights = torch.cat(rows)
         pooled = first.values.mean((2, 3)).to(weights)
     _require_affine(backbone, pooled @ weights + bias, logits)
+    _require_reading(backbone, weights, logits)
     return weights
 
 
@@ -126,3 +129,8 @@ def _require_affine(backbone: Backbone, found: Tensor, logits: Tensor) -> None:
             f"the head of {backbone.name} is not pool, norm and a linear layer: contributions miss the logits by {off:.1%}; "
             "relevance can be had for heads without an activation or attention"
         )
+
+
+def _require_reading(backbone: Backbone, found: Tensor, logits: Tensor) -> None:
+    if found.abs().max() <= ROUNDING * logits.abs().max():
+        raise FeatInvError(f"the head of {backbone.name} reads the class token, not the map: no location of it contributes to any class")
