@@ -21,6 +21,7 @@ import timm
 import torch
 from torch import Tensor
 
+from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
@@ -82,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     say("opening the embedded backbone, diffusion model and inversion model")
     opened = open_model(args.model)
     how = opened.recommended()
+    if args.count < 6:
+        raise FeatInvError(f"--count {args.count}: the demo shows six pictures; give at least as many")
     framed, counts = load_pictures(opened, "tiny", args.count)
     say(f"inverting {len(framed)} held-out pictures, then drawing as many without features for comparison ({how.steps} steps each)")
     results, drawn = evaluate(opened, framed, how, counts == 1)

@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
         raise FeatInvError(f"--count {args.count}: expected at least 1")
     if args.concepts != AUTO and not (args.concepts.isdigit() and int(args.concepts)):
         raise FeatInvError(f"--concepts {args.concepts}: expected a number from 1, or {AUTO}")
+    if args.out.suffix != ".safetensors" or args.out.is_dir():
+        raise FeatInvError(f"--out {args.out}: expected a .safetensors file; the page about it is written beside it")
     make_folder(args.out.parent)
     backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size).to(args.device)
     concepts = own_directions(args.directions, backbone.source(args.layer)) if args.directions else None

@@ -37,7 +37,7 @@ from training.evaluation.bench import ORIGINAL, Bench
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import mean_entry, set_entries
 from training.evaluation.report import write
-from training.evaluation.shards import Store, Table, record
+from training.evaluation.shards import Store, Table, aligned, record
 from training.evaluation.sources import Source, open_source, read
 from training.evaluation.spaces import TimmSpace
 from training.evaluation.suites import SUITES
@@ -115,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
     source = open_source(args.data, args.count or (chosen.count if args.data == "tiny" else None), args.per_class)
     changes = {name: getattr(args, name) for name in SAMPLING}
+    if (args.best_of or 1) > 1 and not chosen.chooses:
+        raise FeatInvError(f"--best-of {args.best_of}: suite {args.suite} draws each picture once; quality, layers and others choose among several")
     suite = chosen(Bench(source, device, changes, args.seed, args.inception, args.space, args.space_weights), args)
     arms, store = suite.all_arms(), Store(out, len(source.names))
     options = {name: value for name, value in vars(args).items() if name not in IDLE}
@@ -137,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def finish(store: Store, source: Source, suite: Suite, arms: list[str], settings: dict) -> None:
     """Makes the report of what is recorded and prints it."""
-    tables: dict[str, Table] = {name: store.table(name) for name in arms}
+    tables: dict[str, Table] = aligned({name: store.table(name) for name in arms})
     skipped = tables[arms[0]].skipped
     notes = list(source.notes)
     if skipped:

@@ -4,7 +4,7 @@
     python training/fit_scope.py --model FILE --data FOLDER --count 10000 --out FILE
 
 FOLDER holds pictures that training did not see; "tiny" stands for held-out scenes of the embedded world. Half of the
-pictures make the statistics, the other half their quantiles; some of these are drawn for the quantiles of the cycle
+pictures make the statistics, the other half their quantiles; the first of all are drawn for the quantiles of the cycle
 cosine. Everything else in the file stays as it is.
 """
 

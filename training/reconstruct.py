@@ -27,7 +27,7 @@ from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.mixing import compose, interpolate
 from featinv_nodes.core.scope import VERDICTS
-from featinv_nodes.core.weights import load_scope
+from featinv_nodes.core.weights import load_scope, read_info
 from featinv_nodes.tiny_world import model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
 from training.models.inversion import ATTEMPT, Opened
@@ -69,7 +69,8 @@ def wanted_maps(opened: Opened, args: argparse.Namespace, framed: Tensor) -> lis
 
 def judged(file: Path, maps: FeatureMap, scores: list[float], how: Sampling) -> list[dict]:
     """For each map what the scope statistics of the weights file say of it; {} without any. And of its reconstruction by
-    its score, where it was drawn as those behind the statistics were: without guidance by the gradient."""
+    its score, where it was drawn as those behind the statistics were: as the file recommends, but without guidance by the
+    gradient."""
     scope = load_scope(file)
     if scope is None:
         return [{} for _ in scores]
@@ -78,7 +79,8 @@ def judged(file: Path, maps: FeatureMap, scores: list[float], how: Sampling) -> 
         {"verdict": verdict, "off": off, "line": line, "less_unusual": {name: share[i].item() for name, share in report.share.items()}}
         for i, (verdict, off, line) in enumerate(zip(report.verdict, report.off, report.lines()))
     ]
-    if "cycle" in scope.quantiles and not how.gradient:
+    usual = Sampling.chosen(read_info(file).recommended, {"gradient": 0.0, "gradient_steps": how.gradient_steps, "best_of": 1})
+    if "cycle" in scope.quantiles and how == usual:
         shares, verdicts = scope.judge_cycle(torch.tensor(scores))
         found = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(found, verdicts, shares.tolist())]
     return found

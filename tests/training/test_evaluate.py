@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 
 import numpy as np
@@ -130,6 +131,11 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
     found = results(tmp_path / "out")
     assert list(found["skipped"]) == ["1.png"] and found["count"] == 3 and found["reconstruction"]["cosine"]["n"] == 3
     assert "1 of 4 pictures could not be read and were left out: 1.png" in (tmp_path / "out" / "report.md").read_text()
+    # mended, and the evaluation goes on with what it has of the originals
+    next((tmp_path / "out" / "records" / "reconstruction").iterdir()).unlink()
+    shutil.copy(folder / "0.png", folder / "1.png")
+    evaluate.main(["--data", str(folder), "--steps", "1", "--suite", "ood", "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert results(tmp_path / "out")["reconstruction"] == found["reconstruction"] and list(results(tmp_path / "out")["skipped"]) == ["1.png"]
     for file in folder.iterdir():
         file.write_bytes(b"no picture")
     with pytest.raises(FeatInvError, match="none of the 4 pictures .* can be read; the first, 0.png"):
@@ -148,6 +154,7 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
         (["--suite", "cross-model", "--models", "tiny_cnn_last", "tiny_cnn_stage"], "Use layers"),
         (["--suite", "sweep", "--write-back"], "copy its file"),
         (["--suite", "variability", "--samples", "1"], "at least 2"),
+        (["--suite", "mixing", "--best-of", "4"], "suite mixing draws each picture once"),
         (["--suite", "mixing", "--weights", "2"], "between 0 and 1"),
         (["--data", "/nowhere"], "neither"),
     ],

@@ -16,7 +16,7 @@ from training import evaluate, fit_scope, reconstruct, visualize_concepts
 from training.cli import model_parser, open_from
 from training.evaluation.suites.cost import choose
 from training.models.inversion import ATTEMPT, open_model
-from training.models.pipeline import SOLVERS, Sampling, predicted_clean, prediction_of, sample, solver_of
+from training.models.pipeline import SOLVERS, Sampling, predicted_clean, prediction_of, sample, set_steps, solver_of
 
 APART = Sampling(steps=4, guidance=3.0, negative="features", text_guidance=1.5)
 
@@ -43,6 +43,23 @@ def test_equal_guidances_are_the_joint_one(opened, features):
     equal = replace(APART, text_guidance=3.0)
     assert torch.equal(latents(opened, features, equal), latents(opened, features, replace(APART, text_guidance=None)))
     assert not torch.allclose(latents(opened, features, APART), latents(opened, features, equal), rtol=0.01)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_number_of_steps_is_taken_from_the_first_timestep_to_none_below_zero(opened, solver):
+    for steps in (*range(1, 130), 998, 1000):
+        made = solver_of(opened.base, Sampling(steps=steps, solver=solver))
+        set_steps(made, steps)
+        assert len(made.timesteps) == steps and made.timesteps[0] == 999 and made.timesteps.min() >= 0, steps
+        if solver != "ddim":
+            assert len(made.sigmas) == steps + 1 and made.sigmas[-1] == 0
+    with pytest.raises(FeatInvError, match="steps 1001: the base model has 1000 timesteps"):
+        set_steps(made, 1001)
+
+
+def test_a_number_of_steps_that_does_not_divide_the_timesteps_draws_as_its_neighbours_do(opened, features):
+    scores = [opened.score(features, opened.draw(features, opened.recommended(steps=n, gradient=0.0), opened.noise([0, 1]))).mean() for n in (60, 61)]
+    assert abs(scores[0] - scores[1]) < 0.02 and scores[1] > 0.9
 
 
 @pytest.mark.parametrize(("guidance", "text", "evaluations"), [(3.0, 1.5, 3), (3.0, 0.0, 2), (1.0, 2.0, 2), (0.0, 2.0, 3), (1.0, 1.0, 1)])

@@ -90,15 +90,16 @@ def test_area_and_rank_correlation():
 def test_reconstruct_says_what_is_outside(tmp_path, bare):
     save_scenes(tmp_path / "p", range(2))
     scenes = [str(tmp_path / "p" / f"{n}.png") for n in range(2)]
-    reconstruct.main(["--image", *scenes, "--mix", "0", "0.5", "--steps", "2", "--gradient", "0", "--samples", "2", "--out", str(tmp_path / "o")])
+    reconstruct.main(["--image", *scenes, "--mix", "0", "0.5", "--gradient", "0", "--samples", "2", "--out", str(tmp_path / "o")])
     entries = json.loads((tmp_path / "o" / "results.json").read_text())["pictures"]
     assert [e["scope"]["verdict"] for e in entries] == ["inside", "inside", "outside", "outside"]
     assert entries[2]["scope"]["off"] and entries[2]["scope"]["line"].startswith("outside: ")
     assert set(entries[0]["scope"]["less_unusual"]) == {"direction", "magnitude", "distance", "neighbours"}
     assert entries[0]["scope"]["cycle"]["verdict"] in ("inside", "at the edge", "outside")
-    reconstruct.main(["--image", scenes[0], "--steps", "2", "--gradient", "0.05", "--out", str(tmp_path / "g")])
-    entries = json.loads((tmp_path / "g" / "results.json").read_text())["pictures"]
-    assert entries[0]["scope"]["verdict"] == "inside" and "cycle" not in entries[0]["scope"]  # its quantiles are of pictures drawn without
+    for name, other in (("g", ["--gradient", "0.05"]), ("s", ["--gradient", "0", "--steps", "2"]), ("b", ["--gradient", "0", "--best-of", "2"])):
+        reconstruct.main(["--image", scenes[0], *other, "--out", str(tmp_path / name)])
+        entries = json.loads((tmp_path / name / "results.json").read_text())["pictures"]
+        assert entries[0]["scope"]["verdict"] == "inside" and "cycle" not in entries[0]["scope"]  # its quantiles are of pictures drawn otherwise
     reconstruct.main(["--image", scenes[0], "--model", str(bare), "--steps", "1", "--out", str(tmp_path / "b")])
     assert json.loads((tmp_path / "b" / "results.json").read_text())["pictures"][0]["scope"] == {}
     for name in ("0", "0.5"):

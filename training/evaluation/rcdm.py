@@ -21,6 +21,8 @@ from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.files import read_about, read_pickle, read_tensors, write_safetensors
 
+from ..models.pipeline import set_steps
+
 #: the embedded world's, of the CNN's pooled last layer
 EMBEDDED = Path(__file__).parent / "tiny_rcdm.safetensors"
 
@@ -87,7 +89,7 @@ class RCDM(nn.Module):
     def sample(self, vectors: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Pictures [B, 3, H, W] in 0..1 by DDIM (eta 0), the linear schedule that the model was trained with."""
         scheduler = DDIMScheduler(**SCHEDULE)
-        scheduler.set_timesteps(steps)
+        set_steps(scheduler, steps)
         device = self.vector.weight.device
         x, vectors = noise.to(device), vectors.to(device)
         for t in scheduler.timesteps:

@@ -129,6 +129,21 @@ class Store:
         return next(iter(sorted(self._of(arm).glob(f"{first:08d}-*.safetensors"))), None)
 
 
+def aligned(tables: dict[str, Table]) -> dict[str, Table]:
+    """The same pictures in every table: one that could be read for some arms only, as when it was mended before the
+    evaluation went on, is left out of all, and counts as skipped."""
+    common = set.intersection(*(set(table.numbers) for table in tables.values()))
+    skipped = {name: reason for table in tables.values() for name, reason in table.skipped.items()}
+    for table in tables.values():
+        rows, count = [row for row, number in enumerate(table.numbers) if number in common], len(table.numbers)
+        table.skipped = skipped
+        if len(rows) < count:
+            table.columns = {name: values.unflatten(0, (count, -1))[rows].flatten(0, 1) for name, values in table.columns.items()}
+            table.pictures = None if table.pictures is None else table.pictures[[row for row in rows if row < len(table.pictures)]]
+            table.numbers = [table.numbers[row] for row in rows]
+    return tables
+
+
 def record(store: Store, source: Source, arms: dict[str, Arm], batch: int, crew: PartialState) -> None:
     """Fills in the arms' missing shards, each by one process of the crew, whatever their number; returns when all are done.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ class Sampling:
             raise FeatInvError(f"negative {self.negative!r}: expected one of {NEGATIVES}")
         if self.solver not in SOLVERS:
             raise FeatInvError(f"solver {self.solver!r}: expected one of {', '.join(SOLVERS)}")
-        if self.steps < 1 or self.guidance < 0 or not 0 <= self.start <= self.end <= 1:
+        if self.steps < 1 or not 0 <= self.guidance < math.inf or not 0 <= self.start <= self.end <= 1:
             raise FeatInvError(f"{self}: expected steps >= 1, guidance >= 0 and 0 <= start <= end <= 1")
         if self.text_guidance is not None and self.text_guidance < 0:
             raise FeatInvError(f"text guidance {self.text_guidance}: expected a scale of at least 0, or None for one scale of features and text")
@@ -186,7 +187,7 @@ def sample(
     solver = solver_of(base, how)
     if how.gradient:
         leave_inference(base.vae)
-    solver.set_timesteps(how.steps, device=device)
+    set_steps(solver, how.steps)
     for number, t in enumerate(solver.timesteps):
         copies = x.repeat(len(weights), 1, 1, 1)
         if hints is not None and how.start * how.steps <= number < how.end * how.steps and how.strength:
@@ -199,6 +200,19 @@ def sample(
             out = prediction_of(base, x, toward_features(clean, base.decode, backbone, features, how.gradient), t)
         x = solver.step(out, t, x).prev_sample
     return x
+
+
+def set_steps(solver: DDIMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler, steps: int) -> None:
+    """The solver's timesteps, `steps` of them. For some numbers diffusers' "trailing" spacing, which counts down in floating
+    point, gives one more, below zero: 61, 103 and sixty others up to 1000. Raises FeatInvError for more than there are."""
+    if steps > (most := solver.config.num_train_timesteps):
+        raise FeatInvError(f"steps {steps}: the base model has {most} timesteps; give at most as many")
+    solver.set_timesteps(steps)
+    if len(solver.timesteps) > steps:
+        solver.timesteps = solver.timesteps[:steps]
+        if hasattr(solver, "sigmas"):
+            solver.sigmas = torch.cat([solver.sigmas[:steps], solver.sigmas[-1:]])
+        solver.num_inference_steps = steps
 
 
 def solver_of(base: BaseModel, how: Sampling) -> DDIMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler:

@@ -24,6 +24,7 @@ class Suite:
 
     name: str
     count = 500
+    chooses = True  # whether --best-of counts
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
         self.bench, self.args = bench, args
@@ -91,5 +92,5 @@ class Suite:
 
 def several(args: argparse.Namespace, default: tuple[str, ...]) -> list[Choice]:
     """The models of --models, each FILE or FILE=BACKBONE with a timm-hub folder; --backbone-weights for those without."""
-    pairs = [text.partition("=") for text in args.models or default]
+    pairs = [(text, "", "") if Path(text).is_file() else text.partition("=") for text in args.models or default]
     return [Choice(file, args.base, None if folder else args.backbone_weights, folder or None) for file, _, folder in pairs]

@@ -31,6 +31,7 @@ class Baseline(Suite):
     """Pictures drawn from the class's name instead of features, judged like reconstructions; and by the class itself."""
 
     name = "baseline"
+    chooses = False
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
         super().__init__(bench, args)
@@ -93,7 +94,7 @@ def embeddings(base: str, prompts: list[str]) -> Tensor:
         folder = base_model._folder(base)
         if not (folder / "text_encoder").is_dir():
             raise FeatInvError(f"suite baseline needs the base model's text encoder; {folder} has no folder text_encoder")
-        encoder, tokens = CLIPTextModel.from_pretrained(folder / "text_encoder"), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        encoder, tokens = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32), CLIPTokenizer.from_pretrained(folder / "tokenizer")
     with torch.inference_mode():
         ids = tokens(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return torch.cat([encoder(part)[0] for part in ids.split(64)]).clone()

@@ -33,6 +33,7 @@ class Corruptions(Suite):
     """Reconstructions of corrupted pictures, judged by the corrupted pictures that they were drawn from."""
 
     name = "corruptions"
+    chooses = False
     count = 32
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:

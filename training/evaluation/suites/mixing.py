@@ -25,6 +25,7 @@ class Mixing(Suite):
     """Each picture with the next one in the source's order that can be read; the last with the first."""
 
     name = "mixing"
+    chooses = False
     count = 32
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ class Variability(Suite):
     """Several seeds per map: the variance of the pictures and of their features, beside that of the base model alone."""
 
     name = "variability"
+    chooses = False
     count = 24
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
