@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from featinv_nodes.core.feature_map import FeatInvError
 from training import evaluate
-from training.cli import run, write_text
+from training.cli import make_folder, run, write_text
 from training.evaluation.page import PANELS, TABLES
 from training.evaluation.suites.corruptions import library
 
@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/evaluate"), help="folder of the records")
     parser.add_argument("--page", type=Path, default=PAGE, help="page to write; copied from the project's own if it is not there")
     args = parser.parse_args(argv)
+    make_folder(args.page.parent)
+    if args.count is not None and args.count < 8:
+        raise FeatInvError(f"--count {args.count}: the panels show eight scenes; give at least as many")
     text = (args.page if args.page.is_file() else PAGE).read_text()
     for name in args.only:
         fill(text, name, "")  # before any work

@@ -154,6 +154,7 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
         (["--suite", "cross-model", "--models", "tiny_cnn_last", "tiny_cnn_stage"], "Use layers"),
         (["--suite", "sweep", "--write-back"], "copy its file"),
         (["--suite", "variability", "--samples", "1"], "at least 2"),
+        (["--device", "nonsense"], "--device nonsense"),
         (["--suite", "mixing", "--best-of", "4"], "suite mixing draws each picture once"),
         (["--suite", "mixing", "--weights", "2"], "between 0 and 1"),
         (["--data", "/nowhere"], "neither"),

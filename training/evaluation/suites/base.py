@@ -43,6 +43,9 @@ class Suite:
     def report(self, tables: dict[str, Table]) -> Report:
         raise NotImplementedError
 
+    def afterwards(self) -> None:
+        """What is left to do once the report is written."""
+
     def all_arms(self) -> dict[str, Arm]:
         """The originals' arms first: the judges' centres come from their records."""
         return {name: subject.original for name, subject in self.subjects.items()} | self.arms()

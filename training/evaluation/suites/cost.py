@@ -67,17 +67,18 @@ class Cost(Suite):
             f"{costs[best]['gmac']:.1f}; the paper's sampling takes {costs[PAPER]['gmac']:.1f}.",
         ]
         if self.args.write_back:
-            lines.append(self.write_back(cheapest))
+            self.cheapest = cheapest
+            lines.append(f"{self.args.model} now recommends {cheapest}.")
         panels = {"cost.png": self.curve(figures, costs)}
         panels["panel.png"] = shown(tables, list(dict.fromkeys([ORIGINAL, best, cheapest, PAPER, CEILING, FLOOR])), self.title(), self.score)
         grid = Grid("Cost and faithfulness", ["setting", "evaluations", "GMAC", *measures], rows)
         return Report(self.title(), figures, [grid], lines, {"costs": costs, "best": best, "recommended": cheapest}, panels)
 
-    def write_back(self, arm: str) -> str:
-        """Makes an arm's sampling the recommended one, where it differs from it."""
-        recommended = asdict(Sampling(**self.bench.info(self.choice).recommended))
-        recommend(model_file(self.args.model), **{name: value for name, value in asdict(self.sampling[arm]).items() if value != recommended[name]})
-        return f"{self.args.model} now recommends {arm}."
+    def afterwards(self) -> None:
+        """Makes the cheapest arm's sampling the recommended one, where it differs from it."""
+        if self.args.write_back:
+            recommended, chosen = (asdict(how) for how in (Sampling(**self.bench.info(self.choice).recommended), self.sampling[self.cheapest]))
+            recommend(model_file(self.args.model), **{name: value for name, value in chosen.items() if value != recommended[name]})
 
     def curve(self, figures: dict[str, Figures], costs: dict[str, dict]) -> Image.Image:
         """Cosine with its interval against GMAC, a line per solver, and one for the gradient."""

@@ -54,10 +54,14 @@ class Sweep(Suite):
             "whose figures are therefore too favourable; measure the chosen one on others."
         ]
         if self.args.write_back:
-            recommend(model_file(self.args.model), *self.settings_of[best])
+            self.best = best
             lines.append(f"{self.args.model} now recommends {best}.")
         grid = by_arm("All settings", figures, [FLOOR, *self.settings_of, CEILING], [self.score, "top1_match", "top5_match"], "setting")
         return Report(self.title(), figures, [grid], lines, {"best": dict(zip(("strength", "guidance"), self.settings_of[best]))}, panels)
+
+    def afterwards(self) -> None:
+        if self.args.write_back:
+            recommend(model_file(self.args.model), *self.settings_of[self.best])
 
 
 def recommend(file: Path, strength: float | None = None, guidance: float | None = None, **settings) -> None:
