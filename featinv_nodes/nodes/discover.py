@@ -43,15 +43,13 @@ class DiscoverConcepts(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str | None = "", name: str | None = "", **others) -> str:  # noqa: ANN003
-        """Changes when pictures below the folder are added, replaced or taken away, and when the saved file goes. What comes
-        through a link is None here."""
+    def fingerprint_inputs(cls, folder: str | None = "", **others) -> str:  # noqa: ANN003
+        """Changes when pictures below the folder are added, replaced or taken away. What comes through a link is None here."""
         try:
             pictures = find_images(located(folder)) if folder and folder.strip() else []
-            saved = bool(name and name.strip()) and named(name).exists()
         except FeatInvError:  # said by execute
             return ""
-        return sha256(f"{saved} {[(str(file), folders.stamp(file)) for file in pictures]}".encode()).hexdigest()
+        return sha256(str([(str(file), folders.stamp(file)) for file in pictures]).encode()).hexdigest()
 
     @classmethod
     def execute(cls, backbone, folder, layer, method, concepts, vectors, seed, fit, name, images=None) -> io.NodeOutput:  # noqa: ANN001

@@ -89,7 +89,7 @@ class FeatureMix(io.ComfyNode):
             raise FeatInvError("Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor")
         if len(mask) not in (1, len(a)):
             raise FeatInvError(f"Feature Mix: {len(mask)} masks and {len(a)} feature maps; give one mask, or one for each map")
-        mask = (mask if backbone is None else backbone.backbone.frame(mask[:, None].expand(-1, 3, -1, -1), "crop")[:, 0]).to(a.values.device)
+        mask = (mask if backbone is None else backbone.backbone.frame(mask[:, None].expand(-1, 3, -1, -1), "crop")[:, 0].clamp(0, 1)).to(a.values.device)
         if not at_grid(mask, a.source.grid, soft_edge).any():
             raise FeatInvError(f"Feature Mix: the mask covers no cell of the {' x '.join(map(str, a.source.grid))} feature map by half; paint more of it, or switch soft_edge on")
         return io.NodeOutput(compose(b, a, mask, soft_edge))
