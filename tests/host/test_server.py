@@ -151,7 +151,7 @@ def test_concepts_are_discovered_saved_and_found_again(server):
     """By MCD and by a sparse autoencoder, which is trained where the host keeps no gradients; from drawn scenes."""
     for method, concepts in (("mcd", 4), ("sae", 12)):
         (text,) = server.run(discovery(64, method=method, concepts=concepts, name=f"mine/{method}"))["3"]["text"]
-        assert "read 64 pictures: 2,000 feature vectors" in text and "completeness for the top classes" in text and f"saved as {method}.safetensors" in text
+        assert "read 64 pictures: 2,000 feature vectors" in text and "completeness for the top classes" in text and f"saved as mine/{method}.safetensors" in text
         prompt = {
             "1": {"class_type": "FeatInv_LoadConcepts", "inputs": {"file": str(Path("mine") / f"{method}.safetensors")}},
             "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}},
