@@ -28,7 +28,7 @@ from training.config import TrainConfig, parse_arguments
 from training.data.latent_cache import SHARD, Part, parts_of
 from training.data.loader import Photographs, TinyWorld, as_it_is, open_source, sides
 from training.loop.beginning import open_frozen
-from training.loop.objective import lighten, observe
+from training.loop.objective import lighten, observed_features, observed_moments
 from training.verified import is_whole
 
 Entry = tuple[int, int]  # place, view
@@ -90,13 +90,12 @@ def fill(config: TrainConfig) -> None:
     failed: dict[int, str] = {}
     for entries, tensors, wrong in tqdm(loader, "caching", unit="batch", disable=not main):
         with accelerator.autocast():
-            seen = {name: x.to(device) for name, x in tensors.items()} | ({} if config.cache_features else {"features": torch.empty(0)})
-            moments, features = observe(base, backbone, seen, config)
+            seen = {name: x.to(device) for name, x in tensors.items()}
+            found = {"moments": observed_moments(base, seen)} | ({"features": observed_features(backbone, seen, config)} if config.cache_features else {})
         done = sum(map(len, rows[parts[0].name]))
         failed |= {done + row: reason for row, reason in wrong.items()}
-        for name, values in {"moments": moments, "features": features}.items():
-            if name in rows:
-                rows[name].append(values.half().cpu())
+        for name, values in found.items():
+            rows[name].append(values.half().cpu())
         (place, view), end = entries[-1], done + len(entries)
         if end == SHARD or place == len(source) - 1:
             for part in missed[view, place + 1 - end]:

@@ -55,17 +55,23 @@ def open_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Opened, 
         raise FeatInvError(f"--batch {args.batch}: expected at least 1")
     if not chooses and args.best_of not in (None, 1):
         raise FeatInvError(f"--best-of {args.best_of}: this program draws each picture once; reconstruct.py and evaluate.py choose among several")
-    check_device(args.device)
+    require_device(args.device)
     opened = open_model(args.model, args.base, args.backbone_weights, args.backbone, args.device)
     return opened, opened.recommended(**{name: getattr(args, name) for name in SAMPLING})
 
 
-def check_device(name: str) -> None:
+def require_device(name: str) -> None:
     """Raises FeatInvError for what is no device, or one that this computer does not have."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise FeatInvError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def require_weights_name(file: Path) -> None:
+    """Raises FeatInvError, before any work, for an output that cannot become a .safetensors file."""
+    if file.suffix != ".safetensors" or file.is_dir():
+        raise FeatInvError(f"--out {file}: expected the name of a .safetensors file")
 
 
 def make_folder(folder: Path) -> None:

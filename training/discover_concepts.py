@@ -32,7 +32,7 @@ from featinv_nodes.core.concepts.statistics import judge, remarks, table, top_we
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world import open_backbone
 from featinv_nodes.tiny_world.scenes import draw
-from training.cli import make_folder, run, write_text
+from training.cli import make_folder, require_weights_name, run, write_text
 from training.concepts.page import page
 
 SCENES, AUTO = 400, "auto"
@@ -86,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         raise FeatInvError(f"--count {args.count}: expected at least 1")
     if args.concepts != AUTO and not (args.concepts.isdigit() and int(args.concepts)):
         raise FeatInvError(f"--concepts {args.concepts}: expected a number from 1, or {AUTO}")
-    if args.out.suffix != ".safetensors" or args.out.is_dir():
-        raise FeatInvError(f"--out {args.out}: expected a .safetensors file; the page about it is written beside it")
+    require_weights_name(args.out)
     make_folder(args.out.parent)
     backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size).to(args.device)
     concepts = own_directions(args.directions, backbone.source(args.layer)) if args.directions else None

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.tiny_world.scenes import draw
-from training.cli import SAMPLING, check_device, make_folder, model_parser, run
+from training.cli import SAMPLING, make_folder, model_parser, require_device, run
 from training.evaluation.bench import ORIGINAL, Bench
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import mean_entry, set_entries
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("batch", "count", "per_class"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    check_device(args.device)
+    require_device(args.device)
     crew = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes that finish early wait for the others
     device = str(crew.device) if args.device == "cuda" else args.device
     chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite

@@ -30,7 +30,7 @@ from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
 from featinv_nodes.core.weights import save_scope
 from featinv_nodes.tiny_world import model_file
 from featinv_nodes.tiny_world.scenes import draw
-from training.cli import model_parser, open_from, run
+from training.cli import make_folder, model_parser, open_from, require_weights_name, run
 from training.config import TrainConfig
 from training.models.inversion import Opened, open_model
 from training.models.pipeline import Sampling
@@ -124,6 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     if not 0 <= args.drawn <= args.count:
         raise FeatInvError(f"--drawn {args.drawn}: expected 0 to --count {args.count}")
+    if args.out:
+        require_weights_name(args.out)
+        make_folder(args.out.parent)
     opened, how = open_from(args)
     scope = fit(opened, how, args.data, args.count, args.drawn, args.centres or centres_for(args.data), args.batch)
     out = args.out or model_file(args.model)

@@ -95,7 +95,7 @@ def _train(config: TrainConfig, output: Path, opened: ExitStack) -> Path:
         before, new = known or 0, known is None
     if new and config.standardise:
         with accelerator.autocast():
-            standardise(model, next(loader(pictures, 0, 256, 0, 1, 0)).tensors, base, backbone, config)
+            standardise(model, next(loader(pictures, 0, 256, 0, 1, 0)).tensors, backbone, config, device)
     gmac = {cycle: floor_gmac(base, backbone, model, replace(config, cycle=cycle, cycle_after=0)) for cycle in {at_stage(config, 0).cycle, config.cycle}}
     pace = Pace(gmac[config.cycle], device_peak(device, processes))
     average = deepcopy(model) if config.ema else None

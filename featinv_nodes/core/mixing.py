@@ -38,12 +38,18 @@ def at_grid(mask: Tensor, grid: tuple[int, int], soft: bool = False) -> Tensor:
 
 
 def compose(inside: FeatureMap, outside: FeatureMap, mask: Tensor, soft: bool = False) -> FeatureMap:
-    """`inside` where the mask [B or 1, h, w] is set, `outside` elsewhere; raises FeatInvError for pooled maps.
+    """`inside` where the mask [B or 1, h, w] is set, `outside` elsewhere.
 
-    The prefix tokens belong to neither picture any more and are dropped.
+    The prefix tokens belong to neither picture any more and are dropped. Raises FeatInvError for pooled maps, for another
+    number of masks, and for a mask that selects nothing.
     """
     inside.source.require(outside.source, "the inner feature map", "the outer one")
     if inside.source.pooled:
         raise FeatInvError("pooled feature maps have no locations to compose; extract them with pooling off")
+    if len(mask) not in (1, len(inside)):
+        raise FeatInvError(f"{len(mask)} masks and {len(inside)} feature maps; give one mask, or one for each map")
     m = at_grid(mask, inside.source.grid, soft).to(inside.values)
+    if not m.any():
+        grid = " x ".join(map(str, inside.source.grid))
+        raise FeatInvError(f"the mask covers no cell of the {grid} feature map by half; make it larger, or blend the cells on its edge (soft)")
     return inside.with_values(m * inside.values + (1 - m) * outside.values)

@@ -74,7 +74,7 @@ class FeatureMix(io.ComfyNode):
     def execute(
         cls, features_a, features_b, mode, weight_a, weight_b, steps, soft_edge, mask=None, features_c=None, weight_c=0.5, features_d=None, weight_d=0.5, backbone=None  # noqa: ANN001
     ) -> io.NodeOutput:
-        from ..core.mixing import at_grid, compose, interpolate
+        from ..core.mixing import compose, interpolate
 
         if mode not in MIXES:  # the oldest hosts let any text through
             raise FeatInvError(f"Feature Mix: mode {mode!r}; expected one of {MIXES}")
@@ -87,12 +87,9 @@ class FeatureMix(io.ComfyNode):
             return io.NodeOutput(concatenate([interpolate([a, b], [1 - w, w]) for w in torch.linspace(0, 1, steps).tolist()]))
         if mask is None:
             raise FeatInvError("Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor")
-        if len(mask) not in (1, len(a)):
-            raise FeatInvError(f"Feature Mix: {len(mask)} masks and {len(a)} feature maps; give one mask, or one for each map")
-        mask = (mask if backbone is None else backbone.backbone.frame(mask[:, None].expand(-1, 3, -1, -1), "crop")[:, 0].clamp(0, 1)).to(a.values.device)
-        if not at_grid(mask, a.source.grid, soft_edge).any():
-            raise FeatInvError(f"Feature Mix: the mask covers no cell of the {' x '.join(map(str, a.source.grid))} feature map by half; paint more of it, or switch soft_edge on")
-        return io.NodeOutput(compose(b, a, mask, soft_edge))
+        if backbone is not None:
+            mask = backbone.backbone.frame(mask[:, None], "crop")[:, 0]
+        return io.NodeOutput(compose(b, a, mask.to(a.values.device), soft_edge))
 
 
 def same_batch(maps: list[FeatureMap] | tuple[FeatureMap, ...]) -> list[FeatureMap]:

@@ -63,6 +63,10 @@ def test_composition_takes_each_cell_from_its_side():
     assert at_grid(mask, (3, 4), soft=True)[0, 0, 1, 3] == 0.5
     with pytest.raises(FeatInvError, match="pooled"):
         compose(a.pool(), b.pool(), mask)
+    with pytest.raises(FeatInvError, match="covers no cell of the 3 x 4 feature map"):
+        compose(a, b, torch.zeros(1, 30, 40))
+    with pytest.raises(FeatInvError, match="3 masks and"):
+        compose(a, b, torch.ones(3, 30, 40))
 
 
 def test_cosine_against_a_plain_loop():

@@ -16,7 +16,7 @@ from training.config import CONFIGS, DEFAULT, read_config
 from training.data.listing import Folder, open_listing
 from training.data.loader import Photographs, TinyWorld, loader
 from training.loop import memory
-from training.loop.objective import observe, training_loss
+from training.loop.objective import observed_features, training_loss
 from training.loop.schedule import rate_at
 from training.models.base_model import load_base
 from training.models.inversion import open_model
@@ -56,11 +56,11 @@ def test_a_taken_over_encoder_keeps_its_own_statistics(tmp_path, monkeypatch):
     model.save(file, replace(info, images_seen=0))
     mean, given, observed = model.encoder.mean.clone(), {"rate": "0.0", "weight_decay": "0.0", "ema": "0.0", "standardise": "true"}, []
 
-    def observing(base, backbone, seen, config):
+    def observing(backbone, seen, config):
         observed.append(len(seen["pictures"]))
-        return observe(base, backbone, seen, config)
+        return observed_features(backbone, seen, config)
 
-    monkeypatch.setattr("training.loop.beginning.observe", observing)
+    monkeypatch.setattr("training.loop.beginning.observed_features", observing)
     width = str(info.encoder["width"])
     assert torch.equal(load_file(run(tmp_path / "same", 8, init_from=str(file), encoder_width=width, **given))["controlnet_cond_embedding.mean"], mean)
     assert not observed

@@ -11,7 +11,7 @@ from featinv_nodes.tiny_world import open_backbone
 from ..config import TrainConfig
 from ..models.base_model import BaseModel, load_base
 from ..models.pipeline import Inversion
-from .objective import observe
+from .objective import observed_features
 
 
 def open_frozen(config: TrainConfig, device: torch.device) -> tuple[BaseModel, Backbone]:
@@ -31,10 +31,9 @@ def start_from(model: Inversion, file: str, base: BaseModel) -> int | None:
     return info.images_seen
 
 
-def standardise(model: Inversion, seen: dict[str, Tensor], base: BaseModel, backbone: Backbone, config: TrainConfig) -> None:
+def standardise(model: Inversion, seen: dict[str, Tensor], backbone: Backbone, config: TrainConfig, device: torch.device) -> None:
     """Sets the encoder's mean and deviation to those of what it is to be shown; seen: as observe takes it, any number of
     rows, of which config.batch are observed at once."""
-    device, unwanted = base.unet.device, {"moments": torch.empty(0)}
     parts = zip(*(rows.split(config.batch) for rows in seen.values()))
-    features = [observe(base, backbone, {name: rows.to(device) for name, rows in zip(seen, part)} | unwanted, config)[1] for part in parts]
+    features = [observed_features(backbone, {name: rows.to(device) for name, rows in zip(seen, part)}, config) for part in parts]
     model.encoder.standardise(torch.cat(features))

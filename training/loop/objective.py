@@ -73,6 +73,22 @@ def latents_from(moments: Tensor, noise: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def observed_moments(base: BaseModel, seen: dict[str, Tensor]) -> Tensor:
+    """The first of what observe gives."""
+    if "moments" in seen:
+        return seen["moments"].float()
+    target = seen["target"] if "target" in seen else seen["pictures"]
+    return moments_of(base, target.contiguous(memory_format=torch.channels_last))
+
+
+@torch.no_grad()
+def observed_features(backbone: Backbone, seen: dict[str, Tensor], config: TrainConfig) -> Tensor:
+    """The second of what observe gives."""
+    if "features" in seen:
+        return seen["features"].float()
+    return backbone.values(backbone.frame(seen["pictures"], "stretch"), config.layer, config.pooled).float()
+
+
 def observe(base: BaseModel, backbone: Backbone, seen: dict[str, Tensor], config: TrainConfig) -> tuple[Tensor, Tensor]:
     """What the autoencoder and the backbone make of the same crops: moments [B, 2 C, H, W] and feature values
     [B, C_f, h, w], float32.
@@ -80,11 +96,7 @@ def observe(base: BaseModel, backbone: Backbone, seen: dict[str, Tensor], config
     seen: "moments" and "features" where they are cached; else "pictures" [B, 3, h, w] in 0..1 for the backbone, and
     "target", the same crops at the base model's resolution, where that is another.
     """
-    features = seen["features"] if "features" in seen else backbone.values(backbone.frame(seen["pictures"], "stretch"), config.layer, config.pooled)
-    if "moments" in seen:
-        return seen["moments"].float(), features.float()
-    target = seen["target"] if "target" in seen else seen["pictures"]
-    return moments_of(base, target.contiguous(memory_format=torch.channels_last)), features.float()
+    return observed_moments(base, seen), observed_features(backbone, seen, config)
 
 
 def training_loss(
