@@ -28,7 +28,7 @@ from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import bootstrap
 from featinv_nodes.core.weights import read_info
-from featinv_nodes.tiny_world import open_backbone
+from featinv_nodes.worlds import open_backbone
 from training.ablation_rows import PAPER_SAMPLING, RECOMMENDED, Row, all_rows, chosen_rows, config_of, sampling_of, weights_of
 from training.cli import make_folder, run, write_text
 from training.config import TrainConfig
@@ -78,7 +78,7 @@ def subject_of(bench: Bench) -> Subject:
 def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], args: argparse.Namespace) -> dict[str, Table]:
     """Records of the originals, the bounds and the chosen rows. files: row -> its weights."""
     crew = PartialState(timeout=timedelta(days=7))
-    source = open_source("tiny", args.count)
+    source = open_source("drawn", args.count)
     subject = subject_of(Bench(source, str(crew.device), dict(PAPER_SAMPLING)))
     tables: dict[str, Table] = {}
 

@@ -33,7 +33,7 @@ from training.speed.sampling import sampling
 
 def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
     """Seconds from feature maps to pictures of a batch of 16, after one run that is not counted."""
-    from featinv_nodes.tiny_world.scenes import draw
+    from featinv_nodes.worlds.drawn.scenes import draw
     from training.models.inversion import open_model
 
     opened = open_model("tiny_cnn_last")
@@ -51,7 +51,7 @@ def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
 
 def world(args: argparse.Namespace, count: int = 4000) -> None:
     """Scenes drawn per second in batches of 64."""
-    from featinv_nodes.tiny_world.scenes import draw
+    from featinv_nodes.worlds.drawn.scenes import draw
 
     draw(0, torch.arange(64))
     began = time.perf_counter()

@@ -26,7 +26,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from training.cli import run
 from training.config import TrainConfig, parse_arguments
 from training.data.latent_cache import SHARD, Part, parts_of
-from training.data.loader import Photographs, TinyWorld, as_it_is, open_source, sides
+from training.data.loader import Photographs, Scenes, as_it_is, open_source, sides
 from training.loop.beginning import open_frozen
 from training.loop.objective import lighten, observed_features, observed_moments
 from training.verified import is_whole
@@ -37,7 +37,7 @@ Entry = tuple[int, int]  # place, view
 class Entries(Dataset):
     """A source asked for (place, view) instead of image numbers."""
 
-    def __init__(self, source: TinyWorld | Photographs) -> None:
+    def __init__(self, source: Scenes | Photographs) -> None:
         self.source = source
 
     def __getitems__(self, entries: list[Entry]) -> tuple[list[Entry], dict[str, Tensor], dict[int, str]]:

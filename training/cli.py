@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import MODELS
+from featinv_nodes.worlds import MODELS
 
 from .models.inversion import Opened, open_model
 from .models.pipeline import NEGATIVES, SOLVERS, Sampling

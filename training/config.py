@@ -13,6 +13,7 @@ import yaml
 from featinv_nodes.core.encoders import KINDS
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.scope import FEWEST
+from featinv_nodes.worlds import drawing_world
 
 from .cli import write_text
 from .models.pipeline import Sampling
@@ -42,10 +43,10 @@ RANGES = {
 class TrainConfig:
     """Everything that decides a run. Counts are in images unless said otherwise.
 
-    backbone: "tiny-cnn", "tiny-vit", a timm name or a timm-hub folder; backbone_weights: its .safetensors file.
+    backbone: an embedded one ("tiny-cnn"), a timm name or a timm-hub folder; backbone_weights: its .safetensors file.
     input_size: side of the pictures it reads, where that is not timm's default. layer, pooled: what is inverted.
-    base: "tiny", a diffusers folder, a single file of Stable Diffusion 1.x, or owner/name in the hub's cache.
-    data: "tiny", a folder of images or of plain tar files (webdataset), or "hf:" and a Hugging Face data set (a folder
+    base: an embedded world's ("tiny"), a diffusers folder, a single file of Stable Diffusion 1.x, or owner/name in the hub's cache.
+    data: "drawn", a folder of images or of plain tar files (webdataset), or "hf:" and a Hugging Face data set (a folder
     of save_to_disk, or a name with its split after a colon), or "stream:" and one that is read as it comes; images: only so many of them, evenly spread. flips: "none",
     "horizontal" or "both". views: crops and flips of each picture, one per epoch in turn, 0 for new ones without end.
     cache: folder of latents that training/cache.py wrote for these views; cache_features: the features are there too.
@@ -133,7 +134,7 @@ class TrainConfig:
             raise FeatInvError(f"recommended {self.recommended}: {error}") from error
         if self.data.startswith(STREAM) and (self.cache or self.views or self.images):
             raise FeatInvError(f"data {self.data}: what comes by in a stream cannot be counted or cached; leave --cache, --views and --images out")
-        if self.cache and not self.views and self.data != "tiny":
+        if self.cache and not self.views and not drawing_world(self.data):
             raise FeatInvError("a cache holds a number of views of each picture: say how many with --views")
         if self.cache_features and not self.cache:
             raise FeatInvError("cache_features: say where with --cache DIR")
@@ -145,7 +146,7 @@ class TrainConfig:
             raise FeatInvError(f"encoder_first {self.encoder_first}: without --init-from the ControlNet starts at nothing, through which no encoder learns")
         if self.scope and self.scope < 2 * FEWEST:
             raise FeatInvError(f"scope {self.scope}: expected 0 or at least {2 * FEWEST}")
-        if self.scope and not self.scope_data and self.data != "tiny":
+        if self.scope and not self.scope_data and not drawing_world(self.data):
             raise FeatInvError(f"scope {self.scope}: name pictures that training does not see with --scope_data FOLDER")
 
     @property

@@ -25,12 +25,11 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
-from featinv_nodes.tiny_world import MODELS
+from featinv_nodes.worlds import MODELS
 from training.cli import make_folder, run, write_json, write_text
 from training.evaluate import evaluate, gap_closed, load_pictures
 from training.models.inversion import Opened, open_model
 from training.models.pipeline import Sampling
-from training.reconstruct import SCOPE_NOTE
 from training.report import Cell, page, panel, save_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     how = opened.recommended()
     if args.count < 6:
         raise FeatInvError(f"--count {args.count}: the demo shows six pictures; give at least as many")
-    framed, counts = load_pictures(opened, "tiny", args.count)
+    framed, counts = load_pictures(opened, "drawn", args.count)
     say(f"inverting {len(framed)} held-out pictures, then drawing as many without features for comparison ({how.steps} steps each)")
     results, drawn = evaluate(opened, framed, how, counts == 1)
     scores = opened.score(opened.features(framed[:SHOWN]), drawn["reconstruction"][:SHOWN])
@@ -100,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         cells = [c for pair in zip([(x, Path(f).name[:18]) for x, f in zip(seen, own_files)], captions(redrawn, opened.score(wanted, redrawn))) for c in pair]
         rows += [cells[i : i + SHOWN] for i in range(0, len(cells), SHOWN)]
         titles += ["your pictures,\nas seen"] + [""] * (len(rows) - len(titles) - 1)
-        notes = [SCOPE_NOTE]
+        notes = [opened.world.outside]
     say("interpolating between two feature maps")
     cells, interpolation = mixed(opened, framed, how)
     rows.append([(framed[0], "first"), *cells, (framed[1], "second")])

@@ -30,8 +30,8 @@ from featinv_nodes.core.concepts import METHODS, Concepts, discover, own_directi
 from featinv_nodes.core.concepts.collect import Collected, Folder, Pictures, collect
 from featinv_nodes.core.concepts.statistics import judge, remarks, table, top_weights, with_statistics
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import open_backbone
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import BACKBONES, drawing_world, open_backbone
+from featinv_nodes.worlds.drawn.scenes import draw
 from training.cli import make_folder, require_weights_name, run, write_text
 from training.concepts.page import page
 
@@ -40,8 +40,8 @@ SCENES, AUTO = 400, "auto"
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="tiny", help=f"folder of pictures, or tiny for {SCENES} drawn scenes")
-    parser.add_argument("--backbone", default="tiny-cnn", help="timm-hub folder or name, tiny-cnn or tiny-vit")
+    parser.add_argument("--data", default="drawn", help=f"folder of pictures, or drawn for {SCENES} drawn scenes")
+    parser.add_argument("--backbone", default="tiny-cnn", help=f"timm-hub folder or name, or one of {', '.join(BACKBONES)}")
     parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
     parser.add_argument("--input-size", type=int, help="side of the pictures it reads, where not its own: that of the inversion model")
     parser.add_argument("--layer", default=LAST, help="layer of the backbone; relevance is known for the last one only")
@@ -60,12 +60,12 @@ def arguments() -> argparse.ArgumentParser:
 
 def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
     """The feature vectors and what is judged, with progress; says what was read and what could not be."""
-    if args.data == "tiny":
+    if drawing_world(args.data):
         pictures = Pictures(draw(args.seed, torch.arange(SCENES)).image, backbone, name="scene")
     elif Path(args.data).is_dir():
         pictures = Folder(Path(args.data), backbone, args.fit, args.count, args.seed)
     else:
-        raise FeatInvError(f"data {args.data!r} is neither 'tiny' nor a folder")
+        raise FeatInvError(f"data {args.data!r} is neither 'drawn' nor a folder")
     with tqdm(total=len(pictures), desc="features", unit="picture") as bar:
         found = collect(pictures, lambda x: backbone.extract(x.to(args.device), args.layer), args.count, args.seed, advance(bar))
     print("\n".join(filter(None, [pictures.skipped(), f"read {found.describe()}"])))

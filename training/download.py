@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import BACKBONES
+from featinv_nodes.worlds import BACKBONES, find_world
 from training.config import CONFIGS, TrainConfig, read_config
 from training.models.hub import Repository, Unreachable
 
@@ -68,7 +68,7 @@ def _backbone(config: TrainConfig, to: Path) -> Need | None:
 
 
 def _base(name: str, to: Path) -> Need | None:
-    if name == "tiny" or Path(name).exists():
+    if find_world(name) or Path(name).exists():
         return None
     parts = HUB_NAME.fullmatch(name)
     if not parts:

@@ -8,7 +8,7 @@ Suites: quality (Tables 1, 3), layers (Figs. 4, 14), cross-model (Table 2), swee
 mixing (Figs. 7, 8), baseline (Table 3), rcdm (Table 4), corruptions (Appendix C), natural-adversarial and ood (Sec. 4.2); and beyond
 the paper guidances (a scale each for features and text) and cost (solvers, steps, the gradient).
 
-SOURCE: "tiny", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Pictures are
+SOURCE: "drawn", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Pictures are
 taken in the order of their names; a picture's number in that order is its seed. Floor: what the base model draws without
 features. Ceiling: the autoencoder's round trip. Stopped at any moment, the same command goes on where it was.
 Writes results.json, report.md, index.html and the pictures in them.
@@ -31,7 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import drawing_world
+from featinv_nodes.worlds.drawn.scenes import draw
 from training.cli import SAMPLING, make_folder, model_parser, require_device, run
 from training.evaluation.bench import ORIGINAL, Bench
 from training.evaluation.judge import Judge
@@ -53,7 +54,7 @@ IDLE = ("out", "batch", "device", "write_back")
 def load_pictures(opened: Opened, data: str, count: int) -> tuple[Tensor, Tensor | None]:
     """(pictures framed for the backbone [N, 3, H, W], objects per scene [N] or None for photographs)."""
     originals, _ = read(open_source(data, count), range(count))
-    return originals.framed(opened.backbone), draw(0, torch.arange(count), "held-out").count if data == "tiny" else None
+    return originals.framed(opened.backbone), draw(0, torch.arange(count), "held-out").count if drawing_world(data) else None
 
 
 def evaluate(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
@@ -77,7 +78,7 @@ def evaluate(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | Non
 def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__)
     parser.add_argument("--suite", choices=SUITES, default="quality")
-    parser.add_argument("--data", default="tiny", help="SOURCE, see above")
+    parser.add_argument("--data", default="drawn", help="SOURCE, see above")
     parser.add_argument("--count", type=int, help="how many pictures, evenly spread over their names (default: all; of the embedded world what the suite sets)")
     parser.add_argument("--per-class", type=int, help="the first as many of each class folder, by name")
     parser.add_argument("--models", nargs="+", help="for layers, cross-model and rcdm: weights files, each FILE or FILE=BACKBONE with a timm-hub folder (default: embedded ones)")
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     crew = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes that finish early wait for the others
     device = str(crew.device) if args.device == "cuda" else args.device
     chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
-    source = open_source(args.data, args.count or (chosen.count if args.data == "tiny" else None), args.per_class)
+    source = open_source(args.data, args.count or (chosen.count if drawing_world(args.data) else None), args.per_class)
     changes = {name: getattr(args, name) for name in SAMPLING}
     if (args.best_of or 1) > 1 and not chosen.chooses:
         raise FeatInvError(f"--best-of {args.best_of}: suite {args.suite} draws each picture once; quality, layers and others choose among several")

@@ -3,7 +3,7 @@
     python training/fit_scope.py --model FILE --data FOLDER                    in place
     python training/fit_scope.py --model FILE --data FOLDER --count 10000 --out FILE
 
-FOLDER holds pictures that training did not see; "tiny" stands for held-out scenes of the embedded world. Half of the
+FOLDER holds pictures that training did not see; "drawn" stands for held-out scenes of the embedded world. Half of the
 pictures make the statistics, the other half their quantiles; the first of all are drawn for the quantiles of the cycle
 cosine. Everything else in the file stays as it is.
 """
@@ -28,8 +28,8 @@ from featinv_nodes.core.images import find_images, read_image
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
 from featinv_nodes.core.weights import save_scope
-from featinv_nodes.tiny_world import model_file
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import drawing_world, model_file
+from featinv_nodes.worlds.drawn.scenes import draw
 from training.cli import make_folder, model_parser, open_from, require_weights_name, run
 from training.config import TrainConfig
 from training.models.inversion import Opened, open_model
@@ -43,7 +43,7 @@ DRAWN = 256  # reconstructions for the cycle cosine
 def pictures(opened: Opened, data: str, count: int, batch: int, first: int = FIRST) -> Iterator[Tensor]:
     """Batches of framed pictures: held-out scenes from number `first` on, or `count` of a folder in a random order that
     is always the same, those that cannot be read left out and named. Raises FeatInvError for a folder with fewer."""
-    if data == "tiny":
+    if drawing_world(data):
         for numbers in torch.arange(first, first + count).split(batch):
             yield opened.backbone.frame(draw(0, numbers, "held-out").image)
         return
@@ -90,12 +90,12 @@ def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centre
 def ship_scope(name: str) -> None:
     """The statistics of a model of the embedded world, written into its file."""
     opened = open_model(name)
-    save_scope(model_file(name), fit(opened, opened.recommended(gradient=0.0), "tiny", 4000, 1000, TINY_CENTRES))
+    save_scope(model_file(name), fit(opened, opened.recommended(gradient=0.0), "drawn", 4000, 1000, TINY_CENTRES))
 
 
 def check_scope_data(config: TrainConfig) -> None:
     """Raises FeatInvError if the pictures for end_with_scope are not there, or too few; before a long training."""
-    if config.scope and config.scope_data not in (None, "tiny") and (there := len(find_images(config.scope_data))) < config.scope:
+    if config.scope and config.scope_data and not drawing_world(config.scope_data) and (there := len(find_images(config.scope_data))) < config.scope:
         raise FeatInvError(f"scope_data {config.scope_data} holds {there} images; asked for {config.scope}: give a folder with more, or a smaller --scope")
 
 
@@ -107,12 +107,12 @@ def end_with_scope(file: Path, config: TrainConfig, device: torch.device | str) 
 
 
 def centres_for(data: str) -> int:
-    return TINY_CENTRES if data == "tiny" else CENTRES
+    return TINY_CENTRES if drawing_world(data) else CENTRES
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__, gradient=0.0)
-    parser.add_argument("--data", required=True, help='folder of images that training did not see, or "tiny" for held-out scenes')
+    parser.add_argument("--data", required=True, help='folder of images that training did not see, or "drawn" for held-out scenes')
     parser.add_argument("--count", type=int, default=4000, help="how many pictures, spread over the folder; at least 2,000 for the outer quantiles to mean something")
     parser.add_argument("--drawn", type=int, default=DRAWN, help="how many of them are reconstructed for the cycle cosine's quantiles, 0 for none")
     parser.add_argument("--centres", type=int, help=f"directions in the bank (default {CENTRES:,}, in the embedded world {TINY_CENTRES})")

@@ -31,14 +31,15 @@ from featinv_nodes.core.concepts import Concepts, discover
 from featinv_nodes.core.concepts.relevance import relevance
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.steering import null_difference
-from featinv_nodes.tiny_world.scenes import BACKGROUNDS, Scenes, draw
+from featinv_nodes.worlds.drawn import DRAWN
+from featinv_nodes.worlds.drawn.scenes import BACKGROUNDS, Scenes, draw
 from training.cli import make_folder, model_parser, open_from, run
 from training.concepts import localisation
 from training.concepts.report import CLOSED, VIZ, Trial, write_report
 from training.concepts.viz import Request, Shown, visualize
 from training.models.inversion import Opened
 from training.models.pipeline import Sampling
-from training.tiny.concepts import OBJECT, fit_concepts
+from training.worlds.concepts import OBJECT, fit_concepts
 
 TRUE, DISCOVERED = "true masks", {"mcd": "discovered by MCD", "kmeans": "discovered by k-means"}
 TRAINING_SCENES, VECTORS, CONCEPTS = 400, 10_000, 8
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _require_world(opened: Opened, args: argparse.Namespace) -> None:
-    if not opened.is_tiny or opened.info.source.pooled or opened.info.source.layer != "last":
+    if opened.world is not DRAWN or opened.info.source.pooled or opened.info.source.layer != "last":
         raise FeatInvError(f"{args.model} inverts {opened.info.source.describe()}; true masks are known for the embedded world, the head for its last layer alone")
     if args.count < 2 or args.validation < 2 or args.seeds < 1 or args.workers < 1:
         raise FeatInvError(f"--count {args.count} --validation {args.validation} --seeds {args.seeds} --workers {args.workers}: expected at least 2, 2, 1 and 1")

@@ -30,7 +30,7 @@ from featinv_nodes.core.pictures import heat_map
 from featinv_nodes.core.scope import VERDICTS, Scope, ScopeReport
 from featinv_nodes.core.steering import edit
 from featinv_nodes.core.weights import load_scope
-from featinv_nodes.tiny_world import CONCEPTS, FOLDER, model_file
+from featinv_nodes.worlds import concepts_file, model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json, write_text
 from training.fit_scope import pictures
 from training.models.inversion import Opened
@@ -81,7 +81,7 @@ def white(maps: FeatureMap, random: torch.Generator) -> FeatureMap:
 
 def concept_edits(maps: FeatureMap) -> dict[str, Edit]:
     """Backgrounds (each map's own strongest) and objects of the embedded world, turned down and up; none elsewhere."""
-    concepts = load_concepts(FOLDER / CONCEPTS)
+    concepts = load_concepts(concepts_file("tiny_cnn_concepts"))
     if concepts.source != maps.source:
         return {}
 
@@ -238,7 +238,7 @@ a bad reconstruction:
 
 def main(argv: list[str] | None = None) -> None:
     parser = model_parser(__doc__, gradient=0.0)
-    parser.add_argument("--data", default="tiny", help='folder of images, or "tiny" for held-out scenes')
+    parser.add_argument("--data", default="drawn", help='folder of images, or "drawn" for held-out scenes')
     parser.add_argument("--count", type=int, default=500, help="how many held-out maps")
     parser.add_argument("--drawn", type=int, default=24, help="how many maps of each edit are drawn")
     parser.add_argument("--unedited", type=int, default=200, help="how many unedited maps are drawn")

@@ -28,13 +28,11 @@ from featinv_nodes.core.images import read_image
 from featinv_nodes.core.mixing import compose, interpolate
 from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.core.weights import load_scope, read_info
-from featinv_nodes.tiny_world import model_file
+from featinv_nodes.worlds import model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
 from training.models.inversion import ATTEMPT, Opened
 from training.models.pipeline import Sampling, noise
 from training.report import panel, save_image, to_image
-
-SCOPE_NOTE = "The embedded model knows drawn scenes only; a photograph is outside its world and comes back as the nearest scene."
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -115,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
             save_image(to_image(drawn[i]), file)
             entries.append({"file": file.name, "map": name, "sample": s, "seed": args.seed, "attempt": attempts[i].item(), "cosine": scores[i], "scope": scopes[i]})
     chosen = [f"Each picture is the one of the highest cosine among {how.best_of}."] if how.best_of > 1 else []
-    note = "\n".join([*([SCOPE_NOTE] if opened.is_tiny else []), *chosen, *off])
+    note = "\n".join([*([opened.world.outside] if opened.world and opened.world.outside else []), *chosen, *off])
     titles = ["original", *(name[:18] for name, _ in maps)]
     save_image(panel(rows, titles, opened.info.source.describe(), note), args.out / "panel.png")
     write_json(args.out / "results.json", {

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import model_file
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import model_file
+from featinv_nodes.worlds.drawn.scenes import draw
 from training.cli import make_folder, run, write_json
 from training.config import CONFIGS, TrainConfig, read_config
 from training.models.inversion import open_model

@@ -28,7 +28,7 @@ from featinv_nodes.core.feature_map import FeatInvError, concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.pictures import diverging, heat_map, spotlight
 from featinv_nodes.core.steering import FACTOR, SEEDS, THRESHOLD, affected, normalised, parse_groups, signed_difference
-from featinv_nodes.tiny_world import CONCEPTS, FOLDER, model_file
+from featinv_nodes.worlds import concepts_file, model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
 from training.concepts.viz import Request, Shown, visualize
 from training.reconstruct import judged
@@ -38,7 +38,7 @@ from training.report import Cell, panel, save_image, to_image
 def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__, gradient=0.0)  # of an edited map it draws less of the edit: docs/concepts.md
     parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
-    parser.add_argument("--concepts", type=Path, default=FOLDER / CONCEPTS, help="concept file (default: the embedded one)")
+    parser.add_argument("--concepts", type=Path, default=concepts_file("tiny_cnn_concepts"), help="concept file (default: the drawn world's)")
     parser.add_argument("--names", required=True, help='concepts, such as "object" or "0, 3; 1"')
     parser.add_argument("--factor", type=float, default=FACTOR, help="what they are multiplied by: 0.25 as in the paper, 0 removes, above 1 amplifies")
     parser.add_argument("--keep-length", action="store_true", help="scale vectors that grow back to the length they had")

@@ -103,6 +103,17 @@ class Backbone(nn.Module):
         values, _ = self._spatial(self._normalised(framed), layer)
         return values.mean((2, 3), keepdim=True) if pooled else values
 
+    def several(self, framed: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
+        """The values [B, C, H, W] of several layers from one pass, as `values` gives them one by one."""
+        named = [layer for layer in layers if layer != LAST]
+        last, found = self.model.forward_intermediates(self._normalised(framed), indices=[self._stages[layer] for layer in named], output_fmt="NCHW")
+        maps = dict(zip(sorted(named, key=self._stages.__getitem__), found))
+        return {layer: self._grid(last) if layer == LAST else maps[layer] for layer in layers}
+
+    def stages(self, framed: Tensor) -> list[Tensor]:
+        """The maps [B, C, H, W] of every stage that timm names, from one pass."""
+        return self.model.forward_intermediates(self._normalised(framed), output_fmt="NCHW", intermediates_only=True)
+
     def _normalised(self, framed: Tensor) -> Tensor:
         return (framed.to(self._mean) - self._mean) / self._std
 
@@ -200,11 +211,15 @@ class Backbone(nn.Module):
                 x, indices=[self._stages[layer]], stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
             return values, None
+        out, count = self.model.forward_features(x), self.last_map.prefix
+        return self._grid(out), out[:, :count] if count else None
+
+    def _grid(self, out: Tensor) -> Tensor:
+        """What forward_features gives, as [B, C, H, W] without prefix tokens."""
         form, _, grid, count = self.last_map
-        out = self.model.forward_features(x)
         if form == "NLC":
-            return out[:, count:].transpose(1, 2).unflatten(2, grid), out[:, :count] if count else None
-        return (out.permute(0, 3, 1, 2) if form == "NHWC" else out), None
+            return out[:, count:].transpose(1, 2).unflatten(2, grid)
+        return out.permute(0, 3, 1, 2) if form == "NHWC" else out
 
     def _head(self, values: Tensor, prefix: Tensor | None) -> Tensor:
         """The inverse of _spatial for the last layer, then the model's own head: [B, classes]."""

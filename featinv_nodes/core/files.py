@@ -80,3 +80,48 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise FeatInvError(f"{file} holds a {type(state).__name__}; expected a state dict, or a Lightning checkpoint with one")
     return state
+
+
+SCALE = ".scale"  # after the name of a tensor in 8 bits: what each output channel is multiplied by
+
+
+def write_weights(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dtype | None, metadata: dict[str, str] | None = None) -> None:
+    """Writes the weights of a model whole or not at all. dtype: of the floating-point tensors; torch.int8 for 8 bits with a
+    scale per output channel in matrices and kernels, and fp16 for the rest."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        value = value.detach().cpu()
+        if not value.is_floating_point():
+            found[name] = value.contiguous()
+        elif dtype != torch.int8:
+            found[name] = value.to(dtype).contiguous()
+        elif value.ndim < 2 or value[0].numel() < 16:
+            found[name] = value.half().contiguous()
+        else:
+            scale = value.float().flatten(1).abs().amax(1).clamp(min=1e-12) / 127
+            found[name] = (value.float() / scale.view(-1, *[1] * (value.ndim - 1))).round().to(torch.int8).contiguous()
+            found[name + SCALE] = scale
+    write_safetensors(file, found, metadata or {"format": "pt"})
+
+
+def read_weights(file: str | Path, skip: str | None = None) -> dict[str, Tensor]:
+    """What write_weights wrote, or any other safetensors file: floating-point tensors in float32, on the CPU; skip: without
+    those whose names begin so. Raises FeatInvError for a file that is missing or cut off."""
+    try:
+        stored = read_tensors(file)
+    except (SafetensorError, OSError) as error:
+        raise FeatInvError(f"{file} is missing or not a complete safetensors file ({error}); download or copy it again") from error
+    found = {}
+    for name, value in stored.items():
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in stored or skip and name.startswith(skip):
+            continue
+        if value.dtype == torch.int8:
+            value = value.float() * stored[name + SCALE].view(-1, *[1] * (value.ndim - 1))
+        found[name] = value.float() if value.is_floating_point() else value
+    return found
+
+
+def is_in_8_bits(file: str | Path) -> bool:
+    """Whether a safetensors file holds tensors with a scale, as write_weights stores 8 bits."""
+    with safe_open(file, "pt") as opened:
+        return any(name.endswith(SCALE) for name in opened.keys())

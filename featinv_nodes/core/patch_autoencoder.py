@@ -1,18 +1,19 @@
-"""The embedded world's autoencoder: principal components of 8 x 8 patches, refined by two small residual networks.
+"""A small autoencoder for embedded worlds: principal components of patches, refined by two small residual networks.
 
-A plain module, so that the trainer and the host share it. Pictures are [B, 3, 8h, 8w] in -1..1, latents [B, 24, h, w].
+A plain module, so that the trainer and the host share it. Pictures are [B, 3, p h, p w] in -1..1, latents [B, C, h, w],
+p being the side of a patch and C the number of components.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PATCH, LATENTS = 8, 24
+from .files import read_weights
 
 
 class Residual(nn.Module):
@@ -35,48 +36,57 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class PatchAutoencoder(nn.Module):
-    """encode: linear projection of each 8 x 8 patch plus a convolutional correction; decode: its inverse, alike."""
+    """encode: linear projection of each p x p patch plus a convolutional correction; decode: its inverse, alike."""
 
-    def __init__(self) -> None:
+    def __init__(self, patch: int = 8, latents: int = 24) -> None:
+        """patch: its side p in pixels, a multiple of 4. latents: channels C."""
         super().__init__()
-        self.register_buffer("mean", torch.zeros(LATENTS, 1, 1))
-        self.register_buffer("deviation", torch.ones(LATENTS, 1, 1))
-        self.project = nn.Conv2d(3 * PATCH**2, LATENTS, 1)
-        self.expand = nn.Conv2d(LATENTS, 3 * PATCH**2, 1)
+        self.patch, self.latents = patch, latents
+        self.register_buffer("mean", torch.zeros(latents, 1, 1))
+        self.register_buffer("deviation", torch.ones(latents, 1, 1))
+        self.project = nn.Conv2d(3 * patch**2, latents, 1)
+        self.expand = nn.Conv2d(latents, 3 * patch**2, 1)
+        fold = patch // 4
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4), nn.Conv2d(48, 64, 3, padding=1), Residual(64), nn.PixelUnshuffle(2),
-            nn.Conv2d(256, 128, 1), Residual(128), Residual(128), Residual(128), _zero(nn.Conv2d(128, LATENTS, 1)),
+            nn.PixelUnshuffle(4), nn.Conv2d(48, 64, 3, padding=1), Residual(64), nn.PixelUnshuffle(fold),
+            nn.Conv2d(64 * fold**2, 128, 1), Residual(128), Residual(128), Residual(128), _zero(nn.Conv2d(128, latents, 1)),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(LATENTS, 128, 3, padding=1), *(Residual(128) for _ in range(4)), nn.Conv2d(128, 256, 1), nn.PixelShuffle(2),
+            nn.Conv2d(latents, 128, 3, padding=1), *(Residual(128) for _ in range(4)), nn.Conv2d(128, 256, 1), nn.PixelShuffle(2),
             *(Residual(64) for _ in range(3)), nn.Conv2d(64, 128, 1), nn.PixelShuffle(2),
-            *(Residual(32) for _ in range(2)), _zero(nn.Conv2d(32, 12, 3, padding=1)), nn.PixelShuffle(2),
+            *(Residual(32) for _ in range(2)), _zero(nn.Conv2d(32, 3 * fold**2, 3, padding=1)), nn.PixelShuffle(fold),
         )
 
     @classmethod
-    def load(cls, file: Path) -> PatchAutoencoder:
-        """Reads a state dict, in float32, for evaluation."""
-        vae = cls()
-        vae.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+    def load(cls, folder: Path) -> PatchAutoencoder:
+        """Reads a diffusers folder (config.json, diffusion_pytorch_model.safetensors), in float32, for evaluation."""
+        config = json.loads((folder / "config.json").read_text())
+        vae = cls(**{name: config[name] for name in ("patch", "latents") if name in config})
+        vae.load_state_dict(read_weights(folder / "diffusion_pytorch_model.safetensors"))
         return vae.eval().requires_grad_(False)
 
+    @property
+    def config(self) -> dict:
+        """What config.json holds."""
+        return {"_class_name": type(self).__name__, "patch": self.patch, "latents": self.latents}
+
     def encode(self, x: Tensor) -> Tensor:
-        """Pictures -> latents of zero mean and unit variance over the training scenes."""
-        z = self.project(F.pixel_unshuffle(x, PATCH)) + self.encoder(x)
+        """Pictures -> latents of zero mean and unit variance over the training pictures."""
+        z = self.project(F.pixel_unshuffle(x, self.patch)) + self.encoder(x)
         return (z - self.mean) / self.deviation
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> pictures, not clamped."""
         z = z * self.deviation + self.mean
-        return F.pixel_shuffle(self.expand(z), PATCH) + self.decoder(z)
+        return F.pixel_shuffle(self.expand(z), self.patch) + self.decoder(z)
 
     @torch.no_grad()
     def start_from_patches(self, x: Tensor) -> None:
         """Sets the two linear maps to the principal components of the patches of x [B, 3, h, w] and their inverse."""
-        patches = F.pixel_unshuffle(x, PATCH).transpose(0, 1).flatten(1)
+        patches = F.pixel_unshuffle(x, self.patch).transpose(0, 1).flatten(1)
         mean = patches.mean(1, keepdim=True)
         basis, scale, _ = torch.linalg.svd((patches - mean) @ (patches - mean).T / patches.shape[1])
-        basis, scale = basis[:, :LATENTS], scale[:LATENTS].sum().div(LATENTS).sqrt()
+        basis, scale = basis[:, : self.latents], scale[: self.latents].sum().div(self.latents).sqrt()
         self.project.weight.copy_((basis.T / scale)[:, :, None, None])
         self.project.bias.copy_((-basis.T @ mean / scale)[:, 0])
         self.expand.weight.copy_((basis * scale)[:, :, None, None])

@@ -1,6 +1,6 @@
 """The weights file: one safetensors file per inversion model, read alike by the nodes and the programs.
 
-Tensors: the ControlNet in the diffusers layout, fp16 or fp32, the conditional encoder under
+Tensors: the ControlNet in the diffusers layout, in 32, 16 or 8 bits (see files.write_weights), the conditional encoder under
 `controlnet_cond_embedding.`, and the scope statistics, where the file has them, under `scope.`. Metadata: a JSON text
 under the key "featinv", and one under "featinv_scope" with the statistics' quantiles.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .encoders import KINDS, build_encoder
 from .feature_map import FeatInvError, FeatureSource
-from .files import read_about, read_metadata, read_tensors, write_safetensors
+from .files import read_about, read_metadata, read_tensors, read_weights, write_safetensors, write_weights
 from .scope import Scope
 
 FORMAT = 1
@@ -50,13 +50,11 @@ class InversionInfo:
 def save_inversion(file: str | Path, info: InversionInfo, controlnet: dict[str, Tensor], encoder: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Writes a weights file whole or not at all.
 
-    controlnet: state dict in the diffusers layout without its own conditioning embedding. dtype: of the stored
-    floating-point tensors.
+    controlnet: state dict in the diffusers layout without its own conditioning embedding. dtype: as write_weights takes it.
     """
     tensors = {k: v for k, v in controlnet.items() if not k.startswith(ENCODER_PREFIX)}
     tensors |= {ENCODER_PREFIX + k: v for k, v in encoder.state_dict().items()}
-    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
-    write_safetensors(file, tensors, {"featinv": json.dumps(asdict(info))})
+    write_weights(file, tensors, dtype, {"featinv": json.dumps(asdict(info))})
 
 
 def read_info(file: str | Path) -> InversionInfo:
@@ -79,7 +77,7 @@ def load_inversion(file: str | Path) -> tuple[InversionInfo, dict[str, Tensor], 
     Raises FeatInvError as read_info does, and for encoder tensors that are missing, unexpected or misshapen.
     """
     info = read_info(file)
-    tensors = {key: value.float() for key, value in read_tensors(file).items() if not key.startswith(SCOPE_PREFIX)}
+    tensors = read_weights(file, SCOPE_PREFIX)
     encoder = build_encoder(info.encoder)
     own = {k.removeprefix(ENCODER_PREFIX): tensors.pop(k) for k in list(tensors) if k.startswith(ENCODER_PREFIX)}
     try:

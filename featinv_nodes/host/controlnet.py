@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.feature_map import FeatInvError, FeatureMap
 from ..core.scope import Scope
 from ..core.weights import InversionInfo, load_inversion, load_scope
+from ..worlds import find_world
 from .models import managed
 from .unet import ldm_config, to_ldm
 
@@ -105,7 +106,8 @@ class FeatureControl(comfy.controlnet.ControlNet):
         wrong = [f"{key} {self.info.base[key]} in the weights file, {there} in the model" for key, there in have.items() if self.info.base[key] != there]
         if wrong:
             name = self.info.base["name"]
-            source = "LoadTinyWorld" if name == "tiny" else f"Load Checkpoint with {name} or another SD 1.x model"
+            world = find_world(name)
+            source = f"Load World with {world.name!r}" if world else f"Load Checkpoint with {name} or another SD 1.x model"
             raise FeatInvError(f"FeatInvControlNet and the sampler's model do not fit: {'; '.join(wrong)}. The weights were trained on {name}; connect {source}")
 
     def get_control(self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict) -> dict | None:

@@ -6,11 +6,11 @@ from comfy_api.latest import io
 
 from ..core.steering import FACTOR, edit, parse_groups
 from ..host import folders
-from ..tiny_world import CONCEPTS, FOLDER
+from ..worlds import CONCEPTS, concepts_file
 from .loaders import modified
 from .types import CATEGORY, EMBEDDED, Change, ConceptSet, Control, Features, channels_last
 
-SHIPPED = "tiny_cnn_concepts" + EMBEDDED
+SHIPPED = [name + EMBEDDED for name in CONCEPTS]
 
 
 class LoadConcepts(io.ComfyNode):
@@ -22,7 +22,7 @@ class LoadConcepts(io.ComfyNode):
             category=CATEGORY,
             description="Opens a concept file: directions in the feature space of one backbone and layer that belong together.",
             inputs=[
-                io.Combo.Input("file", options=[SHIPPED, *folders.names(folders.CONCEPTS)], default=SHIPPED, tooltip="A concept file in models/featinv_concepts, or the embedded one."),
+                io.Combo.Input("file", options=[*SHIPPED, *folders.names(folders.CONCEPTS)], default=SHIPPED[0], tooltip="A concept file in models/featinv_concepts, or an embedded one."),
             ],
             outputs=[
                 ConceptSet.Output("concepts", display_name="concepts", tooltip="The concepts, for Concept Attenuate and Concept Map."),
@@ -38,7 +38,7 @@ class LoadConcepts(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         from ..core.concepts import load_concepts
 
-        concepts = load_concepts(FOLDER / CONCEPTS if file == SHIPPED else folders.path(folders.CONCEPTS, file))
+        concepts = load_concepts(concepts_file(file.removesuffix(EMBEDDED)) if file in SHIPPED else folders.path(folders.CONCEPTS, file))
         return io.NodeOutput(concepts, "\n".join(f"{i} {name}" for i, name in enumerate(concepts.names)))
 
 

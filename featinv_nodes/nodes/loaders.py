@@ -1,4 +1,4 @@
-"""Nodes that open models: backbones, inversion models, the embedded default."""
+"""Nodes that open models: backbones, inversion models, embedded worlds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..core.feature_map import FeatInvError
 from ..host import folders
-from ..tiny_world import BACKBONES, MODELS, model_file
+from ..worlds import BACKBONES, MODELS, WORLDS, model_file
 from .types import CATEGORY, EMBEDDED, Backbone, Control, channels_last
 
 
@@ -46,7 +46,7 @@ class LoadBackbone(io.ComfyNode):
     def execute(cls, weights: str, timm_name: str, input_size: int) -> io.NodeOutput:
         from ..core.backbones import load_backbone
         from ..host.models import ManagedBackbone
-        from ..tiny_world import open_backbone
+        from ..worlds import open_backbone
 
         if weights.endswith(EMBEDDED):
             backbone = open_backbone(weights.removesuffix(EMBEDDED), input_size=input_size or None)
@@ -102,25 +102,29 @@ class LoadTinyWorld(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FeatInv_LoadTinyWorld",
-            display_name="Load Tiny World",
+            display_name="Load World",
             category=CATEGORY,
-            description="The embedded diffusion model of drawn scenes, 64 x 64 pixels: everything works with it at once, without a download or a GPU.",
-            inputs=[],
+            description="An embedded diffusion model, of photographs (128 x 128 pixels) or drawn scenes (64 x 64): everything works with it at once, without a download or a GPU.",
+            inputs=[
+                io.Combo.Input("world", options=[name for name, world in WORLDS.items() if world.models], default="drawn", optional=True, tooltip="photo knows photographs, drawn the scenes of the Scenes node. Use the world of the inversion model."),
+            ],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="The base model, for KSampler (sampler ddim, scheduler simple)."),
                 io.Conditioning.Output("positive", display_name="positive", tooltip="Its one prompt, for FeatInv ControlNet."),
                 io.Conditioning.Output("negative", display_name="negative", tooltip="The empty prompt, for FeatInv ControlNet."),
                 io.Vae.Output("vae", display_name="vae", tooltip="Its autoencoder, for VAE Decode and VAE Encode."),
+                io.Latent.Output("latent", display_name="latent", tooltip="An empty latent of its own size, for KSampler. Several pictures: Repeat Latent Batch."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        from ..host import tiny_world
+    def execute(cls, world: str = "drawn") -> io.NodeOutput:
+        from ..host import worlds
 
-        vae = tiny_world.load_vae()
-        positive, negative = tiny_world.load_conditioning()
-        return io.NodeOutput(tiny_world.load_model(vae), positive, negative, tiny_world.as_host_vae(vae))
+        chosen = WORLDS[world]
+        vae = worlds.load_vae(chosen)
+        positive, negative = worlds.load_conditioning(chosen)
+        return io.NodeOutput(worlds.load_model(chosen, vae), positive, negative, worlds.as_host_vae(vae), worlds.empty_latent(chosen, vae))
 
 
 class TinyWorldScenes(io.ComfyNode):
@@ -143,7 +147,7 @@ class TinyWorldScenes(io.ComfyNode):
 
     @classmethod
     def execute(cls, first: int, count: int) -> io.NodeOutput:
-        from ..tiny_world.scenes import draw
+        from ..worlds.drawn.scenes import draw
 
         if count < 1:
             raise FeatInvError(f"count {count}: expected at least one scene")

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from featinv_nodes.core.backbones import Backbone, load_backbone, untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import BACKBONES, open_backbone
+from featinv_nodes.worlds import open_backbone
+from featinv_nodes.worlds.drawn import DRAWN
 
 SMALL = {"depth": 2, "num_classes": 7}
 FAMILIES = [
@@ -115,9 +116,9 @@ def test_tokens_keep_their_place_on_the_grid():
     assert divmod(change.argmax().item(), 14) == (2, 10)
 
 
-@pytest.mark.parametrize("short", BACKBONES)
+@pytest.mark.parametrize("short", DRAWN.backbones)
 def test_embedded_backbones_classify_held_out_scenes(short):
-    from featinv_nodes.tiny_world.scenes import draw
+    from featinv_nodes.worlds.drawn.scenes import draw
 
     backbone = open_backbone(short)
     scenes = draw(0, torch.arange(300), "held-out")

@@ -5,8 +5,8 @@ import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.guidance import feature_distance, leave_inference, rms, toward_features
-from featinv_nodes.tiny_world import open_backbone
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import open_backbone
+from featinv_nodes.worlds.drawn.scenes import draw
 
 
 @pytest.fixture

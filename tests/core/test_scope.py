@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.scope import EDGE, LEVELS, OUTSIDE, STATISTICS, VERDICTS, Scope, fit_scope, neighbour_mean, verdict_of
 from featinv_nodes.core.weights import load_scope
-from featinv_nodes.tiny_world import MODELS, model_file, open_backbone
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import MODELS, model_file, open_backbone
+from featinv_nodes.worlds.drawn.scenes import draw
 
 SOURCE = FeatureSource("net.tag", "last", False, 24, (6, 5), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 POOLED = replace(SOURCE, pooled=True)

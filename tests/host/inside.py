@@ -55,7 +55,7 @@ def stock_control(world: World) -> comfy.controlnet.ControlNet:
     from comfy.ops import disable_weight_init
 
     module = sys.modules["pack of any name.featinv_nodes.host.unet"]
-    tensors, _ = sys.modules["pack of any name.featinv_nodes.core.weights"].load_inversion(f"{PACK}/featinv_nodes/tiny_world/tiny_cnn_last.safetensors")[1:]
+    tensors, _ = sys.modules["pack of any name.featinv_nodes.core.weights"].load_inversion(f"{PACK}/featinv_nodes/worlds/drawn/tiny_cnn_last.safetensors")[1:]
     config = module.ldm_config(tensors, 4) | {"hint_channels": 3, "dtype": torch.float32, "operations": disable_weight_init}
     config.pop("out_channels")
     torch.manual_seed(1)
@@ -313,7 +313,7 @@ def bad_inputs(world: World, folder: Path) -> dict[str, str]:
     """The message of each mistake."""
     weights = folder / "models" / "featinv"
     weights.mkdir(parents=True, exist_ok=True)
-    shipped = Path(PACK, "featinv_nodes", "tiny_world", "tiny_cnn_last.safetensors").read_bytes()
+    shipped = Path(PACK, "featinv_nodes", "worlds", "drawn", "tiny_cnn_last.safetensors").read_bytes()
     (weights / "cut.safetensors").write_bytes(shipped[:100_000])
     from safetensors.torch import save_file
 

@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from featinv_nodes.core.weights import read_info
-from featinv_nodes.tiny_world import model_file
+from featinv_nodes.worlds import model_file
 
 FOLDER = PACK / "workflows"
 RESULT, REPORT = "Result", "What came of it"

@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import FOLDER
+from featinv_nodes.worlds.drawn import DRAWN
 from training.models import stable_diffusion
 from training.models.base_model import load_base
 from training.models.stable_diffusion import KNOWN, PROMPT, Tokens, build_text_encoder, load_single_file
-from training.tiny.base import PROMPT as TINY_PROMPT
+from training.worlds.base import PROMPT as TINY_PROMPT
 
 SMALL_UNET = {**stable_diffusion.UNET, "sample_size": 8, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 16, "attention_head_dim": 4}
 SMALL_VAE = {**stable_diffusion.VAE, "block_out_channels": (32, 32, 64, 64), "sample_size": 64}
@@ -121,7 +121,7 @@ def test_a_repository_in_the_hubs_cache_is_opened_by_its_name(tmp_path, monkeypa
     commit, folder = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--nobody--tiny"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
-    shutil.copytree(FOLDER / "base", folder / "snapshots" / commit)
+    shutil.copytree(DRAWN.base_folder, folder / "snapshots" / commit)
     monkeypatch.setattr("training.models.base_model.snapshot_download", partial(huggingface_hub.snapshot_download, cache_dir=tmp_path))
     found, wanted = load_base("nobody/tiny", TINY_PROMPT), load_base("tiny", TINY_PROMPT)
     assert found.name == "nobody/tiny" and torch.equal(found.unet.conv_in.weight, wanted.unet.conv_in.weight)

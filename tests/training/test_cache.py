@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import open_backbone
+from featinv_nodes.worlds import open_backbone
 from tests.training import killed
 from tests.training.test_never_loses_work import photographs as photographs
 from training import cache, train

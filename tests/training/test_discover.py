@@ -13,8 +13,8 @@ from featinv_nodes.core.concepts import Concepts, load_concepts, sparse
 from featinv_nodes.core.concepts.collect import Folder, Pictures, collect
 from featinv_nodes.core.concepts.statistics import judge
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
-from featinv_nodes.tiny_world import open_backbone
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import open_backbone
+from featinv_nodes.worlds.drawn.scenes import draw
 from training import discover_concepts
 from training.concepts import page as concept_page
 
@@ -137,7 +137,7 @@ def test_own_directions(tmp_path, capsys):
 def test_bad_input(folder, tmp_path):
     out = ["--out", str(tmp_path / "c.safetensors")]
     cases = {
-        "neither 'tiny' nor a folder": ["--data", str(tmp_path / "none")], "no layer": ["--layer", "x"],
+        "neither 'drawn' nor a folder": ["--data", str(tmp_path / "none")], "no layer": ["--layer", "x"],
         "17 vectors of 128 channels": ["--data", str(folder), "--count", "20"], "--count 0": ["--count", "0"],
         "--concepts few: expected a number from 1, or auto": ["--concepts", "few"], "give a number of them for pca": ["--concepts", "auto", "--method", "pca"],
         "give a number of them: the classifier head": ["--concepts", "auto", "--layer", "layer2"],

@@ -26,7 +26,7 @@ from training.models.base_model import load_base
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONE, BASE = "test_convnext.r160_in1k", "somebody/small-SD"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CONFIG = "name: mine\nbackbone: {backbone}\nbase: {base}\ndata: tiny\nprompt: a photo\nmax_images: 1\n"
+CONFIG = "name: mine\nbackbone: {backbone}\nbase: {base}\ndata: drawn\nprompt: a photo\nmax_images: 1\n"
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -284,7 +284,7 @@ def test_names_that_cannot_be_fetched(server, fetch):
 
 def test_what_is_here_already_needs_nothing(server, fetch, tmp_path, capsys):
     fetch("tiny")
-    fetch(str(tmp_path), backbone=str(ROOT / "featinv_nodes" / "tiny_world" / "backbone_cnn"))
+    fetch(str(tmp_path), backbone=str(ROOT / "featinv_nodes" / "worlds" / "drawn" / "backbone_cnn"))
     download.main(["tiny_vit_last"])
     assert capsys.readouterr().out.count("needs no files") == 3 and not server.asked
     with pytest.raises(FeatInvError, match="tiny_cnn_last.yaml"):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds.drawn.scenes import draw
 from training import evaluate
 from training.evaluation import shards
 from training.models.inversion import Opened
@@ -61,7 +61,7 @@ def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
     from training.models.inversion import open_model
 
     opened = open_model("tiny_cnn_last")
-    framed, counts = evaluate.load_pictures(opened, "tiny", 8)
+    framed, counts = evaluate.load_pictures(opened, "drawn", 8)
     found, _ = evaluate.evaluate(opened, framed, opened.recommended(steps=1), counts == 1)
     kept = results(whole)
     for arm in found:

@@ -10,14 +10,14 @@ from torch.nn import functional as F
 from featinv_nodes.core.backbones import untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_about
-from featinv_nodes.tiny_world import model_file, open_backbone
+from featinv_nodes.worlds import model_file, open_backbone
 from tests.training.test_evaluate_suites import photographic as photographic
 from tests.training.test_evaluate_suites import run
 from tests.training.test_real_layout import stable_diffusion as stable_diffusion
 from training.evaluation.rcdm import HEADS, RCDM, load_rcdm, save_rcdm, translate
 from training.evaluation.suites import rcdm as suite
-from training.make_tiny_world import ship_rcdm
-from training.tiny.rcdm import IMAGES, INVERSION_COST, INVERSION_IMAGES, RESOLUTION, WIDTHS
+from training.worlds.make_drawn import ship_rcdm
+from training.worlds.rcdm import IMAGES, INVERSION_COST, INVERSION_IMAGES, RESOLUTION, WIDTHS
 
 SMALL = (32, 32, 64, 96, 128)
 #: SHA-256 of the lines "NAME (SHAPE)" of the state dict that the published code (facebookresearch/RCDM) makes with the

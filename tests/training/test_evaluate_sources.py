@@ -51,7 +51,7 @@ def test_plain_and_empty_folders(folder, tmp_path):
     with pytest.raises(FeatInvError, match="no images"):
         open_source(str(tmp_path / "empty"))
     with pytest.raises(FeatInvError, match="no class folders"):
-        open_source("tiny", per_class=1)
+        open_source("drawn", per_class=1)
 
 
 def test_shards_hold_what_the_folder_holds(folder, tmp_path):
@@ -83,7 +83,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(folder):
 
 
 def test_scenes_are_the_embedded_worlds_held_out_ones():
-    source = open_source("tiny", 6)
+    source = open_source("drawn", 6)
     originals, failed = read(source, [1, 5])
     assert not failed and originals.numbers == [1, 5] and originals.pictures[0].shape == (3, 64, 64) and len(source.names) == 6
 

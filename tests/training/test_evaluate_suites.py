@@ -15,8 +15,8 @@ from timm.data import ImageNetInfo
 from featinv_nodes.core.backbones import untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo, load_scope, read_info
-from featinv_nodes.tiny_world import FOLDER
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import model_file
+from featinv_nodes.worlds.drawn.scenes import draw
 from tests.training.test_real_layout import PROMPT
 from tests.training.test_real_layout import stable_diffusion as stable_diffusion
 from training import evaluate
@@ -39,7 +39,7 @@ def test_layers_compares_at_every_stage(tmp_path):
     found, text = run(tmp_path, "layers", "--models", "tiny_cnn_last", "tiny_cnn_stage")
     stages = {name for name in found["tiny_cnn_stage"] if name.startswith("cosine ") and not name.endswith("centred")}
     assert "cosine last" in stages and len(stages) > 3
-    layer = read_info(FOLDER / "tiny_cnn_stage.safetensors").source.layer
+    layer = read_info(model_file("tiny_cnn_stage")).source.layer
     # even after two steps the model of the earlier stage is closer at that stage (paper Fig. 4a)
     assert found["tiny_cnn_stage"][f"cosine {layer}"]["value"] > found["floor"][f"cosine {layer}"]["value"]
     assert found.keys() >= {"floor", "ceiling"} and "| tiny_cnn_stage | layer" in text
@@ -60,7 +60,7 @@ def test_cross_model_is_a_matrix(tmp_path):
 
 def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
     file = tmp_path / "model.safetensors"
-    shutil.copy(FOLDER / "tiny_cnn_last.safetensors", file)
+    shutil.copy(model_file("tiny_cnn_last"), file)
     before, scope = read_info(file), load_scope(file)
     found, text = run(tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1", "--write-back")
     # strength 0 draws without features; whatever else differs, it is no way to reconstruct
@@ -160,7 +160,7 @@ def test_natural_adversarial_matches_among_200_classes(photographic, tmp_path, m
 
 
 def test_a_model_and_its_judges_share_one_backbone():
-    bench = Bench(open_source("tiny", 1))
+    bench = Bench(open_source("drawn", 1))
     choice = Choice("tiny_cnn_last")
     assert bench.open(choice).backbone is bench.backbone(choice)
 

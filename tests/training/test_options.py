@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import open_backbone
+from featinv_nodes.worlds import open_backbone
 from tests.training import killed
 from training import train
 from training.config import CONFIGS, DEFAULT, read_config

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
-from featinv_nodes.tiny_world import open_backbone
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import open_backbone
+from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import DEFAULT, read_config
 from training.loop.objective import cycle_distance, training_loss
 from training.models.base_model import load_base

@@ -16,8 +16,9 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen, read_image
-from featinv_nodes.tiny_world import FOLDER, MODELS
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import MODELS, model_file
+from featinv_nodes.worlds.drawn import DRAWN
+from featinv_nodes.worlds.drawn.scenes import draw
 from training import cli, demo, evaluate, reconstruct
 from training.data.batch import crops
 from training.models.inversion import open_model
@@ -62,7 +63,7 @@ def test_reconstruct_mixes_and_composes(scenes, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_shipped_models_are_far_above_their_floor(name):
     opened = open_model(name)
-    framed, counts = evaluate.load_pictures(opened, "tiny", 32)
+    framed, counts = evaluate.load_pictures(opened, "drawn", 32)
     results, guided = (evaluate.evaluate(opened, framed, opened.recommended(gradient=step), counts == 1)[0] for step in (0.0, None))
     # the smallest shipped gap is the pooled model's; 0.1 is well below every measured one and far above chance
     assert evaluate.gap_closed(results) > (0.1 if opened.info.source.pooled else 0.6)
@@ -99,7 +100,7 @@ def bad_inputs(tmp_path):
     Image.effect_noise((64, 64), 50).save(cut)
     cut.write_bytes(cut.read_bytes()[:600])
     short = tmp_path / "short.safetensors"
-    short.write_bytes((FOLDER / "tiny_cnn_last.safetensors").read_bytes()[:100_000])
+    short.write_bytes(model_file("tiny_cnn_last").read_bytes()[:100_000])
     return {"text": text, "dot": dot, "huge": huge, "cut": cut, "short": short}
 
 
@@ -120,7 +121,7 @@ def bad_inputs(tmp_path):
 )
 def test_bad_input_is_named_and_leaves_nothing(scenes, tmp_path, arguments, message):
     files = bad_inputs(tmp_path) | {
-        "none": tmp_path / "none.png", "good": scenes[0], "vae": FOLDER / "base" / "vae" / "diffusion_pytorch_model.safetensors",
+        "none": tmp_path / "none.png", "good": scenes[0], "vae": DRAWN.base_folder / "vae" / "diffusion_pytorch_model.safetensors",
     }
     out = tmp_path / "out"
     with pytest.raises(FeatInvError, match=message):

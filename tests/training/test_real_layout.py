@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import DEFAULT, read_config
 from training.models.base_model import load_base
 from training.models.inversion import open_model

@@ -10,8 +10,8 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import read_info
-from featinv_nodes.tiny_world import model_file
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import model_file
+from featinv_nodes.worlds.drawn.scenes import draw
 from training import evaluate, fit_scope, reconstruct, visualize_concepts
 from training.cli import model_parser, open_from
 from training.evaluation.suites.cost import choose
@@ -199,7 +199,7 @@ def test_options_reach_the_sampling(opened):
 def test_edited_maps_are_drawn_without_the_gradient_that_the_files_recommend(opened):
     assert opened.recommended().gradient > 0 and open_from(model_parser("").parse_args([]))[1] == opened.recommended()
     for program in (visualize_concepts.arguments(), fit_scope.arguments()):
-        wanted = [word for action in program._actions if action.required for word in (action.option_strings[0], "tiny")]
+        wanted = [word for action in program._actions if action.required for word in (action.option_strings[0], "drawn")]
         assert open_from(program.parse_args(wanted))[1] == opened.recommended(gradient=0.0)
 
 

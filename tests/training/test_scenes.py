@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from featinv_nodes.tiny_world.scenes import GROUPS, PALETTE, _uniforms, draw
-from featinv_nodes.tiny_world.shapes import SHAPES, signed_distance
+from featinv_nodes.worlds.drawn.scenes import GROUPS, PALETTE, _uniforms, draw
+from featinv_nodes.worlds.drawn.shapes import SHAPES, signed_distance
 
 
 def test_a_scene_depends_on_seed_and_index_alone():

@@ -10,8 +10,8 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_metadata, read_tensors
 from featinv_nodes.core.scope import LEVELS
 from featinv_nodes.core.weights import load_scope
-from featinv_nodes.tiny_world import model_file
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import model_file
+from featinv_nodes.worlds.drawn.scenes import draw
 from training import fit_scope, measure_scope, reconstruct
 from training.measure_scope import auroc, rank_correlation
 
@@ -38,7 +38,7 @@ def save_scenes(folder, numbers):
 def test_fit_adds_statistics_and_changes_nothing_else(bare, tmp_path):
     out = tmp_path / "fitted.safetensors"
     before = bare.read_bytes()
-    fit_scope.main(["--model", str(bare), "--data", "tiny", "--count", "200", "--drawn", "4", "--steps", "1", "--out", str(out)])
+    fit_scope.main(["--model", str(bare), "--data", "drawn", "--count", "200", "--drawn", "4", "--steps", "1", "--out", str(out)])
     assert bare.read_bytes() == before and load_scope(bare) is None
     scope = load_scope(out)
     assert scope.maps == 200 and len(scope.quantiles["cycle"]) == len(LEVELS)
@@ -46,7 +46,7 @@ def test_fit_adds_statistics_and_changes_nothing_else(bare, tmp_path):
     assert {k for k in new if not k.startswith("scope.")} == set(old)
     assert all(torch.equal(old[k], new[k]) and old[k].dtype == new[k].dtype for k in old)
     assert read_metadata(out)["featinv"] == read_metadata(bare)["featinv"]
-    fit_scope.main(["--model", str(out), "--data", "tiny", "--count", "220", "--drawn", "0"])  # again, in place
+    fit_scope.main(["--model", str(out), "--data", "drawn", "--count", "220", "--drawn", "0"])  # again, in place
     assert load_scope(out).maps == 220 and "cycle" not in load_scope(out).quantiles
     assert sorted(f.name for f in tmp_path.iterdir()) == ["bare.safetensors", "fitted.safetensors"]
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
-from featinv_nodes.tiny_world.scenes import draw
-from training.tiny import autoencoder, backbones, base
-from training.tiny.loop import train_stage
+from featinv_nodes.worlds.drawn.scenes import draw
+from training.models.base_model import load_base
+from training.worlds import autoencoder, backbones, base
+from training.worlds.loop import train_stage
 
 
 def regress(work, **changes):
@@ -72,7 +73,8 @@ def test_base_stage_caches_latents_once(tmp_path, monkeypatch):
     for name, value in {"CACHED": 200, "PART": 100}.items():
         monkeypatch.setattr(base, name, value)
     small = {"images": 600, "batch": 64, "compile": False}
-    unet = base.train_base(tmp_path, PatchAutoencoder(), **small)
-    assert len(list((tmp_path / "latents").glob("*.pt"))) == 2
-    further = base.train_base(tmp_path / "more", PatchAutoencoder(), **small, start=unet.requires_grad_(True))
-    assert further.config.in_channels == 24
+    latents = base.cached_latents(tmp_path, PatchAutoencoder(), "cpu", 200)
+    assert len(list((tmp_path / "latents").glob("*.pt"))) == 2 and latents.shape == (200, 24, 8, 8)
+    unet = base.train_base(tmp_path, base.build(), lambda count: latents[torch.randint(200, (count,))].float(), **small)
+    base.write_base(tmp_path / "base", unet, PatchAutoencoder(), "a prompt")
+    assert torch.equal(load_base(tmp_path / "base", "a prompt").unet.conv_in.weight, unet.conv_in.weight.half().float())

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import load_scope
-from featinv_nodes.tiny_world import model_file
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import model_file
+from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import CONFIGS, DEFAULT, read_config
 from training.data.listing import Folder, open_listing
-from training.data.loader import Photographs, TinyWorld, loader
+from training.data.loader import Photographs, Scenes, loader
 from training.loop import memory
 from training.loop.objective import observed_features, training_loss
 from training.loop.schedule import rate_at
@@ -265,11 +265,11 @@ def test_image_folder_is_a_function_of_seed_and_number(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(FeatInvError, match="no images"):
         open_listing(str(tmp_path / "none"), None)
-    with pytest.raises(FeatInvError, match="neither 'tiny' nor a folder"):
+    with pytest.raises(FeatInvError, match="neither 'drawn' nor a folder"):
         open_listing(str(tmp_path / "nothing"), None)
 
 
 def test_processes_share_a_global_batch_without_overlap():
-    whole = next(loader(TinyWorld(0), 8, 8, 0, 1, 0)).tensors["pictures"]
-    parts = [next(loader(TinyWorld(0), 8, 4, rank, 2, 0)).tensors["pictures"] for rank in range(2)]
+    whole = next(loader(Scenes(0), 8, 8, 0, 1, 0)).tensors["pictures"]
+    parts = [next(loader(Scenes(0), 8, 4, rank, 2, 0)).tensors["pictures"] for rank in range(2)]
     assert torch.equal(torch.cat(parts), whole)

@@ -10,14 +10,14 @@ from sklearn.metrics import roc_auc_score
 from featinv_nodes.core.concepts import load_concepts
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.steering import difference, edit, slope
-from featinv_nodes.tiny_world import CONCEPTS, FOLDER
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import concepts_file
+from featinv_nodes.worlds.drawn.scenes import draw
 from training import measure_concepts, visualize_concepts
 from training.concepts import localisation
 from training.concepts.viz import Request, visualize
 from training.models.inversion import open_model
 from training.models.pipeline import noise
-from training.tiny import concepts as tiny_concepts
+from training.worlds import concepts as tiny_concepts
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def opened():
 
 @pytest.fixture(scope="module")
 def concepts():
-    return load_concepts(FOLDER / CONCEPTS)
+    return load_concepts(concepts_file("tiny_cnn_concepts"))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from ..config import TrainConfig
 from ..models.base_model import BaseModel
 from ..verified import is_whole, write_verified
 from .batch import Batch
-from .loader import Photographs, TinyWorld, fill, open_source, sides
+from .loader import Photographs, Scenes, fill, open_source, sides
 from .stream import Stream
 
 SHARD = 4096
@@ -95,7 +95,7 @@ def _opened(folder: Path, name: str, view: int, first: int) -> tuple[object, dic
     return opened.get_slice(name), json.loads(opened.metadata()["failed"])
 
 
-def parts_of(config: TrainConfig, source: TinyWorld | Photographs, base: BaseModel, backbone: Backbone) -> list[Part]:
+def parts_of(config: TrainConfig, source: Scenes | Photographs, base: BaseModel, backbone: Backbone) -> list[Part]:
     """The parts that the configuration asks for, with what their rows must be of."""
     views = config.views if isinstance(source, Photographs) else 1
     crops = {
@@ -124,7 +124,7 @@ def digest(module: nn.Module) -> str:
 class Cached(Dataset):
     """A source whose rows are in a cache; what is not there is rendered from the pictures as before."""
 
-    def __init__(self, source: TinyWorld | Photographs, parts: list[Part]) -> None:
+    def __init__(self, source: Scenes | Photographs, parts: list[Part]) -> None:
         self.source, self.parts = source, parts
         self.name, self.place, self.fingerprint = source.name, source.place, source.fingerprint
         self._rest = len(parts) == 1  # the latents alone: features come from the pictures
@@ -141,7 +141,7 @@ class Cached(Dataset):
         return fill(self, numbers)
 
 
-def open_pictures(config: TrainConfig, base: BaseModel, backbone: Backbone, device: torch.device | str, rank: int, processes: int) -> TinyWorld | Photographs | Stream | Cached:
+def open_pictures(config: TrainConfig, base: BaseModel, backbone: Backbone, device: torch.device | str, rank: int, processes: int) -> Scenes | Photographs | Stream | Cached:
     """The configuration's pictures, from its cache where it names one, every shard of which is read once by one of the
     processes. Raises FeatInvError for a cache of something else, or an incomplete one."""
     wanted = sides(base, backbone)

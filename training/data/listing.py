@@ -143,7 +143,7 @@ def open_listing(data: str, images: int | None) -> Listing:
         shards = sorted(Path(data).glob("*.tar"))
         found = TarShards(shards) if shards else Folder(Path(data))
     else:
-        raise FeatInvError(f"data {data!r} is neither 'tiny' nor a folder, nor '{HUGGING_FACE}' and the name of a Hugging Face data set")
+        raise FeatInvError(f"data {data!r} is neither 'drawn' nor a folder, nor '{HUGGING_FACE}' and the name of a Hugging Face data set")
     if not found.names:
         raise FeatInvError(f"no images ({', '.join(sorted(SUFFIXES))}) below {data}")
     return found if images is None else Part(found, images)

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import drawing_world
+from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..config import STREAM, TrainConfig
 from ..models.base_model import BaseModel
@@ -23,7 +24,7 @@ from .stream import Reading, Stream
 AT_ONCE = 4096  # scenes drawn together on a GPU, where a batch takes no longer than a few
 
 
-class TinyWorld(Dataset):
+class Scenes(Dataset):
     """Training scenes drawn on the fly, on the device; image number n is scene n, or n modulo `images`."""
 
     def __init__(self, seed: int, device: torch.device | str = "cpu", images: int | None = None) -> None:
@@ -152,10 +153,10 @@ def sides(base: BaseModel, backbone: Backbone) -> dict[str, int]:
     return {"pictures": side} if side == base.resolution else {"pictures": side, "target": base.resolution}
 
 
-def open_source(config: TrainConfig, wanted: dict[str, int], device: torch.device | str = "cpu") -> TinyWorld | Photographs | Stream:
+def open_source(config: TrainConfig, wanted: dict[str, int], device: torch.device | str = "cpu") -> Scenes | Photographs | Stream:
     """The configuration's pictures, cropped to the `wanted` sides. Raises FeatInvError where there are none."""
-    if config.data == "tiny":
-        return TinyWorld(config.seed, device, config.images)
+    if drawing_world(config.data):
+        return Scenes(config.seed, device, config.images)
     if config.data.startswith(STREAM):
         return Stream(config.data, wanted, config.flips, config.seed)
     return Photographs(open_listing(config.data, config.images), wanted, config.flips, config.seed, config.views)

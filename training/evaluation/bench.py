@@ -10,7 +10,7 @@ from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.weights import InversionInfo, read_info
-from featinv_nodes.tiny_world import model_file, open_backbone
+from featinv_nodes.worlds import model_file, open_backbone
 
 from ..models.inversion import ATTEMPT, Opened, open_model
 from ..models.pipeline import Sampling, round_trip

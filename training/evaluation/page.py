@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from featinv_nodes.worlds.drawn import DRAWN
+
 from .bench import CEILING, FLOOR
 from .report import cell, set_measures
 from .suites.corruptions import CLEAN, CORRUPTIONS
@@ -67,7 +69,7 @@ def layers_by_another(found: dict) -> list[str]:
 
 
 def cross_model(found: dict) -> list[str]:
-    judges = {"tiny-cnn": "resnet10t.tiny_world", "tiny-vit": "vit_tiny_patch16_224.tiny_world"}
+    judges = {short: backbone.name for short, backbone in DRAWN.backbones.items()}
     names = {f"{word} by {short}": f"{full}: {name}" for word, name in (("top-1", "top1_match"), ("cosine", "cosine")) for short, full in judges.items()}
     return figures_by_arm(found, [FLOOR, *models(found), CEILING], names)[:-1]
 

@@ -2,7 +2,7 @@
 
 Its published checkpoints hold the UNet of Dhariwal and Nichol (2021) in that code's names, and one linear layer that adds
 the vector to the timestep's embedding. Here it is diffusers' UNet of the same architecture, under diffusers' names. The
-embedded world's small one (training/tiny/rcdm.py) is a safetensors file in these names, with a JSON text under the key
+embedded world's small one (training/worlds/rcdm.py) is a safetensors file in these names, with a JSON text under the key
 "rcdm": {"widths", "resolution", "source", "steps", "images_seen", "gmac_per_picture", "gmac"}.
 """
 

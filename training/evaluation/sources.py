@@ -19,7 +19,8 @@ from torch import Tensor
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import LARGEST, SMALLEST, as_seen
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import drawing_world
+from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..data.batch import Unreadable
 from ..data.listing import HUGGING_FACE, Chosen, Listing, Part, TarShards, fingerprint, open_listing
@@ -105,11 +106,11 @@ def class_folder(name: str, shards: bool) -> str | None:
 def open_source(data: str, count: int | None = None, per_class: int | None = None) -> Source:
     """Pictures to judge a model on.
 
-    data: "tiny", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set on disk.
+    data: "drawn", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set on disk.
     count: as many, evenly spread over the names (of the embedded world the first ones); None for all. per_class: the
     first as many by name of each class folder or label, class by class. Raises FeatInvError where there are none, or fewer.
     """
-    if data == "tiny":
+    if drawing_world(data):
         if per_class is not None:
             raise FeatInvError("--per-class: the embedded world has no class folders; use --count")
         return Scenes(count or 500)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.tiny_world import open_backbone
+from featinv_nodes.worlds import open_backbone
 
 from ..config import TrainConfig
 from ..models.base_model import BaseModel, load_base

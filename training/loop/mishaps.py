@@ -16,7 +16,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 
 from ..cli import write_json, write_text
 from ..config import TrainConfig
-from ..data.loader import Photographs, TinyWorld
+from ..data.loader import Photographs, Scenes
 
 NAMED = 10  # pictures that a process names as it meets them
 ROW = 20  # steps in a row, not finite, that end a run which leaves such steps out
@@ -26,7 +26,7 @@ class Mishaps:
     """pictures: name -> reason of those that were replaced, of this process; steps: first image numbers of the steps
     that were left out. Both are part of a checkpoint."""
 
-    def __init__(self, accelerator: Accelerator, output: Path, config: TrainConfig, source: TinyWorld | Photographs, per_step: int) -> None:
+    def __init__(self, accelerator: Accelerator, output: Path, config: TrainConfig, source: Scenes | Photographs, per_step: int) -> None:
         self.accelerator, self.output, self.config, self.source, self.per_step = accelerator, output, config, source, per_step
         self.pictures: dict[str, str] = {}
         self.steps: list[int] = []

@@ -11,7 +11,8 @@ from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen
 from featinv_nodes.core.metrics import cosine
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds import drawing_world
+from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..config import STREAM, TrainConfig
 from ..data.listing import Part, open_listing
@@ -26,7 +27,7 @@ COUNT, SIDE = 8, 512  # pictures, and the pixels a side that their centre is sca
 def held_out(config: TrainConfig) -> Tensor:
     """[COUNT, 3, h, w] pictures that training does not see: held-out scenes; of photographs, whose augmented versions
     it does see, an even choice, of a stream the first, less those that cannot be read. Raises FeatInvError if none can."""
-    if config.data == "tiny":
+    if drawing_world(config.data):
         return draw(config.seed, torch.arange(COUNT), "held-out").image
     if config.data.startswith(STREAM):
         found = [_square(picture) for picture in first_pictures(config.data, COUNT)]

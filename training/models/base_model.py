@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import HUB
-from featinv_nodes.core.patch_autoencoder import PATCH, PatchAutoencoder
-from featinv_nodes.tiny_world import FOLDER
+from featinv_nodes.core.files import HUB, is_in_8_bits, read_weights
+from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
+from featinv_nodes.worlds import find_world
 
 from . import stable_diffusion
 
@@ -46,8 +46,8 @@ class BaseModel:
     @property
     def downscale(self) -> int:
         """Pixels per latent cell."""
-        tiny = isinstance(self.vae, PatchAutoencoder)
-        return PATCH if tiny else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        patches = isinstance(self.vae, PatchAutoencoder)
+        return self.vae.patch if patches else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def resolution(self) -> int:
@@ -96,7 +96,7 @@ def in_own_precision(frozen: UNet2DConditionModel | AutoencoderKL) -> Iterator[C
 def load_base(path: str | Path, prompt: str) -> BaseModel:
     """Reads a base model from local files; the network is never asked.
 
-    path: "tiny", the embedded one; a diffusers folder (unet/, vae/, scheduler/ and either text_encoder/ and tokenizer/
+    path: an embedded world's base model, by its name; a diffusers folder (unet/, vae/, scheduler/ and either text_encoder/ and tokenizer/
     or prompts.safetensors, which holds an embedding per prompt); a single .safetensors or .ckpt file of Stable
     Diffusion 1.x; or a repository in the hub's cache, owner/name, or owner/name/FILE for a
     single file. The text encoder is used once and let go. Raises FeatInvError for what is none of these, lacks a part, or is another architecture.
@@ -104,7 +104,7 @@ def load_base(path: str | Path, prompt: str) -> BaseModel:
     if str(path).endswith((".safetensors", ".ckpt")):
         unet, vae, scheduler, text = _from_file(Path(path), prompt)
     else:
-        unet, vae, scheduler, text = _from_folder(FOLDER / "base" if str(path) == "tiny" else _folder(str(path)), prompt)
+        unet, vae, scheduler, text = _from_folder(world.base_folder if (world := find_world(str(path))) else _folder(str(path)), prompt)
     c = unet.config
     if c.addition_embed_type or c.class_embed_type or c.in_channels != c.out_channels or text[prompt].shape[2] != c.cross_attention_dim:
         raise FeatInvError(
@@ -134,7 +134,7 @@ def _from_folder(folder: Path, prompt: str) -> Loaded:
     missing = [part for part in ("unet", "vae", "scheduler", *texts) if not (folder / part).is_dir()]
     if missing:
         raise FeatInvError(f"base model {folder}: no folder {', '.join(missing)}; expected a diffusers folder, as python3 run.py download CONFIG fetches it")
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    unet = _load_unet(folder / "unet")
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
     if file.is_file():
         text = {name: value.float() for name, value in load_file(file).items()}
@@ -146,6 +146,16 @@ def _from_folder(folder: Path, prompt: str) -> Loaded:
         encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
         text = _embeddings(encoder, CLIPTokenizer.from_pretrained(folder / "tokenizer"), prompt)
     return unet, load_vae(folder / "vae"), scheduler, text
+
+
+def _load_unet(folder: Path) -> UNet2DConditionModel:
+    """diffusers' own reader, or for 8 bits, which it does not know, ours."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    if not file.is_file() or not is_in_8_bits(file):
+        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    unet.load_state_dict(read_weights(file))
+    return unet
 
 
 def _from_file(file: Path, prompt: str) -> Loaded:
@@ -170,4 +180,4 @@ def load_vae(folder: Path) -> AutoencoderKL | PatchAutoencoder:
     """The autoencoder of a base model folder, by its config.json."""
     if json.loads((folder / "config.json").read_text())["_class_name"] != "PatchAutoencoder":
         return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    return PatchAutoencoder.load(folder / "diffusion_pytorch_model.safetensors")
+    return PatchAutoencoder.load(folder)

@@ -13,7 +13,7 @@ from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.weights import InversionInfo, read_info
-from featinv_nodes.tiny_world import model_file, open_backbone
+from featinv_nodes.worlds import World, find_world, model_file, open_backbone
 
 from .base_model import BaseModel, load_base
 from .pipeline import Inversion, Sampling, noise, sample
@@ -31,8 +31,9 @@ class Opened:
     model: Inversion
 
     @property
-    def is_tiny(self) -> bool:
-        return self.info.base["name"] == "tiny"
+    def world(self) -> World | None:
+        """The embedded world that the model belongs to, if any."""
+        return find_world(self.info.base["name"])
 
     def features(self, framed: Tensor) -> FeatureMap:
         """Feature maps of pictures [B, 3, *input_size] at the model's own layer and pooling."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.weights import InversionInfo
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..loop.log import peak_memory
 from ..models.inversion import Opened, open_model

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import model_file
+from featinv_nodes.worlds import model_file
 
 from ...models.pipeline import Sampling
 from ..bench import FLOOR, ORIGINAL, Bench, Choice, Subject, own_judge

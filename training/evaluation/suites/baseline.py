@@ -12,6 +12,7 @@ from torch import Tensor
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import top_k_match
+from featinv_nodes.worlds import find_world
 
 from ...models import base_model, stable_diffusion
 from ...models.pipeline import sample
@@ -36,8 +37,8 @@ class Baseline(Suite):
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
         super().__init__(bench, args)
         self.base = args.base or bench.info(self.choice).base["name"]
-        if self.base == "tiny":
-            raise FeatInvError("suite baseline needs a base model that reads text; the embedded one reads none. The nearest to it is the floor of suite quality")
+        if find_world(self.base):
+            raise FeatInvError("suite baseline needs a base model that reads text; the embedded ones read none. The nearest to it is the floor of suite quality")
         self.require_imagenet()
         unnamed = [n for n, c in zip(bench.source.names, bench.source.classes) if c not in bench.source.labels]
         if unnamed:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from featinv_nodes.core.feature_map import FeatureMap
-from featinv_nodes.tiny_world import model_file
+from featinv_nodes.worlds import model_file
 
 from ...models.inversion import Opened
 from ...models.pipeline import SOLVERS, Sampling

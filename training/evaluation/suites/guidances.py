@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from featinv_nodes.core.backbones import LAST
-from featinv_nodes.tiny_world import open_backbone
+from featinv_nodes.worlds import find_world, open_backbone
 
 from ...models.pipeline import Sampling
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench, Subject
@@ -65,8 +65,8 @@ def pair(features: float, text: float) -> str:
 def witnessed(suite: Suite) -> Subject:
     """The model of --model, judged by its own backbone and by one that took no part, where there is one."""
     subject, name = suite.one_subject(), suite.args.witness
-    if name is None and suite.args.data == "tiny":
-        name = "tiny-cnn" if suite.bench.info(suite.choice).source.backbone.startswith("vit") else "tiny-vit"
+    if name is None and (world := find_world((info := suite.bench.info(suite.choice)).base["name"])):
+        name = world.independent.get(info.source.backbone)
     if name:
         subject.judges[WITNESS] = Judge(open_backbone(name).to(suite.bench.device), {"cosine": (LAST, False)})
     return subject

@@ -9,7 +9,7 @@ import torch
 
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.tiny_world import open_backbone
+from featinv_nodes.worlds import open_backbone
 
 from ...models.pipeline import Sampling
 from ..bench import CEILING, FLOOR, Bench, Choice

@@ -11,7 +11,7 @@ import torch
 
 from featinv_nodes.core.files import read_metadata, read_tensors, write_safetensors
 from featinv_nodes.core.weights import read_info
-from featinv_nodes.tiny_world import model_file
+from featinv_nodes.worlds import model_file
 
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..report import Report, by_arm, figures_of, heat_map, shown

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.concepts import Concepts
-from featinv_nodes.tiny_world.scenes import BACKGROUNDS, draw
+from featinv_nodes.worlds.drawn.scenes import BACKGROUNDS, draw
 
 OBJECT = "object"
 SCENES, COVER, FAR, LEAST = 4000, 0.9, 0.02, 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from featinv_nodes.tiny_world.scenes import GROUPS, SIZE, Scenes, draw
+from featinv_nodes.worlds.drawn.scenes import GROUPS, SIZE, Scenes, draw
 
 from .loop import train_stage
 

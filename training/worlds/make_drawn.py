@@ -1,46 +1,41 @@
-"""Makes the embedded world's weights, stage by stage, from nothing.
+"""Makes the drawn world: backbones, autoencoder, base model and inversion models, from scenes that the code draws.
 
-    python training/make_tiny_world.py                 all stages in order
-    python training/make_tiny_world.py --stage vit     one of them
-    python training/make_tiny_world.py --stage base --further --work out/more     train what is shipped further
-
-Stages: cnn, vit (backbones), autoencoder, decoder (again, for noisy latents), base, the four inversion models, rcdm (what
-the evaluation compares with), scope statistics, concepts, card. Each goes on where it was stopped and writes its result into
-featinv_nodes/tiny_world/ when it is done, rcdm into training/evaluation/ as only the evaluation reads it. The stage card measures everything and writes CARD.md, which also says how long the stages took, and with which --images, --batch
-and --graph the shipped files were made on a GPU.
+Each stage writes its result into featinv_nodes/worlds/drawn/ when it is done, rcdm into training/evaluation/ as only the
+evaluation reads it. The stage card measures everything and writes CARD.md, which also says how long the stages took, and
+with which --images, --batch and --graph the shipped files were made on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from diffusers import DDIMScheduler
 
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.concepts import save_concepts
 from featinv_nodes.core.files import write_safetensors
 from featinv_nodes.core.weights import load_inversion, save_inversion
-from featinv_nodes.tiny_world import BACKBONES, CONCEPTS, FOLDER, MODELS, open_backbone
-from training.cli import run
+from featinv_nodes.worlds import concepts_file, open_backbone
+from featinv_nodes.worlds.drawn import DRAWN, FOLDER
+from featinv_nodes.worlds.drawn.scenes import draw
+from training.cli import write_json
 from training.config import CONFIGS, read_config
 from training.evaluation.rcdm import EMBEDDED, save_rcdm
 from training.fit_scope import ship_scope
 from training.loop.graph import check_device
 from training.models.base_model import load_base, load_vae
-from training.tiny import autoencoder, backbones, base, rcdm
-from training.tiny.card import write_card
-from training.tiny.concepts import fit_concepts
 from training.train import train
+
+from . import autoencoder, backbones, base, rcdm
+from .card import write_card
+from .concepts import fit_concepts
+from .loop import images_seen
 
 #: pictures that two processor cores see in hours; the shipped files saw more on a GPU, see CARD.md
 INVERSION_IMAGES = {"tiny_cnn_last": 180_000, "tiny_cnn_stage": 90_000, "tiny_cnn_pooled": 15_000, "tiny_vit_last": 90_000}
-STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *MODELS, "rcdm", "scope", "concepts", "card")
+STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *DRAWN.models, "rcdm", "scope", "concepts", "card")
 
 
 def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -51,7 +46,7 @@ def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def ship_backbone(kind: str, work: Path, device: str) -> None:
     model = backbones.train_cnn(work, device) if kind == "cnn" else backbones.train_vit(work, load_cnn(), device)
     model = model.cpu()
-    folder = FOLDER / BACKBONES[f"tiny-{kind}"][0]
+    folder = DRAWN.backbones[f"tiny-{kind}"].folder
     architecture, arguments = backbones.SPECS[kind]
     config = {
         "architecture": architecture, "num_classes": len(backbones.CLASSES), "model_args": arguments,
@@ -72,22 +67,25 @@ def load_cnn() -> torch.nn.Module:
 
 def ship_autoencoder(work: Path, device: str, decoder: bool) -> None:
     if decoder:
-        vae = autoencoder.train_decoder(work, load_vae(FOLDER / "base" / "vae"), load_cnn(), device)
+        cnn = load_cnn().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        pictures = lambda numbers: backbones.normalise(draw(0, numbers + autoencoder.IMAGES).image)  # noqa: E731
+        maps_of, images = autoencoder.stages_of(cnn), autoencoder.DECODER_IMAGES
+        vae = autoencoder.train_decoder(work, load_vae(DRAWN.base_folder / "vae"), pictures, maps_of, device, images=images)
     else:
         vae = autoencoder.train_autoencoder(work, load_cnn(), device)
-    folder = FOLDER / "base" / "vae"
+    folder = DRAWN.base_folder / "vae"
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", half(vae), {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"_class_name": "PatchAutoencoder"}) + "\n")
+    write_json(folder / "config.json", vae.config)
 
 
 def ship_base(work: Path, device: str, further: bool, scale: dict) -> None:
-    folder = FOLDER / "base"
-    start = load_base("tiny", base.PROMPT).unet.requires_grad_(True) if further else None
-    unet = base.train_base(work, load_vae(folder / "vae"), device, start=start, **scale).cpu()
-    unet.half().save_pretrained(folder / "unet")
-    DDIMScheduler(**base.SCHEDULE).save_pretrained(folder / "scheduler")
-    text = base.prompt_embeddings()
-    write_safetensors(folder / "prompts.safetensors", {base.PROMPT: text["prompt"], "": text["empty"]}, {"format": "pt"})
+    """The base model, new or the shipped one trained further, on cached latents of training scenes."""
+    vae, scale = load_vae(DRAWN.base_folder / "vae"), {"images": base.IMAGES} | scale
+    start = load_base(DRAWN.base, DRAWN.prompt).unet.requires_grad_(True) if further else base.build()
+    latents = base.cached_latents(work, vae, device, min(base.CACHED, scale["images"] // 3)).to(device)
+    some = lambda count: latents[torch.randint(len(latents), (count,), device=device)].float()  # noqa: E731
+    unet = base.train_base(work, start, some, device, **scale).cpu()
+    base.write_base(DRAWN.base_folder, unet, vae.cpu(), DRAWN.prompt)
 
 
 def ship_inversion(name: str, work: Path, further: bool, scale: dict) -> None:
@@ -105,29 +103,28 @@ def ship_rcdm(work: Path, device: str, images: int, file: Path = EMBEDDED) -> No
     """The embedded world's RCDM; of a finished checkpoint in `work` only the file is made."""
     backbone = open_backbone("tiny-cnn")
     model = rcdm.train_rcdm(work, backbone, images, device)
-    seen = torch.load(work / "rcdm.pt", map_location="cpu", weights_only=True, mmap=True)["seen"]
+    seen = images_seen(work, "rcdm")
     about = {"steps": rcdm.STEPS, "images_seen": seen, "gmac_per_picture": round(rcdm.COST, 3), "gmac": round(seen * rcdm.COST)}
     save_rcdm(file, model, backbone.source(LAST, True), about)
     print("rcdm", json.dumps(about))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone")
-    parser.add_argument("--work", type=Path, default=Path("out/tiny_world"), help="folder of the checkpoints")
+    parser.add_argument("--work", type=Path, default=Path("out/worlds/drawn"), help="folder of the checkpoints")
     parser.add_argument("--further", action="store_true", help="train the shipped base or inversion models further instead of new ones")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
     parser.add_argument("--images", type=int, help="pictures seen by the base, inversion model or RCDM (default: what two processor cores do in hours)")
     parser.add_argument("--batch", type=int, help="pictures per step of these")
     parser.add_argument("--rate", type=float, help="peak learning rate of these")
     parser.add_argument("--graph", action="store_true", help="one CUDA graph per step instead of torch.compile, for these")
-    args = parser.parse_args()
+
+
+def make(args: argparse.Namespace) -> None:
+    """All stages in order, or the one asked for."""
     scale = {k: v for k, v in {"images": args.images, "batch": args.batch, "rate": args.rate}.items() if v is not None}
     scale |= {"graph": True, "compile": False} if args.graph else {}
     if args.graph:
         check_device(args.device)
-    torch.set_num_threads(args.threads)
     for stage in [args.stage] if args.stage else STAGES:
         if stage in ("cnn", "vit"):
             ship_backbone(stage, args.work, args.device)
@@ -138,15 +135,11 @@ def main() -> None:
         elif stage == "rcdm":
             ship_rcdm(args.work, args.device, args.images or rcdm.IMAGES)
         elif stage == "concepts":
-            save_concepts(FOLDER / CONCEPTS, fit_concepts(open_backbone("tiny-cnn")))
+            save_concepts(concepts_file("tiny_cnn_concepts"), fit_concepts(open_backbone("tiny-cnn")))
         elif stage == "scope":
-            for name in MODELS:
+            for name in DRAWN.models:
                 ship_scope(name)
         elif stage == "card":
             write_card()
         else:
             ship_inversion(stage, args.work, args.further, scale)
-
-
-if __name__ == "__main__":
-    run(main)

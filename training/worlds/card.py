@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from featinv_nodes.core.metrics import bootstrap, cosine, top_k_match
-from featinv_nodes.tiny_world import BACKBONES, FOLDER, MODELS, open_backbone
+from featinv_nodes.worlds import open_backbone
+from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 
 from ..evaluate import evaluate, gap_closed, load_pictures
 from ..models.inversion import Opened, open_model
@@ -26,9 +27,9 @@ Guidance scales were chosen on 150 held-out scenes other than those reported, th
 
 The backbones and the autoencoder were trained on two processor cores, the rest on one NVIDIA H100:
 
-    python training/make_tiny_world.py --stage base --images 14000000 --batch 512 --rate 2e-3 --graph            5 min
-    python training/make_tiny_world.py --stage MODEL --images 2345472 --batch 256 --graph                        7 min
-    python training/make_tiny_world.py --stage tiny_cnn_stage --further --images 5263616 --batch 256 --rate 1e-3 --graph   5 min
+    python training/make_world.py drawn --stage base --images 14000000 --batch 512 --rate 2e-3 --graph            5 min
+    python training/make_world.py drawn --stage MODEL --images 2345472 --batch 256 --graph                        7 min
+    python training/make_world.py drawn --stage tiny_cnn_stage --further --images 5263616 --batch 256 --rate 1e-3 --graph   5 min
 
 The second line for the three models of spatial maps, side by side with tiny_cnn_pooled (529,664 pictures).
 
@@ -51,8 +52,7 @@ def entry(result: dict, percent: bool = False) -> str:
 def second_opinion(opened: Opened, framed: Tensor, drawn: dict[str, Tensor], single: Tensor) -> dict[str, tuple[str, str]]:
     """How faithful pictures are to the embedded backbone that took no part in the model's training: its last layer's
     cosine, and the match of its top-1 shape on scenes of one object. A model that only fools its own backbone fails here."""
-    (name,) = [short for short, (_, full) in BACKBONES.items() if full != opened.info.source.backbone]
-    backbone = open_backbone(name)
+    backbone = open_backbone(DRAWN.independent[opened.info.source.backbone])
     original, found = backbone.extract(framed), {}
     part = backbone.groups["shape"]
     for what, pictures in drawn.items():
@@ -69,9 +69,9 @@ def model_rows() -> list[str]:
         "| model | cosine | floor | ceiling | way closed | cosine, mean removed | shape % | colour % | texture % | background % | other backbone: cosine | shape % |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in MODELS:
+    for name in DRAWN.models:
         opened = open_model(name)
-        framed, counts = load_pictures(opened, "tiny", COUNT)
+        framed, counts = load_pictures(opened, "drawn", COUNT)
         for row, how in ((name, opened.recommended()), (f"{name}, without the gradient", opened.recommended(gradient=0.0))):
             results, drawn = evaluate(opened, framed, how, counts == 1)
             other = second_opinion(opened, framed, drawn, counts == 1)
@@ -80,7 +80,7 @@ def model_rows() -> list[str]:
             cells = [entry(r["cosine"]), f"{results['floor']['cosine']['value']:.3f}", f"{results['ceiling']['cosine']['value']:.3f}",
                      f"{gap_closed(results):.1%}", entry(r["cosine_centred"]), *matches, *other["reconstruction"]]  # fmt: skip
             rows.append(f"| {row} | {' | '.join(cells)} |")
-        if name == MODELS[0]:
+        if name == DRAWN.models[0]:
             c = results["ceiling"]
             matches = [entry(c[f"{group}_match_single"], percent=True) for group in ("shape", "colour", "texture", "background")]
             ceiling = f"| *autoencoder alone* | {entry(c['cosine'])} | | | | {entry(c['cosine_centred'])} | {' | '.join([*matches, *other['ceiling']])} |"
@@ -91,12 +91,12 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
     """Measures everything that is shipped and writes the card."""
     lines = [
         "# The embedded world: card", "",
-        "Weights of a complete FeatInv set-up at 64 pixels, made from nothing by `python training/make_tiny_world.py` and",
-        "measured by `python training/make_tiny_world.py --stage card`. Licence: GPL-3.0, like the code; the pictures are",
+        "Weights of a complete FeatInv set-up at 64 pixels, made from nothing by `python training/make_world.py drawn` and",
+        "measured by `python training/make_world.py drawn --stage card`. Licence: GPL-3.0, like the code; the pictures are",
         "drawn by the code, no foreign data took part. All files are fp16 safetensors.", "",
         "## Parts", "", "| part | what it is | pictures seen | seed | score on held-out scenes |", "|---|---|---|---|---|",
     ]
-    for short in BACKBONES:
+    for short in DRAWN.backbones:
         kind = short.removeprefix("tiny-")
         architecture, _ = backbones.SPECS[kind]
         scores = backbones.accuracy(open_backbone(short).model)
@@ -106,7 +106,7 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         f"| autoencoder | patches' principal components with residual networks, 8 x 8 x 24 | {autoencoder.STOP:,}, then {autoencoder.DECODER_IMAGES:,} for the decoder | 0 | see below |",
         f"| base | diffusers `UNet2DConditionModel` {base.WIDTHS}, velocity, SD 1.x schedule | {BASE_SEEN:,} | 0 | - |",
     ]
-    for name in MODELS:
+    for name in DRAWN.models:
         info = open_model(name).info
         lines.append(f"| {name} | ControlNet and encoder for {info.source.describe()} | {info.images_seen:,} | {info.config['seed']} | see below |")
     lines += [
@@ -116,6 +116,6 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         "that. Matches: the backbone's own top-1 class on scenes of one object.", "",
         *model_rows(), "",
     ]
-    lines += ["Recommended settings: " + "; ".join(f"{n} {open_model(n).info.recommended}" for n in MODELS) + ".", ""]
+    lines += ["Recommended settings: " + "; ".join(f"{n} {open_model(n).info.recommended}" for n in DRAWN.models) + ".", ""]
     file.write_text("\n".join(lines))
     print(f"wrote {file}")

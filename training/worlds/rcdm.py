@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import LAST, Backbone
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds.drawn.scenes import draw
 from training.evaluation.rcdm import RCDM, SCHEDULE
 
 from .loop import train_stage

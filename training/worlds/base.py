@@ -1,4 +1,4 @@
-"""The embedded world's base model: a diffusers UNet2DConditionModel with the SD 1.x noise schedule.
+"""A world's base model: a diffusers UNet2DConditionModel with the SD 1.x noise schedule.
 
 It predicts velocity (Salimans and Ho 2022): with noise prediction the loss hardly sees high noise, where the content
 of a small picture is decided. Its "text" is a fixed embedding of the prompt and one of the empty prompt.
@@ -6,6 +6,8 @@ of a small picture is decided. Its "text" is a fixed embedding of the prompt and
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,14 +16,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from featinv_nodes.core.files import write_safetensors, write_weights
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
-from featinv_nodes.tiny_world.scenes import draw
+from featinv_nodes.worlds.drawn import DRAWN
+from featinv_nodes.worlds.drawn.scenes import draw
+from training.cli import write_json
 
 from .backbones import normalise
 from .loop import train_stage
 
 WIDTHS, TOKENS, CONTEXT = (64, 96), 4, 64
-PROMPT = "a drawing of the small world"
+PROMPT = DRAWN.prompt
 IMAGES, BATCH, RATE = 1_000_000, 64, 1.5e-3
 CACHED, PART = 2_000_000, 10_000  # scenes whose latents are kept at most; else each is used about three times
 SCHEDULE = {
@@ -30,13 +35,14 @@ SCHEDULE = {
 }
 
 
-def build() -> UNet2DConditionModel:
-    """The untrained base model: 8 x 8 x 24 latents, one halving, cross-attention at the lower resolution."""
+def build(side: int = 8, channels: int = 24, widths: tuple[int, ...] = WIDTHS, heads: int = 4) -> UNet2DConditionModel:
+    """The untrained base model: side x side x channels latents, a level per width, cross-attention below the first."""
+    below = len(widths) - 1
     return UNet2DConditionModel(
-        sample_size=8, in_channels=24, out_channels=24, block_out_channels=WIDTHS, layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=CONTEXT, attention_head_dim=4, norm_num_groups=32,
-    )
+        sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=widths, layers_per_block=1,
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * below), up_block_types=(*["CrossAttnUpBlock2D"] * below, "UpBlock2D"),
+        cross_attention_dim=CONTEXT, attention_head_dim=heads, norm_num_groups=32,
+    )  # fmt: skip
 
 
 def prompt_embeddings() -> dict[str, Tensor]:
@@ -66,26 +72,22 @@ def cached_latents(work: Path, vae: PatchAutoencoder, device: str, count: int, s
 
 def train_base(
     work: Path,
-    vae: PatchAutoencoder,
+    unet: UNet2DConditionModel,
+    latents: Callable[[int], Tensor],
     device: str = "cpu",
-    seed: int = 0,
-    start: UNet2DConditionModel | None = None,
-    images: int = IMAGES,
     batch: int = BATCH,
     rate: float = RATE,
     compile: bool = True,
-    graph: bool = False,
+    **stage,  # noqa: ANN003 - of train_stage
 ) -> UNet2DConditionModel:
-    """Trains the base model, `start` or a new one, on cached latents; one text in ten is empty."""
-    torch.manual_seed(seed)
-    latents = cached_latents(work, vae, device, min(CACHED, images // 3)).to(device)
-    unet = (start or build()).to(device, memory_format=torch.channels_last)
+    """Trains the base model to predict velocity; one text in ten is empty. latents: a number -> so many random ones."""
+    unet = unet.to(device, memory_format=torch.channels_last)
     forward = torch.compile(unet) if compile else unet
     scheduler = DDIMScheduler(**SCHEDULE)
     text = {name: embedding.to(device) for name, embedding in prompt_embeddings().items()}
 
     def loss_of(indices: Tensor) -> Tensor:
-        z = latents[torch.randint(len(latents), indices.shape, device=device)].float()
+        z = latents(len(indices))
         t, noise = torch.randint(1000, (len(z),), device=device), torch.randn_like(z)
         context = torch.where(torch.rand(len(z), 1, 1, device=device) < 0.1, text["empty"], text["prompt"])
         noisy, wanted = scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)
@@ -93,4 +95,15 @@ def train_base(
             found = forward(noisy.to(memory_format=torch.channels_last), t, context).sample
         return F.mse_loss(found.float(), wanted)
 
-    return train_stage("base", unet, loss_of, images=images, batch=batch, rate=rate, work=work, ema=0.9995, decay=0.01, device=device, graph=graph)
+    return train_stage("base", unet, loss_of, batch=batch, rate=rate, work=work, ema=0.9995, decay=0.01, device=device, **stage)
+
+
+def write_base(folder: Path, unet: UNet2DConditionModel, vae: PatchAutoencoder, prompt: str, dtype: torch.dtype | None = torch.float16) -> None:
+    """A folder in diffusers' layout, its weights as write_weights stores them; prompts.safetensors in place of a text encoder."""
+    for part, module in (("unet", unet), ("vae", vae)):
+        write_weights(folder / part / "diffusion_pytorch_model.safetensors", module.state_dict(), dtype)
+        config = vae.config if part == "vae" else json.loads(unet.to_json_string())
+        write_json(folder / part / "config.json", config)
+    DDIMScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
+    text = prompt_embeddings()
+    write_safetensors(folder / "prompts.safetensors", {prompt: text["prompt"], "": text["empty"]}, {"format": "pt"})

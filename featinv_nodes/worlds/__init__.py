@@ -1,0 +1,63 @@
+"""Embedded worlds: complete set-ups (pictures, backbones, base model, inversion models) that run without a download.
+
+`drawn` knows scenes that the code draws, with true masks; `photo` knows photographs, through a real ImageNet network.
+Made by training/make_world.py; each world's CARD.md says from what.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.feature_map import FeatInvError
+from .drawn import DRAWN
+from .photo import PHOTO
+from .world import World
+
+if TYPE_CHECKING:
+    from ..core.backbones import Backbone
+
+WORLDS = {world.name: world for world in (DRAWN, PHOTO)}
+#: name -> world of all shipped inversion models, each world's in the order of its card
+MODELS = {name: world for world in WORLDS.values() for name in world.models}
+#: short name -> world of all embedded backbones
+BACKBONES = {name: world for world in WORLDS.values() for name in world.backbones}
+#: file name without suffix -> world of the shipped concept files
+CONCEPTS = {name: world for world in WORLDS.values() for name in world.concepts}
+
+
+def find_world(base: str) -> World | None:
+    """The world whose base model has this name in weights files; None for any other base model."""
+    return next((world for world in WORLDS.values() if world.base == base), None)
+
+
+def open_backbone(name: str, weights: str | Path | None = None, input_size: int | None = None) -> Backbone:
+    """An embedded backbone by its short name or the name in a FeatureSource, any other one by load_backbone."""
+    if weights is None:
+        for world in WORLDS.values():
+            for short, backbone in world.backbones.items():
+                if name in (short, backbone.name):
+                    return backbone.open(input_size)
+    from ..core.backbones import load_backbone  # timm takes seconds to import
+
+    return load_backbone(name, weights, input_size)
+
+
+def model_file(name: str) -> Path:
+    """The file of a shipped inversion model, or an existing weights file. Raises FeatInvError, listing the names."""
+    if name in MODELS:
+        return MODELS[name].folder / f"{name}.safetensors"
+    if Path(name).is_file():
+        return Path(name)
+    raise FeatInvError(f"there is no model {name!r}: neither a file nor one of the shipped models {', '.join(MODELS)}")
+
+
+def concepts_file(name: str) -> Path:
+    """The file of shipped concepts, by its name without suffix."""
+    return CONCEPTS[name].folder / f"{name}.safetensors"
+
+
+def drawing_world(data: str) -> World | None:
+    """The world that draws its own pictures, where `data` is its name; None for every other source of pictures."""
+    world = WORLDS.get(data)
+    return world if world and world.draw else None

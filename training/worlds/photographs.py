@@ -1,0 +1,88 @@
+"""Folders of photographs in memory, and random crops of them: what the stages of a world of photographs are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.images import as_seen
+from training.data.listing import open_listing
+
+MARGIN = 1.05  # pictures are kept so much larger than the crops
+KEPT_BACK = 25  # every 25th picture is never trained on: settings are chosen on these
+FEWEST = 200
+
+
+class Photographs:
+    """Square photographs as bytes, on the device.
+
+    pictures: uint8 [N, 3, side, side]. crop: side of the crops in pixels, what the backbone reads. kept_back: uint8 of
+    those that no stage sees.
+    """
+
+    def __init__(self, pictures: Tensor, kept_back: Tensor, crop: int) -> None:
+        self.pictures, self.kept_back, self.crop = pictures, kept_back, crop
+
+    @property
+    def margin(self) -> int:
+        """How many pixels a crop can move."""
+        return self.pictures.shape[2] - self.crop
+
+    def random(self, count: int) -> Tensor:
+        """[count, 3, crop, crop] in 0..1: random crops of random pictures, half of them mirrored."""
+        device = self.pictures.device
+        rows = torch.randint(len(self.pictures), (count,), device=device)
+        top, left = (torch.randint(self.margin + 1, (count,), device=device) for _ in range(2))
+        return self.crops(rows, top, left, torch.rand(count, device=device) < 0.5)
+
+    def crops(self, rows: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
+        """[B, 3, crop, crop] in 0..1: of the pictures `rows` [B], from the pixel (top, left) on, mirrored where asked."""
+        along = torch.arange(self.crop, device=rows.device)
+        y = (top[:, None] + along)[:, None, :, None]
+        x = left[:, None] + torch.where(mirrored[:, None], along.flip(0), along)
+        channel = torch.arange(3, device=rows.device)[None, :, None, None]
+        return self.pictures[rows[:, None, None, None], channel, y, x[:, None, None, :]].float() / 255
+
+    def held_out(self, count: int) -> Tensor:
+        """[count, 3, crop, crop] in 0..1: the centres of pictures that were kept back, evenly spread."""
+        chosen = self.kept_back[torch.linspace(0, len(self.kept_back) - 1, min(count, len(self.kept_back))).long()]
+        first = self.margin // 2
+        return chosen[:, :, first : first + self.crop, first : first + self.crop].float() / 255
+
+
+def scaled(pictures: Tensor, side: int) -> Tensor:
+    """Square pictures [B, 3, h, h] at another side, antialiased."""
+    return pictures if pictures.shape[2] == side else F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
+
+
+def read_photographs(folders: Sequence[str], crop: int, device: str = "cpu") -> Photographs:
+    """Every picture of folders of pictures or tar shards, its centre square scaled to MARGIN times the crop.
+
+    Those that cannot be read are left out, counted and named. Raises FeatInvError for folders with too few.
+    """
+    side, rows, wrong = round(crop * MARGIN), [], []
+    for folder in folders:
+        listing = open_listing(folder, None)
+        for place in tqdm(range(len(listing.names)), f"reading {folder}", unit="img", mininterval=5):
+            try:
+                with listing.open(place) as opened:
+                    image = ImageOps.fit(as_seen(opened), (side, side), Image.Resampling.BICUBIC)
+            except Exception as error:  # decoders raise whatever they stumble over
+                wrong.append(f"{listing.names[place]} ({type(error).__name__})")
+                continue
+            rows.append(np.asarray(image))
+    if wrong:
+        print(f"left out {len(wrong)} that cannot be read: {', '.join(wrong[:5])}{' and others' if len(wrong) > 5 else ''}")
+    if len(rows) < FEWEST:
+        raise FeatInvError(f"{', '.join(folders)}: {len(rows)} photographs that can be read; a world needs at least {FEWEST}, a good one tens of thousands")
+    pictures = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+    back = torch.arange(len(pictures)) % KEPT_BACK == 0
+    print(f"{len(pictures):,} photographs from {len(folders)} folders; {back.sum():,} are kept back from training")
+    return Photographs(pictures[~back].to(device), pictures[back].to(device), crop)
