@@ -1,1 +1,1 @@
-"""Training, evaluation and the embedded world; the only place that imports diffusers and accelerate."""
+"""Training, evaluation and the making of worlds; the only place that imports diffusers and accelerate."""

@@ -1,11 +1,11 @@
-"""What each departure from the paper's recipe is worth, in the embedded world: one change at a time.
+"""What each departure from the paper's recipe is worth, in the drawn world: one change at a time.
 
     python training/ablation.py                          trains what is missing, measures, writes the report: hours
     python training/ablation.py --rows ema standardise   these rows only
     python training/ablation.py --page                   the table and the panel in docs/faithfulness.md, too
 
 All rows are trained on the same scenes, as many of them, with one seed, and judged on the same held-out scenes with the
-same noise: by the backbone that is inverted, and by a witness that took no part, neither in training nor in sampling.
+same noise: by the backbone that is inverted, and by an independent backbone, which took no part, neither in training nor in sampling.
 Stopped at any moment, the same command goes on where it was. Writes DIR/ROW (the runs), DIR/measured (the records),
 results.json, report.md, index.html and panel.png.
 """
@@ -47,7 +47,7 @@ from training.models.pipeline import Sampling
 from training.report import save_image
 from training.train import train
 
-OWN, WITNESS = "tiny-cnn", "tiny-vit"
+OWN, INDEPENDENT = "tiny-cnn", "tiny-vit"
 PAGE = Path(__file__).parents[1] / "docs" / "faithfulness.md"
 MARKS = "<!-- ablation: begin -->", "<!-- ablation: end -->"
 
@@ -69,10 +69,10 @@ def trained(config: TrainConfig, folder: Path) -> Path:
 
 
 def subject_of(bench: Bench) -> Subject:
-    """The judges of all rows: the inverted backbone at its own input size, and the witness."""
-    own, witness = open_backbone(OWN).to(bench.device), open_backbone(WITNESS).to(bench.device)
-    judges = {"": Judge(own, {"cosine": (LAST, False)}), "witness: ": Judge(witness, {"cosine": (LAST, False)})}
-    return Subject(bench, Choice("tiny_cnn_last"), judges, [TimmSpace(own), TimmSpace(witness)])
+    """The judges of all rows: the inverted backbone at its own input size, and the independent backbone."""
+    own, independent = open_backbone(OWN).to(bench.device), open_backbone(INDEPENDENT).to(bench.device)
+    judges = {"": Judge(own, {"cosine": (LAST, False)}), "independent: ": Judge(independent, {"cosine": (LAST, False)})}
+    return Subject(bench, Choice("tiny_cnn_last"), judges, [TimmSpace(own), TimmSpace(independent)])
 
 
 def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], args: argparse.Namespace) -> dict[str, Table]:
@@ -108,15 +108,15 @@ def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table])
         extra[row.name] = {"change": row.change, "from": row.base, "gain": gain, "gap_closed": way, "evaluations": (how := sampling_of(rows, row)).evaluations, "gmac": drawing_gmac(opened, how)}
         begins = [row.name, row.change, row.base or ""]
         first.append([*begins, cell(own, "cosine"), _signed(gain), f"{way:.1%}", cell(own, "cosine_centred"), cell(own, "top1_match")])
-        second.append([row.name, *(cell(own, f"witness: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kids), str(extra[row.name]["evaluations"]), f"{extra[row.name]['gmac']:.1f}"])
+        second.append([row.name, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kids), str(extra[row.name]["evaluations"]), f"{extra[row.name]['gmac']:.1f}"])
     for place, bound in ((0, FLOOR), (len(chosen) + 1, CEILING)):
         own = figures[bound]
         first.insert(place, [bound, "", "", cell(own, "cosine"), "", "", cell(own, "cosine_centred"), cell(own, "top1_match")])
-        second.insert(place, [bound, *(cell(own, f"witness: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kids), "", ""])
+        second.insert(place, [bound, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kids), "", ""])
     head = ["row", "change", "from row", "cosine", "change of the cosine", "of the way from floor to ceiling", "cosine, mean removed", "top-1 match"]
     grids = [
         Grid("By the inverted backbone", head, first, "The change of the cosine is that of the same scenes, from the row that is named."),
-        Grid("By the witness, and as sets", ["row", "cosine", "top-1 match", *kids, "passes per picture", "GMAC"], second,
+        Grid("By the independent backbone, and as sets", ["row", "cosine", "top-1 match", *kids, "passes per picture", "GMAC"], second,
              "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and gradients included."),
     ]
     compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
@@ -133,13 +133,13 @@ def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figur
     pair = [tables[name].columns for name in (best, RECOMMENDED)]
     distances = torch.stack([1 - columns["cosine"] for columns in pair], 1)
     found = {"paper": best, "recommended": RECOMMENDED, "distance_ratio": bootstrap(distances, lambda x: x[..., 0].mean(1) / x[..., 1].mean(1))}
-    found |= {name: mean_entry(pair[1][name] - pair[0][name]) for name in ("top1_match", "witness: cosine", "witness: top1_match")}
+    found |= {name: mean_entry(pair[1][name] - pair[0][name]) for name in ("top1_match", "independent: cosine", "independent: top1_match")}
     cost = [gmac[name] for name in (best, RECOMMENDED)]
     kids = [f"{name}: {cell(figures[best], name)} against {cell(figures[RECOMMENDED], name)}" for name in figures[best] if name.startswith("kid")]
     return found | {"gmac": cost}, [
         f"The paper's recipe at the best of its rates ({best}) against {RECOMMENDED}: the cosine distance, 1 - cosine, is "
         f"{cell(found, 'distance_ratio')} times as large; {RECOMMENDED}'s top-1 match is {_signed(found['top1_match'])} higher, the witness's "
-        f"{_signed(found['witness: top1_match'])}, its cosine {_signed(found['witness: cosine'])}; {'; '.join(kids)}; "
+        f"{_signed(found['independent: top1_match'])}, its cosine {_signed(found['independent: cosine'])}; {'; '.join(kids)}; "
         f"{cost[0]:.1f} GMAC per picture against {cost[1]:.1f}."
     ]
 

@@ -1,6 +1,6 @@
 """Speed and memory, measured here and now.
 
-    python training/benchmark.py reconstruct     the embedded world: sixteen pictures, 20 steps, with guidance
+    python training/benchmark.py reconstruct     the drawn world: sixteen pictures, 20 steps, with guidance
     python training/benchmark.py world           its scenes drawn per second
     python training/benchmark.py model           real size, random weights: parameters, GMAC, memory, time of a step
     python training/benchmark.py training        real size: a training step beside that of the paper's released code

@@ -229,7 +229,7 @@ def parse_arguments(description: str) -> tuple[TrainConfig, Path]:
     """Command line of train.py: --config FILE, --output DIR and --FIELD VALUE for every field."""
     text = f"{description}\nFields, each an option, and what they are:\n\n{inspect.getdoc(TrainConfig)}"
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=DEFAULT, help="YAML file (default: the embedded world's CNN)")
+    parser.add_argument("--config", type=Path, default=DEFAULT, help="YAML file (default: the drawn world's CNN)")
     parser.add_argument("--output", type=Path, help="folder of the run (default: out/train/NAME)")
     add_fields(parser)
     args = parser.parse_args()

@@ -79,8 +79,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__)
     parser.add_argument("--suite", choices=SUITES, default="quality")
     parser.add_argument("--data", default="drawn", help="SOURCE, see above")
-    parser.add_argument("--count", type=int, help="how many pictures, evenly spread over their names (default: all; of the embedded world what the suite sets)")
+    parser.add_argument("--count", type=int, help="how many pictures, evenly spread over their names (default: all; of the drawn world what the suite sets)")
     parser.add_argument("--per-class", type=int, help="the first as many of each class folder, by name")
+    parser.add_argument("--kept-back", action="store_true", help="only every 25th picture, which make_world.py never trains on: to choose settings")
     parser.add_argument("--models", nargs="+", help="for layers, cross-model and rcdm: weights files, each FILE or FILE=BACKBONE with a timm-hub folder (default: embedded ones)")
     parser.add_argument("--seed", type=int, default=0, help="added to a picture's number")
     parser.add_argument("--inception", help="torch-fidelity's Inception weights, for FID and KID")
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     crew = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes that finish early wait for the others
     device = str(crew.device) if args.device == "cuda" else args.device
     chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
-    source = open_source(args.data, args.count or (chosen.count if drawing_world(args.data) else None), args.per_class)
+    source = open_source(args.data, args.count or (chosen.count if drawing_world(args.data) else None), args.per_class, args.kept_back)
     changes = {name: getattr(args, name) for name in SAMPLING}
     if (args.best_of or 1) > 1 and not chosen.chooses:
         raise FeatInvError(f"--best-of {args.best_of}: suite {args.suite} draws each picture once; quality, layers and others choose among several")

@@ -1,7 +1,8 @@
-"""Runs the embedded world's evaluation and writes its tables into docs/evaluation.md.
+"""Runs the worlds' evaluation and writes its tables into docs/evaluation.md and docs/photographs.md.
 
     python training/evaluation_page.py                        everything; what is done already is not done again
     python training/evaluation_page.py --only rcdm layers     some of it
+    python training/evaluation_page.py --only photo-depths --photos FOLDER      photographs that no stage of their world saw
     python training/evaluation_page.py --count 8 --out out/trial --page out/trial/page.md     a trial on few scenes
 
 A run is one call of training/evaluate.py with its records in OUT/NAME. The page's tables stand between the lines
@@ -22,24 +23,33 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.worlds.photo import PHOTO
 from training import evaluate
 from training.cli import make_folder, run, write_text
 from training.evaluation.page import PANELS, TABLES
 from training.evaluation.suites.corruptions import library
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = DOCS / "evaluation.md"
+MIDDLE = "photo_lite0_blocks4"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A call of evaluate.py: suite, number of scenes, further options."""
+    """A call of evaluate.py: suite, number of pictures, further options. photos: which photographs it needs, "held-out" for
+    reports or "training" for those kept back of them, to choose settings."""
 
     suite: str
     count: int
     options: str = ""
+    photos: str = ""
 
     def words(self, count: int | None) -> list[str]:
-        return ["--suite", self.suite, "--count", str(count or self.count), *self.options.split()]
+        return ["--suite", self.suite, "--count", str(count or self.count), *self.options.split(), *(["--kept-back"] if self.photos == "training" else [])]
+
+    @property
+    def page(self) -> Path:
+        return DOCS / "photographs.md" if self.photos else PAGE
 
 
 RUNS = {
@@ -56,6 +66,9 @@ RUNS = {
     "variability-pooled": Run("variability", 100, "--model tiny_cnn_pooled"),
     "guidances": Run("guidances", 500, "--guidances 1 1.25 1.5 2 3 --text-guidances 0 1 2 --gradient 0"),
     "cost": Run("cost", 500),
+    "photo-sweep": Run("sweep", 100, f"--model {MIDDLE} --gradient 0 --strengths 0.75 1 1.25 --guidances 1 1.5 2 3", "training"),
+    "photo-depths": Run("layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0", "held-out"),
+    "photo-gradient": Run("layers", 100, f"--models {' '.join(PHOTO.models)} --gradient 0.05 --gradient-steps 5", "held-out"),
 }
 
 
@@ -75,28 +88,37 @@ def fill(text: str, name: str, lines: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME", help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--only", nargs="+", choices=RUNS, metavar="NAME", help=f"of {', '.join(RUNS)} (default: all, those of photographs where their folder is named)")
     parser.add_argument("--count", type=int, help="scenes in every run (default: each its own number)")
+    parser.add_argument("--photos", help="folder of held-out photographs, for the runs photo-")
+    parser.add_argument("--training-photos", help="folder of those that the world of photographs was made from, for photo-sweep")
     parser.add_argument("--options", default="", help="further options of every run, in one word, as '--batch 64'")
     parser.add_argument("--out", type=Path, default=Path("out/evaluate"), help="folder of the records")
-    parser.add_argument("--page", type=Path, default=PAGE, help="page to write; copied from the project's own if it is not there")
+    parser.add_argument("--page", type=Path, help="page to write instead of the project's own, and copied from it if it is not there")
     args = parser.parse_args(argv)
-    make_folder(args.page.parent)
+    folders = {"held-out": args.photos, "training": args.training_photos, "": "drawn"}
     if args.count is not None and args.count < 8:
-        raise FeatInvError(f"--count {args.count}: the panels show eight scenes; give at least as many")
-    text = (args.page if args.page.is_file() else PAGE).read_text()
-    for name in args.only:
-        fill(text, name, "")  # before any work
-    if "corruptions" in args.only:
+        raise FeatInvError(f"--count {args.count}: the panels show eight pictures; give at least as many")
+    if lacking := [name for name in args.only or () if not folders[RUNS[name].photos]]:
+        raise FeatInvError(f"{', '.join(lacking)}: name the folders with --photos and --training-photos")
+    chosen = args.only or [name for name, one in RUNS.items() if folders[one.photos]]
+    for name in chosen:  # before any work
+        fill(page_text(args.page, RUNS[name]), name, "")
+    if "corruptions" in chosen:
         library()
-    for name in args.only:
-        command = RUNS[name].words(args.count)
-        evaluate.main([*command, *args.options.split(), "--out", str(args.out / name)])
+    for name in chosen:
+        command, page = RUNS[name].words(args.count), args.page or RUNS[name].page
+        make_folder(page.parent)
+        evaluate.main([*command, "--data", folders[RUNS[name].photos], *args.options.split(), "--out", str(args.out / name)])
         found = json.loads((args.out / name / "results.json").read_text())
-        text = fill(text, name, block(found, command, TABLES[name]))
-        write_text(args.page, text)
+        write_text(page, fill(page_text(args.page, RUNS[name]), name, block(found, command, TABLES[name])))
         for there, here in PANELS.get(name, {}).items():
-            shutil.copyfile(args.out / name / there, args.page.with_name(here))
+            shutil.copyfile(args.out / name / there, page.with_name(here))
+
+
+def page_text(page: Path | None, one: Run) -> str:
+    """The page as it is so far."""
+    return (page if page and page.is_file() else one.page).read_text()
 
 
 if __name__ == "__main__":

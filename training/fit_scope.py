@@ -3,7 +3,7 @@
     python training/fit_scope.py --model FILE --data FOLDER                    in place
     python training/fit_scope.py --model FILE --data FOLDER --count 10000 --out FILE
 
-FOLDER holds pictures that training did not see; "drawn" stands for held-out scenes of the embedded world. Half of the
+FOLDER holds pictures that training did not see; "drawn" stands for held-out scenes of the drawn world. Half of the
 pictures make the statistics, the other half their quantiles; the first of all are drawn for the quantiles of the cycle
 cosine. Everything else in the file stays as it is.
 """
@@ -88,7 +88,7 @@ def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centre
 
 
 def ship_scope(name: str) -> None:
-    """The statistics of a model of the embedded world, written into its file."""
+    """The statistics of a model of the drawn world, written into its file."""
     opened = open_model(name)
     save_scope(model_file(name), fit(opened, opened.recommended(gradient=0.0), "drawn", 4000, 1000, TINY_CENTRES))
 
@@ -115,7 +115,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help='folder of images that training did not see, or "drawn" for held-out scenes')
     parser.add_argument("--count", type=int, default=4000, help="how many pictures, spread over the folder; at least 2,000 for the outer quantiles to mean something")
     parser.add_argument("--drawn", type=int, default=DRAWN, help="how many of them are reconstructed for the cycle cosine's quantiles, 0 for none")
-    parser.add_argument("--centres", type=int, help=f"directions in the bank (default {CENTRES:,}, in the embedded world {TINY_CENTRES})")
+    parser.add_argument("--centres", type=int, help=f"directions in the bank (default {CENTRES:,}, in the drawn world {TINY_CENTRES})")
     parser.add_argument("--out", type=Path, help="weights file to write, where not the same one again")
     return parser
 

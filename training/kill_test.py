@@ -1,6 +1,6 @@
 """Whether a run that is killed again and again ends as one that never was.
 
-    python training/kill_test.py --kills 20                       the embedded default at a small size
+    python training/kill_test.py --kills 20                       the drawn world's CNN at a small size
     python training/kill_test.py --kills 20 --layer layer2 ...    any field of the configuration
 
 Trains once in peace, then again with SIGKILL at random moments, saving a checkpoint at every step, and compares the

@@ -1,4 +1,4 @@
-"""Is a concept picture true? FeatInv-Viz against the true masks of the embedded world, beside other heat maps.
+"""Is a concept picture true? FeatInv-Viz against the true masks of the drawn world, beside other heat maps.
 
     python training/measure_concepts.py                      200 held-out scenes: docs/concepts.md was written by it
     python training/measure_concepts.py --count 20 --out DIR
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _require_world(opened: Opened, args: argparse.Namespace) -> None:
     if opened.world is not DRAWN or opened.info.source.pooled or opened.info.source.layer != "last":
-        raise FeatInvError(f"{args.model} inverts {opened.info.source.describe()}; true masks are known for the embedded world, the head for its last layer alone")
+        raise FeatInvError(f"{args.model} inverts {opened.info.source.describe()}; true masks are known for the drawn world, the head for its last layer alone")
     if args.count < 2 or args.validation < 2 or args.seeds < 1 or args.workers < 1:
         raise FeatInvError(f"--count {args.count} --validation {args.validation} --seeds {args.seeds} --workers {args.workers}: expected at least 2, 2, 1 and 1")
 

@@ -80,7 +80,7 @@ def white(maps: FeatureMap, random: torch.Generator) -> FeatureMap:
 
 
 def concept_edits(maps: FeatureMap) -> dict[str, Edit]:
-    """Backgrounds (each map's own strongest) and objects of the embedded world, turned down and up; none elsewhere."""
+    """Backgrounds (each map's own strongest) and objects of the drawn world, turned down and up; none elsewhere."""
     concepts = load_concepts(concepts_file("tiny_cnn_concepts"))
     if concepts.source != maps.source:
         return {}

@@ -11,42 +11,59 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-TILE, GAP, CAPTION = 144, 8, 20
-INK, PAPER = (30, 30, 34), (255, 255, 255)
+TILE, GAP, CAPTION, LINE = 144, 8, 20, 16  # a picture's side, between pictures, a caption's first line, each further one
+SMALL = 96  # pixels: smaller pictures are enlarged pixel by pixel
+INK, GREY, PALE, PAPER = (30, 30, 34), (105, 105, 112), (222, 222, 226), (255, 255, 255)
 Cell = tuple[Tensor, str]
 
 
 def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
-    """[3, H, W] in 0..1 to a Pillow image; enlarged pixel by pixel, reduced smoothly."""
+    """[3, H, W] in 0..1 to a Pillow image; small ones are enlarged pixel by pixel, all others scaled smoothly."""
     array = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(array)
     if side and image.size != (side, side):
-        smooth = Image.Resampling.LANCZOS if max(image.size) > side else Image.Resampling.NEAREST
-        image = image.resize((side, side), smooth)
+        smooth = max(image.size) > side or max(image.size) >= SMALL
+        image = image.resize((side, side), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
     return image
 
 
 def panel(rows: Sequence[Sequence[Cell]], titles: Sequence[str], heading: str = "", note: str = "") -> Image.Image:
-    """A grid of pictures with captions: rows of (picture, caption), a title to the left of each row; note: lines below."""
+    """A grid of pictures with captions: rows of (picture, caption), a title to the left of each row; note: lines below.
+    Captions and titles may have several lines; a caption's first is dark, and what is too long for the picture is cut."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     notes = note.splitlines()
     left = 12 + max((round(font.getlength(line)) for title in titles for line in title.split("\n")), default=0)
     width = left + GAP + max(len(row) for row in rows) * (TILE + GAP)
     top = 36 if heading else GAP
-    height = top + len(rows) * (TILE + CAPTION + GAP) + (8 + 18 * len(notes) if notes else 0)
-    sheet = Image.new("RGB", (max([width, *(round(small.getlength(line)) + 20 for line in notes)]), height), PAPER)
+    heights = [TILE + CAPTION + LINE * max((caption.count("\n") for _, caption in row), default=0) + GAP for row in rows]
+    height = top + sum(heights) + (8 + 18 * len(notes) if notes else 0)
+    large = ImageFont.load_default(18)
+    lengths = [large.getlength(heading), *(small.getlength(line) for line in notes)]
+    sheet = Image.new("RGB", (max(width, round(max(lengths)) + 20), height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((10, 9), heading, INK, ImageFont.load_default(18))
-    for r, (row, title) in enumerate(zip(rows, titles)):
-        y = top + r * (TILE + CAPTION + GAP)
+    pen.text((10, 9), heading, INK, large)
+    y = top
+    for row, title, row_height in zip(rows, titles, heights):
         pen.multiline_text((8, y + TILE / 2), title, INK, font, anchor="lm")
         for c, (picture, caption) in enumerate(row):
             x = left + GAP + c * (TILE + GAP)
+            pen.rectangle((x - 1, y - 1, x + TILE, y + TILE), outline=PALE)  # where a picture is white, too
             sheet.paste(to_image(picture, TILE), (x, y))
-            pen.text((x + TILE / 2, y + TILE + 2), caption, INK, small, anchor="ma")
+            for number, line in enumerate(caption.split("\n")):
+                pen.text((x + TILE / 2, y + TILE + 2 + LINE * number), shortened(line, small), GREY if number else INK, small, anchor="ma")
+        y += row_height
     for n, line in enumerate(reversed(notes)):
         pen.text((10, height - 22 - 18 * n), line, INK, small)
     return sheet
+
+
+def shortened(line: str, font: ImageFont.FreeTypeFont, width: int = TILE + GAP) -> str:
+    """The line, or as much of it as fits into `width` pixels with an ellipsis."""
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(f"{line}…") > width:
+        line = line[:-1].rstrip()
+    return f"{line}…"
 
 
 def page(title: str, image: Image.Image, paragraphs: Sequence[str], body: str = "") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +106,8 @@ class Backbone(nn.Module):
     def several(self, framed: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
         """The values [B, C, H, W] of several layers from one pass, as `values` gives them one by one."""
         named = [layer for layer in layers if layer != LAST]
-        last, found = self.model.forward_intermediates(self._normalised(framed), indices=[self._stages[layer] for layer in named], output_fmt="NCHW")
+        indices = [self._stages[layer] for layer in named] or 1  # timm cannot give none
+        last, found = self.model.forward_intermediates(self._normalised(framed), indices=indices, output_fmt="NCHW")
         maps = dict(zip(sorted(named, key=self._stages.__getitem__), found))
         return {layer: self._grid(last) if layer == LAST else maps[layer] for layer in layers}
 
@@ -163,7 +164,7 @@ class Backbone(nn.Module):
         if self.classes:
             return self.classes[number]
         if self.model.num_classes == 1000:
-            return timm.data.ImageNetInfo().index_to_description(number)
+            return _imagenet().index_to_description(number)
         return f"class {number}"
 
     @cached_property
@@ -230,6 +231,12 @@ class Backbone(nn.Module):
         elif form == "NHWC":
             values = values.permute(0, 2, 3, 1)
         return self.model.forward_head(values).float()
+
+
+@cache
+def _imagenet() -> timm.data.ImageNetInfo:
+    """ImageNet's class names; reading them takes tenths of a second."""
+    return timm.data.ImageNetInfo()
 
 
 def load_backbone(name: str, weights: str | Path | None = None, input_size: int | None = None) -> Backbone:

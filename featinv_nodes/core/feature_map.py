@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor
 
-
-class FeatInvError(ValueError):
-    """Bad input; the message says what was wrong, what was expected and what to do."""
+from .errors import FeatInvError
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,10 @@ def read_weights(file: str | Path, skip: str | None = None) -> dict[str, Tensor]
 
 
 def is_in_8_bits(file: str | Path) -> bool:
-    """Whether a safetensors file holds tensors with a scale, as write_weights stores 8 bits."""
-    with safe_open(file, "pt") as opened:
-        return any(name.endswith(SCALE) for name in opened.keys())
+    """Whether a safetensors file holds tensors with a scale, as write_weights stores 8 bits. Raises FeatInvError for a file
+    that is cut off."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return any(name.endswith(SCALE) for name in opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise FeatInvError(f"{file} is not a complete safetensors file ({error}); download or copy it again") from error

@@ -52,7 +52,7 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     ablation.main([*arguments, "--rows", *ROWS])
     found = json.loads((out / "results.json").read_text())
     assert {"floor", "ceiling", *ROWS} <= found.keys() and sorted(found["rows"]) == sorted(ROWS)
-    measures = {"cosine", "cosine_centred", "top1_match", "witness: cosine", "witness: top1_match"}
+    measures = {"cosine", "cosine_centred", "top1_match", "independent: cosine", "independent: top1_match"}
     kids = {"kid (resnet10t.tiny_world, pooled)", "kid (vit_tiny_patch16_224.tiny_world, pooled)"}
     assert all(found[row].keys() >= measures | kids and found[row]["cosine"]["n"] == 9 for row in ROWS)
     low, mid, high = (found[arm]["cosine"]["value"] for arm in ("floor", "gradient", "ceiling"))

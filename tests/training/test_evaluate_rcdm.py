@@ -1,4 +1,4 @@
-"""RCDM's published checkpoints and the embedded world's: every tensor has its place, and the blocks compute what the published ones do."""
+"""RCDM's published checkpoints and the drawn world's: every tensor has its place, and the blocks compute what the published ones do."""
 
 import hashlib
 import json
@@ -126,7 +126,7 @@ def test_published_checkpoints_take_pictures_from_minus_one_to_one():
 
 
 def small_world(file, seed=0):
-    """An untrained RCDM of the embedded world's size and features."""
+    """An untrained RCDM of the drawn world's size and features."""
     torch.manual_seed(seed)
     source = open_backbone("tiny-cnn").source("last", True)
     model = RCDM(source.channels, WIDTHS, RESOLUTION)

@@ -1,4 +1,4 @@
-"""The embedded world is deterministic, labelled truly, and its two splits never meet."""
+"""The drawn world is deterministic, labelled truly, and its two splits never meet."""
 
 import pytest
 import torch

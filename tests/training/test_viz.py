@@ -131,5 +131,5 @@ def test_the_measurement_runs_and_says_how_it_falls(tmp_path, monkeypatch):
     assert {"random subspace", "seeds alone", "GradCAM", "edges"} < found["true masks"]["object"]["localisation"].keys()
     text = (tmp_path / "report.md").read_text()
     assert "mean slope" in text and "boundary F" in text and (tmp_path / "panel.png").exists() and "<table>" in (tmp_path / "index.html").read_text()
-    with pytest.raises(FeatInvError, match="true masks are known for the embedded world"):
+    with pytest.raises(FeatInvError, match="true masks are known for the drawn world"):
         measure_concepts.main(["--model", "tiny_cnn_pooled", "--out", str(tmp_path)])

@@ -20,6 +20,8 @@ from ..cli import write_json
 from ..config import STREAM
 
 HUGGING_FACE = "hf:"
+#: every 25th picture is left aside where a world of photographs is made: settings are chosen on these
+KEPT_BACK = 25
 
 
 class Listing(Protocol):

@@ -33,7 +33,7 @@ class Scenes(Dataset):
 
     def __len__(self) -> int:
         if self.images is None:
-            raise FeatInvError("the embedded world has no end; say how many of its scenes with --images")
+            raise FeatInvError("the drawn world has no end; say how many of its scenes with --images")
         return self.images
 
     @property

@@ -69,6 +69,13 @@ class Bench:
             self._backbones[key] = opened.to(self.device, memory_format=torch.channels_last)
         return self._backbones[key]
 
+    def named(self, name: str) -> Backbone:
+        """An embedded backbone, or a timm-hub folder's."""
+        key = name, None, None
+        if key not in self._backbones:
+            self._backbones[key] = open_backbone(name).to(self.device, memory_format=torch.channels_last)
+        return self._backbones[key]
+
     @staticmethod
     def info(choice: Choice) -> InversionInfo:
         return read_info(model_file(choice.model))

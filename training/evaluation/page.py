@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from featinv_nodes.core.weights import read_info
+from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn import DRAWN
 
 from .bench import CEILING, FLOOR
 from .report import cell, set_measures
+from .suites.base import INDEPENDENT
 from .suites.corruptions import CLEAN, CORRUPTIONS
-from .suites.guidances import PAPER, WITNESS, pair
+from .suites.guidances import PAPER, pair
 from .suites.rcdm import COMPETITOR, NATIVE
 
 #: measure -> its name in the page; of those with a longer name the beginning
@@ -122,7 +125,7 @@ def corruptions(found: dict) -> list[str]:
 
 def judged(found: dict) -> dict[str, str]:
     """Heading -> measure, of both judges and of the sets."""
-    own, other = ("cosine", "top1_match"), (f"{WITNESS}cosine", f"{WITNESS}top1_match")
+    own, other = ("cosine", "top1_match"), (f"{INDEPENDENT}cosine", f"{INDEPENDENT}top1_match")
     return {"cosine": own[0], "by the transformer": other[0], "top-1 match": own[1], "match by the transformer": other[1], "KID": named(found[FLOOR], "kid")}
 
 
@@ -131,7 +134,7 @@ def guidances(found: dict) -> list[str]:
     features, texts = sorted(settings["guidances"]), sorted(settings["text_guidances"])
     head = ["features", *(f"text {t:g}" for t in texts), "against the same features without text"]
     lines = []
-    for title, measure in (("Cosine:", "cosine"), ("Cosine by the transformer:", f"{WITNESS}cosine"), ("KID:", named(found[FLOOR], "kid"))):
+    for title, measure in (("Cosine:", "cosine"), ("Cosine by the transformer:", f"{INDEPENDENT}cosine"), ("KID:", named(found[FLOOR], "kid"))):
         rows = [[f"{f:g}", *(text_of(found.get(arm, {}), measure, False) for arm in (*(pair(f, t) for t in texts), f"against text={f:g}"))] for f in features]
         lines += [title, "", *table(head, rows)]
     return [*lines, *figures_by_arm(found, [FLOOR, PAPER, *dict.fromkeys(found["best"].values()), CEILING], judged(found), what="setting")][:-1]
@@ -143,8 +146,25 @@ def cost(found: dict) -> list[str]:
     return [*table(["setting", "passes", "GMAC", *names], rows), f"The cheapest within the interval of the highest cosine: {found['recommended']}."]
 
 
+def photo_depths(found: dict) -> list[str]:
+    """Each depth by its own layer's cosine, the match, and the independent backbone."""
+    arms, about = [FLOOR, *models(found), CEILING], {name: read_info(model_file(name)).source for name in models(found)}
+    own = [f"cosine {about[arm].layer}" if arm in about else "" for arm in arms]
+    low, high = found[FLOOR], found[CEILING]
+    rows = []
+    for arm, measure in zip(arms, own):
+        cells = [text_of(found[arm], measure), *(f"{edge[measure]['value']:.3f}" for edge in (low, high))] if measure else [""] * 3
+        way = (found[arm][measure]["value"] - low[measure]["value"]) / (high[measure]["value"] - low[measure]["value"]) if measure else None
+        rest = ("cosine last", "top1_match", "top5_match", *(INDEPENDENT + name for name in ("cosine", "top1_match", "top5_match")))
+        kid = next(name for name in set_measures(found[arm]) if name.startswith("kid") and "lite2" in name)
+        rows.append([arm, *cells, "" if way is None else f"{way:.0%}", *(text_of(found[arm], name, False) for name in rest), text_of(found[arm], kid)])
+    head = ["drawn from", "cosine at its own layer", "floor there", "ceiling there", "way closed", "cosine, last layer", "top-1 match", "top-5 match",
+            "independent: cosine", "top-1 match", "top-5 match", "KID in its space"]  # fmt: skip
+    return table(head, rows)[:-1]
+
+
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "quality": quality, "layers": layers, "layers-vit": layers_by_another, "cross-model": cross_model, "rcdm": rcdm, "sweep": sweep,
     "sweep-pooled": sweep, "mixing": mixing, "variability": variability, "variability-pooled": variability, "corruptions": corruptions,
-    "guidances": guidances, "cost": cost,
+    "guidances": guidances, "cost": cost, "photo-depths": photo_depths, "photo-gradient": photo_depths, "photo-sweep": sweep,
 }  # fmt: skip

@@ -23,7 +23,7 @@ from featinv_nodes.core.files import read_about, read_pickle, read_tensors, writ
 
 from ..models.pipeline import set_steps
 
-#: the embedded world's, of the CNN's pooled last layer
+#: the drawn world's, of the CNN's pooled last layer
 EMBEDDED = Path(__file__).parent / "tiny_rcdm.safetensors"
 
 #: the published models: 128 pixels, attention at 32, 16 and 8; widths by level

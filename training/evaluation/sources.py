@@ -23,7 +23,7 @@ from featinv_nodes.worlds import drawing_world
 from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..data.batch import Unreadable
-from ..data.listing import HUGGING_FACE, Chosen, Listing, Part, TarShards, fingerprint, open_listing
+from ..data.listing import HUGGING_FACE, KEPT_BACK, Chosen, Listing, Part, TarShards, fingerprint, open_listing
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -42,12 +42,12 @@ class Source(Protocol):
     fingerprint: str
 
     def read(self, number: int) -> tuple[Tensor, bool]:
-        """(picture [3, h, w] in 0..1, whether the embedded world's label groups hold for it: one object). Raises Unreadable."""
+        """(picture [3, h, w] in 0..1, whether the drawn world's label groups hold for it: one object). Raises Unreadable."""
         ...
 
 
 class Scenes:
-    """The first `count` held-out scenes of the embedded world."""
+    """The first `count` held-out scenes of the drawn world."""
 
     def __init__(self, count: int) -> None:
         self.names = [f"scene {n}" for n in range(count)]
@@ -103,20 +103,24 @@ def class_folder(name: str, shards: bool) -> str | None:
     return parts[-2] if len(parts) > 1 else None
 
 
-def open_source(data: str, count: int | None = None, per_class: int | None = None) -> Source:
+def open_source(data: str, count: int | None = None, per_class: int | None = None, kept_back: bool = False) -> Source:
     """Pictures to judge a model on.
 
     data: "drawn", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set on disk.
-    count: as many, evenly spread over the names (of the embedded world the first ones); None for all. per_class: the
-    first as many by name of each class folder or label, class by class. Raises FeatInvError where there are none, or fewer.
+    count: as many, evenly spread over the names (of the drawn world the first ones); None for all. per_class: the
+    first as many by name of each class folder or label, class by class. kept_back: only those that making a world of
+    photographs leaves aside. Raises FeatInvError where there are none, or fewer.
     """
     if drawing_world(data):
         if per_class is not None:
-            raise FeatInvError("--per-class: the embedded world has no class folders; use --count")
+            raise FeatInvError("--per-class: the drawn world has no class folders; use --count")
         return Scenes(count or 500)
     file = Path(data)
     listing: Listing = TarShards([file]) if file.suffix == ".tar" and file.is_file() else open_listing(data, None)
-    shards, count_all = isinstance(listing, TarShards), len(listing.names)
+    shards = isinstance(listing, TarShards)
+    if kept_back:
+        listing = Chosen(listing, list(range(0, len(listing.names), KEPT_BACK)))
+    count_all = len(listing.names)
     if data.startswith(HUGGING_FACE):
         classes = getattr(listing, "classes", None) or [None] * count_all  # a data set's own labels
     else:
@@ -148,7 +152,7 @@ def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None]
 @dataclass
 class Originals:
     """Some pictures of a source, as they are read: numbers; pictures [3, h, w] of any size; classes as in Source;
-    single: where the embedded world's label groups hold."""
+    single: where the drawn world's label groups hold."""
 
     numbers: list[int]
     pictures: list[Tensor]

@@ -32,7 +32,7 @@ class Opened:
 
     @property
     def world(self) -> World | None:
-        """The embedded world that the model belongs to, if any."""
+        """The drawn world that the model belongs to, if any."""
         return find_world(self.info.base["name"])
 
     def features(self, framed: Tensor) -> FeatureMap:

@@ -1,1 +1,1 @@
-"""The embedded world: what is drawn, and how its backbones, autoencoder and base model are trained."""
+"""How the embedded worlds are made: backbones, autoencoders, base models and inversion models."""

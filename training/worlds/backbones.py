@@ -1,4 +1,4 @@
-"""The two backbones of the embedded world: ordinary timm models, trained on what is in a scene."""
+"""The two backbones of the drawn world: ordinary timm models, trained on what is in a scene."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded world's card: what was trained how, and what it scores."""
+"""The drawn world's card: what was trained how, and what it scores."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def model_rows() -> list[str]:
 def write_card(file: Path = FOLDER / "CARD.md") -> None:
     """Measures everything that is shipped and writes the card."""
     lines = [
-        "# The embedded world: card", "",
+        "# The drawn world: card", "",
         "Weights of a complete FeatInv set-up at 64 pixels, made from nothing by `python training/make_world.py drawn` and",
         "measured by `python training/make_world.py drawn --stage card`. Licence: GPL-3.0, like the code; the pictures are",
         "drawn by the code, no foreign data took part. All files are fp16 safetensors.", "",

@@ -1,4 +1,4 @@
-"""The embedded world's concepts: one direction per background and a subspace for objects, fitted to the true masks."""
+"""The drawn world's concepts: one direction per background and a subspace for objects, fitted to the true masks."""
 
 from __future__ import annotations
 

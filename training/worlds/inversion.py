@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featinv_nodes.core.backbones import LAST, Backbone
+from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
 from training.cli import write_json
 from training.config import TrainConfig
@@ -65,12 +68,14 @@ class Kept:
         known = json.loads(file.read_text()) if file.exists() else manifest
         fits = {**known, "done": 0} == manifest
         manifest["done"] = known["done"] if fits else 0
-        mode = "r+" if fits and all((folder / f"{name}.npy").exists() for name in shapes) else "w+"
+        mode = "r+" if manifest["done"] and all((folder / f"{name}.npy").exists() for name in shapes) else "w+"
+        if mode == "w+":
+            manifest["done"] = 0
+            write_json(file, manifest)  # before the files: whoever is stopped here must not take them for filled
+            _require_room(folder, 2 * count * sum(math.prod(shape) for shape in shapes.values()), list(shapes))
         self.rows = {
             name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float16, (count, *shape)) for name, shape in shapes.items()
         }
-        if mode == "w+":
-            manifest["done"] = 0
         self._fill(file, manifest, photographs, base, backbone, layers)
 
     @torch.no_grad()
@@ -102,6 +107,13 @@ class Kept:
             return latents, values.mean((2, 3), keepdim=True) if pooled else values
 
         return rows
+
+
+def _require_room(folder: Path, wanted: int, names: list[str]) -> None:
+    """Raises FeatInvError where files of so many bytes do not fit: a mapped file on a full disk ends the process."""
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for name in names if (file := folder / f"{name}.npy").exists())
+    if wanted > free:
+        raise FeatInvError(f"{folder} has {free / 1e9:.1f} GB left and the features need {wanted / 1e9:.1f}: make room there, or give fewer --depths, or --views 0")
 
 
 def train_inversion(

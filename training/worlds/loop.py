@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featinv_nodes.core.feature_map import FeatInvError
 from training.loop.ema import update_average
 from training.loop.graph import check_device, make_plain, set_rate, training_step
 
@@ -43,9 +45,9 @@ def train_stage(
     images: pictures seen in all, or minutes: of training in all, of this call and those before. stop: end earlier, after
     so many images, on the same schedule. rate: peak of a cosine schedule with 2 % warm-up (AdamW). work: folder of the
     checkpoint `name.pt`, written whole or not at all every minute; a later call goes on from it, and a larger `images` or
-    `minutes` continues a finished stage. keep: called with the average after each checkpoint. device: where `model` is
-    and the indices are made. Random numbers depend on (seed, images seen) alone. graph: the step as one CUDA graph;
-    loss_of must then not read values back.
+    `minutes` continues a finished stage. keep: called with the average after each checkpoint, and for a finished stage.
+    device: where `model` is and the indices are made. Random numbers depend on (seed, images seen) alone. graph: the step
+    as one CUDA graph; loss_of must then not read values back.
     """
     if graph:
         check_device(device)
@@ -56,9 +58,12 @@ def train_stage(
     seen, spent, file = 0, 0.0, work / f"{name}.pt"
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["model"])
+            average.load_state_dict(state["average"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise FeatInvError(f"{file} is of a model of other sizes or of another backbone; go on with those, or give another --work") from error
         make_plain(optimizer)
         seen, spent = state["seen"], state.get("spent", 0.0)
     indices = torch.arange(seen, seen + batch, device=device)
@@ -80,6 +85,8 @@ def train_stage(
 
     began = saved = time.monotonic()
     smooth, done = None, share()
+    if done >= 1:  # it may have been stopped between its last checkpoint and its result
+        keep(average)
     progress = tqdm(total=images, initial=seen, desc=name, unit="img", smoothing=0.02, mininterval=5)
     while done < 1 and seen < (stop or math.inf):
         set_rate(optimizer, rate * min(1, done / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done))))
@@ -107,8 +114,13 @@ def save_checkpoint(file: Path, model: nn.Module, average: nn.Module, optimizer:
     """Writes the state of a stage to a temporary name and renames it. spent: seconds of training."""
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "average": average.state_dict(), "seen": seen, "spent": spent}
-    torch.save({**state, "optimizer": optimizer.state_dict()}, f"{file}.part")
-    os.replace(f"{file}.part", file)
+    written, part = io.BytesIO(), Path(f"{file}.part")
+    torch.save({**state, "optimizer": optimizer.state_dict()}, written)  # which hides the error of a full disk
+    try:
+        part.write_bytes(written.getbuffer())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def images_seen(work: Path, name: str) -> int:

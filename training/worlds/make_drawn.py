@@ -100,7 +100,7 @@ def ship_inversion(name: str, work: Path, further: bool, scale: dict) -> None:
 
 
 def ship_rcdm(work: Path, device: str, images: int, file: Path = EMBEDDED) -> None:
-    """The embedded world's RCDM; of a finished checkpoint in `work` only the file is made."""
+    """The drawn world's RCDM; of a finished checkpoint in `work` only the file is made."""
     backbone = open_backbone("tiny-cnn")
     model = rcdm.train_rcdm(work, backbone, images, device)
     seen = images_seen(work, "rcdm")

@@ -2,12 +2,14 @@
 
 Stages: autoencoder (principal components of patches, then its decoder), base, an inversion model per depth in the order
 given, each from the ControlNet of the one before. The results are under --out: base/ (a diffusers folder for --base), the
-weights files (for --model), and panel_STAGE.png of pictures that no stage saw.
+weights files (for --model); under --work checkpoints and panel_STAGE.png of pictures that no stage saw.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ from .base import build, train_base, write_base
 from .inversion import BATCH, POOLED, Kept, fresh, layer_of, train_inversion
 from .photographs import Photographs, read_photographs, scaled
 
-DEPTHS = ("blocks.4", "last", "blocks.2", POOLED)
+DEPTHS = ("blocks.4", "blocks.2", "last", POOLED)
 #: of the minutes or images, what the autoencoder and the base model get; the inversion models share the rest
 SHARES = {"autoencoder": 0.1, "base": 0.4}
 SHORTEST = 5.0  # seconds of a stage, below which nothing is learned
@@ -82,6 +84,7 @@ def make(args: argparse.Namespace) -> None:
         raise FeatInvError(f"--stage {args.stage}: expected one of {', '.join(stages)}")
     lengths = {stage: length(args, stage) for stage in chosen}
     sizes = checked(Sizes(args.side, args.patch, args.latents, tuple(args.widths)))
+    require_same(args.out / "base", sizes)
     backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size)
     for depth in args.depths:
         backbone.source(*layer_of(depth))
@@ -97,21 +100,34 @@ def length(args: argparse.Namespace, stage: str) -> dict[str, float]:
     if args.images is not None:
         least = args.batch or BATCH
         if args.images * share < least:
-            raise FeatInvError(f"--images {args.images}: stage {stage} would see {args.images * share:.0f}, less than one batch; give at least {least / share:.0f}")
+            raise FeatInvError(f"--images {args.images}: stage {stage} would see {args.images * share:.0f}, less than one batch; give at least {math.ceil(least / share)}")
         return {"images": round(args.images * share)}
     if 60 * args.minutes * share < SHORTEST:
-        raise FeatInvError(f"--minutes {args.minutes:g}: stage {stage} would have {60 * args.minutes * share:.1f} seconds; give at least {SHORTEST / 60 / share:.1f}")
+        raise FeatInvError(f"--minutes {args.minutes:g}: stage {stage} would have {60 * args.minutes * share:.1f} seconds; give at least {math.ceil(SHORTEST / 6 / share) / 10}")
     return {"minutes": args.minutes * share}
 
 
 def checked(sizes: Sizes) -> Sizes:
     """Raises FeatInvError for sizes that do not fit together."""
-    cells, levels = sizes.side // sizes.patch, 2 ** (len(sizes.widths) - 1)
-    if sizes.patch % 4 or sizes.side % sizes.patch or cells % levels:
+    levels = 2 ** (len(sizes.widths) - 1)
+    if min(sizes.patch, sizes.side) < 1 or sizes.patch % 4 or sizes.side % (sizes.patch * levels):
         raise FeatInvError(f"--side {sizes.side} and --patch {sizes.patch}: expected a patch that is a multiple of 4 and parts the side into a multiple of {levels} cells")
-    if not 0 < sizes.latents <= 3 * sizes.patch**2 or any(width % 32 for width in sizes.widths):
+    if not 0 < sizes.latents <= 3 * sizes.patch**2 or any(width < 32 or width % 32 for width in sizes.widths):
         raise FeatInvError(f"--latents {sizes.latents}, --widths {sizes.widths}: expected at most {3 * sizes.patch**2} latents, and widths that are multiples of 32")
     return sizes
+
+
+def require_same(folder: Path, sizes: Sizes) -> None:
+    """Raises FeatInvError for a base model of other sizes in the folder, as far as it is made."""
+    found = {part: json.loads(file.read_text()) for part in ("vae", "unet") if (file := folder / part / "config.json").exists()}
+    if "vae" in found:
+        known = PatchAutoencoder(**{name: found["vae"][name] for name in ("patch", "latents") if name in found["vae"]}).config
+        side, widths = sizes.side, sizes.widths
+        if "unet" in found:
+            side, widths = found["unet"]["sample_size"] * known["patch"], tuple(found["unet"]["block_out_channels"])
+        there = Sizes(side, known["patch"], known["latents"], widths)
+        if there != sizes:
+            raise FeatInvError(f"{folder} holds a base model of {there}, which is not {sizes}; give its sizes, or another --out")
 
 
 class Maker:
@@ -139,20 +155,22 @@ class Maker:
             vae = PatchAutoencoder(self.sizes.patch, self.sizes.latents)
             vae.start_from_patches(some)
             standardise(vae, some)
-            self.write(build_unet(self.sizes), vae)
+            self.write(None, vae)
         maps_of = lambda x: self.backbone.stages(self.backbone.frame(x / 2 + 0.5, "stretch"))  # noqa: E731
         batch = min(self.batch, 128)
         vae = train_decoder(
             self.work, vae, lambda numbers: self.targets(self.photographs.random(len(numbers))), maps_of, self.device, batch=batch,
             noise=(0.3, 0.5), later=10_000, compile=self.args.compile, **self.how, **length,
         )  # fmt: skip
-        base = self.opened()
-        base.vae = vae.eval()
-        self.write(base.unet, vae)
-        self.show("autoencoder", self.held_out(base), "round trip", base.decode(base.encode(self.originals(base))))
+        self.write(None, vae)
+        originals = scaled(self.photographs.held_out(SHOWN), self.sizes.side)
+        drawn = (vae.decode(vae.encode(originals.cpu() * 2 - 1)) / 2 + 0.5).clamp(0, 1)
+        self.show("autoencoder", [(picture, "") for picture in originals], "round trip", drawn)
 
     def base(self, **length: float) -> None:
-        vae = self.opened().vae.to(self.device)
+        if not (self.folder / "vae" / "config.json").exists():
+            raise FeatInvError(f"{self.folder} has no autoencoder yet; run the stage autoencoder first")
+        vae = load_vae(self.folder / "vae").to(self.device, memory_format=torch.channels_last)
 
         @torch.no_grad()
         def latents(count: int) -> Tensor:
@@ -201,7 +219,7 @@ class Maker:
         base.name = next((world.base for world in WORLDS.values() if world.base_folder == self.folder.resolve()), str(self.folder))
         return base
 
-    def write(self, unet: torch.nn.Module, vae: PatchAutoencoder) -> None:
+    def write(self, unet: torch.nn.Module | None, vae: PatchAutoencoder) -> None:
         write_base(self.folder, unet, vae, PHOTO.prompt, torch.int8)
 
     def originals(self, base: BaseModel) -> Tensor:
@@ -211,9 +229,9 @@ class Maker:
         return [(picture, "") for picture in self.originals(base)]
 
     def show(self, stage: str, originals: Sequence[Cell], title: str, drawn: Tensor, scores: Tensor | None = None) -> None:
-        """panel_STAGE.png: pictures that were kept back, and what the stage makes of them."""
+        """panel_STAGE.png in the folder of the checkpoints: pictures that were kept back, and what the stage makes of them."""
         captions = [""] * len(drawn) if scores is None else [f"cos {score:.2f}" for score in scores.tolist()]
-        file = self.args.out / f"panel_{stage}.png"
+        file = self.work / f"panel_{stage}.png"
         save_image(panel([originals, list(zip(drawn.cpu(), captions))], ["original", title], f"{self.args.name}: {stage}"), file)
         print(f"see {file}")
 

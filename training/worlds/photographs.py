@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen
-from training.data.listing import open_listing
+from training.data.listing import KEPT_BACK, open_listing
 
 MARGIN = 1.05  # pictures are kept so much larger than the crops
-KEPT_BACK = 25  # every 25th picture is never trained on: settings are chosen on these
 FEWEST = 200
 
 

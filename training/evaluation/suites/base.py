@@ -6,17 +6,21 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.worlds import model_file
+from featinv_nodes.worlds import find_world, model_file
 
 from ...models.pipeline import Sampling
 from ..bench import FLOOR, ORIGINAL, Bench, Choice, Subject, own_judge
+from ..judge import Judge
 from ..report import Report
 from ..shards import Arm, Table
 
+INDEPENDENT = "independent: "  # prefix of the figures of a backbone that took no part in training or sampling
+
 
 class Suite:
-    """count: pictures of the embedded world where the user does not say.
+    """count: pictures of the drawn world where the user does not say.
 
     sampling: arm -> how its pictures are drawn, for results.json. subjects: the arm of a model's originals -> the model
     under judgement. A suite fills both in its constructor and offers a report.
@@ -97,3 +101,15 @@ def several(args: argparse.Namespace, default: tuple[str, ...]) -> list[Choice]:
     """The models of --models, each FILE or FILE=BACKBONE with a timm-hub folder; --backbone-weights for those without."""
     pairs = [(text, "", "") if Path(text).is_file() else text.partition("=") for text in args.models or default]
     return [Choice(file, args.base, None if folder else args.backbone_weights, folder or None) for file, _, folder in pairs]
+
+
+def independent_name(bench: Bench, choice: Choice) -> str | None:
+    """The backbone that took no part in a shipped model's training, by its embedded name; None for other models."""
+    info = bench.info(choice)
+    world = find_world(info.base["name"])
+    return world.independent.get(info.source.backbone) if world else None
+
+
+def independent_judge(bench: Bench, name: str | None) -> dict[str, Judge]:
+    """Its judge, by its last layer; none without a name."""
+    return {INDEPENDENT: Judge(bench.named(name), {"cosine": (LAST, False)})} if name else {}

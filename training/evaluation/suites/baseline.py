@@ -38,7 +38,7 @@ class Baseline(Suite):
         super().__init__(bench, args)
         self.base = args.base or bench.info(self.choice).base["name"]
         if find_world(self.base):
-            raise FeatInvError("suite baseline needs a base model that reads text; the embedded ones read none. The nearest to it is the floor of suite quality")
+            raise FeatInvError("suite baseline needs a base model that reads text; those of the worlds read none. The nearest to it is the floor of suite quality")
         self.require_imagenet()
         unnamed = [n for n, c in zip(bench.source.names, bench.source.classes) if c not in bench.source.labels]
         if unnamed:

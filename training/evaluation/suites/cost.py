@@ -19,7 +19,7 @@ from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..report import Figures, Grid, Report, cell, figures_of, shown
 from ..shards import Table
 from .base import Suite
-from .guidances import PAPER, PAPERS_OWN, extra_measures, witnessed
+from .guidances import PAPER, PAPERS_OWN, extra_measures, judged_twice
 from .sweep import recommend
 
 REFERENCE = "ddim", 50
@@ -36,7 +36,7 @@ class Cost(Suite):
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
         super().__init__(bench, args)
-        self.subject = witnessed(self)
+        self.subject = judged_twice(self)
         own = bench.sampling(self.choice)
         chosen = [*product(SOLVERS, sorted(set(args.solver_steps))), REFERENCE, (own.solver, own.steps)]
         self.tried = {f"{solver}, {steps} steps": bench.sampling(self.choice, solver=solver, steps=steps, gradient=0.0) for solver, steps in chosen}

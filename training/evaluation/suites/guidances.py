@@ -7,17 +7,13 @@ from itertools import product
 
 import torch
 
-from featinv_nodes.core.backbones import LAST
-from featinv_nodes.worlds import find_world, open_backbone
-
 from ...models.pipeline import Sampling
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench, Subject
-from ..judge import Judge
 from ..report import Report, by_arm, figures_of, heat_map, set_measures, shown
 from ..shards import Table
-from .base import Suite
+from .base import INDEPENDENT, Suite, independent_judge, independent_name
 
-PAPER, WITNESS = "the paper's sampling", "witness: "
+PAPER = "the paper's sampling"
 PAPERS_OWN = Sampling(50, 1.0, 1.75, "text")  # Sec. 4.1
 
 
@@ -29,7 +25,7 @@ class Guidances(Suite):
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
         super().__init__(bench, args)
-        self.subject = witnessed(self)
+        self.subject = judged_twice(self)
         self.features, self.texts = sorted(set(args.guidances)), sorted(set(args.text_guidances))
         self.apart = {pair(f, t): bench.sampling(self.choice, guidance=f, text_guidance=t, negative="features") for f, t in product(self.features, self.texts)}
         recommended, changes = bench.info(self.choice).recommended, bench.changes | {"text_guidance": None, "negative": "text"}
@@ -39,8 +35,8 @@ class Guidances(Suite):
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--text-guidances", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0], help="the text's scales; the features' are --guidances")
-        parser.add_argument("--witness", help="for guidances and cost: timm-hub folder or name of a backbone that took no part "
-                            "(default in the embedded world: the other backbone)")  # fmt: skip
+        parser.add_argument("--independent", help="for guidances and cost: timm-hub folder or name of a backbone that took no part "
+                            "(default in an embedded world: the one it names)")  # fmt: skip
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.sampling, CEILING)}
@@ -54,7 +50,7 @@ class Guidances(Suite):
             panels[f"{name.split(' (')[0].replace(': ', '_')}.png"] = heat_map(values, *labels, f"{name}, {self.args.model}", digits)
         lines = [f"Best {name}: {arm} ({figures[arm][name]['value']:.4f}; {PAPER} {figures[PAPER][name]['value']:.4f})." for name, arm in best.items()]
         lines.append(f"The best of {len(tried)} settings on these pictures: their figures are too favourable; measure the chosen one on others.")
-        grid = by_arm("All settings", figures, [FLOOR, PAPER, *tried, CEILING], [self.score, f"{WITNESS}cosine", "top1_match", *set_measures(figures[FLOOR])], "setting")
+        grid = by_arm("All settings", figures, [FLOOR, PAPER, *tried, CEILING], [self.score, f"{INDEPENDENT}cosine", "top1_match", *set_measures(figures[FLOOR])], "setting")
         return Report(self.title(), figures, [grid], lines, {"best": best}, panels)
 
 
@@ -62,16 +58,13 @@ def pair(features: float, text: float) -> str:
     return f"features={features:g}, text={text:g}"
 
 
-def witnessed(suite: Suite) -> Subject:
+def judged_twice(suite: Suite) -> Subject:
     """The model of --model, judged by its own backbone and by one that took no part, where there is one."""
-    subject, name = suite.one_subject(), suite.args.witness
-    if name is None and (world := find_world((info := suite.bench.info(suite.choice)).base["name"])):
-        name = world.independent.get(info.source.backbone)
-    if name:
-        subject.judges[WITNESS] = Judge(open_backbone(name).to(suite.bench.device), {"cosine": (LAST, False)})
+    subject = suite.one_subject()
+    subject.judges |= independent_judge(suite.bench, suite.args.independent or independent_name(suite.bench, suite.choice))
     return subject
 
 
 def extra_measures(figures: dict) -> list[str]:
-    """What else a setting is chosen by: the witness's cosine and the distances KID, those that there are."""
-    return [name for name in figures if name == f"{WITNESS}cosine" or name.startswith("kid")]
+    """What else a setting is chosen by: the independent backbone's cosine and the distances KID, those that there are."""
+    return [name for name in figures if name == f"{INDEPENDENT}cosine" or name.startswith("kid")]

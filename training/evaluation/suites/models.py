@@ -12,7 +12,8 @@ from ..bench import CEILING, FLOOR, ORIGINAL, Bench, Choice, Subject
 from ..judge import Judge
 from ..report import Figures, Grid, Report, by_arm, cell, figures_of, set_measures, shown
 from ..shards import Arm, Table
-from .base import Suite, several
+from ..spaces import Space, TimmSpace
+from .base import INDEPENDENT, Suite, independent_judge, independent_name, several
 
 MOST = 8  # layers that are compared, if a backbone has more: those of the models and the last
 
@@ -29,7 +30,7 @@ class Several(Suite):
         self.models = self.chosen()
         if len(self.models) < self.fewest:
             raise FeatInvError(f"suite {self.name} compares models; give two or more to --models")
-        self.spaces = bench.spaces(next(iter(self.models.values())))
+        self.spaces = self.measured_in(next(iter(self.models.values())))
         for name, choice in self.models.items():
             self.subjects[f"{ORIGINAL} {name}"] = Subject(bench, choice, self.judges(choice), self.spaces)
             self.sampling[name] = bench.sampling(choice)
@@ -39,6 +40,10 @@ class Several(Suite):
     def chosen(self) -> dict[str, Choice]:
         """Arm -> model."""
         return dict(zip(self.args.models or self.default, several(self.args, self.default)))
+
+    def measured_in(self, choice: Choice) -> list[Space]:
+        """The spaces in which sets are compared."""
+        return self.bench.spaces(choice)
 
     def judges(self, choice: Choice) -> dict[str, Judge]:
         raise NotImplementedError
@@ -70,10 +75,16 @@ class Layers(Several):
         if len(names) > 1:
             raise FeatInvError(f"suite layers compares models of one backbone; these have {', '.join(sorted(names))}. Use cross-model")
 
+    def measured_in(self, choice: Choice) -> list[Space]:
+        """Also that of the independent backbone, unless the user names one."""
+        name = None if self.bench.space else independent_name(self.bench, choice)
+        return [*super().measured_in(choice), *([TimmSpace(self.bench.named(name))] if name else [])]
+
     def judges(self, choice: Choice) -> dict[str, Judge]:
         backbone = self.bench.backbone(choice)
         stages = backbone.layers[1:] if len(backbone.layers) <= MOST else sorted({self.bench.info(c).source.layer for c in self.models.values()} - {LAST})
-        return {"": Judge(backbone, {f"cosine {layer}": (layer, False) for layer in (*stages, LAST)})}
+        own = {"": Judge(backbone, {f"cosine {layer}": (layer, False) for layer in (*stages, LAST)})}
+        return own | independent_judge(self.bench, independent_name(self.bench, choice))
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures, arms = self.figures(tables), [FLOOR, *self.models, CEILING]
@@ -83,8 +94,17 @@ class Layers(Several):
             Grid("Models", ["model", "inverts layer", "pooled"], inverts),
             by_arm("Cosine at every stage (paper Fig. 4a)", figures, arms, compared, "model"),
             by_arm("Match and distance of the sets (Fig. 4b, 4c)", figures, arms, ["top1_match", "top5_match", *set_measures(figures[FLOOR])], "model"),
+            *self.by_another(figures, arms),
         ]
         return Report(f"layers of {self.first.backbone.name}", figures, grids, panels=self.panel(tables, f"cosine {LAST}"))
+
+
+    def by_another(self, figures: dict[str, Figures], arms: list[str]) -> list[Grid]:
+        """What a backbone says that took no part in training or sampling, where there is one."""
+        if INDEPENDENT not in self.first.judges:
+            return []
+        names = [INDEPENDENT + name for name in ("cosine", "top1_match", "top5_match")]
+        return [by_arm(f"By {self.first.judges[INDEPENDENT].backbone.name}, which took no part", figures, arms, names, "model")]
 
 
 class CrossModel(Several):

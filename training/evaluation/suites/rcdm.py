@@ -49,7 +49,7 @@ class BesideRCDM(Several):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--rcdm", help="published checkpoint, as rcdm_ema_supervised.pt (default: the embedded world's, for its CNN)")
+        parser.add_argument("--rcdm", help="published checkpoint, as rcdm_ema_supervised.pt (default: the drawn world's, for its CNN)")
         parser.add_argument("--rcdm-steps", type=int, help="its DDIM steps (default: 100, the embedded one 50)")
 
     def chosen(self) -> dict[str, Choice]:

@@ -1,0 +1,150 @@
+"""Weights in 8 bits come back within half a step, all others as they were, and a file is there whole or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from featinv_nodes.core.encoders import ConvEncoder
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.files import SCALE, is_in_8_bits, read_weights, write_safetensors, write_weights
+from featinv_nodes.core.scope import fit_scope
+from featinv_nodes.core.weights import InversionInfo, load_inversion, load_scope, save_inversion, save_scope
+
+SOURCE = FeatureSource("net.tag", "last", False, 6, (3, 4), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+
+def some_weights():
+    """Matrices and a kernel, their channels a millionfold apart and one of them zero; what is too small for 8 bits; and integers."""
+    torch.manual_seed(0)
+    spread = torch.logspace(-3, 3, 32)
+    tensors = {
+        "linear.weight": torch.randn(32, 48) * spread[:, None],
+        "conv.weight": (torch.randn(32, 16, 3, 3) * spread[:, None, None, None]).to(memory_format=torch.channels_last),
+        "half.weight": torch.randn(8, 20).half(),
+        "linear.bias": torch.randn(32),
+        "depthwise.weight": torch.randn(32, 1, 3, 3),  # 9 numbers to a channel: a scale for each would save nothing
+        "mean": torch.randn(24, 1, 1),
+        "number": torch.tensor(0.7),
+    }
+    tensors["linear.weight"][3] = 0
+    return tensors | {"counter": torch.tensor(12345678901), "index": torch.arange(-70000, 70000), "mask": torch.tensor([True, False])}
+
+
+def test_8_bits_are_within_half_a_step_of_what_was_written(tmp_path):
+    """A step is 1/127 of the largest number of its output channel, and each number goes to the nearest step."""
+    wanted, file = some_weights(), tmp_path / "w.safetensors"
+    write_weights(file, wanted, torch.int8)
+    found, stored = read_weights(file), load_file(file)
+    assert is_in_8_bits(file) and list(sorted(found)) == list(sorted(wanted))
+    for name in ("linear.weight", "conv.weight", "half.weight"):
+        assert stored[name].dtype == torch.int8 and found[name].dtype == torch.float32 and found[name].shape == wanted[name].shape
+        step = wanted[name].float().flatten(1).abs().amax(1) / 127
+        error = (found[name] - wanted[name].float()).flatten(1).abs().amax(1)
+        assert (error <= step * (0.5 + 1e-5)).all()  # 1e-5: rounding in float32
+        assert (error > step * 0.3).float().mean() > 0.8  # among so many numbers some lie between two steps: it is 8 bits, not more
+    assert found["linear.weight"][3].abs().max() == 0
+    for name in ("linear.bias", "depthwise.weight", "mean", "number"):
+        assert stored[name].dtype == torch.float16 and torch.equal(found[name], wanted[name].half().float()), name
+    for name in ("counter", "index", "mask"):
+        assert found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]), name
+
+
+def test_8_bits_written_again_are_the_same(tmp_path):
+    """A model that is opened and saved again does not wear off."""
+    write_weights(tmp_path / "one.safetensors", some_weights(), torch.int8)
+    once = read_weights(tmp_path / "one.safetensors")
+    write_weights(tmp_path / "two.safetensors", once, torch.int8)
+    twice = read_weights(tmp_path / "two.safetensors")
+    assert all((once[name] - twice[name]).abs().max() <= 1e-6 * once[name].abs().max() for name in once if once[name].is_floating_point())
+    one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one if not name.endswith(SCALE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_other_precisions_are_what_they_say(tmp_path, dtype):
+    wanted, file = some_weights(), tmp_path / "w.safetensors"
+    write_weights(file, wanted, dtype)
+    found, stored = read_weights(file), load_file(file)
+    assert not is_in_8_bits(file) and list(sorted(stored)) == list(sorted(found)) == list(sorted(wanted))
+    for name, value in wanted.items():
+        if value.is_floating_point():
+            assert stored[name].dtype == dtype and torch.equal(found[name], value.to(dtype).float()), name
+        else:
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def test_what_is_skipped_is_not_read(tmp_path):
+    write_weights(tmp_path / "w.safetensors", some_weights(), torch.int8)
+    found = read_weights(tmp_path / "w.safetensors", skip="linear.")
+    assert "conv.weight" in found and not [name for name in found if name.startswith("linear.") or name.endswith(SCALE)]
+
+
+def test_a_models_own_tensor_of_that_name_is_kept(tmp_path):
+    """SCALE ends the names of other tensors, too; only the scale of a tensor in the file is one."""
+    write_weights(tmp_path / "w.safetensors", {"layer" + SCALE: torch.ones(40), "norm.weight": torch.ones(8, 16)}, torch.int8)
+    assert sorted(read_weights(tmp_path / "w.safetensors")) == ["layer" + SCALE, "norm.weight"]
+
+
+def saved(file, dtype):
+    torch.manual_seed(0)
+    encoder = ConvEncoder(6, 8, width=10)
+    torch.nn.init.normal_(encoder.block[-1].weight)
+    encoder.standardise(torch.randn(50, 6, 3, 4) * 3 + 1)
+    info = InversionInfo(SOURCE, encoder.settings, {"name": "b", "width": 8, "context": 4, "latent_channels": 4}, "a prompt", images_seen=7)
+    save_inversion(file, info, {"controlnet_mid_block.weight": torch.randn(30, 30)}, encoder, dtype)
+    return info, encoder
+
+
+def test_an_encoder_in_8_bits_gives_the_same_hint(tmp_path):
+    info, encoder = saved(tmp_path / "m.safetensors", torch.int8)
+    again, controlnet, loaded = load_inversion(tmp_path / "m.safetensors")
+    assert again == info and list(controlnet) == ["controlnet_mid_block.weight"]
+    x = torch.randn(4, 6, 3, 4) * 3 + 1
+    wanted, got = encoder(x, (8, 8)), loaded(x, (8, 8))
+    assert 0 < (wanted - got).square().mean().sqrt() < 0.02 * wanted.square().mean().sqrt()  # steps of at most 1/127, errors independent
+
+
+def test_scope_is_added_to_8_bits_and_they_stay(tmp_path):
+    file = tmp_path / "m.safetensors"
+    info, _ = saved(file, torch.int8)
+    before, wanted = load_file(file), load_inversion(file)
+    maps = FeatureMap(torch.randn(200, 6, 3, 4, generator=torch.Generator().manual_seed(0)), SOURCE)
+    scope = fit_scope(maps, centres=8)
+    for _ in range(2):  # again: one set of statistics, not two
+        save_scope(file, scope)
+        after = load_file(file)
+        assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+        assert all(k.startswith("scope.") for k in after.keys() - before.keys())
+    again, controlnet, encoder = load_inversion(file)
+    assert again == info and is_in_8_bits(file)
+    assert all(torch.equal(controlnet[k], v) for k, v in wanted[1].items())
+    assert all(torch.equal(encoder.state_dict()[k], v) for k, v in wanted[2].state_dict().items())
+    assert torch.equal(load_scope(file).judge(maps).combined, scope.judge(maps).combined)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_a_file_that_was_cut_off_is_named(tmp_path, dtype, kept):
+    file = tmp_path / "cut off.safetensors"
+    write_weights(file, some_weights(), dtype)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(FeatInvError, match=r"cut off.safetensors is .*not a complete safetensors file .*download or copy it again$"):
+        read_weights(file)
+    with pytest.raises(FeatInvError, match="none.safetensors is missing"):
+        read_weights(tmp_path / "none.safetensors")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_on_a_full_disk_the_old_file_stays_and_nothing_else(tmp_path):
+    file = tmp_path / "w.safetensors"
+    write_weights(file, some_weights(), torch.int8)
+    before = file.read_bytes()
+    (tmp_path / "w.safetensors.part").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        write_safetensors(file, {"a": torch.zeros(100_000)}, {"format": "pt"})
+    assert error.value.errno == errno.ENOSPC
+    assert file.read_bytes() == before and os.listdir(tmp_path) == ["w.safetensors"]
