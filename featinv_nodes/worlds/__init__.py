@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 from .drawn import DRAWN
 from .photo import PHOTO
 from .world import World

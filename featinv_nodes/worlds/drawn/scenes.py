@@ -1,4 +1,4 @@
-"""The embedded world: drawn scenes with known objects, masks and labels.
+"""The drawn world: drawn scenes with known objects, masks and labels.
 
 A scene is one object (four times in five) or two on one of six backgrounds, 64 pixels wide. It is a
 pure function of (seed, split, index), drawn on the fly and in batches by signed distances; there is
