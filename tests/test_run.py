@@ -57,3 +57,11 @@ def test_files_are_fetched_into_the_comfyui_that_is_there(tmp_path, monkeypatch)
     assert run.main() == 0 and called.pop() == [program, "--to", str(run.ROOT / "models"), *given]
     (tmp_path / "main.py").touch()
     assert run.main() == 0 and called.pop() == [program, "--to", str(tmp_path / "models"), *given]
+
+
+def test_the_demo_is_given_the_users_pictures(monkeypatch):
+    called = []
+    monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: called.append(command) or 0)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--no-venv", "demo", "--image", "a photo.jpg", "--world", "drawn"])
+    assert run.main() == 0
+    assert called == [[sys.executable, str(run.ROOT / "training" / "demo.py"), "--image", "a photo.jpg", "--world", "drawn"]]

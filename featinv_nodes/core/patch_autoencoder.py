@@ -38,10 +38,10 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
 class PatchAutoencoder(nn.Module):
     """encode: linear projection of each p x p patch plus a convolutional correction; decode: its inverse, alike."""
 
-    def __init__(self, patch: int = 8, latents: int = 24) -> None:
-        """patch: its side p in pixels, a multiple of 4. latents: channels C."""
+    def __init__(self, patch: int = 8, latents: int = 24, refined: bool = True) -> None:
+        """patch: its side p in pixels, a multiple of 4. latents: channels C. refined: whether encode has its correction."""
         super().__init__()
-        self.patch, self.latents = patch, latents
+        self.patch, self.latents, self.refined = patch, latents, refined
         self.register_buffer("mean", torch.zeros(latents, 1, 1))
         self.register_buffer("deviation", torch.ones(latents, 1, 1))
         self.project = nn.Conv2d(3 * patch**2, latents, 1)
@@ -51,6 +51,7 @@ class PatchAutoencoder(nn.Module):
             nn.PixelUnshuffle(4), nn.Conv2d(48, 64, 3, padding=1), Residual(64), nn.PixelUnshuffle(fold),
             nn.Conv2d(64 * fold**2, 128, 1), Residual(128), Residual(128), Residual(128), _zero(nn.Conv2d(128, latents, 1)),
         )
+        self.encoder = self.encoder if refined else None
         self.decoder = nn.Sequential(
             nn.Conv2d(latents, 128, 3, padding=1), *(Residual(128) for _ in range(4)), nn.Conv2d(128, 256, 1), nn.PixelShuffle(2),
             *(Residual(64) for _ in range(3)), nn.Conv2d(64, 128, 1), nn.PixelShuffle(2),
@@ -61,18 +62,19 @@ class PatchAutoencoder(nn.Module):
     def load(cls, folder: Path) -> PatchAutoencoder:
         """Reads a diffusers folder (config.json, diffusion_pytorch_model.safetensors), in float32, for evaluation."""
         config = json.loads((folder / "config.json").read_text())
-        vae = cls(**{name: config[name] for name in ("patch", "latents") if name in config})
+        vae = cls(**{name: config[name] for name in ("patch", "latents", "refined") if name in config})
         vae.load_state_dict(read_weights(folder / "diffusion_pytorch_model.safetensors"))
         return vae.eval().requires_grad_(False)
 
     @property
     def config(self) -> dict:
         """What config.json holds."""
-        return {"_class_name": type(self).__name__, "patch": self.patch, "latents": self.latents}
+        return {"_class_name": type(self).__name__, "patch": self.patch, "latents": self.latents, "refined": self.refined}
 
     def encode(self, x: Tensor) -> Tensor:
         """Pictures -> latents of zero mean and unit variance over the training pictures."""
-        z = self.project(F.pixel_unshuffle(x, self.patch)) + self.encoder(x)
+        z = self.project(F.pixel_unshuffle(x, self.patch))
+        z = z + self.encoder(x) if self.refined else z
         return (z - self.mean) / self.deviation
 
     def decode(self, z: Tensor) -> Tensor:

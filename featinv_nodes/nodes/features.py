@@ -58,7 +58,7 @@ class FeatureMix(io.ComfyNode):
                 io.Combo.Input("mode", options=list(MIXES), default="interpolate", tooltip="interpolate: mean by the weights. sweep: a batch from a to b in equal steps. compose: b inside the mask, a outside."),
                 io.Float.Input("weight_a", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of a (interpolate). Weights are divided by their sum."),
                 io.Float.Input("weight_b", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of b (interpolate)."),
-                io.Int.Input("steps", default=5, min=2, max=64, tooltip="Maps in the sweep, a and b included. Give Empty Latent Image the same batch size (times the maps, where a or b is a batch)."),
+                io.Int.Input("steps", default=5, min=2, max=64, tooltip="Maps in the sweep, a and b included. Draw them from as many latents (times the maps, where a or b is a batch): the batch size of Empty Latent Image, or the amount of Repeat Latent Batch."),
                 io.Boolean.Input("soft_edge", default=False, tooltip="compose: cells that the mask covers in part are mixed by that part, instead of belonging to one side."),
                 io.Mask.Input("mask", optional=True, tooltip="compose: where b goes. Brought to the feature map's resolution: cropped like the pictures if the backbone is connected, else stretched."),
                 Features.Input("features_c", optional=True, tooltip="interpolate: a third feature map."),

@@ -106,7 +106,7 @@ class LoadTinyWorld(io.ComfyNode):
             category=CATEGORY,
             description="An embedded diffusion model, of photographs (128 x 128 pixels) or drawn scenes (64 x 64): everything works with it at once, without a download or a GPU.",
             inputs=[
-                io.Combo.Input("world", options=[name for name, world in WORLDS.items() if world.models], default="drawn", optional=True, tooltip="photo knows photographs, drawn the scenes of the Scenes node. Use the world of the inversion model."),
+                io.Combo.Input("world", options=[name for name, world in WORLDS.items() if world.models], default="drawn", optional=True, tooltip="photo knows photographs, drawn the scenes of Drawn World Scenes. Use the world of the inversion model."),
             ],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="The base model, for KSampler (sampler ddim, scheduler simple)."),
@@ -132,9 +132,9 @@ class TinyWorldScenes(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FeatInv_TinyWorldScenes",
-            display_name="Tiny World Scenes",
+            display_name="Drawn World Scenes",
             category=CATEGORY,
-            description="Draws scenes of the embedded world that no model has seen in training: pictures to invert.",
+            description="Draws scenes of the drawn world that no model has seen in training: pictures to invert.",
             inputs=[
                 io.Int.Input("first", default=0, min=0, max=2**31 - 1, tooltip="Number of the first scene; the same number gives the same scene for ever."),
                 io.Int.Input("count", default=1, min=1, max=64, tooltip="How many scenes, one after the other."),

@@ -19,7 +19,7 @@ class PairedLatents(io.ComfyNode):
             description="Prepares one sampler run that draws the original and every changed feature map from the same noise, for FeatInv-Viz.",
             inputs=[
                 Change.Input("edit", tooltip="From Concept Attenuate, of a single feature map."),
-                io.Latent.Input("latent", tooltip="Empty Latent Image; its batch size is the number of seeds (5 in the paper)."),
+                io.Latent.Input("latent", tooltip="Empty latents, one per seed (5 in the paper): from Empty Latent Image, or Load World's latent through Repeat Latent Batch."),
             ],
             outputs=[
                 Features.Output("features", display_name="features", tooltip="The original map once per seed, then each variant once per seed, for FeatInv ControlNet."),

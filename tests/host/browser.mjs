@@ -58,7 +58,7 @@ for (const file of files) {
       unlinked: nodes.flatMap((n) => (n.inputs ?? []).filter((i) => i.link != null && !window.app.graph.links.get?.(i.link) && !window.app.graph.links[i.link]).map((i) => `${n.type}.${i.name}`)),
     };
   });
-  const ran = basename(file).startsWith("tiny") && file.endsWith(".json") ? await page.evaluate(() => new Promise((done) => {
+  const ran = !basename(file).startsWith("minisd") && file.endsWith(".json") ? await page.evaluate(() => new Promise((done) => {
     const api = window.app.api, seen = { progress: 0, pictures: 0, error: null };
     const progress = () => (seen.progress += 1);
     const executed = (event) => (seen.pictures += event.detail?.output?.images?.length ?? 0);

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 COLUMN, GAP, TOP, ROW = 400, 40, 60, 24
 TALL = 1000  # what ends a chain stands in the next column where one is longer than this
+SHOWN, TEXTS = ("PreviewImage", "FeatInv_PreviewFeatures", "PreviewAny"), ("PreviewAny",)
+GIVEN = ("Original", "Outside", "Inside", "Mask")  # titles of the pictures that a result is made from
+LARGE = 420  # height of a picture that stands below
+EDGE = 40  # of a group around its nodes, above them twice as much
 
 
 @dataclass
@@ -48,16 +52,22 @@ def extra_widgets(kind: str, options: dict) -> list:
 
 
 class Graph:
-    """Nodes in the order they are added, each input a value or another node's output."""
+    """Nodes in the order they are added, each input a value or another node's output. pictures_below: what is shown stands
+    in a row of its own, what was given before the results. lanes: title of a group -> its first node, see lane."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
-        self.note = ""
+        self.note, self.pictures_below = "", False
+        self.lanes: dict[str, int] = {}
 
     def add(self, kind: str, title: str | None = None, models: list | None = None, **inputs) -> Node:
         node = Node(len(self.nodes) + 1, kind, inputs, title, models or [])
         self.nodes.append(node)
         return node
+
+    def lane(self, title: str) -> None:
+        """What is added from here on stands below all before it, in a group of its own, up to the next lane."""
+        self.lanes[title] = len(self.nodes)
 
     def prompt(self) -> dict:
         """The form that POST /prompt takes."""
@@ -98,7 +108,7 @@ class Graph:
         }  # fmt: skip
         return {
             "last_node_id": len(nodes) + 1, "last_link_id": len(links), "nodes": [*nodes.values(), note], "links": links,
-            "groups": [], "config": {}, "extra": {}, "version": 0.4,
+            "groups": self._groups(nodes), "config": {}, "extra": {}, "version": 0.4,
         }  # fmt: skip
 
     def _place(self, nodes: dict[int, dict], height_of: dict[int, int]) -> None:
@@ -111,13 +121,47 @@ class Graph:
             readers = [column[n.id] for n in self.nodes for v in n.inputs.values() if isinstance(v, Ref) and v.node is node]
             column[node.id] = max(column[node.id], min(readers, default=column[node.id] + 1) - 1) if readers else column[node.id]
         filled: dict[int, int] = {}
+        for node in self.nodes[: min(self.lanes.values(), default=0)]:  # what all lanes share stands before them
+            column[node.id] = 0
+        shown = [node for node in self.nodes if self.pictures_below and node.type in SHOWN]
         for node in self.nodes:
+            if node in shown:
+                continue
+            if node.id - 1 in self.lanes.values():
+                bottom = max((y for place, y in filled.items() if place), default=-EDGE) + 2 * EDGE
+                filled = {place: bottom for place in range(1, max(column.values()) + 1)} | {0: filled[0]}
             place = column[node.id]
             ends = not any(v.node is node for n in self.nodes for v in n.inputs.values() if isinstance(v, Ref))
             while ends and filled.get(place, 0) + height_of[node.id] > TALL:
                 place += 1
             nodes[node.id]["pos"] = [place * COLUMN, filled.get(place, 0)]
             filled[place] = filled.get(place, 0) + height_of[node.id] + TOP
+        self._place_below(nodes, shown, filled)
+
+    def _place_below(self, nodes: dict[int, dict], shown: list[Node], filled: dict[int, int]) -> None:
+        """A row of pictures that ends below the last column, and behind it the texts, one below the other."""
+        if not shown:
+            return
+        pictures, texts = ([node for node in shown if (node.type in TEXTS) == texts] for texts in (False, True))
+        pictures.sort(key=lambda node: not (node.title or "").startswith(GIVEN))
+        first = max(0, max(filled) - len(pictures))
+        top = max(bottom for place, bottom in filled.items() if place >= first) + TOP
+        for place, node in enumerate(pictures, first):
+            nodes[node.id] |= {"pos": [place * COLUMN, top], "size": [COLUMN - GAP, LARGE]}
+        height = max((LARGE + TOP) // max(len(texts), 1) - TOP, 130)
+        for number, node in enumerate(texts):
+            nodes[node.id] |= {"pos": [(first + len(pictures)) * COLUMN, top + number * (height + TOP)], "size": [COLUMN - GAP, height]}
+
+    def _groups(self, nodes: dict[int, dict]) -> list[dict]:
+        """A group around each lane's nodes, what stands in the first column or below apart."""
+        found, ends = [], [*list(self.lanes.values())[1:], len(self.nodes)]
+        for (title, first), last in zip(self.lanes.items(), ends):
+            inside = [nodes[n.id] for n in self.nodes[first:last] if n.type not in SHOWN and nodes[n.id]["pos"][0]]
+            left, top = (min(n["pos"][i] for n in inside) for i in (0, 1))
+            right, bottom = (max(n["pos"][i] + n["size"][i] for n in inside) for i in (0, 1))
+            box = [left - EDGE // 2, top - 2 * EDGE, right - left + EDGE, bottom - top + 2.5 * EDGE]
+            found.append({"id": len(found) + 1, "title": title, "bounding": box, "color": "#3f789e", "font_size": 24, "flags": {}})
+        return found
 
 
 def to_prompt(workflow: dict, info: dict) -> dict:
@@ -132,6 +176,8 @@ def to_prompt(workflow: dict, info: dict) -> dict:
         linked = {entry["name"]: entry["link"] for entry in node["inputs"] if entry["link"] is not None}
         for name, kind, options in declared(info[node["type"]]):
             if kind in WIDGETS and not options.get("forceInput"):
+                if not values:  # a widget appended since the file was saved: the node's own default
+                    continue
                 inputs[name] = values.pop(0)
                 del values[: len(extra_widgets(kind, options))]
             elif name in linked:

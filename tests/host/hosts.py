@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,6 +56,7 @@ class Server:
         for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
+        shutil.copy(host.root / "input" / "example.png", base / "input")  # what every checkout has
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

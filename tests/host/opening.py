@@ -49,7 +49,7 @@ class World:
     """The embedded world, opened in the host."""
 
     def __init__(self) -> None:
-        self.model, self.positive, self.negative, self.vae = run("FeatInv_LoadTinyWorld")
+        self.model, self.positive, self.negative, self.vae, _ = run("FeatInv_LoadTinyWorld")
         self.backbone, _ = run("FeatInv_LoadBackbone", weights="tiny-cnn (embedded)", timm_name="", input_size=0)
         self.control, _ = run("FeatInv_LoadFeatInvControlNet", weights="tiny_cnn_last (embedded)")
         self.features = self.extract(0, 3)

@@ -12,7 +12,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
+from torch.nn import functional as F
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen, read_image
@@ -22,6 +23,7 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from training import cli, demo, evaluate, reconstruct
 from training.data.batch import crops
 from training.models.inversion import open_model
+from training.report import LINE, panel, shortened, to_image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,8 +81,8 @@ def test_evaluate_writes_its_report(tmp_path):
     assert "| cosine |" in (tmp_path / "report.md").read_text() and (tmp_path / "panel.png").exists()
 
 
-def test_demo_promises(scenes, tmp_path):
-    demo.main(["--image", scenes[0], "--count", "10", "--out", str(tmp_path)])
+def test_demo_of_drawn_scenes_promises(scenes, tmp_path):
+    demo.main(["--world", "drawn", "--image", scenes[0], "--count", "10", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     keys = {"n", "cosine_mean", "cosine_centred", "top1_match", "top5_match", "cosine_floor", "cosine_ceiling"}
     assert keys <= results["reconstruction"].keys()
@@ -88,6 +90,48 @@ def test_demo_promises(scenes, tmp_path):
     assert {"cosine_inside", "cosine_outside"} == results["composition"].keys()
     assert results["seconds"] > 0 and "torch" in results["versions"] and "outside its world" in results["notes"][0]
     assert "data:image/png" in (tmp_path / "index.html").read_text() and (tmp_path / "panel.png").exists()
+
+
+def test_demo_of_photographs_promises(scenes, tmp_path, capsys):
+    demo.main(["--world", "photo", "--image", scenes[0], "--steps", "1", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    own, china, flower = results["pictures"]
+    assert [own["name"], china["name"], flower["name"]] == ["scene 0.png", "china.jpg", "flower.jpg"]
+    assert {"palace", "monastery"} <= {c["name"] for c in china["classes"]} and len(flower["classes"]) == 3
+    for picture in results["pictures"]:
+        assert list(picture["depths"]) == ["blocks.2", "blocks.4", "last", "pooled"] == list(results["models"])
+    composed, concept = results["composition"], results["concept"]
+    interpolated = results["interpolation"]
+    assert [e["weight"] for e in interpolated] == [0, 0.2, 0.4, 0.6, 0.8, 1] and len(composed) == 2
+    drawn = [*own["depths"].values(), own["other_seed"], *interpolated, *composed, *concept["as_it_is"], *concept["turned_down"]]
+    for one in drawn:
+        chances = [c["probability"] for c in one["classes"]]
+        assert -1 <= one["cosine"] <= 1 and 0 < sum(chances) <= 1.001 and chances == sorted(chances, reverse=True)
+    assert interpolated[0]["cosine"] == pytest.approx(own["depths"]["blocks.4"]["cosine"], abs=1e-3)  # the same map and noise
+    assert concept["factor"] == 0.25 and 0 < concept["share"] <= 1 and not results["notes"]
+    assert results["seconds"] > 0 and "torch" in results["versions"]
+    page, said = (tmp_path / "index.html").read_text(), capsys.readouterr().out
+    assert "data:image/png" in page and all(f"{name}: " in page and f"{name}: " in said for name in ("scene 0.png", "china.jpg", "flower.jpg"))
+    assert Image.open(tmp_path / "panel.png").height > 6 * 144  # three pictures, interpolation, composition, concept
+
+
+def test_demo_refuses_what_belongs_to_the_other_world(scenes, tmp_path):
+    for arguments, message in ((["--world", "photo", "--count", "10"], "--world drawn"), (["--world", "drawn", "--count", "2"], "at least as many"), (["--image", "none.png"], "does not exist")):
+        with pytest.raises(FeatInvError, match=message):
+            demo.main([*arguments, "--out", str(tmp_path)])
+    assert not list(tmp_path.glob("panel*"))
+
+
+def test_a_panel_enlarges_photographs_smoothly_and_has_room_for_every_caption():
+    stripes = torch.tensor([0.0, 1.0]).repeat_interleave(2).repeat(3, 64, 16)
+    colours = {side: len(to_image(F.interpolate(stripes[None], (side, side))[0], 144).getcolors()) for side in (64, 128)}
+    assert colours[64] == 2 < colours[128]
+    one, three = (panel([[(stripes, caption)]] * 2, ["", ""]) for caption in ("a", "a\nb\nc"))
+    assert three.height - one.height == 2 * 2 * LINE
+    font = ImageFont.load_default(13)
+    assert shortened("cos 0.93", font) == "cos 0.93"
+    cut = shortened("a name as long as some are " * 2, font)
+    assert cut.endswith("…") and font.getlength(cut) <= 152
 
 
 def bad_inputs(tmp_path):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
-from featinv_nodes.core.files import read_about, read_pickle, read_tensors, write_safetensors
+from featinv_nodes.core.files import read_about, read_pickle, read_weights, write_weights
 
 from ..models.pipeline import set_steps
 
@@ -143,10 +143,9 @@ def translate(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def save_rcdm(file: str | Path, model: RCDM, source: FeatureSource, about: dict) -> None:
-    """Writes this project's own layout in fp16. about: the steps, and how it was trained; see the module."""
-    tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
+    """Writes this project's own layout in 8 bits. about: the steps, and how it was trained; see the module."""
     about = {"widths": model.widths, "resolution": model.resolution, "source": source.to_dict()} | about
-    write_safetensors(file, tensors, {"rcdm": json.dumps(about)})
+    write_weights(file, model.state_dict(), torch.int8, {"rcdm": json.dumps(about)})
 
 
 def load_rcdm(file: str | Path) -> RCDM:
@@ -161,7 +160,7 @@ def load_own(file: str | Path) -> RCDM:
     source = FeatureSource.from_dict(about["source"])
     model = RCDM(source.channels, tuple(about["widths"]), about["resolution"])
     try:
-        model.load_state_dict({name: value.float() for name, value in read_tensors(file).items()})
+        model.load_state_dict(read_weights(file))
     except RuntimeError as error:
         raise FeatInvError(f"{file}: RCDM's tensors do not fit the widths {about['widths']}: {str(error)[:300]}") from error
     model.source, model.mean, model.std, model.steps = source, source.mean, source.std, about["steps"]

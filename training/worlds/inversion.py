@@ -132,9 +132,9 @@ def train_inversion(
     torch.manual_seed(config.seed)
     model = Inversion.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder)
     model = model.to(device, memory_format=torch.channels_last)
-    if config.init_from:
-        start_from(model, config.init_from, base)
-    model.encoder.standardise(draw(SAMPLE)[1])
+    before = start_from(model, config.init_from, base) if config.init_from else None  # None: an encoder of its own, a new one
+    if before is None:
+        model.encoder.standardise(draw(SAMPLE)[1])
     forward = torch.compile(model) if config.compile else model
 
     def loss_of(indices: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def train_inversion(
             return training_loss(base, backbone, forward, latents, features, config)
 
     def keep(average: Inversion) -> None:
-        seen = images_seen(work, config.name)
+        seen = (before or 0) + images_seen(work, config.name)
         info = InversionInfo(
             model.source, model.encoder.settings, base.describe(), config.prompt, config.recommended, seen, {"name": config.name, "seed": config.seed}
         )

@@ -1,0 +1,108 @@
+"""Runs in a host's environment, in the host's process: the world of photographs, latents of both worlds, weights in 8 bits.
+
+    python photo.py HOST_ROOT PACK BASE_DIRECTORY
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from opening import BASE, PACK, SEED, STEPS, World, relative, run  # before anything else of the host
+
+sys.path.append(PACK)
+import nodes
+import torch
+from sklearn.datasets import load_sample_image
+
+from featinv_nodes.core.files import is_in_8_bits
+from featinv_nodes.worlds import WORLDS, model_file
+from training.models.inversion import Opened, open_model
+from training.models.pipeline import Sampling, noise, sample
+
+FOLDER = Path(BASE, "models", "featinv")
+COUNT = 2  # pictures
+
+
+def with_control(name: str) -> Opened:
+    """A shipped model, small random numbers where it has zeros alone, as an untrained one has in its last layers."""
+    opened = open_model(name)
+    torch.manual_seed(0)
+    for key, p in opened.model.named_parameters():
+        if not p.any() and "norm" not in key:
+            torch.nn.init.normal_(p, std=0.02)
+    opened.model.save(FOLDER / f"{name}.safetensors", opened.info)
+    return open_model(str(FOLDER / f"{name}.safetensors"))
+
+
+def photographs() -> torch.Tensor:
+    """IMAGE [2, h, w, 3]: the two of scikit-learn."""
+    return torch.stack([torch.from_numpy(load_sample_image(name).copy()) for name in ("china.jpg", "flower.jpg")]).float() / 255
+
+
+def parity(name: str) -> dict:
+    """The workflow's nodes against training/reconstruct.py's: features, latents and pictures of one seed."""
+    opened = with_control(name)
+    source = opened.info.source
+    model, positive, negative, vae, latent = run("FeatInv_LoadTinyWorld", world="photo")
+    backbone, _ = run("FeatInv_LoadBackbone", weights=f"{source.backbone} (embedded)", timm_name="", input_size=0)
+    control, _ = run("FeatInv_LoadFeatInvControlNet", weights=f"{name}.safetensors")
+    features, seen = run("FeatInv_ExtractFeatures", backbone=backbone, image=photographs(), layer=source.layer, pooled=source.pooled, fit="crop")
+    how: Sampling = replace(opened.recommended(), steps=STEPS, gradient=0.0, text_guidance=None)
+    conditioning = run(
+        "FeatInvControlNet", positive=positive, negative=negative, control_net=control, features=features, strength=how.strength, start_percent=how.start,
+        end_percent=how.end, guide_away_from={"text": "text", "features": "text and features"}[how.negative],
+    )  # fmt: skip
+    (latents,) = nodes.RepeatLatentBatch().repeat(latent, COUNT)
+    (drawn,) = nodes.KSampler().sample(model, SEED, how.steps, how.guidance, "ddim", "simple", *conditioning[:2], latents)
+    (pictures,) = nodes.VAEDecode().decode(vae, drawn)
+
+    own = opened.features(opened.backbone.frame(photographs().movedim(-1, 1)))
+    start = noise(opened.base, SEED, COUNT)
+    theirs = sample(opened.base, opened.model, own, start, how, opened.info.prompt)
+    floor = sample(opened.base, None, None, start, how, opened.info.prompt)
+    return {
+        "features": relative(features.values, own.values), "latents": relative(drawn["samples"], theirs),
+        "pictures": relative(pictures.movedim(-1, 1), opened.base.decode(theirs)), "control matters": relative(theirs, floor),
+        "seen": list(seen.shape), "drawn": list(pictures.shape),
+    }  # fmt: skip
+
+
+def latents(world: str) -> dict:
+    """What Load World's latent is, and how large the picture is that its own autoencoder makes of it."""
+    *_, vae, latent = run("FeatInv_LoadTinyWorld", world=world)
+    (picture,) = nodes.VAEDecode().decode(vae, latent)
+    return {"empty": not latent["samples"].any(), "cells": list(latent["samples"].shape), "picture": list(picture.shape), "side": WORLDS[world].side}
+
+
+def eight_bits() -> dict:
+    """The drawn world's model as shipped and stored in 8 bits: how alike their pictures are to the features asked for."""
+    opened, world = open_model("tiny_cnn_last"), World()
+    shipped, file = model_file("tiny_cnn_last"), FOLDER / "eight.safetensors"
+    opened.model.save(file, opened.info, torch.int8)
+    control, about = run("FeatInv_LoadFeatInvControlNet", weights=file.name)
+    cosine, pictures = {}, {}
+    for name, one in (("shipped", world.control), ("8 bits", control)):
+        drawn = world.draw(world.apply(control_net=one), opened.recommended().guidance)
+        (pictures[name],) = nodes.VAEDecode().decode(world.vae, {"samples": drawn})
+        cosine[name] = run("FeatInv_FeatureSimilarity", features=world.features, backbone=world.backbone, image=pictures[name])[2]
+    return {
+        "stored": is_in_8_bits(file), "about": about, "size": file.stat().st_size / shipped.stat().st_size, "cosine": cosine,
+        "moved": relative(pictures["8 bits"], pictures["shipped"]),
+    }  # fmt: skip
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        found = {
+            "parity": {name: parity(name) for name in WORLDS["photo"].models},
+            "latents": {world: latents(world) for world in WORLDS},
+            "eight_bits": eight_bits(),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What a workflow is built in: an embedded world, or the paper's own models. Each gives the nodes that differ."""
+
+from __future__ import annotations
+
+from graph import Graph, Node, Ref
+
+from featinv_nodes.core.weights import read_info
+from featinv_nodes.worlds import model_file
+
+PROMPT = "a high-quality, detailed, and professional image"
+HUB = "https://huggingface.co"
+EXAMPLE = "example.png"  # in the input folder of every ComfyUI
+TURNED = "Mirrored: bypass it for a picture of yours"
+
+
+class World:
+    """name: its own. prefix: of its workflows' names. side: of its pictures in pixels. kind: the backbone, or the layer, of a
+    workflow that asks for no other. batch: widget and node that set the number of pictures. second: what to do for want of a
+    second picture. paint: where the mask is from. note: what every workflow ends with."""
+
+    name, prefix, kind, side = "", "", "cnn", 0
+    batch = ("batch size", "Empty Latent Image")
+    second = note = ""
+    paint = "Paint your own mask on a loaded picture with the mask editor; it is cropped as the picture is and brought to the feature map's resolution."
+
+    def __init__(self, graph: Graph, workflow: str) -> None:
+        self.graph = graph
+
+    def empty(self, batch: int) -> Ref:
+        return self.graph.add("EmptyLatentImage", width=self.side, height=self.side, batch_size=batch)[0]
+
+    def layer(self, kind: str) -> dict:
+        return {"layer": "last", "pooled": False}
+
+    def as_seen(self, features: Node) -> Ref:
+        """The picture that Extract Features read."""
+        return features[1]
+
+    def mask(self, inner: Node, backbone: Node) -> dict:
+        """Where b goes: inputs of Feature Mix."""
+        return {"mask": inner[1], "backbone": backbone[0]}
+
+
+class Drawn(World):
+    """The world of drawn scenes: nothing to download."""
+
+    name, prefix, side = "drawn", "tiny", 64
+    note = "Runs at once, on a processor too: models and pictures are part of the pack."
+
+    def __init__(self, graph: Graph, workflow: str) -> None:
+        super().__init__(graph, workflow)
+        world = graph.add("FeatInv_LoadTinyWorld")
+        self.model, self.positive, self.negative, self.vae = (world[i] for i in range(4))
+
+    def settings(self, kind: str) -> dict:
+        """How the inversion model is best drawn with."""
+        return read_info(model_file(f"tiny_{kind}_last")).recommended
+
+    def backbone(self, kind: str) -> Node:
+        return self.graph.add("FeatInv_LoadBackbone", weights=f"tiny-{kind} (embedded)", timm_name="", input_size=0)
+
+    def control(self, kind: str) -> Node:
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"tiny_{kind}_last (embedded)")
+
+    def picture(self, number: int) -> Node:
+        return self.graph.add("FeatInv_TinyWorldScenes", first=(2, 13, 24, 25, 4, 7)[number], count=1)
+
+    def concepts(self, backbone: Node, picture: Node) -> Node:
+        return self.graph.add("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)")
+
+    def many(self) -> dict:
+        """Pictures to find concepts in, and how many of them: inputs of Discover Concepts."""
+        return {"images": self.graph.add("FeatInv_TinyWorldScenes", first=100, count=64)[0], "folder": "", "concepts": 4, "name": ""}
+
+
+class Photo(World):
+    """The world of photographs: starts from the picture that every ComfyUI has. Kinds are depths of its one backbone."""
+
+    name, prefix, kind, side = "photo", "photo", "blocks4", 128
+    batch = ("amount", "Repeat Latent Batch")
+    note = (
+        "Runs at once, on a processor too: the models are part of the pack. Load a photograph of yours in place of the example. "
+        "The weights are at an early stage: from the layers blocks.2 and blocks.4 they draw what is where and in which colours, without detail; from the last layer little."
+    )
+    second = " For want of a second picture b is the example mirrored: load one of yours in the second Load Image, and bypass the node behind it."
+    paint = (
+        "The mask is a rectangle, in pixels of a picture of 128 x 128: *Where the rectangle is* moves it. Or paint one on the loaded picture with the mask editor, "
+        "and connect that and the backbone to Feature Mix, so that it is cropped as the picture is."
+    )
+    #: from which depth a workflow draws, where that is not `kind`
+    KINDS: dict[str, str] = {}
+    LAYERS = {"blocks2": ("blocks.2", False), "blocks4": ("blocks.4", False), "last": ("last", False), "pooled": ("last", True)}
+
+    def __init__(self, graph: Graph, workflow: str) -> None:
+        super().__init__(graph, workflow)
+        graph.pictures_below = True
+        self.kind = self.KINDS.get(workflow, self.kind)
+        world = graph.add("FeatInv_LoadTinyWorld", world="photo")
+        self.model, self.positive, self.negative, self.vae, self.latent = (world[i] for i in range(5))
+        self.loaded = 0
+
+    def settings(self, kind: str) -> dict:
+        return read_info(model_file(f"photo_lite0_{kind}")).recommended
+
+    def layer(self, kind: str) -> dict:
+        return dict(zip(("layer", "pooled"), self.LAYERS[kind]))
+
+    def backbone(self, kind: str) -> Node:
+        return self.graph.add("FeatInv_LoadBackbone", weights="tf_efficientnet_lite0.in1k (embedded)", timm_name="", input_size=0)
+
+    def control(self, kind: str) -> Node:
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"photo_lite0_{kind} (embedded)")
+
+    def picture(self, number: int) -> Node:
+        """The host's example, for want of another the second time mirrored."""
+        loaded, self.loaded = self.graph.add("LoadImage", image=EXAMPLE), self.loaded + 1
+        return loaded if self.loaded == 1 else self.graph.add("ImageFlip", title=TURNED, image=loaded[0], flip_method="y-axis: horizontally")
+
+    def as_seen(self, features: Node) -> Ref:
+        """As large as the results beside it."""
+        return self.graph.add("ImageScale", image=features[1], upscale_method="bicubic", width=2 * self.side, height=2 * self.side, crop="disabled")[0]
+
+    def empty(self, batch: int) -> Ref:
+        return self.latent if batch == 1 else self.graph.add("RepeatLatentBatch", samples=self.latent, amount=batch)[0]
+
+    def mask(self, inner: Node, backbone: Node) -> dict:
+        """A rectangle in the middle: the example has no mask."""
+        outside = self.graph.add("SolidMask", title="Everything", value=0.0, width=self.side, height=self.side)
+        inside = self.graph.add("SolidMask", title="Rectangle", value=1.0, width=self.side // 2, height=self.side // 2)
+        corner = self.side // 4
+        return {"mask": self.graph.add("MaskComposite", title="Where the rectangle is", destination=outside[0], source=inside[0], x=corner, y=corner, operation="add")[0]}
+
+    def concepts(self, backbone: Node, picture: Node) -> Node:
+        """Found in the picture and its mirror image: twice the vectors, more than the layer has channels."""
+        mirrored = self.graph.add("ImageFlip", title="Mirrored, for more feature vectors", image=picture[0], flip_method="y-axis: horizontally")
+        both = self.graph.add("ImageBatch", image1=picture[0], image2=mirrored[0])
+        return self.graph.add(
+            "FeatInv_DiscoverConcepts", backbone=backbone[0], images=both[0], folder="", layer=self.LAYERS[self.kind][0], method="mcd", concepts=4,
+            vectors=20_000, seed=0, fit="crop", name="",
+        )  # fmt: skip
+
+
+class MiniSD(World):
+    """The paper's base model and backbones; the inversion model is one that train.py made."""
+
+    name, prefix, side = "minisd", "minisd", 256
+    note = (
+        f"Needs MiniSD ({HUB}/justinpinkney/miniSD) in models/checkpoints, the backbone's timm weights in models/backbones, "
+        "and an inversion model in models/featinv, trained with "
+        "`accelerate launch training/train.py --config training/configs/convnext_last.yaml` (or `swinv2_last.yaml`)."
+    )
+    TIMM = {"cnn": "convnext_base.fb_in22k_ft_in1k", "vit": "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k"}
+
+    def __init__(self, graph: Graph, workflow: str) -> None:
+        super().__init__(graph, workflow)
+        models = [{"name": "miniSD.ckpt", "url": f"{HUB}/justinpinkney/miniSD/resolve/main/miniSD.ckpt", "directory": "checkpoints"}]
+        checkpoint = graph.add("CheckpointLoaderSimple", models=models, ckpt_name="miniSD.ckpt")
+        self.model, self.vae = checkpoint[0], checkpoint[2]
+        self.positive, self.negative = (graph.add("CLIPTextEncode", clip=checkpoint[1], text=text)[0] for text in (PROMPT, ""))
+
+    def settings(self, kind: str) -> dict:
+        """The paper's (Table 3's caption); what the gradient gains at real size is not measured."""
+        return {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
+
+    def backbone(self, kind: str) -> Node:
+        name = self.TIMM[kind]
+        models = [{"name": f"{name}.safetensors", "url": f"{HUB}/timm/{name}/resolve/main/model.safetensors", "directory": "backbones"}]
+        size = {"cnn": 288, "vit": 0}[kind]  # the paper's ConvNeXt
+        return self.graph.add("FeatInv_LoadBackbone", models=models, weights=f"{name}.safetensors", timm_name="", input_size=size)
+
+    def control(self, kind: str) -> Node:
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights={"cnn": "convnext_last.safetensors", "vit": "swinv2_last.safetensors"}[kind])
+
+    def picture(self, number: int) -> Node:
+        return self.graph.add("LoadImage", image=EXAMPLE)
+
+    def concepts(self, backbone: Node, picture: Node) -> Node:
+        return self.graph.add("FeatInv_LoadConcepts", file="convnext_last_concepts.safetensors")
+
+    def many(self) -> dict:
+        return {"folder": "my_class", "concepts": 8, "name": "my_class"}

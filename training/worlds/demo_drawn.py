@@ -1,0 +1,103 @@
+"""The demo on drawn scenes: held-out ones and the user's pictures, with figures; one interpolation and one composition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.metrics import cosine_per_location
+from featinv_nodes.core.mixing import at_grid, compose, interpolate
+
+from ..evaluate import evaluate, gap_closed, load_pictures
+from ..models.inversion import Opened, open_model
+from ..models.pipeline import Sampling
+from ..report import Cell, panel
+
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHOWN, LEAST = 10, 6
+
+
+def captions(pictures: Tensor, scores: Tensor) -> list[Cell]:
+    return [(x, f"cos {c:.2f}") for x, c in zip(pictures, scores.tolist())]
+
+
+def inverted(opened: Opened, own: list[tuple[str, Tensor]], how: Sampling) -> list[list[Cell]]:
+    """Rows of the user's pictures, each beside its reconstruction."""
+    framed = torch.cat([opened.backbone.frame(picture) for _, picture in own])
+    wanted = opened.features(framed)
+    drawn = opened.draw(wanted, how, opened.noise(range(len(framed))))
+    originals = [(picture, name[:18]) for picture, (name, _) in zip(framed, own)]
+    cells = [cell for pair in zip(originals, captions(drawn, opened.score(wanted, drawn))) for cell in pair]
+    return [cells[i : i + SHOWN] for i in range(0, len(cells), SHOWN)]
+
+
+def mixed(opened: Opened, framed: Tensor, how: Sampling) -> tuple[list[Cell], list[dict]]:
+    """Reconstructions of convex combinations of two pictures' feature maps (paper Fig. 7), one seed."""
+    features = opened.features(framed[:2])
+    maps = [interpolate([features.select(0), features.select(1)], [1 - w, w]) for w in WEIGHTS]
+    drawn = [opened.draw(m, how, opened.noise([0])) for m in maps]
+    scores = torch.cat([opened.score(m, x) for m, x in zip(maps, drawn)])
+    cells = [(framed[0], "first"), *captions(torch.cat(drawn), scores), (framed[1], "second")]
+    return cells, [{"weight": w, "cosine": c} for w, c in zip(WEIGHTS, scores.tolist())]
+
+
+def composed(opened: Opened, framed: Tensor, how: Sampling) -> tuple[list[Cell], dict]:
+    """The left half of one picture's map beside the right half of another's (paper Fig. 8), and how well each half
+    of the drawn picture agrees with the map it was given."""
+    features = opened.features(framed[:2])
+    mask = torch.zeros(1, *framed.shape[2:])
+    mask[:, :, : framed.shape[3] // 2] = 1
+    wanted = compose(features.select(0), features.select(1), mask)
+    drawn = opened.draw(wanted, how, opened.noise([0]))
+    agreement = cosine_per_location(wanted, opened.see(drawn))
+    inside = at_grid(mask, wanted.source.grid)[:, 0].bool()
+    cells = [(framed[0], "left half from"), (framed[1], "right half from"), *captions(drawn, agreement.mean((1, 2)))]
+    return cells, {"cosine_inside": agreement[inside].mean().item(), "cosine_outside": agreement[~inside].mean().item()}
+
+
+def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int | None, model: str, count: int) -> tuple[Image.Image, list[str], dict]:
+    """The panel, what there is to say, and the numbers. own: the user's pictures [1, 3, h, w] by name. steps: of the
+    solver, None for the model's own. count: held-out pictures to measure on."""
+    if count < LEAST:
+        raise FeatInvError(f"--count {count}: the demo shows {LEAST} pictures; give at least as many")
+    say("opening the embedded backbone, diffusion model and inversion model")
+    opened = open_model(model)
+    how = opened.recommended(steps=steps)
+    framed, objects = load_pictures(opened, "drawn", count)
+    say(f"inverting {count} held-out pictures, then drawing as many without features for comparison ({how.steps} steps each)")
+    results, drawn = evaluate(opened, framed, how, objects == 1)
+    scores = opened.score(opened.features(framed[:SHOWN]), drawn["reconstruction"][:SHOWN])
+    rows = [[(x, "") for x in framed[:SHOWN]], captions(drawn["reconstruction"][:SHOWN], scores), [(x, "") for x in drawn["floor"][:SHOWN]]]
+    titles = ["original", "reconstruction\nfrom features", "drawn without\nfeatures"]
+    notes = [opened.world.outside] if own else []
+    if own:
+        say(f"inverting your {len(own)} picture(s)")
+        rows += inverted(opened, own, how)
+        titles += ["your pictures,\nas seen"] + [""] * (len(rows) - len(titles) - 1)
+    say("interpolating between two feature maps")
+    cells, interpolation = mixed(opened, framed, how)
+    rows.append(cells)
+    say("composing two feature maps")
+    cells, composition = composed(opened, framed[[5, 4]], how)
+    rows.append(cells)
+    sheet = panel(rows, [*titles, "interpolation", "composition"], f"FeatInv on the embedded world: {opened.info.source.describe()}", "\n".join(notes))
+    summary, figures = figures_of(results, count)
+    return sheet, [summary, *notes], {"model": model, "reconstruction": figures, "interpolation": interpolation, "composition": composition, "notes": notes}
+
+
+def figures_of(results: dict, count: int) -> tuple[str, dict]:
+    """A sentence with the figures of the held-out pictures, and the figures."""
+    r = {arm: {measure: entry["value"] for measure, entry in entries.items()} for arm, entries in results.items()}
+    found, floor, ceiling = r["reconstruction"], r["floor"]["cosine"], r["ceiling"]["cosine"]
+    summary = (
+        f"{count} held-out pictures: cosine {found['cosine']:.3f} (without features {floor:.3f}, "
+        f"autoencoder alone {ceiling:.3f}: {gap_closed(results):.0%} of the way); shape match {found['top1_match']:.0%}"
+    )
+    return summary, {
+        "n": count, "cosine_mean": found["cosine"], "cosine_centred": found["cosine_centred"],
+        "top1_match": found["top1_match"], "top5_match": found["top5_match"], "cosine_floor": floor, "cosine_ceiling": ceiling,
+    }  # fmt: skip
