@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One door to the project on a fresh machine; needs Python 3.10 or newer and nothing else.
 
-    python3 run.py demo [--image FILE ...]    set up, then invert, mix and compose pictures; results in out/demo (--world photo: photographs)
+    python3 run.py demo [--image FILE ...]    set up, then invert, mix and compose photographs; results in out/demo
     python3 run.py test [PYTEST ARGUMENTS]    set up, then run every test
     python3 run.py comfy [HOST ARGUMENTS]     start ComfyUI (COMFYUI_PATH, or ~/comfy/ComfyUI) with the pack linked in
     python3 run.py download CONFIG [--to DIR] set up, then fetch the backbone and base model of a training configuration
@@ -84,7 +84,7 @@ def start_comfy(arguments: list[str]) -> int:
     saved = root / "user" / "default" / "workflows"
     if not (saved / "featinv_reconstruct.json").exists():
         saved.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "workflows" / "tiny_reconstruct.json", saved / "featinv_reconstruct.json")
+        shutil.copy(ROOT / "workflows" / "photo_reconstruct.json", saved / "featinv_reconstruct.json")
     print("open the workflow featinv_reconstruct, and press Run", flush=True)
     return subprocess.call([comfy_python(root), "main.py", *arguments], cwd=root)
 

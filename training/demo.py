@@ -1,7 +1,7 @@
 """The whole method on an embedded world: invert pictures and the user's own, mix two, and look at the network's classes.
 
-    python training/demo.py [--image FILE ...] [--out DIR]     drawn scenes, with figures of held-out ones
-    python training/demo.py --world photo [--image FILE ...]   photographs, at four depths of an ImageNet network
+    python training/demo.py [--image FILE ...] [--out DIR]     photographs, at four depths of an ImageNet network
+    python training/demo.py --world drawn [--image FILE ...]   drawn scenes, with figures of held-out ones
 
 Writes panel.png, index.html (opens without a server) and results.json.
 """
@@ -29,7 +29,7 @@ from training.report import page, save_image
 from training.worlds import demo_drawn, demo_photo
 
 ROOT = Path(__file__).resolve().parents[1]
-WORLD = "drawn"
+WORLD = "photo"
 WORLDS = {"photo": demo_photo, "drawn": demo_drawn}
 MODEL, COUNT = DRAWN.models[0], 64
 

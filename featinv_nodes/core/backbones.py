@@ -123,6 +123,14 @@ class Backbone(nn.Module):
         """Feature maps of any number of framed pictures, `batch` at a time, without gradients."""
         return concatenate([self(part, layer, pooled) for part in framed.split(batch)])
 
+    @torch.inference_mode()
+    def extract_several(self, framed: Tensor, layers: Collection[str], batch: int = 64) -> dict[str, FeatureMap]:
+        """What extract gives of several layers, without prefix tokens, from one pass."""
+        if not layers:
+            return {}
+        parts = [self.several(part, layers) for part in framed.split(batch)]
+        return {layer: FeatureMap(torch.cat([part[layer] for part in parts]).float(), self.source(layer)) for layer in layers}
+
     def logits(self, features: FeatureMap) -> Tensor:
         """[B, classes] the model's own head on its last-layer map; equals the model's own forward.
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.scope import EDGE, LEVELS, OUTSIDE, STATISTICS, VERDICTS, Scope, fit_scope, neighbour_mean, verdict_of
 from featinv_nodes.core.weights import load_scope
-from featinv_nodes.worlds import MODELS, model_file, open_backbone
+from featinv_nodes.worlds import model_file, open_backbone
+from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import draw
 
 SOURCE = FeatureSource("net.tag", "last", False, 24, (6, 5), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -183,7 +184,7 @@ def test_neighbour_mean_leaves_out_the_place_itself_and_the_border():
     assert torch.allclose(neighbour_mean(z)[0, 0, 0, 0], torch.tensor((1 + 3 + 4) / 3))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DRAWN.models)
 def test_shipped_models_know_held_out_scenes_from_noise(name):
     """95 and 99 % by construction; of 200 new scenes chance leaves 5 +- 5 % and 1 +- 2 % beyond (three deviations)."""
     scope = load_scope(model_file(name))

@@ -343,6 +343,15 @@ def test_kept_features_that_are_made_anew_are_not_taken_for_whole_ones(keep, tmp
     assert all(np.array_equal(found[k], wanted[k]) for k in wanted)
 
 
+def test_kept_features_are_of_these_photographs(keep, made, data, network, tmp_path):
+    """As many others, mirrored: their features are not those that are there."""
+    before = rows_of(keep(tmp_path))
+    base, backbone, photographs = load_base(made[0] / "base", "a photograph"), open_backbone(str(network)), read_photographs([str(data)], 64)
+    photographs.pictures = photographs.pictures.flip(3)
+    after = rows_of(Kept(tmp_path, photographs, base, backbone, list(DEPTHS), 1))
+    assert not np.array_equal(before["latents"], after["latents"])
+
+
 def test_kept_rows_belong_together(keep, tmp_path, network):
     """Latents and features that are drawn are of the same crop, and pooled features are the mean of the last layer's."""
     kept = keep(tmp_path)

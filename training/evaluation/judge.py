@@ -39,10 +39,8 @@ class Judge:
     def see(self, pictures: Tensor) -> Seen:
         """Pictures [B, 3, h, w] in 0..1, scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
         framed = self.backbone.frame(pictures, "stretch")
-        layers = {LAST: self.backbone.extract(framed)}
-        for layer, _ in self.compared.values():
-            if layer not in layers:
-                layers[layer] = self.backbone.extract(framed, layer)
+        others = {layer for layer, _ in self.compared.values()} - {LAST}
+        layers = {LAST: self.backbone.extract(framed)} | self.backbone.extract_several(framed, sorted(others))
         maps = {name: layers[layer].pool() if pooled else layers[layer] for name, (layer, pooled) in self.compared.items()}
         return Seen(maps, self.backbone.logits(layers[LAST]))
 

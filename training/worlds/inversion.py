@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -63,7 +64,7 @@ class Kept:
         shapes = {"latents": (base.describe()["latent_channels"], side, side)}
         shapes |= {layer: ((source := backbone.source(layer)).channels, *source.grid) for layer in layers}
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = {"count": count, "shapes": {name: list(shape) for name, shape in shapes.items()}, "done": 0}
+        manifest = {"count": count, "shapes": {name: list(shape) for name, shape in shapes.items()}, "of": _digest(photographs, base, backbone), "done": 0}
         file = folder / "kept.json"
         known = json.loads(file.read_text()) if file.exists() else manifest
         fits = {**known, "done": 0} == manifest
@@ -107,6 +108,15 @@ class Kept:
             return latents, values.mean((2, 3), keepdim=True) if pooled else values
 
         return rows
+
+
+def _digest(photographs: Photographs, base: BaseModel, backbone: Backbone) -> str:
+    """What kept rows are of: some of the photographs' pixels, the autoencoder's projection and the network's first weights."""
+    parts = photographs.pictures[::7, :, ::32, ::32], base.vae.project.weight, next(backbone.model.parameters())
+    found = hashlib.sha256(backbone.name.encode())
+    for part in parts:
+        found.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _require_room(folder: Path, wanted: int, names: list[str]) -> None:
