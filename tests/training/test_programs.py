@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen, read_image
-from featinv_nodes.worlds import MODELS, model_file
+from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import cli, demo, evaluate, reconstruct
@@ -62,7 +62,7 @@ def test_reconstruct_mixes_and_composes(scenes, tmp_path):
     assert json.loads((tmp_path / "c" / "results.json").read_text())["pictures"][0]["map"] == "composed"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DRAWN.models)
 def test_shipped_models_are_far_above_their_floor(name):
     opened = open_model(name)
     framed, counts = evaluate.load_pictures(opened, "drawn", 32)
