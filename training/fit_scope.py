@@ -29,7 +29,6 @@ from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
 from featinv_nodes.core.weights import save_scope
 from featinv_nodes.worlds import drawing_world, model_file
-from featinv_nodes.worlds.drawn.scenes import draw
 from training.cli import make_folder, model_parser, open_from, require_weights_name, run
 from training.config import TrainConfig
 from training.models.inversion import Opened, open_model
@@ -43,9 +42,9 @@ DRAWN = 256  # reconstructions for the cycle cosine
 def pictures(opened: Opened, data: str, count: int, batch: int, first: int = FIRST) -> Iterator[Tensor]:
     """Batches of framed pictures: held-out scenes from number `first` on, or `count` of a folder in a random order that
     is always the same, those that cannot be read left out and named. Raises FeatInvError for a folder with fewer."""
-    if drawing_world(data):
+    if world := drawing_world(data):
         for numbers in torch.arange(first, first + count).split(batch):
-            yield opened.backbone.frame(draw(0, numbers, "held-out").image)
+            yield opened.backbone.frame(world.draw(numbers))
         return
     files, read, some = find_images(data), 0, []
     random.Random(0).shuffle(files)

@@ -85,7 +85,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 SCALE = ".scale"  # after the name of a tensor in 8 bits: what each output channel is multiplied by
 
 
-def write_weights(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dtype | None, metadata: dict[str, str] | None = None) -> None:
+def write_weights(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dtype, metadata: dict[str, str] | None = None) -> None:
     """Writes the weights of a model whole or not at all. dtype: of the floating-point tensors; torch.int8 for 8 bits with a
     scale per output channel in matrices and kernels, and fp16 for the rest."""
     found: dict[str, Tensor] = {}

@@ -47,11 +47,10 @@ class PatchAutoencoder(nn.Module):
         self.project = nn.Conv2d(3 * patch**2, latents, 1)
         self.expand = nn.Conv2d(latents, 3 * patch**2, 1)
         fold = patch // 4
-        self.encoder = nn.Sequential(
+        self.encoder = None if not refined else nn.Sequential(
             nn.PixelUnshuffle(4), nn.Conv2d(48, 64, 3, padding=1), Residual(64), nn.PixelUnshuffle(fold),
             nn.Conv2d(64 * fold**2, 128, 1), Residual(128), Residual(128), Residual(128), _zero(nn.Conv2d(128, latents, 1)),
-        )
-        self.encoder = self.encoder if refined else None
+        )  # fmt: skip
         self.decoder = nn.Sequential(
             nn.Conv2d(latents, 128, 3, padding=1), *(Residual(128) for _ in range(4)), nn.Conv2d(128, 256, 1), nn.PixelShuffle(2),
             *(Residual(64) for _ in range(3)), nn.Conv2d(64, 128, 1), nn.PixelShuffle(2),

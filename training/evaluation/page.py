@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn import DRAWN
+from featinv_nodes.worlds.photo import LITE2
 
 from .bench import CEILING, FLOOR
 from .report import cell, set_measures
@@ -156,7 +157,7 @@ def photo_depths(found: dict) -> list[str]:
         cells = [text_of(found[arm], measure), *(f"{edge[measure]['value']:.3f}" for edge in (low, high))] if measure else [""] * 3
         way = (found[arm][measure]["value"] - low[measure]["value"]) / (high[measure]["value"] - low[measure]["value"]) if measure else None
         rest = ("cosine last", "top1_match", "top5_match", *(INDEPENDENT + name for name in ("cosine", "top1_match", "top5_match")))
-        kid = next(name for name in set_measures(found[arm]) if name.startswith("kid") and "lite2" in name)
+        kid = next(name for name in set_measures(found[arm]) if name.startswith("kid") and LITE2.name in name)
         rows.append([arm, *cells, "" if way is None else f"{way:.0%}", *(text_of(found[arm], name, False) for name in rest), text_of(found[arm], kid)])
     head = ["drawn from", "cosine at its own layer", "floor there", "ceiling there", "way closed", "cosine, last layer", "top-1 match", "top-5 match",
             "independent: cosine", "top-1 match", "top-5 match", "KID in its space"]  # fmt: skip

@@ -23,7 +23,7 @@ from featinv_nodes.core.files import read_about, read_pickle, read_weights, writ
 
 from ..models.pipeline import set_steps
 
-#: the drawn world's, of the CNN's pooled last layer
+#: the drawn world's, of the CNN's pooled last layer; not shipped, make_world.py makes it
 EMBEDDED = Path(__file__).parent / "tiny_rcdm.safetensors"
 
 #: the published models: 128 pixels, attention at 32, 16 and 8; widths by level
@@ -143,9 +143,9 @@ def translate(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def save_rcdm(file: str | Path, model: RCDM, source: FeatureSource, about: dict) -> None:
-    """Writes this project's own layout in 8 bits. about: the steps, and how it was trained; see the module."""
+    """Writes this project's own layout in fp16. about: the steps, and how it was trained; see the module."""
     about = {"widths": model.widths, "resolution": model.resolution, "source": source.to_dict()} | about
-    write_weights(file, model.state_dict(), torch.int8, {"rcdm": json.dumps(about)})
+    write_weights(file, model.state_dict(), torch.float16, {"rcdm": json.dumps(about)})
 
 
 def load_rcdm(file: str | Path) -> RCDM:

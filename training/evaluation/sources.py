@@ -114,6 +114,8 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
     if drawing_world(data):
         if per_class is not None:
             raise FeatInvError("--per-class: the drawn world has no class folders; use --count")
+        if kept_back:
+            raise FeatInvError("--kept-back: nothing is kept back of the drawn world, whose held-out scenes are many; leave it out")
         return Scenes(count or 500)
     file = Path(data)
     listing: Listing = TarShards([file]) if file.suffix == ".tar" and file.is_file() else open_listing(data, None)

@@ -98,7 +98,7 @@ def train_base(
     return train_stage("base", unet, loss_of, batch=batch, rate=rate, work=work, ema=0.9995, decay=0.01, device=device, **stage)
 
 
-def write_base(folder: Path, unet: UNet2DConditionModel | None, vae: PatchAutoencoder, prompt: str, dtype: torch.dtype | None = torch.float16) -> None:
+def write_base(folder: Path, unet: UNet2DConditionModel | None, vae: PatchAutoencoder, prompt: str, dtype: torch.dtype = torch.float16) -> None:
     """A folder in diffusers' layout, its weights as write_weights stores them; prompts.safetensors in place of a text encoder.
     unet: None leaves it as it is, or out."""
     for part, module in (("unet", unet), ("vae", vae)):

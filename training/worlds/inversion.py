@@ -40,7 +40,6 @@ def layer_of(depth: str) -> tuple[str, bool]:
     return (LAST, True) if depth == POOLED else (depth, False)
 
 
-@torch.no_grad()
 def fresh(photographs: Photographs, base: BaseModel, backbone: Backbone, depth: str) -> Draw:
     """New crops without end: latents and features are computed in the step, for a GPU."""
     layer, pooled = layer_of(depth)
@@ -81,18 +80,18 @@ class Kept:
 
     @torch.no_grad()
     def _fill(self, file: Path, manifest: dict, photographs: Photographs, base: BaseModel, backbone: Backbone, layers: list[str]) -> None:
-        count, pictures = manifest["count"], len(photographs.pictures)
+        count, pictures, device = manifest["count"], len(photographs.pictures), photographs.pictures.device
         generator = torch.Generator().manual_seed(0)
         top, left = (torch.randint(photographs.margin + 1, (count,), generator=generator) for _ in range(2))
         mirrored = torch.rand(count, generator=generator) < 0.5
         with tqdm(total=count, initial=manifest["done"], desc="features", unit="img", mininterval=5) as bar:
             for first in range(manifest["done"], count, PART):
                 for rows in torch.arange(first, min(first + PART, count)).split(BATCH):
-                    seen = photographs.crops(rows % pictures, top[rows], left[rows], mirrored[rows])
+                    seen = photographs.crops(*(part.to(device) for part in (rows % pictures, top[rows], left[rows], mirrored[rows])))
                     framed = backbone.frame(seen, "stretch").contiguous(memory_format=torch.channels_last)
-                    self.rows["latents"][rows] = base.encode(scaled(seen, base.resolution)).half().numpy()
+                    self.rows["latents"][rows] = base.encode(scaled(seen, base.resolution)).half().cpu().numpy()
                     for layer, values in backbone.several(framed, layers).items():
-                        self.rows[layer][rows] = values.half().numpy()
+                        self.rows[layer][rows] = values.half().cpu().numpy()
                     bar.update(len(rows))
                 for part in self.rows.values():
                     part.flush()

@@ -15,12 +15,11 @@ import torch
 
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.concepts import save_concepts
-from featinv_nodes.core.files import write_safetensors
+from featinv_nodes.core.files import write_weights
 from featinv_nodes.core.weights import load_inversion, save_inversion
 from featinv_nodes.worlds import concepts_file, open_backbone
 from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 from featinv_nodes.worlds.drawn.scenes import draw
-from training.cli import write_json
 from training.config import CONFIGS, read_config
 from training.evaluation.rcdm import EMBEDDED, save_rcdm
 from training.fit_scope import ship_scope
@@ -38,11 +37,6 @@ INVERSION_IMAGES = {"tiny_cnn_last": 180_000, "tiny_cnn_stage": 90_000, "tiny_cn
 STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *DRAWN.models, "rcdm", "scope", "concepts", "card")
 
 
-def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict in fp16, as shipped."""
-    return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()}
-
-
 def ship_backbone(kind: str, work: Path, device: str) -> None:
     model = backbones.train_cnn(work, device) if kind == "cnn" else backbones.train_vit(work, load_cnn(), device)
     model = model.cpu()
@@ -56,7 +50,7 @@ def ship_backbone(kind: str, work: Path, device: str) -> None:
             "crop_mode": "center", "mean": list(backbones.MEAN), "std": list(backbones.STD), "num_classes": len(backbones.CLASSES),
         },
     }
-    write_safetensors(folder / "model.safetensors", half(model), {"format": "pt"})
+    write_weights(folder / "model.safetensors", model.state_dict(), torch.float16)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(kind, json.dumps(backbones.accuracy(model)))
 
@@ -73,9 +67,7 @@ def ship_autoencoder(work: Path, device: str, decoder: bool) -> None:
         vae = autoencoder.train_decoder(work, load_vae(DRAWN.base_folder / "vae"), pictures, maps_of, device, images=images)
     else:
         vae = autoencoder.train_autoencoder(work, load_cnn(), device)
-    folder = DRAWN.base_folder / "vae"
-    write_safetensors(folder / "diffusion_pytorch_model.safetensors", half(vae), {"format": "pt"})
-    write_json(folder / "config.json", vae.config)
+    base.write_base(DRAWN.base_folder, None, vae.cpu(), DRAWN.prompt)
 
 
 def ship_base(work: Path, device: str, further: bool, scale: dict) -> None:

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from training.cli import make_folder
 from training.config import TrainConfig
 from training.models.base_model import BaseModel, load_base, load_vae
 from training.models.pipeline import Inversion, Sampling, noise, sample
-from training.report import Cell, panel, save_image
+from training.report import panel, save_image
 
 from .autoencoder import standardise, train_decoder
 from .base import build, train_base, write_base
@@ -162,12 +161,12 @@ class Maker:
         batch = min(self.batch, 128)
         vae = train_decoder(
             self.work, vae, lambda numbers: self.targets(self.photographs.random(len(numbers))), maps_of, self.device, batch=batch,
-            noise=(0.3, 0.5), later=10_000, compile=self.args.compile, **self.how, **length,
+            noise=(0.3, 0.5), later=10_000, compile=self.args.compile, keep=lambda average: self.write(None, average), **self.how, **length,
         )  # fmt: skip
         self.write(None, vae)
         originals = scaled(self.photographs.held_out(SHOWN), self.sizes.side)
         drawn = (vae.decode(vae.encode(originals.cpu() * 2 - 1)) / 2 + 0.5).clamp(0, 1)
-        self.show("autoencoder", [(picture, "") for picture in originals], "round trip", drawn)
+        self.show("autoencoder", "round trip", drawn)
 
     def base(self, **length: float) -> None:
         if not (self.folder / "vae" / "config.json").exists():
@@ -185,9 +184,8 @@ class Maker:
         unet = train_base(self.work, start, latents, self.device, self.batch, self.args.rate, self.args.compile, keep=keep, **self.how, **length)
         self.write(unet, vae)
         base = self.opened()
-        start_noise = torch.cat([noise(base, seed) for seed in range(SHOWN)])
-        drawn = base.decode(sample(base, None, None, start_noise, Sampling(steps=50, guidance=1.0), PHOTO.prompt))
-        self.show("base", self.held_out(base), "drawn from noise", drawn)
+        drawn = base.decode(sample(base, None, None, self.noise(base, SHOWN), Sampling(steps=50, guidance=1.0), PHOTO.prompt))
+        self.show("base", "drawn from noise", drawn)
 
     def inversion(self, depth: str, **length: float) -> None:
         base = self.opened()
@@ -207,10 +205,9 @@ class Maker:
         model, _ = Inversion.load(self.file(depth), base)
         originals = self.photographs.held_out(SHOWN)
         features = self.backbone(self.backbone.frame(originals, "stretch"), layer, pooled)
-        start_noise = torch.cat([noise(base, seed) for seed in range(len(originals))]).to(self.device)
-        drawn = base.decode(sample(base, model.to(self.device), features, start_noise, Sampling(**RECOMMENDED), PHOTO.prompt, self.backbone))
+        drawn = base.decode(sample(base, model.to(self.device), features, self.noise(base, len(originals)), Sampling(**RECOMMENDED), PHOTO.prompt, self.backbone))
         scores = cosine(features, self.backbone(self.backbone.frame(drawn, "stretch"), layer, pooled))
-        self.show(depth, self.held_out(base), "reconstruction", drawn, scores)
+        self.show(depth, "reconstruction", drawn, scores)
 
     def earlier(self, depth: str) -> Path:
         """The weights that a further training starts from: a copy of the file, which the training then overwrites."""
@@ -234,15 +231,14 @@ class Maker:
     def write(self, unet: torch.nn.Module | None, vae: PatchAutoencoder) -> None:
         write_base(self.folder, unet, vae, PHOTO.prompt, torch.int8)
 
-    def originals(self, base: BaseModel) -> Tensor:
-        return scaled(self.photographs.held_out(SHOWN), base.resolution)
+    def noise(self, base: BaseModel, count: int) -> Tensor:
+        """Starting noise of the seeds from 0 on."""
+        return torch.cat([noise(base, seed) for seed in range(count)]).to(self.device)
 
-    def held_out(self, base: BaseModel) -> list[Cell]:
-        return [(picture, "") for picture in self.originals(base)]
-
-    def show(self, stage: str, originals: Sequence[Cell], title: str, drawn: Tensor, scores: Tensor | None = None) -> None:
+    def show(self, stage: str, title: str, drawn: Tensor, scores: Tensor | None = None) -> None:
         """panel_STAGE.png in the folder of the checkpoints: pictures that were kept back, and what the stage makes of them."""
         captions = [""] * len(drawn) if scores is None else [f"cos {score:.2f}" for score in scores.tolist()]
+        originals = [(picture, "") for picture in scaled(self.photographs.held_out(SHOWN), self.sizes.side).cpu()]
         file = self.work / f"panel_{stage}.png"
         save_image(panel([originals, list(zip(drawn.cpu(), captions))], ["original", title], f"{self.args.name}: {stage}"), file)
         print(f"see {file}")

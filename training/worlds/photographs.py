@@ -66,7 +66,7 @@ def read_photographs(folders: Sequence[str], crop: int, device: str = "cpu") -> 
 
     Those that cannot be read are left out, counted and named. Raises FeatInvError for folders with too few.
     """
-    side, rows, wrong = round(crop * MARGIN), [], []
+    side, rows, back, wrong = round(crop * MARGIN), [], [], []
     for folder in folders:
         listing = open_listing(folder, None)
         for place in tqdm(range(len(listing.names)), f"reading {folder}", unit="img", mininterval=5):
@@ -77,11 +77,12 @@ def read_photographs(folders: Sequence[str], crop: int, device: str = "cpu") -> 
                 wrong.append(f"{listing.names[place]} ({type(error).__name__})")
                 continue
             rows.append(np.asarray(image))
+            back.append(place % KEPT_BACK == 0)  # by its place in the folder, as evaluate.py --kept-back counts
     if wrong:
         print(f"left out {len(wrong)} that cannot be read: {', '.join(wrong[:5])}{' and others' if len(wrong) > 5 else ''}")
     if len(rows) < FEWEST:
         raise FeatInvError(f"{', '.join(folders)}: {len(rows)} photographs that can be read; a world needs at least {FEWEST}, a good one tens of thousands")
     pictures = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
-    back = torch.arange(len(pictures)) % KEPT_BACK == 0
-    print(f"{len(pictures):,} photographs from {len(folders)} folders; {back.sum():,} are kept back from training")
-    return Photographs(pictures[~back].to(device), pictures[back].to(device), crop)
+    kept = torch.tensor(back)
+    print(f"{len(pictures):,} photographs from {len(folders)} folders; {kept.sum():,} are kept back from training")
+    return Photographs(pictures[~kept].to(device), pictures[kept].to(device), crop)

@@ -33,6 +33,8 @@ class BesideRCDM(Several):
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
         self.file = Path(args.rcdm or EMBEDDED)
+        if not args.rcdm and not self.file.is_file():
+            raise FeatInvError("the drawn world's RCDM is not shipped: python training/make_world.py drawn --stage rcdm makes it, or name a checkpoint with --rcdm")
         self.rcdm = load_rcdm(self.file).to(bench.device)
         super().__init__(bench, args)
         for name, choice in self.models.items():
@@ -49,8 +51,8 @@ class BesideRCDM(Several):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--rcdm", help="published checkpoint, as rcdm_ema_supervised.pt (default: the drawn world's, for its CNN)")
-        parser.add_argument("--rcdm-steps", type=int, help="its DDIM steps (default: 100, the embedded one 50)")
+        parser.add_argument("--rcdm", help="published checkpoint, as rcdm_ema_supervised.pt (default: the one that make_world.py drawn --stage rcdm makes)")
+        parser.add_argument("--rcdm-steps", type=int, help="its DDIM steps (default: 100, that one 50)")
 
     def chosen(self) -> dict[str, Choice]:
         """--models, or --model alone; beside the embedded RCDM both shipped models of its features."""
