@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     require_device(args.device)
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True  # shapes are the same in every step
     KINDS[args.world].make(args)
 
 

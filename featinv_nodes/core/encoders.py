@@ -37,16 +37,17 @@ class ConvEncoder(Encoder):
 
     kind = "conv"
 
-    def __init__(self, channels: int, out_channels: int, width: int = 512) -> None:
-        """channels: C_f of the feature map. out_channels: C_d, the base model's first width. width: hidden channels."""
+    def __init__(self, channels: int, out_channels: int, width: int = 512, kernel: int = 3) -> None:
+        """channels: C_f of the feature map. out_channels: C_d, the base model's first width. width: hidden channels.
+        kernel: side of the convolutions; 1 is enough for a pooled map that is not upsampled first."""
         super().__init__(channels)
-        self.settings = {"kind": self.kind, "channels": channels, "out_channels": out_channels, "width": width}
+        self.settings = {"kind": self.kind, "channels": channels, "out_channels": out_channels, "width": width, "kernel": kernel}
         self.block = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
+            nn.Conv2d(channels, width, kernel, padding=kernel // 2),
             nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, kernel, padding=kernel // 2),
             nn.SiLU(),
-            nn.Conv2d(width, out_channels, 3, padding=1),
+            nn.Conv2d(width, out_channels, kernel, padding=kernel // 2),
         )
         nn.init.zeros_(self.block[-1].weight)
         nn.init.zeros_(self.block[-1].bias)

@@ -215,7 +215,7 @@ def test_same_residuals_and_same_steered_prediction_as_the_official_code(state, 
 def test_what_the_weights_file_says_of_itself(converted, checkpoint):
     info = read_info(converted)
     assert info.source.backbone == BACKBONE and info.source.layer == "layer1" and not info.source.pooled and info.source.channels == CHANNELS
-    assert info.encoder == {"kind": "conv", "channels": CHANNELS, "out_channels": WIDTHS[0], "width": HIDDEN}
+    assert info.encoder == {"kind": "conv", "channels": CHANNELS, "out_channels": WIDTHS[0], "width": HIDDEN, "kernel": 3}
     assert info.base == {"name": "miniSD", "width": WIDTHS[0], "context": CONTEXT, "latent_channels": 4, "heads": HEADS}
     assert info.recommended == {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
     assert info.prompt == "a high-quality, detailed, and professional image"
@@ -256,7 +256,7 @@ def test_stable_diffusion_at_its_real_size():
     assert len(shapes) == 330
     official = {k.removeprefix("control_model."): torch.empty(s, device="meta") for k, s in shapes.items()}
     settings, ours = convert.from_official(official, 8, "file")
-    assert settings == {"kind": "conv", "channels": 1024, "out_channels": 320, "width": 512}
+    assert settings == {"kind": "conv", "channels": 1024, "out_channels": 320, "width": 512, "kernel": 3}
     encoder = {k.removeprefix(ENCODER_PREFIX): ours.pop(k).shape for k in list(ours) if k.startswith(ENCODER_PREFIX)}
     with torch.device("meta"):
         model = ControlNetModel(cross_attention_dim=768).state_dict()

@@ -38,6 +38,8 @@ class Inversion(nn.Module):
         """A copy of the base model's encoder with zero convolutions: at first the output equals the base model's."""
         controlnet = ControlNetModel.from_unet(base.unet)
         settings = {"kind": kind, "channels": source.channels, "out_channels": base.describe()["width"], "width": width}
+        if kind == "conv_at_map" and source.pooled:
+            settings |= {"kernel": 1}  # of a 1 x 1 map, a larger one sees the padding
         if kind == "perceiver":
             settings |= {"tokens": [1, 1] if source.pooled else list(source.grid), "queries": [base.latent_size] * 2}
         model = cls(controlnet, build_encoder(settings), source)

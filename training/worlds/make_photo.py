@@ -39,6 +39,7 @@ DEPTHS = ("blocks.4", "blocks.2", "last", POOLED)
 SHARES = {"autoencoder": 0.1, "base": 0.4}
 SHORTEST = 5.0  # seconds of a stage, below which nothing is learned
 SHOWN = 8
+CYCLE = {"cycle": 0.5, "cycle_below": 500}  # of the inversion models; at equal time it brings more than twice the images do
 RECOMMENDED = {"strength": 1.0, "guidance": 3.0, "negative": "features", "steps": 20}  # chosen on photographs that were kept back
 
 
@@ -194,8 +195,8 @@ class Maker:
         before += [self.earlier(depth)] if self.args.further else []
         start = next((str(file) for file in reversed(before) if file.exists()), self.args.init_from)
         config = TrainConfig(
-            name, self.backbone.name, base.name, self.args.data[0], PHOTO.prompt, 1, layer=layer, pooled=pooled, encoder="conv_at_map", encoder_width=128,
-            batch=self.batch, rate=self.args.rate, ema=0.999, compile=self.args.compile, init_from=start, recommended=RECOMMENDED,
+            name, self.backbone.name, base.name, self.args.data[0], PHOTO.prompt, 1, layer=layer, pooled=pooled, encoder="conv_at_map", encoder_width=self.sizes.widths[0],
+            batch=self.batch, rate=self.args.rate, ema=0.999, compile=self.args.compile, **CYCLE, init_from=start, recommended=RECOMMENDED,
         )  # fmt: skip
         if self.views:
             draw = Kept(self.work / "kept", self.photographs, base, self.backbone, list(self.args.depths), self.views).draw(depth, self.device)

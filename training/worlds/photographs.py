@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen
-from training.data.listing import KEPT_BACK, open_listing
+from training.data.listing import KEPT_BACK, Listing, open_listing
 
 MARGIN = 1.05  # pictures are kept so much larger than the crops
 FEWEST = 200
@@ -69,15 +70,23 @@ def read_photographs(folders: Sequence[str], crop: int, device: str = "cpu") -> 
     side, rows, back, wrong = round(crop * MARGIN), [], [], []
     for folder in folders:
         listing = open_listing(folder, None)
-        for place in tqdm(range(len(listing.names)), f"reading {folder}", unit="img", mininterval=5):
+
+        def read(place: int, listing: Listing = listing) -> np.ndarray | str:
+            """The square picture, or what was wrong with it."""
             try:
                 with listing.open(place) as opened:
-                    image = ImageOps.fit(as_seen(opened), (side, side), Image.Resampling.BICUBIC)
+                    return np.asarray(ImageOps.fit(as_seen(opened), (side, side), Image.Resampling.BICUBIC))
             except Exception as error:  # decoders raise whatever they stumble over
-                wrong.append(f"{listing.names[place]} ({type(error).__name__})")
-                continue
-            rows.append(np.asarray(image))
-            back.append(place % KEPT_BACK == 0)  # by its place in the folder, as evaluate.py --kept-back counts
+                return f"{listing.names[place]} ({type(error).__name__})"
+
+        places = range(len(listing.names))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # decoders let other threads run
+            for place, read_one in tqdm(zip(places, pool.map(read, places)), f"reading {folder}", len(places), unit="img", mininterval=5):
+                if isinstance(read_one, str):
+                    wrong.append(read_one)
+                else:
+                    rows.append(read_one)
+                    back.append(place % KEPT_BACK == 0)  # by its place in the folder, as evaluate.py --kept-back counts
     if wrong:
         print(f"left out {len(wrong)} that cannot be read: {', '.join(wrong[:5])}{' and others' if len(wrong) > 5 else ''}")
     if len(rows) < FEWEST:
