@@ -45,12 +45,15 @@ RECOMMENDED = {"strength": 1.0, "guidance": 3.0, "negative": "features", "steps"
 
 @dataclass(frozen=True)
 class Sizes:
-    """side: of the pictures in pixels. patch: pixels per latent cell. latents: channels. widths: of the U-Net's levels."""
+    """side: of the pictures in pixels. patch: pixels per latent cell. latents: channels. widths: of the U-Net's levels.
+
+    The defaults are the embedded world's. On a processor, patch 16, latents 64 and widths (128, 160) take a third of the time.
+    """
 
     side: int = PHOTO.side
-    patch: int = 16
-    latents: int = 64
-    widths: tuple[int, ...] = (128, 160)
+    patch: int = 8
+    latents: int = 24
+    widths: tuple[int, ...] = (96, 128, 160)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
