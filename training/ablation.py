@@ -27,6 +27,7 @@ from accelerate import PartialState
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import bootstrap
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import open_backbone
 from training.ablation_rows import PAPER_SAMPLING, RECOMMENDED, Row, all_rows, chosen_rows, config_of, sampling_of, weights_of
@@ -43,7 +44,6 @@ from training.evaluation.spaces import TimmSpace
 from training.evaluation.suites.cost import drawing_gmac
 from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
 from training.models.inversion import open_model
-from training.models.pipeline import Sampling
 from training.report import save_image
 from training.train import train
 

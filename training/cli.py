@@ -15,10 +15,11 @@ from typing import NoReturn
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.guidance import NEGATIVES
+from featinv_nodes.core.sampling import SOLVERS, Sampling
 from featinv_nodes.worlds import MODELS
 
 from .models.inversion import Opened, open_model
-from .models.pipeline import NEGATIVES, SOLVERS, Sampling
 
 #: the settings of Sampling that are options of every program; without one the weights file's own holds
 SAMPLING = ("steps", "strength", "guidance", "negative", "solver", "text_guidance", "gradient", "gradient_steps", "best_of")

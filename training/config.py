@@ -12,11 +12,11 @@ import yaml
 
 from featinv_nodes.core.encoders import KINDS
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import FEWEST
 from featinv_nodes.worlds import drawing_world
 
 from .cli import write_text
-from .models.pipeline import Sampling
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "tiny_cnn_last.yaml"

@@ -40,10 +40,11 @@ from featinv_nodes.core.backbones import LAST, untrained_backbone
 from featinv_nodes.core.encoders import build_encoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.files import read_pickle, write_safetensors
+from featinv_nodes.core.guidance import NEGATIVES
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import ENCODER_PREFIX, InversionInfo, load_inversion, save_inversion
 from featinv_nodes.worlds import BACKBONES, model_file, open_backbone
 from training.cli import make_folder, run, write_text
-from training.models.pipeline import NEGATIVES, Sampling
 from training.models.stable_diffusion import PROMPT
 
 CONTROL = "control_model."

@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import drawing_world
 from featinv_nodes.worlds.drawn.scenes import draw
 from training.cli import SAMPLING, make_folder, model_parser, require_device, run
@@ -45,7 +46,7 @@ from training.evaluation.suites import SUITES
 from training.evaluation.suites.base import Suite
 from training.evaluation.suites.quality import gap_closed as gap_closed
 from training.models.inversion import Opened
-from training.models.pipeline import Sampling, round_trip
+from training.models.pipeline import round_trip
 
 #: options that decide no figure
 IDLE = ("out", "batch", "device", "write_back")

@@ -26,13 +26,13 @@ from tqdm import tqdm
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.images import find_images, read_image
 from featinv_nodes.core.metrics import cosine
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
 from featinv_nodes.core.weights import save_scope
 from featinv_nodes.worlds import drawing_world, model_file
 from training.cli import make_folder, model_parser, open_from, require_weights_name, run
 from training.config import TrainConfig
 from training.models.inversion import Opened, open_model
-from training.models.pipeline import Sampling
 
 FIRST = 100_000  # the first held-out scene for the fit; reports use those from 0 on
 TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels each

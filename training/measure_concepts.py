@@ -30,15 +30,15 @@ from tqdm import tqdm
 from featinv_nodes.core.concepts import Concepts, discover
 from featinv_nodes.core.concepts.relevance import relevance
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
-from featinv_nodes.core.steering import null_difference
+from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.viz import Visualization, VizSettings, null_difference
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import BACKGROUNDS, Scenes, draw
 from training.cli import make_folder, model_parser, open_from, run
 from training.concepts import localisation
 from training.concepts.report import CLOSED, VIZ, Trial, write_report
-from training.concepts.viz import Request, Shown, visualize
+from training.concepts.viz import visualize
 from training.models.inversion import Opened
-from training.models.pipeline import Sampling
 from training.worlds.concepts import OBJECT, fit_concepts
 
 TRUE, DISCOVERED = "true masks", {"mcd": "discovered by MCD", "kmeans": "discovered by k-means"}
@@ -80,7 +80,7 @@ def discovered_track(opened: Opened, layer: str, method: str) -> Track:
     return Track(DISCOVERED[method], concepts, chosen, notes)
 
 
-def trials(opened: Opened, scene: Scenes, framed: Tensor, track: Track, how: Sampling, request: Request) -> Iterator[Trial]:
+def trials(opened: Opened, scene: Scenes, framed: Tensor, track: Track, how: Sampling, request: VizSettings) -> Iterator[Trial]:
     """The object and the background of one scene, framed [3, H, W], with every heat map."""
     features, layer = opened.features(framed[None]), opened.info.source.layer
     covered = scene.masks[0].sum(0).clamp(max=1) > 0.5
@@ -120,7 +120,7 @@ def _top(opened: Opened, features: FeatureMap, group: str) -> int:
     return part.start + int(opened.backbone.logits(features)[0, part].argmax())
 
 
-def _logit_change(opened: Opened, shown: Shown, features: FeatureMap, group: str) -> tuple[float, float]:
+def _logit_change(opened: Opened, shown: Visualization, features: FeatureMap, group: str) -> tuple[float, float]:
     """(predicted, actual) change of the top logit of a label group: (factor - 1) times the concepts' relevance, and what
     the head makes of the reconstructions, read again, of the changed and of the original map."""
     top, change = _top(opened, features, group), shown.change
@@ -137,7 +137,7 @@ def open_in_worker(args: argparse.Namespace, tracks: Sequence[Track]) -> None:
     if args.workers > 1:
         torch.set_num_threads(1)
     opened, how = open_from(args)
-    _mine.update(opened=opened, how=how, tracks=tracks, request=Request(args.factor, args.seeds))
+    _mine.update(opened=opened, how=how, tracks=tracks, request=VizSettings(args.factor, args.seeds))
 
 
 def trials_of_scene(row: int) -> bytes:

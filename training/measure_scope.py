@@ -27,14 +27,14 @@ from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.mixing import interpolate
 from featinv_nodes.core.pictures import heat_map
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import VERDICTS, Scope, ScopeReport
-from featinv_nodes.core.steering import edit
+from featinv_nodes.core.viz import edit
 from featinv_nodes.core.weights import load_scope
 from featinv_nodes.worlds import concepts_file, model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json, write_text
 from training.fit_scope import pictures
 from training.models.inversion import Opened
-from training.models.pipeline import Sampling
 from training.report import panel, save_image
 
 FIRST = 200_000  # the first held-out scene measured on

@@ -26,12 +26,13 @@ from featinv_nodes.core.backbones import FITS
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.mixing import compose, interpolate
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.core.weights import load_scope, read_info
 from featinv_nodes.worlds import model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
 from training.models.inversion import ATTEMPT, Opened
-from training.models.pipeline import Sampling, noise
+from training.models.pipeline import noise
 from training.report import panel, save_image, to_image
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.objective import latents_from
 from featinv_nodes.core.weights import InversionInfo
 from training.cli import run
 from training.config import TrainConfig, parse_arguments
@@ -44,7 +45,7 @@ from training.loop.graph import check_device, make_plain, set_rate, training_ste
 from training.loop.interrupts import Interrupts
 from training.loop.log import Pace, check_trackers, device_peak, open_log, show, start_trackers, write_line
 from training.loop.mishaps import Mishaps
-from training.loop.objective import at_stage, draw_chance, latents_from, lighten, observe, training_loss
+from training.loop.objective import at_stage, lighten, observe, sample_noise, training_loss
 from training.loop.optimizer import build_optimizer, clip_and_step, weights_layout
 from training.loop.panel import sample_panel
 from training.loop.schedule import due, rate_at
@@ -166,13 +167,13 @@ def _train(config: TrainConfig, output: Path, opened: ExitStack) -> Path:
     images = {name: rows.to(device) for name, rows in batch.tensors.items()}  # the later batches are copied here
 
     def gradients() -> Tensor:
-        total, chance = 0.0, None
+        total, sample = 0.0, None
         for first in range(0, per_process, config.batch):
             with accelerator.no_sync(trained) if first + config.batch < per_process else nullcontext():
                 with accelerator.autocast():
                     moments, features = observe(base, backbone, {name: rows[first : first + config.batch] for name, rows in images.items()}, config)
-                    chance = chance or draw_chance(per_step, moments, base, config)
-                    own = chance.rows(rank * per_process + first, config.batch)
+                    sample = sample or sample_noise(per_step, moments, base, config)
+                    own = sample.rows(rank * per_process + first, config.batch)
                     loss = training_loss(base, backbone, trained, latents_from(moments, own.latent), features, at_stage(config, seen), own) / config.accumulate
                 accelerator.backward(loss)
             total = total + loss.detach()

@@ -27,10 +27,20 @@ from featinv_nodes.core.concepts import load_concepts
 from featinv_nodes.core.feature_map import FeatInvError, concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.pictures import diverging, heat_map, spotlight
-from featinv_nodes.core.steering import FACTOR, SEEDS, THRESHOLD, affected, normalised, parse_groups, signed_difference
+from featinv_nodes.core.viz import (
+    FACTOR,
+    SEEDS,
+    THRESHOLD,
+    Visualization,
+    VizSettings,
+    affected,
+    normalised,
+    parse_groups,
+    signed_difference,
+)
 from featinv_nodes.worlds import concepts_file, model_file
 from training.cli import make_folder, model_parser, open_from, run, write_json
-from training.concepts.viz import Request, Shown, visualize
+from training.concepts.viz import visualize
 from training.reconstruct import judged
 from training.report import Cell, panel, save_image, to_image
 
@@ -51,11 +61,11 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def title(shown: Shown) -> str:
+def title(shown: Visualization) -> str:
     return shown.change.titles()[0][:20]
 
 
-def grid_row(picture: torch.Tensor, row: list[Shown], threshold: float) -> list[Cell]:
+def grid_row(picture: torch.Tensor, row: list[Visualization], threshold: float) -> list[Cell]:
     """A row of Fig. 6: the picture, its reconstruction, and that with unaffected pixels darkened, per variant."""
     cells = [(picture, "picture"), (row[0].original[0], "reconstruction")]
     for shown in row:
@@ -65,7 +75,7 @@ def grid_row(picture: torch.Tensor, row: list[Shown], threshold: float) -> list[
     return cells
 
 
-def detail_row(shown: Shown) -> list[Cell]:
+def detail_row(shown: Visualization) -> list[Cell]:
     signed = signed_difference(shown.original, shown.changed)
     return [
         (shown.original[0], "reconstruction"), (shown.changed[0], f"changed, x{shown.commanded:.2f}"),
@@ -83,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     opened, how = open_from(args)
     framed = torch.cat([opened.backbone.frame(x, args.fit) for x in pictures])
     features = opened.features(framed)
-    request = Request(args.factor, args.seeds, args.seed, args.keep_length, args.closed_loop)
+    request = VizSettings(args.factor, args.seeds, args.seed, args.keep_length, args.closed_loop)
     rows = []
     with tqdm(desc="drawing", unit="picture") as bar:
         for i in range(len(framed)):
@@ -109,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote grid.png, details.png and results.json to {args.out}")
 
 
-def save(args: argparse.Namespace, stem: str, number: int, shown: Shown) -> dict:
+def save(args: argparse.Namespace, stem: str, number: int, shown: Visualization) -> dict:
     """Writes a variant's difference map and mask; returns its entry in results.json."""
     files = {"difference": normalised(shown.distance), "mask": affected(shown.distance, args.threshold)}
     for kind, values in files.items():

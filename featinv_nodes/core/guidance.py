@@ -1,7 +1,9 @@
-"""Guidance by the gradient of the features: the clean latents that a sampler predicts, moved toward wanted features.
+"""Guidance while sampling: classifier-free (paper Sec. 2 and App. A.2), and by the gradient of the features.
 
-The condition is what ControlNet++ (Li et al. 2024) trains on, the cycle distance; used at sampling time on the predicted
-clean latents as in universal guidance (Bansal et al. 2023, Sec. 3.2).
+Classifier-free guidance pushes the prediction away from one without the text, or without text and features. Guidance by
+the gradient moves the clean latents that a sampler predicts toward given features. Its distance is the cycle
+consistency that ControlNet++ (Li et al. 2024) trains on; it is used at sampling time as in universal guidance (Bansal et
+al. 2023, Sec. 3.2). The latter is not in the paper.
 """
 
 from __future__ import annotations
@@ -15,23 +17,47 @@ from torch.nn import functional as F
 from .backbones import Backbone
 from .feature_map import FeatInvError, FeatureMap
 
+#: What guidance pushes away from: the same features with empty text (the paper), or zero features with empty text,
+#: the combination that training drops to.
+NEGATIVES = ("text", "features")
 
-def toward_features(clean: Tensor, picture_of: Callable[[Tensor], Tensor], backbone: Backbone, wanted: FeatureMap, step: float) -> Tensor:
+
+def guidance_weights(guidance: float, negative: str, text_guidance: float | None = None, controlled: bool = True) -> dict[tuple[bool, bool], float]:
+    """(with features, with text) -> weight of that prediction in the guided one. The weights sum to 1; a prediction
+    without a weight need not be evaluated.
+
+    One scale (Ho & Salimans 2022, Eq. 6): e(away) + guidance (e(f, p) - e(away)), away being (f, "") for negative "text"
+    and (0, "") for "features". Two scales, as InstructPix2Pix composes two conditions (Brooks et al. 2023, Eq. 3):
+    e(0, "") + guidance (e(f, "") - e(0, "")) + text_guidance (e(f, p) - e(f, "")). Not controlled: features make no
+    difference and count as absent.
+    """
+    if text_guidance is not None:
+        terms = [(True, True, text_guidance), (True, False, guidance - text_guidance), (False, False, 1 - guidance)]
+    else:
+        terms = [(True, True, guidance), (negative == "text", False, 1 - guidance)]
+    weights: dict[tuple[bool, bool], float] = {}
+    for cond, prompted, weight in terms:
+        branch = cond and controlled, prompted
+        weights[branch] = weights.get(branch, 0.0) + weight
+    return {branch: weight for branch, weight in weights.items() if abs(weight) > 1e-9}  # of rounding
+
+
+def toward_features(clean: Tensor, picture_of: Callable[[Tensor], Tensor], backbone: Backbone, target: FeatureMap, step: float) -> Tensor:
     """x0_hat [B, C, H, W] -> x0_hat - step * rms(x0_hat) * g / rms(g), g the gradient of feature_distance at x0_hat.
 
     Both root mean squares are per sample, so that `step` is the length of the move in units of the latents' own, for any
     model and picture. picture_of: latents -> pictures [B, 3, h, w] in 0..1, differentiable, with parameters that ask for
-    no gradients. wanted: a map per row, of a layer of `backbone`. Works inside no_grad and inference_mode, and keeps
+    no gradients. target: a map per row, of a layer of `backbone`. Works inside no_grad and inference_mode, and keeps
     type and device of `clean`. Raises FeatInvError if the map is not the backbone's or the rows differ in number.
     """
-    wanted.source.require(backbone.source(wanted.source.layer, wanted.source.pooled), "the wanted features", "the backbone")
-    if len(wanted.values) != len(clean):
-        raise FeatInvError(f"gradient guidance: {len(wanted.values)} feature maps for {len(clean)} latents; expected one each")
+    target.source.require(backbone.source(target.source.layer, target.source.pooled), "the target features", "the backbone")
+    if len(target.values) != len(clean):
+        raise FeatInvError(f"gradient guidance: {len(target.values)} feature maps for {len(clean)} latents; expected one each")
     leave_inference(backbone)
     with torch.inference_mode(False), torch.enable_grad():
         x = clean.detach().clone().requires_grad_(True)
-        values = wanted.values.detach().clone()  # a tensor made inside inference_mode cannot be saved for backward
-        distance = feature_distance(picture_of(x), backbone, values, wanted.source.layer, wanted.source.pooled)
+        values = target.values.detach().clone()  # a tensor made inside inference_mode cannot be saved for backward
+        distance = feature_distance(picture_of(x), backbone, values, target.source.layer, target.source.pooled)
         (gradient,) = torch.autograd.grad(distance.sum(), x)
     move = gradient.float() / rms(gradient).clamp(min=1e-20)  # a gradient of zero moves nothing
     return (clean.float() - step * rms(clean) * move).to(clean)

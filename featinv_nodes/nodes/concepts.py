@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.steering import FACTOR, edit, parse_groups
+from ..core.viz import FACTOR, edit, parse_groups
 from ..host import folders
 from ..worlds import CONCEPTS, concepts_file
 from .loaders import modified

@@ -4,7 +4,7 @@ FEATINV_BACKBONE: host.models.ManagedBackbone, a timm model that the host loads 
 FEATINV_FEATURES: core.feature_map.FeatureMap, values float32 [B, C, H, W] (H = W = 1 if pooled) and their source.
 FEATINV_CONTROL_NET: host.controlnet.FeatureControl, an inversion model.
 FEATINV_CONCEPTS: core.concepts.Concepts, subspaces of one backbone and layer.
-FEATINV_EDIT: core.steering.Edit, a feature map, what it becomes when concepts are scaled, and which.
+FEATINV_EDIT: core.viz.Edit, a feature map, what it becomes when concepts are scaled, and which.
 
 The host's own IMAGE is [B, H, W, 3] in 0..1 and its MASK [B, H, W]; core wants channels first.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..core.steering import THRESHOLD
+from ..core.viz import THRESHOLD
 from .types import CATEGORY, Backbone, Change, Features, channels_first, channels_last
 
 
@@ -60,27 +60,27 @@ class FeatInvViz(io.ComfyNode):
 
     @classmethod
     def execute(cls, pictures, edit, backbone, threshold) -> io.NodeOutput:  # noqa: ANN001
-        from ..core import steering
+        from ..core import viz
         from ..core.pictures import captioned, diverging, enlarge, heat_map, spotlight
 
         pictures, source = channels_first(pictures).cpu().float(), edit.original.source
         first, *others = edit.unpaired(pictures)
         seen = backbone.extract(backbone.backbone.frame(pictures, "stretch"), source.layer, source.pooled).to("cpu")
-        slopes = steering.measure_slopes(edit, pictures, seen)
-        distance = torch.stack([steering.difference(first, other) for other in others])
-        masks = torch.stack([steering.affected(d, threshold) for d in distance])
-        signed = torch.stack([steering.signed_difference(first, other) for other in others])
+        slopes = viz.measure_slopes(edit, pictures, seen)
+        distance = torch.stack([viz.difference(first, other) for other in others])
+        masks = torch.stack([viz.affected(d, threshold) for d in distance])
+        signed = torch.stack([viz.signed_difference(first, other) for other in others])
         limit = signed.abs().amax((1, 2), keepdim=True).clamp(min=1e-3)
 
         overlay = captioned(spotlight(first[:1], masks), [caption(t, s) for t, s in zip(edit.titles(), slopes)])
-        heat = heat_map(torch.stack([steering.normalised(d) for d in distance]))
+        heat = heat_map(torch.stack([viz.normalised(d) for d in distance]))
         shown = (channels_last(x) for x in (overlay, enlarge(heat, 256), enlarge(diverging(signed / limit), 256)))
         report = "\n".join(f"{title}: {slope.describe()}" for title, slope in zip(edit.titles(), slopes))
         return io.NodeOutput(*shown, masks, report, sum(s.own for s in slopes) / len(slopes))
 
 
 def caption(title: str, slope) -> str:  # noqa: ANN001
-    """The variant, and on a line of its own its slope (a core.steering.Slope) with the verdict."""
+    """The variant, and on a line of its own its slope (a core.viz.Slope) with the verdict."""
     return f"{title} x{slope.asked:g}\nslope {slope.own:.2f}, {'as asked' if slope.passed else 'NOT as asked'}"
 
 

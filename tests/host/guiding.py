@@ -9,8 +9,9 @@ from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from opening import SEED, STEPS, World, error_of, relative, run
 
+from featinv_nodes.core.sampling import Sampling
 from training.models.inversion import open_model
-from training.models.pipeline import Sampling, noise, sample
+from training.models.pipeline import noise, sample
 
 BATCH = 3
 

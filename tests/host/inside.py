@@ -24,10 +24,11 @@ import nodes
 import torch
 from PIL import Image
 
-from featinv_nodes.core import steering
-from training.concepts.viz import Request, visualize
+from featinv_nodes.core import viz
+from featinv_nodes.core.sampling import Sampling
+from training.concepts.viz import visualize
 from training.models.inversion import open_model
-from training.models.pipeline import Inversion, Sampling, noise, sample
+from training.models.pipeline import Inversion, noise, sample
 
 
 def parity(world: World) -> list[dict]:
@@ -135,12 +136,12 @@ def paired(world: World) -> dict:
         (pictures,) = nodes.VAEDecode().decode(world.vae, sampled)
         shown = run("FeatInv_Viz", pictures=pictures, edit=change, backbone=world.backbone, threshold=0.33)
         how = Sampling(STEPS, 1.0, guidance, "features")
-        theirs = visualize(opened, change.original, change.concepts, groups, Request(factor, seeds, SEED, keep_length=True), how)
+        theirs = visualize(opened, change.original, change.concepts, groups, viz.VizSettings(factor, seeds, SEED, keep_length=True), how)
         drawn = torch.cat([theirs[0].original, *(one.changed for one in theirs)]).movedim(1, -1)
         found[str(factor)] = {
             "pictures": float((pictures - drawn).abs().max()), "slope": shown[5] - sum(one.slope.own for one in theirs) / 2,
             "report": shown[4].splitlines(), "expected": [f"{' + '.join(group)}: {one.slope.describe()}" for group, one in zip(groups, theirs)],
-            "mask": float((shown[3] - torch.stack([steering.affected(one.distance) for one in theirs])).abs().mean()), "shapes": [list(x.shape) for x in shown[:4]],
+            "mask": float((shown[3] - torch.stack([viz.affected(one.distance) for one in theirs])).abs().mean()), "shapes": [list(x.shape) for x in shown[:4]],
         }  # fmt: skip
     starts = comfy.sample.prepare_noise(torch.zeros(9, 24, 8, 8), SEED, latent["batch_index"])
     cut = nodes.LatentFromBatch().frombatch(nodes.EmptyLatentImage().generate(64, 64, 8)[0], 2, 2)[0] | {"noise_mask": torch.rand(2, 1, 8, 8)}

@@ -17,9 +17,10 @@ import torch
 from sklearn.datasets import load_sample_image
 
 from featinv_nodes.core.files import is_in_8_bits
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import WORLDS, model_file
 from training.models.inversion import Opened, open_model
-from training.models.pipeline import Sampling, noise, sample
+from training.models.pipeline import noise, sample
 
 FOLDER = Path(BASE, "models", "featinv")
 COUNT = 2  # pictures

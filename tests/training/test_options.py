@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.objective import min_snr_weight
 from featinv_nodes.worlds import open_backbone
 from tests.training import killed
 from training import train
 from training.config import CONFIGS, DEFAULT, read_config
 from training.loop.floor import floor_gmac
-from training.loop.objective import min_snr_weight
 from training.models.base_model import load_base
 from training.models.pipeline import Inversion
 

@@ -9,6 +9,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.prediction import predicted_clean, prediction_of
+from featinv_nodes.core.sampling import SOLVERS, Sampling, set_timesteps
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -16,7 +18,7 @@ from training import evaluate, fit_scope, reconstruct, visualize_concepts
 from training.cli import model_parser, open_from
 from training.evaluation.suites.cost import choose
 from training.models.inversion import ATTEMPT, open_model
-from training.models.pipeline import SOLVERS, Sampling, predicted_clean, prediction_of, sample, set_steps, solver_of
+from training.models.pipeline import sample, solver_of
 
 APART = Sampling(steps=4, guidance=3.0, negative="features", text_guidance=1.5)
 
@@ -49,12 +51,12 @@ def test_equal_guidances_are_the_joint_one(opened, features):
 def test_every_number_of_steps_is_taken_from_the_first_timestep_to_none_below_zero(opened, solver):
     for steps in (*range(1, 130), 998, 1000):
         made = solver_of(opened.base, Sampling(steps=steps, solver=solver))
-        set_steps(made, steps)
+        set_timesteps(made, steps)
         assert len(made.timesteps) == steps and made.timesteps[0] == 999 and made.timesteps.min() >= 0, steps
         if solver != "ddim":
             assert len(made.sigmas) == steps + 1 and made.sigmas[-1] == 0
     with pytest.raises(FeatInvError, match="steps 1001: the base model has 1000 timesteps"):
-        set_steps(made, 1001)
+        set_timesteps(made, 1001)
 
 
 def test_a_number_of_steps_that_does_not_divide_the_timesteps_draws_as_its_neighbours_do(opened, features):
@@ -109,7 +111,7 @@ def test_dpmpp_2m_is_the_hosts_formula(opened, features):
         for i, t in enumerate(times):
             noisy = x * kept[t].sqrt()
             found = opened.model(base.unet, noisy, torch.tensor(t), base.text[opened.info.prompt].expand(2, -1, -1), features.values)
-            clean = predicted_clean(base, noisy, found, torch.tensor(t))
+            clean = predicted_clean(base.scheduler, noisy, found, torch.tensor(t))
             if old is None or sigmas[i + 1] == 0:
                 mixed = clean
             else:
@@ -136,8 +138,8 @@ def test_clean_latents_and_prediction_are_each_others_inverse(opened, kind):
     clean, noise, t = torch.randn(2, 24, 8, 8), torch.randn(2, 24, 8, 8), torch.tensor(300)
     noisy = base.scheduler.add_noise(clean, noise, t)
     found = base.scheduler.get_velocity(clean, noise, t[None]) if kind == "v_prediction" else noise
-    assert (prediction_of(base, noisy, clean, t) - found).abs().max() < 1e-4  # float32; the noise's share is above a half
-    assert (predicted_clean(base, noisy, found, t) - clean).abs().max() < 1e-4
+    assert (prediction_of(base.scheduler, noisy, clean, t) - found).abs().max() < 1e-4  # float32; the noise's share is above a half
+    assert (predicted_clean(base.scheduler, noisy, found, t) - clean).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

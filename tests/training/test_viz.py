@@ -9,12 +9,12 @@ from sklearn.metrics import roc_auc_score
 
 from featinv_nodes.core.concepts import load_concepts
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.steering import difference, edit, slope
+from featinv_nodes.core.viz import VizSettings, difference, edit, slope
 from featinv_nodes.worlds import concepts_file
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import measure_concepts, visualize_concepts
 from training.concepts import localisation
-from training.concepts.viz import Request, visualize
+from training.concepts.viz import visualize
 from training.models.inversion import open_model
 from training.models.pipeline import noise
 from training.worlds import concepts as tiny_concepts
@@ -37,7 +37,7 @@ def features(opened):
 
 def test_both_maps_are_drawn_with_the_same_seeds_and_read_again(opened, concepts, features):
     how = opened.recommended(steps=3)
-    (shown,) = visualize(opened, features, concepts, [["object"]], Request(0.25, seeds=2, seed=5), how)
+    (shown,) = visualize(opened, features, concepts, [["object"]], VizSettings(0.25, seeds=2, seed=5), how)
     start = noise(opened.base, 5, 2)
     changed = edit(features, concepts, [["object"]], 0.25).changed
     original, attenuated = (opened.draw(m.repeat(2), how, start) for m in (features, changed))
@@ -48,13 +48,13 @@ def test_both_maps_are_drawn_with_the_same_seeds_and_read_again(opened, concepts
 
 
 def test_a_factor_of_one_changes_nothing(opened, concepts, features):
-    (shown,) = visualize(opened, features, concepts, [["object"]], Request(1.0, seeds=2), opened.recommended(steps=2))
+    (shown,) = visualize(opened, features, concepts, [["object"]], VizSettings(1.0, seeds=2), opened.recommended(steps=2))
     assert shown.distance.abs().max() < 1e-4 and shown.slope.passed and shown.slope.own == pytest.approx(shown.slope.untouched, abs=1e-3)
 
 
 def test_the_closed_loop_comes_nearer_to_what_was_asked(opened, concepts, features):
     how = opened.recommended(steps=4)
-    asked, closed = (visualize(opened, features, concepts, [["object"]], Request(0.25, seeds=1, closed=c), how)[0] for c in (False, True))
+    asked, closed = (visualize(opened, features, concepts, [["object"]], VizSettings(0.25, seeds=1, closed=c), how)[0] for c in (False, True))
     assert not asked.slope.passed and asked.commanded == 0.25
     assert abs(closed.slope.own - 0.25) < abs(asked.slope.own - 0.25) and closed.commanded != 0.25 and closed.slope.asked == 0.25
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.concepts import Concepts
 from featinv_nodes.core.feature_map import FeatureMap
-from featinv_nodes.core.steering import THRESHOLD, normalised
+from featinv_nodes.core.viz import THRESHOLD, normalised
 
 TOLERANCE = 2  # pixels, of the boundary
 PATCH, STRIDE = 12, 4  # occlusion, in pixels of a 64 pixel picture

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from featinv_nodes.core.metrics import bootstrap
 from featinv_nodes.core.pictures import heat_map, spotlight
-from featinv_nodes.core.steering import LEAST, MOST, affected, normalised
+from featinv_nodes.core.viz import LEAST, MOST, Visualization, affected, normalised
 
 from ..cli import write_json, write_text
 from ..report import Cell, page, panel, save_image
 from .localisation import auroc, best_threshold, boundary_f, iou, measures
-from .viz import Shown
 
 VIZ, CLOSED, BAR = "FeatInv-Viz", "FeatInv-Viz, closed loop", "occlusion of the concept"
 COLUMNS = ("AUROC", "IoU", "IoU at 0.33", "pointing", "boundary F", "boundary F at 0.33", "deletion", "insertion")
@@ -37,7 +36,7 @@ class Trial:
     mask: Tensor
     heats: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, tuple[float, float]] = field(default_factory=dict)
-    shown: dict[str, Shown] = field(default_factory=dict)
+    shown: dict[str, Visualization] = field(default_factory=dict)
     logit: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.worlds import model_file, open_backbone
 
 from ..models.inversion import ATTEMPT, Opened, open_model
-from ..models.pipeline import Sampling, round_trip
+from ..models.pipeline import round_trip
 from .judge import Columns, Judge
 from .shards import Arm, Table
 from .sources import Originals, Source

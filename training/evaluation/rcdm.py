@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.files import read_about, read_pickle, read_weights, write_weights
-
-from ..models.pipeline import set_steps
+from featinv_nodes.core.sampling import set_timesteps
 
 #: the drawn world's, of the CNN's pooled last layer; not shipped, make_world.py makes it
 EMBEDDED = Path(__file__).parent / "tiny_rcdm.safetensors"
@@ -89,7 +88,7 @@ class RCDM(nn.Module):
     def sample(self, vectors: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Pictures [B, 3, H, W] in 0..1 by DDIM (eta 0), the linear schedule that the model was trained with."""
         scheduler = DDIMScheduler(**SCHEDULE)
-        set_steps(scheduler, steps)
+        set_timesteps(scheduler, steps)
         device = self.vector.weight.device
         x, vectors = noise.to(device), vectors.to(device)
         for t in scheduler.timesteps:

@@ -11,6 +11,7 @@ from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen
 from featinv_nodes.core.metrics import cosine
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import drawing_world
 from featinv_nodes.worlds.drawn.scenes import draw
 
@@ -18,7 +19,7 @@ from ..config import STREAM, TrainConfig
 from ..data.listing import Part, open_listing
 from ..data.stream import first_pictures
 from ..models.base_model import BaseModel
-from ..models.pipeline import Inversion, Sampling, noise, sample
+from ..models.pipeline import Inversion, noise, sample
 from ..report import panel
 
 COUNT, SIDE = 8, 512  # pictures, and the pixels a side that their centre is scaled to

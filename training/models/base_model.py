@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,17 +79,6 @@ class BaseModel:
         self.vae.to(device, dtype, memory_format=torch.channels_last)
         self.text = {prompt: value.to(device, dtype) for prompt, value in self.text.items()}
         return self
-
-
-@contextmanager
-def in_own_precision(frozen: UNet2DConditionModel | AutoencoderKL) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A frozen part that was cast runs in its own precision throughout: CUDA's autocast would take each normalisation, and
-    the activations around it, to float32. Gives what takes a tensor to that precision; does nothing in float32."""
-    if frozen.dtype == torch.float32:
-        yield lambda x: x
-        return
-    with torch.autocast(frozen.device.type, enabled=False):
-        yield lambda x: x.to(frozen.dtype)
 
 
 def load_base(path: str | Path, prompt: str) -> BaseModel:

@@ -12,11 +12,12 @@ from torch import Tensor
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.metrics import cosine
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.worlds import World, find_world, model_file, open_backbone
 
 from .base_model import BaseModel, load_base
-from .pipeline import Inversion, Sampling, noise, sample
+from .pipeline import Inversion, noise, sample
 
 ATTEMPT = 1_000_000_000  # how far apart the seeds of best-of-N's attempts lie
 

@@ -19,10 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from featinv_nodes.core.backbones import Backbone, untrained_backbone
+from featinv_nodes.core.objective import latents_from
 
 from ..config import TrainConfig
 from ..loop.graph import training_step
-from ..loop.objective import draw_chance, latents_from, lighten, moments_of, observe, training_loss
+from ..loop.objective import lighten, moments_of, observe, sample_noise, training_loss
 from ..loop.optimizer import LARGEST_NORM, build_optimizer, fused_step, weights_layout
 from ..models.base_model import BaseModel
 from ..models.pipeline import Inversion
@@ -76,7 +77,7 @@ def released_step(parts: Parts, pictures: Tensor) -> Callable[[], Tensor]:
         features = torch.cat([torch.from_numpy(m) for m in maps]).to(device)
         with torch.no_grad():
             moments = moments_of(p.base, F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True))
-            noise, t, dropped, latent = draw_chance(len(pictures), moments, p.base, p.config)
+            noise, t, dropped, latent = sample_noise(len(pictures), moments, p.base, p.config)
             context = p.text_encoder(tokens.expand(len(pictures), -1))[0]
             latents = latents_from(moments, latent)
         noisy = p.base.scheduler.add_noise(latents, noise, t)
@@ -107,8 +108,8 @@ def gradients(parts: Parts, trained: torch.nn.Module, seen: dict[str, Tensor]) -
     """The loss of what observe() is given, and its gradients in the trained part, which may be compiled."""
     with in_precision(parts):
         moments, features = observe(parts.base, parts.backbone, seen, parts.config)
-        chance = draw_chance(len(moments), moments, parts.base, parts.config)
-        loss = training_loss(parts.base, parts.backbone, trained, latents_from(moments, chance.latent), features, parts.config, chance)
+        sample = sample_noise(len(moments), moments, parts.base, parts.config)
+        loss = training_loss(parts.base, parts.backbone, trained, latents_from(moments, sample.latent), features, parts.config, sample)
     loss.backward()
     return loss.detach()
 

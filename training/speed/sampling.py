@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.feature_map import FeatureMap
+from featinv_nodes.core.sampling import Sampling, set_timesteps
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..loop.log import peak_memory
 from ..models.inversion import Opened, open_model
-from ..models.pipeline import Sampling, set_steps
 from . import real_size
 
 
@@ -29,7 +29,7 @@ def one_by_one(opened: Opened, features: FeatureMap, how: Sampling, start: Tenso
         passes = [(prompt, own, how.guidance)]
         if how.guidance != 1:
             passes.append(("", torch.zeros_like(own) if how.negative == "features" else own, 1 - how.guidance))
-        set_steps(base.scheduler, how.steps)
+        set_timesteps(base.scheduler, how.steps)
         for t in base.scheduler.timesteps:
             out = sum(share * model.steer(base.unet, x, t, base.text[text], model.hint(values, x.shape[2:]), how.strength) for text, values, share in passes)
             x = base.scheduler.step(out, t, x).prev_sample

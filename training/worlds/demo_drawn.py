@@ -11,10 +11,10 @@ from torch import Tensor
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
+from featinv_nodes.core.sampling import Sampling
 
 from ..evaluate import evaluate, gap_closed, load_pictures
 from ..models.inversion import Opened, open_model
-from ..models.pipeline import Sampling
 from ..report import Cell, panel
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -17,10 +17,10 @@ from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 from featinv_nodes.core.pictures import heat_map, spotlight
-from featinv_nodes.core.steering import FACTOR, normalised
+from featinv_nodes.core.viz import FACTOR, Visualization, VizSettings, normalised
 from featinv_nodes.worlds.photo import PHOTO
 
-from ..concepts.viz import Request, Shown, visualize
+from ..concepts.viz import visualize
 from ..models.inversion import Opened, open_model
 from ..report import Cell, panel
 from .inversion import POOLED
@@ -141,7 +141,7 @@ def turned_down(depths: Depths, features: FeatureMap, picture: Tensor) -> tuple[
     lengths = concepts.lengths(first)[:-1, 0]  # without the rest
     strongest = int(lengths.sum((1, 2)).argmax())
     name, share = concepts.names[strongest], float(lengths[strongest].sum() / first.values.norm(dim=1).sum())
-    [shown] = visualize(depths.middle, first, concepts, [[name]], Request(FACTOR, SEEDS), depths.how[MIDDLE])
+    [shown] = visualize(depths.middle, first, concepts, [[name]], VizSettings(FACTOR, SEEDS), depths.how[MIDDLE])
     where = F.interpolate(normalised(lengths[strongest])[None, None], picture.shape[1:], mode="bilinear")[0, 0]
     kept, changed = pairs(depths, first, shown)
     cells = [(spotlight(picture, where), "where it is")]
@@ -152,7 +152,7 @@ def turned_down(depths: Depths, features: FeatureMap, picture: Tensor) -> tuple[
     return cells, entry | {"as_it_is": [seen.entry() for seen in kept], "turned_down": [seen.entry() for seen in changed]}
 
 
-def pairs(depths: Depths, original: FeatureMap, shown: Shown) -> tuple[list[Seen], list[Seen]]:
+def pairs(depths: Depths, original: FeatureMap, shown: Visualization) -> tuple[list[Seen], list[Seen]]:
     """The drawings of the original map and of the changed one, with the same seeds."""
     pictures = torch.cat([shown.original, shown.changed])
     wanted = concatenate([original.repeat(SEEDS), shown.change.changed.repeat(SEEDS)])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import find_world, model_file
 
-from ...models.pipeline import Sampling
 from ..bench import FLOOR, ORIGINAL, Bench, Choice, Subject, own_judge
 from ..judge import Judge
 from ..report import Report

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from featinv_nodes.core.feature_map import FeatureMap
+from featinv_nodes.core.sampling import SOLVERS, Sampling
 from featinv_nodes.worlds import model_file
 
 from ...models.inversion import Opened
-from ...models.pipeline import SOLVERS, Sampling
 from ...speed.real_size import gmac_of
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..report import Figures, Grid, Report, cell, figures_of, shown

@@ -7,7 +7,8 @@ from itertools import product
 
 import torch
 
-from ...models.pipeline import Sampling
+from featinv_nodes.core.sampling import Sampling
+
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench, Subject
 from ..report import Report, by_arm, figures_of, heat_map, set_measures, shown
 from ..shards import Table

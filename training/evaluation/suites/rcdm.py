@@ -9,9 +9,9 @@ import torch
 
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import open_backbone
 
-from ...models.pipeline import Sampling
 from ..bench import CEILING, FLOOR, Bench, Choice
 from ..judge import Columns, Judge
 from ..rcdm import EMBEDDED, load_rcdm

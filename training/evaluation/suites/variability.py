@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.sampling import Sampling
 
-from ...models.pipeline import Sampling
 from ...report import panel
 from ..bench import CEILING, FLOOR, ORIGINAL, Bench
 from ..judge import Columns

@@ -5,7 +5,7 @@ import torch
 
 from featinv_nodes.core.concepts import REST, Concepts, SparseEncoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from featinv_nodes.core.steering import (
+from featinv_nodes.core.viz import (
     Slope,
     closed_loop,
     edit,

@@ -4,7 +4,8 @@ picture shows what was asked."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -218,3 +219,72 @@ def closed_loop(slope_at: Callable[[float], float], asked: float, rounds: int = 
         if passes(asked, result) or abs(result - asked) < abs(found[1] - asked):
             found = factor, result
     return found
+
+
+@dataclass(frozen=True)
+class VizSettings:
+    """What to do to each group of concepts.
+
+    factor: what their part is multiplied by. seeds, seed: reconstructions of each map, and the seed of their noise.
+    keep_length: see edit. closed: where the asked factor gives another slope, command one that gives it, at up to five
+    times the cost.
+    """
+
+    factor: float = FACTOR
+    seeds: int = SEEDS
+    seed: int = 0
+    keep_length: bool = False
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class Visualization:
+    """FeatInv-Viz of one group of concepts. change: the edit, of this group alone. original, changed: reconstructions
+    [n, 3, h, w]. distance: the difference map [h, w] (Algorithm 1). slope: what came of it. commanded: the factor used."""
+
+    change: Edit
+    original: Tensor
+    changed: Tensor
+    distance: Tensor
+    slope: Slope
+    commanded: float
+
+
+def visualize(
+    draw: Callable[[FeatureMap], tuple[Tensor, FeatureMap]], features: FeatureMap, concepts: Concepts, groups: list[list[str]], settings: VizSettings
+) -> list[Visualization]:
+    """Algorithm 1 for each group of concepts in one feature map [1, C, H, W]; the original is drawn once.
+
+    draw: maps [k * seeds, C, H, W], one after the other for each seed as Edit.paired orders them -> (their
+    reconstructions [k * seeds, 3, h, w], the feature maps of these). Row i and row i + seeds must begin with the same
+    noise. Raises FeatInvError as `edit` does.
+    """
+    asked = edit(features, concepts, groups, settings.factor, settings.keep_length)
+    pictures, reread = draw(asked.paired(settings.seeds))
+    first, *others = pictures.split(settings.seeds)
+    again, *changed_again = [reread.select(slice(i, i + settings.seeds)) for i in range(0, len(pictures), settings.seeds)]
+
+    def result(group: list[str], commanded: float, changed: Tensor, features_of_changed: FeatureMap) -> Visualization:
+        change = edit(features, concepts, [group], commanded, settings.keep_length)
+        slope = measure_slope(replace(change, factor=settings.factor), 0, (first, changed), (again, features_of_changed))
+        return Visualization(change, first, changed, difference(first, changed), slope, commanded)
+
+    def draw_at(group: list[str], factor: float) -> Visualization:
+        return result(group, factor, *draw(edit(features, concepts, [group], factor, settings.keep_length).changed.repeat(settings.seeds)))
+
+    results = [result(group, settings.factor, *pair) for group, *pair in zip(groups, others, changed_again)]
+    if settings.closed:
+        return [_closed(one, partial(draw_at, group), settings.factor) for one, group in zip(results, groups)]
+    return results
+
+
+def _closed(one: Visualization, draw_at: Callable[[float], Visualization], asked: float) -> Visualization:
+    """The same group with the factor that closed_loop commands."""
+    tried = {asked: one}
+
+    def slope_at(factor: float) -> float:
+        if factor not in tried:
+            tried[factor] = draw_at(factor)
+        return tried[factor].slope.own
+
+    return tried[closed_loop(slope_at, asked)[0]]

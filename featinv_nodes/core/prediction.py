@@ -1,0 +1,74 @@
+"""What a diffusion model predicts, with and without control (paper Sec. 2; ControlNet: Zhang et al. 2023).
+
+A U-Net and a ControlNet are callables as diffusers calls them:
+
+    controlnet(noisy, t, context, hint, conditioning_scale=..., return_dict=False) -> (down residuals, mid residual)
+    unet(noisy, t, context, down_block_additional_residuals=..., mid_block_additional_residual=...).sample -> prediction
+
+A scheduler is any object with `alphas_cumprod` [T], `config.prediction_type` ("epsilon" or "v_prediction") and
+`config.num_train_timesteps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def in_own_precision(frozen: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Runs a frozen module in the precision that it was cast to.
+
+    CUDA's autocast would take each normalisation, and the activations around it, to float32. Yields a function that
+    casts a tensor to that precision; does nothing for a module in float32. frozen: a module with `dtype` and `device`.
+    """
+    if frozen.dtype == torch.float32:
+        yield lambda x: x
+        return
+    with torch.autocast(frozen.device.type, enabled=False):
+        yield lambda x: x.to(frozen.dtype)
+
+
+def controlled_prediction(
+    unet: Callable[..., Any], controlnet: Callable[..., Any], noisy: Tensor, t: Tensor, context: Tensor, hint: Tensor, strength: float = 1.0
+) -> Tensor:
+    """The frozen base model's prediction, steered by features: e(x_t, t, text, f), paper Sec. 2.
+
+    noisy: latents x_t [B, C, H, W]. t: timesteps [B], or one for all. context: text embeddings [B, T, D]. hint: the
+    encoded feature maps [B, C_d, H, W]. strength: factor on the residuals of the ControlNet (App. A.2).
+    Returns [B, C, H, W] in the precision of the U-Net.
+    """
+    down, mid = controlnet(noisy, t, context, hint, conditioning_scale=strength, return_dict=False)
+    with in_own_precision(unet) as own:
+        down, mid = [own(x) for x in down], own(mid)
+        return unet(own(noisy), t, own(context), down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+
+
+def predicted_clean(scheduler: Any, noisy: Tensor, pred: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401
+    """The clean latents x0_hat [B, C, H, W] that a prediction amounts to.
+
+    With a = alphas_cumprod[t]: (x_t - sqrt(1 - a) e) / sqrt(a) for a prediction e of the noise (Ho et al. 2020, Eq. 15),
+    sqrt(a) x_t - sqrt(1 - a) v for a velocity v (Salimans & Ho 2022, App. D). t: a timestep for all rows, or [B].
+    """
+    signal, spread = _scales(scheduler, noisy, t)
+    return signal * noisy - spread * pred if predicts_velocity(scheduler) else (noisy - spread * pred) / signal
+
+
+def prediction_of(scheduler: Any, noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401
+    """The prediction at timestep t that amounts to the clean latents: the inverse of predicted_clean."""
+    signal, spread = _scales(scheduler, noisy, t)
+    return (signal * noisy - clean) / spread if predicts_velocity(scheduler) else (noisy - signal * clean) / spread
+
+
+def predicts_velocity(scheduler: Any) -> bool:  # noqa: ANN401
+    """Whether the base model predicts the velocity; else it predicts the noise."""
+    return scheduler.config.prediction_type == "v_prediction"
+
+
+def _scales(scheduler: Any, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    alpha_bar = scheduler.alphas_cumprod.to(noisy.device)[t].reshape(-1, 1, 1, 1)
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
