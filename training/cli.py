@@ -1,11 +1,9 @@
-"""What the programs share: arguments, folders and files for results, and errors as exit status 2."""
+"""What the programs share: arguments, the model that they name, and errors as exit status 2."""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -73,29 +71,6 @@ def require_weights_name(file: Path) -> None:
     """Raises FeatInvError, before any work, for an output that cannot become a .safetensors file."""
     if file.suffix != ".safetensors" or file.is_dir():
         raise FeatInvError(f"--out {file}: expected the name of a .safetensors file")
-
-
-def make_folder(folder: Path) -> None:
-    """Creates the results' folder. Raises FeatInvError if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise FeatInvError(f"cannot write to the folder {folder}: {error}") from error
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
-
-
-def write_json(file: Path, values: dict) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(file, json.dumps(values, indent=2) + "\n")
 
 
 def run(main: Callable[[], object]) -> None:

@@ -16,7 +16,7 @@ from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import FEWEST
 from featinv_nodes.worlds import drawing_world
 
-from .cli import write_text
+from .files import write_text
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "tiny_cnn_last.yaml"

@@ -44,7 +44,8 @@ from featinv_nodes.core.guidance import NEGATIVES
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import ENCODER_PREFIX, InversionInfo, load_inversion, save_inversion
 from featinv_nodes.worlds import BACKBONES, model_file, open_backbone
-from training.cli import make_folder, run, write_text
+from training.cli import run
+from training.files import make_folder, write_text
 from training.models.stable_diffusion import PROMPT
 
 CONTROL = "control_model."

@@ -24,7 +24,8 @@ import torch
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import read_image
 from featinv_nodes.worlds.drawn import DRAWN
-from training.cli import make_folder, run, write_json, write_text
+from training.cli import run
+from training.files import make_folder, write_json, write_text
 from training.report import page, save_image
 from training.worlds import demo_drawn, demo_photo
 

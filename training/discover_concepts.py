@@ -32,8 +32,9 @@ from featinv_nodes.core.concepts.statistics import judge, remarks, table, top_we
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import BACKBONES, drawing_world, open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
-from training.cli import make_folder, require_weights_name, run, write_text
+from training.cli import require_weights_name, run
 from training.concepts.page import page
+from training.files import make_folder, write_text
 
 SCENES, AUTO = 400, "auto"
 

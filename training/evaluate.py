@@ -16,144 +16,17 @@ Writes results.json, report.md, index.html and the pictures in them.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from accelerate import PartialState
-from torch import Tensor
-from tqdm import tqdm
-
-from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.sampling import Sampling
-from featinv_nodes.worlds import drawing_world
-from featinv_nodes.worlds.drawn.scenes import draw
-from training.cli import SAMPLING, make_folder, model_parser, require_device, run
-from training.evaluation.bench import ORIGINAL, Bench
-from training.evaluation.judge import Judge
-from training.evaluation.metrics import mean_entry, set_entries
-from training.evaluation.report import write
-from training.evaluation.shards import Store, Table, aligned, record
-from training.evaluation.sources import Source, open_source, read
-from training.evaluation.spaces import TimmSpace
-from training.evaluation.suites import SUITES
-from training.evaluation.suites.base import Suite
-from training.evaluation.suites.quality import gap_closed as gap_closed
-from training.models.inversion import Opened
-from training.models.pipeline import round_trip
-
-#: options that decide no figure
-IDLE = ("out", "batch", "device", "write_back")
-
-
-def load_pictures(opened: Opened, data: str, count: int) -> tuple[Tensor, Tensor | None]:
-    """(pictures framed for the backbone [N, 3, H, W], objects per scene [N] or None for photographs)."""
-    originals, _ = read(open_source(data, count), range(count))
-    return originals.framed(opened.backbone), draw(0, torch.arange(count), "held-out").count if drawing_world(data) else None
-
-
-def evaluate(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
-    """The suite quality for a few pictures in memory, without files: ({"reconstruction", "floor", "ceiling"}, the pictures
-    of each). Picture i is drawn with seed i; single [N]: scenes of one object, None for photographs."""
-    source = opened.info.source
-    judge, space = Judge(opened.backbone, {"cosine": (source.layer, source.pooled)}), TimmSpace(opened.backbone)
-    original, start = opened.features(framed), opened.noise(range(len(framed)))
-    with tqdm(total=2 * len(framed), desc="drawing", unit="picture") as bar:
-        drawn = {"reconstruction": opened.draw(original, how, start, batch, bar.update)}
-        drawn["floor"] = opened.draw(None, how, start, batch, bar.update)
-    drawn["ceiling"] = torch.cat([round_trip(opened.base, part) for part in framed.split(64)])
-    wanted, vectors, results = judge.see(framed), space(framed), {}
-    judge.centres = {name: means.mean(0) for name, means in judge.means(wanted).items()}
-    for name, pictures in drawn.items():
-        columns = judge.compare(wanted, judge.see(pictures), single)
-        results[name] = {measure: mean_entry(values) for measure, values in columns.items()} | set_entries(space.name, vectors, space(pictures))
-    return results, drawn
-
-
-def arguments() -> argparse.ArgumentParser:
-    parser = model_parser(__doc__)
-    parser.add_argument("--suite", choices=SUITES, default="quality")
-    parser.add_argument("--data", default="drawn", help="SOURCE, see above")
-    parser.add_argument("--count", type=int, help="how many pictures, evenly spread over their names (default: all; of the drawn world what the suite sets)")
-    parser.add_argument("--per-class", type=int, help="the first as many of each class folder, by name")
-    parser.add_argument("--kept-back", action="store_true", help="only every 25th picture, which make_world.py never trains on: to choose settings")
-    parser.add_argument("--models", nargs="+", help="for layers, cross-model and rcdm: weights files, each FILE or FILE=BACKBONE with a timm-hub folder (default: embedded ones)")
-    parser.add_argument("--seed", type=int, default=0, help="added to a picture's number")
-    parser.add_argument("--inception", help="torch-fidelity's Inception weights, for FID and KID")
-    parser.add_argument("--space", help="timm-hub folder or name of the model in whose feature space sets are compared (default: the model's backbone)")
-    parser.add_argument("--space-weights", help="its .safetensors file")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: out/evaluate/SUITE)")
-    for suite in SUITES.values():
-        suite.add_arguments(parser.add_argument_group(suite.name))
-    return parser
-
-
-def digest(file: Path) -> str:
-    """Tells two weights files apart, by all but the recommended settings: those that are used are among the samplings."""
-    found = hashlib.sha256()
-    with open(file, "rb") as opened:
-        if file.suffix == ".safetensors":  # the length of the header, the header, the tensors
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-            about = json.loads(header.get("__metadata__", {}).get("featinv", "{}"))
-            about.pop("recommended", None)
-            found.update(json.dumps([header | {"__metadata__": header.get("__metadata__", {}) | {"featinv": about}}], sort_keys=True).encode())
-        while block := opened.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()[:16]
+from training.cli import run
+from training.evaluation.run import arguments, run_suite
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments().parse_args(argv)
-    for name in ("batch", "count", "per_class"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    require_device(args.device)
-    crew = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes that finish early wait for the others
-    device = str(crew.device) if args.device == "cuda" else args.device
-    chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
-    source = open_source(args.data, args.count or (chosen.count if drawing_world(args.data) else None), args.per_class, args.kept_back)
-    changes = {name: getattr(args, name) for name in SAMPLING}
-    if (args.best_of or 1) > 1 and not chosen.chooses:
-        raise FeatInvError(f"--best-of {args.best_of}: suite {args.suite} draws each picture once; quality, layers and others choose among several")
-    suite = chosen(Bench(source, device, changes, args.seed, args.inception, args.space, args.space_weights), args)
-    arms, store = suite.all_arms(), Store(out, len(source.names))
-    options = {name: value for name, value in vars(args).items() if name not in IDLE}
-    settings = options | {"pictures": source.fingerprint, "files": {name: digest(file) for name, file in suite.files().items()}, "sampling": suite.settings()}
-    if crew.is_main_process:
-        make_folder(out)
-        store.begin(settings)
-    crew.wait_for_everyone()
-    first = {name: arm for name, arm in arms.items() if name.startswith(ORIGINAL)}
-    record(store, source, first, args.batch, crew)
-    originals = {name: store.table(name) for name in first}
-    if any(not table.numbers for table in originals.values()):
-        name, reason = next(iter(originals[next(iter(first))].skipped.items()))
-        raise FeatInvError(f"none of the {store.count} pictures of {args.data} can be read; the first, {name}: {reason}")
-    suite.centre(originals)
-    record(store, source, {name: arm for name, arm in arms.items() if name not in first}, args.batch, crew)
-    if crew.is_main_process:
-        finish(store, source, suite, list(arms), settings)
-
-
-def finish(store: Store, source: Source, suite: Suite, arms: list[str], settings: dict) -> None:
-    """Makes the report of what is recorded and prints it."""
-    tables: dict[str, Table] = aligned({name: store.table(name) for name in arms})
-    skipped = tables[arms[0]].skipped
-    notes = list(source.notes)
-    if skipped:
-        named = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:20])
-        more = " and more, see results.json" if len(skipped) > 20 else ""
-        notes.append(f"{len(skipped)} of {store.count} pictures could not be read and were left out: {named}{more}.")
-    about = {"suite": suite.name, "model": suite.args.model, "data": suite.args.data, "settings": settings, "sampling": suite.settings()}
-    about |= {"seeds": f"picture number + {suite.args.seed}", "count": len(tables[arms[0]].numbers), "skipped": skipped}
-    print(write(store.folder, suite.report(tables), about, notes))
-    suite.afterwards()
+    run_suite(arguments(__doc__).parse_args(argv))
 
 
 if __name__ == "__main__":

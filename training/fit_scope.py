@@ -11,102 +11,17 @@ cosine. Everything else in the file stays as it is.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
-from featinv_nodes.core.images import find_images, read_image
-from featinv_nodes.core.metrics import cosine
-from featinv_nodes.core.sampling import Sampling
-from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
+from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import save_scope
-from featinv_nodes.worlds import drawing_world, model_file
-from training.cli import make_folder, model_parser, open_from, require_weights_name, run
-from training.config import TrainConfig
-from training.models.inversion import Opened, open_model
-
-FIRST = 100_000  # the first held-out scene for the fit; reports use those from 0 on
-TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels each
-DRAWN = 256  # reconstructions for the cycle cosine
-
-
-def pictures(opened: Opened, data: str, count: int, batch: int, first: int = FIRST) -> Iterator[Tensor]:
-    """Batches of framed pictures: held-out scenes from number `first` on, or `count` of a folder in a random order that
-    is always the same, those that cannot be read left out and named. Raises FeatInvError for a folder with fewer."""
-    if world := drawing_world(data):
-        for numbers in torch.arange(first, first + count).split(batch):
-            yield opened.backbone.frame(world.draw(numbers))
-        return
-    files, read, some = find_images(data), 0, []
-    random.Random(0).shuffle(files)
-    for file in files:
-        try:
-            some.append(opened.backbone.frame(read_image(file)))
-        except FeatInvError as error:
-            tqdm.write(f"left out: {error}")
-            continue
-        read += 1
-        if len(some) == batch or read == count:
-            yield torch.cat(some)
-            some = []
-        if read == count:
-            return
-    raise FeatInvError(f"{data} holds {read} readable images; asked for {count}. Give a folder with more, or a smaller --count")
-
-
-def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centres: int, batch: int = 32) -> Scope:
-    """The statistics of `count` pictures and the quantiles of `drawn` reconstructions' cycle cosines (0: none). how: without
-    guidance by the gradient, which raises the cosine of whatever map it is given."""
-    some: list[FeatureMap] = []
-
-    def maps() -> Iterator[FeatureMap]:
-        with tqdm(total=count, desc="reading", unit="picture") as bar:
-            for framed in pictures(opened, data, count, batch):
-                features = opened.features(framed).to("cpu")
-                if sum(len(m) for m in some) < drawn:
-                    some.append(features)
-                bar.update(len(features))
-                yield features
-
-    scope = fit_scope(maps(), centres=centres)
-    if not drawn:
-        return scope
-    wanted = concatenate(some).select(slice(0, drawn))
-    with tqdm(total=len(wanted), desc="drawing", unit="picture") as bar:
-        redrawn = opened.draw(wanted, how, opened.noise(range(len(wanted))), batch, bar.update)
-    return replace(scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(wanted, opened.see(redrawn).to("cpu")))})
-
-
-def ship_scope(name: str) -> None:
-    """The statistics of a model of the drawn world, written into its file."""
-    opened = open_model(name)
-    save_scope(model_file(name), fit(opened, opened.recommended(gradient=0.0), "drawn", 4000, 1000, TINY_CENTRES))
-
-
-def check_scope_data(config: TrainConfig) -> None:
-    """Raises FeatInvError if the pictures for end_with_scope are not there, or too few; before a long training."""
-    if config.scope and config.scope_data and not drawing_world(config.scope_data) and (there := len(find_images(config.scope_data))) < config.scope:
-        raise FeatInvError(f"scope_data {config.scope_data} holds {there} images; asked for {config.scope}: give a folder with more, or a smaller --scope")
-
-
-def end_with_scope(file: Path, config: TrainConfig, device: torch.device | str) -> None:
-    """What train.py ends with: the statistics that a configuration asks for, written into its weights file."""
-    data = config.scope_data or config.data
-    opened = open_model(str(file), config.base, config.backbone_weights, config.backbone, str(device))
-    save_scope(file, fit(opened, opened.recommended(gradient=0.0), data, config.scope, min(DRAWN, config.scope), centres_for(data)))
-
-
-def centres_for(data: str) -> int:
-    return TINY_CENTRES if drawing_world(data) else CENTRES
+from featinv_nodes.worlds import model_file
+from training.cli import model_parser, open_from, require_weights_name, run
+from training.files import make_folder
+from training.models.scope import CENTRES, DRAWN, TINY_CENTRES, centres_for, fit
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -26,13 +26,13 @@ from featinv_nodes.core.backbones import FITS
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.mixing import compose, interpolate
-from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import VERDICTS
-from featinv_nodes.core.weights import load_scope, read_info
 from featinv_nodes.worlds import model_file
-from training.cli import make_folder, model_parser, open_from, run, write_json
+from training.cli import model_parser, open_from, run
+from training.files import make_folder, write_json
 from training.models.inversion import ATTEMPT, Opened
 from training.models.pipeline import noise
+from training.models.scope import judged
 from training.report import panel, save_image, to_image
 
 
@@ -64,25 +64,6 @@ def wanted_maps(opened: Opened, args: argparse.Namespace, framed: Tensor) -> lis
     if not all(0 <= w <= 1 for w in args.mix):
         raise FeatInvError(f"--mix {args.mix}: expected shares between 0 and 1")
     return [(f"mix_{w:.2f}", interpolate([first, second], [1 - w, w])) for w in args.mix]
-
-
-def judged(file: Path, maps: FeatureMap, scores: list[float], how: Sampling) -> list[dict]:
-    """For each map what the scope statistics of the weights file say of it; {} without any. And of its reconstruction by
-    its score, where it was drawn as those behind the statistics were: as the file recommends, but without guidance by the
-    gradient."""
-    scope = load_scope(file)
-    if scope is None:
-        return [{} for _ in scores]
-    report = scope.judge(maps)
-    found = [
-        {"verdict": verdict, "off": off, "line": line, "less_unusual": {name: share[i].item() for name, share in report.share.items()}}
-        for i, (verdict, off, line) in enumerate(zip(report.verdict, report.off, report.lines()))
-    ]
-    usual = Sampling.chosen(read_info(file).recommended, {"gradient": 0.0, "gradient_steps": how.gradient_steps, "best_of": 1})
-    if "cycle" in scope.quantiles and how == usual:
-        shares, verdicts = scope.judge_cycle(torch.tensor(scores))
-        found = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(found, verdicts, shares.tolist())]
-    return found
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -39,9 +39,10 @@ from featinv_nodes.core.viz import (
     signed_difference,
 )
 from featinv_nodes.worlds import concepts_file, model_file
-from training.cli import make_folder, model_parser, open_from, run, write_json
+from training.cli import model_parser, open_from, run
 from training.concepts.viz import visualize
-from training.reconstruct import judged
+from training.files import make_folder, write_json
+from training.models.scope import judged
 from training.report import Cell, panel, save_image, to_image
 
 

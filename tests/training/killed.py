@@ -9,10 +9,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from training import train, verified
+from training import verified
 from training.config import CONFIGS, DEFAULT, read_config
 from training.loop import checkpoints, log
+from training.loop import run as running
 from training.loop.ema import update_average
+from training.loop.training import train
 from training.models.pipeline import Inversion
 
 SMALL = {
@@ -38,7 +40,7 @@ def die_at(owner, name, count, after=False):
 
 
 def between_steps(folder):
-    die_at(train, "set_rate", 8)
+    die_at(running, "set_rate", 8)
 
 
 def in_the_middle_of_a_checkpoint(folder):
@@ -96,7 +98,7 @@ MOMENTS = (
 def run(folder, moment, changes):
     torch.set_num_threads(1)  # sums are added in one order
     moment(folder)
-    train.train(read_config(DEFAULT, SMALL | changes), Path(folder))
+    train(read_config(DEFAULT, SMALL | changes), Path(folder))
 
 
 def run_as(rank, processes, port, folder, values):
@@ -106,7 +108,7 @@ def run_as(rank, processes, port, folder, values):
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     torch.set_num_threads(1)
-    train.train(read_config(DEFAULT, values), Path(folder))
+    train(read_config(DEFAULT, values), Path(folder))
 
 
 def run_shared_out(rank, port, folder, values):

@@ -9,9 +9,19 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import Sampling
-from training import ablation, ablation_rows
-from training.ablation_rows import GUIDED, PAPER_SAMPLING, RECOMMENDED, all_rows, chain, chosen_rows, config_of, sampling_of, weights_of
 from training.evaluation.metrics import RESAMPLES
+from training.experiments import ablation, ablation_rows
+from training.experiments.ablation_rows import (
+    GUIDED,
+    PAPER_SAMPLING,
+    RECOMMENDED,
+    all_rows,
+    chain,
+    chosen_rows,
+    config_of,
+    sampling_of,
+    weights_of,
+)
 
 ROWS = ["paper_1e-5", "steps_20", "gradient"]
 

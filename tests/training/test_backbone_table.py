@@ -3,7 +3,7 @@
 import pytest
 
 from featinv_nodes.core.backbones import Backbone
-from training.backbone_table import FILE, TRIED, row
+from training.experiments.backbone_table import FILE, TRIED, row
 
 
 def test_row_says_whether_the_head_gives_the_models_own_output(monkeypatch):

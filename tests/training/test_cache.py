@@ -9,12 +9,13 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import open_backbone
 from tests.training import killed
 from tests.training.test_never_loses_work import photographs as photographs
-from training import cache, train
+from training import cache
 from training.config import DEFAULT, read_config
 from training.data import latent_cache
 from training.data.latent_cache import open_pictures
 from training.data.loader import loader
 from training.loop.objective import observe
+from training.loop.training import train
 from training.models.base_model import load_base
 from training.verified import is_whole
 
@@ -65,9 +66,9 @@ def test_batches_from_the_cache_are_those_without_it(parts, photographs, tmp_pat
 def test_training_from_the_cache_equals_training_without_it(photographs, tmp_path):
     both = config(tmp_path / "cache", data=photographs, cache_features="true", batch=2, max_images=40, save_every=1000)
     cache.fill(both)
-    train.train(both, tmp_path / "one")
+    train(both, tmp_path / "one")
     both.cache, both.cache_features = None, False
-    train.train(both, tmp_path / "two")
+    train(both, tmp_path / "two")
     a, b = (json.loads((tmp_path / name / "stats.jsonl").read_text())["loss"] for name in ("one", "two"))
     assert a == pytest.approx(b, rel=1e-3)
 

@@ -16,6 +16,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import evaluate
 from training.evaluation import shards
+from training.evaluation.run import evaluate_in_memory, load_pictures
 from training.models.inversion import Opened
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -61,8 +62,8 @@ def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
     from training.models.inversion import open_model
 
     opened = open_model("tiny_cnn_last")
-    framed, counts = evaluate.load_pictures(opened, "drawn", 8)
-    found, _ = evaluate.evaluate(opened, framed, opened.recommended(steps=1), counts == 1)
+    framed, counts = load_pictures(opened, "drawn", 8)
+    found, _ = evaluate_in_memory(opened, framed, opened.recommended(steps=1), counts == 1)
     kept = results(whole)
     for arm in found:
         for name, entry in found[arm].items():

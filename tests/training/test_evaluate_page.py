@@ -5,9 +5,9 @@ import json
 import pytest
 
 from featinv_nodes.core.feature_map import FeatInvError
-from training import evaluate, evaluation_page
-from training.evaluation.page import TABLES
 from training.evaluation.suites.guidances import PAPER
+from training.experiments import evaluation_page
+from training.experiments.page_tables import TABLES
 
 
 def test_every_run_has_its_place_in_the_page():
@@ -38,7 +38,7 @@ def test_tables_are_what_the_evaluation_found(tmp_path):
 
 def test_no_run_begins_for_a_page_without_its_place(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text("nothing")
-    monkeypatch.setattr(evaluate, "main", lambda argv: pytest.fail("began"))
+    monkeypatch.setattr(evaluation_page, "run_suite", lambda args: pytest.fail("began"))
     with pytest.raises(FeatInvError, match="no lines"):
         evaluation_page.main(["--only", "layers", "--out", str(tmp_path), "--page", str(tmp_path / "page.md")])
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
-from training import benchmark, transfer
+from training import benchmark
 from training.config import CONFIGS, read_config
+from training.experiments import transfer
+from training.experiments.transfer import images_to_reach
 from training.speed import real_size
 from training.speed.step_memory import Peak, step_gigabytes
-from training.transfer import images_to_reach
 
 SMALL_UNET = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": 64}
 SMALL_VAE = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 from featinv_nodes.core.feature_map import FeatInvError
 from tests.training import killed
-from training import train, verified
+from training import verified
 from training.config import DEFAULT, read_config
-from training.kill_test import differences
+from training.experiments.kill_test import differences
 from training.loop import checkpoints, log
+from training.loop import run as running
 from training.loop.folder import check_room, only_run_in
+from training.loop.training import train
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.training.killed"])
@@ -34,7 +36,7 @@ def process(folder, moment=killed.never, **changes):
 
 
 def here(folder, **changes):
-    return train.train(read_config(DEFAULT, killed.SMALL | changes), folder)
+    return train(read_config(DEFAULT, killed.SMALL | changes), folder)
 
 
 def saved(folder):
@@ -87,7 +89,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(verified, "open", full, raising=False)
     monkeypatch.setattr(log, "save_image", no_panel)
-    monkeypatch.setattr(train, "open_log", lambda *_: real("/dev/full", "a"))
+    monkeypatch.setattr(running, "open_log", lambda *_: real("/dev/full", "a"))
     here(tmp_path, max_images="18", panel_every="10")
     said = capsys.readouterr().out
     assert "stats.jsonl was not written: [Errno 28]" in said and "panel_000000010.png was not written" in said
@@ -169,7 +171,7 @@ def test_the_log_goes_on_where_the_checkpoint_does(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(straight, tmp_path, monkeypatch, capsys, number):
-    real, calls = train.set_rate, []
+    real, calls = running.set_rate, []
 
     def interrupted(*args):
         calls.append(0)
@@ -178,7 +180,7 @@ def test_a_signal_saves_first(straight, tmp_path, monkeypatch, capsys, number):
         real(*args)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(train, "set_rate", interrupted)
+    monkeypatch.setattr(running, "set_rate", interrupted)
     with pytest.raises(SystemExit) as ended:
         here(tmp_path)
     assert ended.value.code == 128 + number and saved(tmp_path) == [6, 8]
@@ -216,18 +218,18 @@ def test_pictures_that_cannot_be_read_are_replaced_counted_and_named(photographs
 
 def poisoned(monkeypatch, call):
     """The loss of one call is NaN."""
-    real, calls = train.training_loss, []
+    real, calls = running.training_loss, []
 
     def loss(*args):
         calls.append(0)
         return real(*args) * (float("nan") if len(calls) in call else 1)
 
-    monkeypatch.setattr(train, "training_loss", loss)
+    monkeypatch.setattr(running, "training_loss", loss)
 
 
 def test_a_signal_to_the_whole_group_saves_first(photographs, tmp_path, monkeypatch, capsys):
     """As a terminal's Ctrl-C and a cluster's SIGTERM come: to the workers, too."""
-    real, calls = train.set_rate, []
+    real, calls = running.set_rate, []
 
     def interrupted(*args):
         calls.append(0)
@@ -238,7 +240,7 @@ def test_a_signal_to_the_whole_group_saves_first(photographs, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGINT)
         real(*args)
 
-    monkeypatch.setattr(train, "set_rate", interrupted)
+    monkeypatch.setattr(running, "set_rate", interrupted)
     with pytest.raises(SystemExit) as ended:
         here(tmp_path / "run", data=str(photographs), workers="2", save_every="1000")
     assert ended.value.code == 130 and saved(tmp_path / "run") == [6]
@@ -251,14 +253,14 @@ def test_a_signal_to_the_whole_group_saves_first(photographs, tmp_path, monkeypa
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_what_was_learned_is_saved_where_the_pictures_go_away(photographs, tmp_path, monkeypatch, workers):
-    real = train.set_rate
+    real = running.set_rate
 
     def vanishing(*args):
         for file in photographs.glob("*.png"):
             file.unlink()
         real(*args)
 
-    monkeypatch.setattr(train, "set_rate", vanishing)
+    monkeypatch.setattr(running, "set_rate", vanishing)
     with pytest.raises(FeatInvError, match="^100 pictures in a row could not be read"):
         here(tmp_path / "run", data=str(photographs), workers=workers, save_every="1000")
     assert len(saved(tmp_path / "run")) == 1

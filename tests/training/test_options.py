@@ -17,9 +17,9 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.objective import min_snr_weight
 from featinv_nodes.worlds import open_backbone
 from tests.training import killed
-from training import train
 from training.config import CONFIGS, DEFAULT, read_config
 from training.loop.floor import floor_gmac
+from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.pipeline import Inversion
 
@@ -36,7 +36,7 @@ def fresh_accelerator():
 
 
 def here(folder, **changes):
-    return train.train(read_config(DEFAULT, SMALL | changes), folder)
+    return train(read_config(DEFAULT, SMALL | changes), folder)
 
 
 def lines(folder):

@@ -10,10 +10,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import DEFAULT, read_config
+from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.inversion import open_model
 from training.models.pipeline import round_trip
-from training.train import train
 
 PROMPT = "a b"
 

@@ -12,8 +12,9 @@ from featinv_nodes.core.scope import LEVELS
 from featinv_nodes.core.weights import load_scope
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
-from training import fit_scope, measure_scope, reconstruct
-from training.measure_scope import auroc, rank_correlation
+from training import fit_scope, reconstruct
+from training.experiments import measure_scope
+from training.experiments.measure_scope import auroc, rank_correlation
 
 MODEL = "tiny_cnn_pooled"
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 from tests.training.killed import SMALL
-from training import train
 from training.config import DEFAULT, read_config
 from training.data import stream
 from training.data.listing import open_listing
 from training.data.loader import loader
-from training.kill_test import differences
+from training.experiments.kill_test import differences
 from training.loop.panel import held_out
+from training.loop.training import train
 
 datasets = pytest.importorskip("datasets")
 FILES, ROWS = 4, 5
@@ -81,7 +81,7 @@ def test_it_goes_on_exactly_from_any_batch(data, workers):
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(data, tmp_path):
     def run(folder, images):
-        train.train(read_config(DEFAULT, SMALL | {"data": data, "workers": "2", "max_images": images}), tmp_path / folder)
+        train(read_config(DEFAULT, SMALL | {"data": data, "workers": "2", "max_images": images}), tmp_path / folder)
 
     run("straight", "50")
     for images in ("6", "31", "50"):

@@ -18,10 +18,10 @@ from training.data.loader import Photographs, Scenes, loader
 from training.loop import memory
 from training.loop.objective import observed_features, training_loss
 from training.loop.schedule import rate_at
+from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.inversion import open_model
 from training.models.pipeline import Inversion
-from training.train import train
 
 SMALL = {"batch": "8", "cycle": "0.0", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "panel_every": "1000", "save_every": "16", "warmup": "0"}
 
@@ -134,14 +134,14 @@ def test_cycle_consistency_that_does_not_count_yet_costs_nothing(tmp_path, monke
         raise AssertionError("the features of the predicted picture were computed")
 
     monkeypatch.setattr("training.loop.objective.cycle_distance", refused)
-    monkeypatch.setattr("training.train.floor_gmac", lambda *_: 1.0)
+    monkeypatch.setattr("training.loop.run.floor_gmac", lambda *_: 1.0)
     run(tmp_path, 16, cycle="2.0", cycle_after="16")
     with pytest.raises(AssertionError, match="were computed"):
         run(tmp_path, 24, cycle="2.0", cycle_after="16")
 
 
 def test_a_run_can_end_with_scope_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.fit_scope.DRAWN", 2)
+    monkeypatch.setattr("training.models.scope.DRAWN", 2)
     file = run(tmp_path, 16, scope="200", recommended="{strength: 1.0, guidance: 1.0, negative: text, steps: 1}")
     scope = load_scope(file)
     assert scope.maps == 200 and "cycle" in scope.quantiles and open_model(str(file)).info.images_seen == 16
@@ -174,7 +174,7 @@ def test_too_little_memory_is_said_before_and_during_training(tmp_path, monkeypa
     def step(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("training.train.training_loss", step)
+    monkeypatch.setattr("training.loop.run.training_loss", step)
     with pytest.raises(FeatInvError, match=r"at batch 8.*lower --batch.*no room"):
         run(tmp_path, 16)
 

@@ -12,9 +12,10 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.viz import VizSettings, difference, edit, slope
 from featinv_nodes.worlds import concepts_file
 from featinv_nodes.worlds.drawn.scenes import draw
-from training import measure_concepts, visualize_concepts
+from training import visualize_concepts
 from training.concepts import localisation
 from training.concepts.viz import visualize
+from training.experiments import measure_concepts
 from training.models.inversion import open_model
 from training.models.pipeline import noise
 from training.worlds import concepts as tiny_concepts

@@ -14,7 +14,7 @@ from featinv_nodes.core.metrics import bootstrap
 from featinv_nodes.core.pictures import heat_map, spotlight
 from featinv_nodes.core.viz import LEAST, MOST, Visualization, affected, normalised
 
-from ..cli import write_json, write_text
+from ..files import write_json, write_text
 from ..report import Cell, page, panel, save_image
 from .localisation import auroc, best_threshold, boundary_f, iou, measures
 

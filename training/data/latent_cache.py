@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 
-from ..cli import make_folder, write_json
 from ..config import TrainConfig
+from ..files import make_folder, write_json
 from ..models.base_model import BaseModel
 from ..verified import is_whole, write_verified
 from .batch import Batch

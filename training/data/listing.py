@@ -16,8 +16,8 @@ from PIL import Image
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import SUFFIXES
 
-from ..cli import write_json
 from ..config import STREAM
+from ..files import write_json
 
 HUGGING_FACE = "hf:"
 #: every 25th picture is left aside where a world of photographs is made: settings are chosen on these

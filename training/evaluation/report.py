@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..cli import write_json, write_text
+from ..files import write_json, write_text
 from ..report import page, save_image
 from ..report import panel as draw_panel
 from .metrics import mean_entry, set_entries

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_metadata, read_tensors
 
-from ..cli import write_json
+from ..files import write_json
 from ..verified import is_whole, write_verified
 from .judge import Columns
 from .sources import Originals, Source, read

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from ..cli import make_folder
+from ..files import make_folder
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from ..cli import write_text
+from ..files import write_text
 from ..report import save_image
 
 #: dense bf16 peak, FLOP/s, by a part of the device's name (NVIDIA's data sheets)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from ..cli import write_json, write_text
 from ..config import TrainConfig
 from ..data.loader import Photographs, Scenes
+from ..files import write_json, write_text
 
 NAMED = 10  # pictures that a process names as it meets them
 ROW = 20  # steps in a row, not finite, that end a run which leaves such steps out

@@ -20,7 +20,7 @@ from featinv_nodes.core.files import write_safetensors, write_weights
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import draw
-from training.cli import write_json
+from training.files import write_json
 
 from .backbones import normalise
 from .loop import train_stage

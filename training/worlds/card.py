@@ -10,7 +10,7 @@ from featinv_nodes.core.metrics import bootstrap, cosine, top_k_match
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 
-from ..evaluate import evaluate, gap_closed, load_pictures
+from ..evaluation.run import evaluate_in_memory, gap_closed, load_pictures
 from ..models.inversion import Opened, open_model
 from . import autoencoder, backbones, base
 
@@ -73,7 +73,7 @@ def model_rows() -> list[str]:
         opened = open_model(name)
         framed, counts = load_pictures(opened, "drawn", COUNT)
         for row, how in ((name, opened.recommended()), (f"{name}, without the gradient", opened.recommended(gradient=0.0))):
-            results, drawn = evaluate(opened, framed, how, counts == 1)
+            results, drawn = evaluate_in_memory(opened, framed, how, counts == 1)
             other = second_opinion(opened, framed, drawn, counts == 1)
             r = results["reconstruction"]
             matches = [entry(r[f"{group}_match_single"], percent=True) for group in ("shape", "colour", "texture", "background")]

@@ -13,7 +13,7 @@ from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 from featinv_nodes.core.sampling import Sampling
 
-from ..evaluate import evaluate, gap_closed, load_pictures
+from ..evaluation.run import evaluate_in_memory, gap_closed, load_pictures
 from ..models.inversion import Opened, open_model
 from ..report import Cell, panel
 
@@ -69,7 +69,7 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
     how = opened.recommended(steps=steps)
     framed, objects = load_pictures(opened, "drawn", count)
     say(f"inverting {count} held-out pictures, then drawing as many without features for comparison ({how.steps} steps each)")
-    results, drawn = evaluate(opened, framed, how, objects == 1)
+    results, drawn = evaluate_in_memory(opened, framed, how, objects == 1)
     scores = opened.score(opened.features(framed[:SHOWN]), drawn["reconstruction"][:SHOWN])
     rows = [[(x, "") for x in framed[:SHOWN]], captions(drawn["reconstruction"][:SHOWN], scores), [(x, "") for x in drawn["floor"][:SHOWN]]]
     titles = ["original", "reconstruction\nfrom features", "drawn without\nfeatures"]

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
-from training.cli import write_json
 from training.config import TrainConfig
+from training.files import write_json
 from training.loop.beginning import start_from
 from training.loop.objective import training_loss
 from training.models.base_model import BaseModel

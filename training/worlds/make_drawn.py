@@ -22,10 +22,10 @@ from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import CONFIGS, read_config
 from training.evaluation.rcdm import EMBEDDED, save_rcdm
-from training.fit_scope import ship_scope
 from training.loop.graph import check_device
+from training.loop.training import train
 from training.models.base_model import load_base, load_vae
-from training.train import train
+from training.models.scope import ship_scope
 
 from . import autoencoder, backbones, base, rcdm
 from .card import write_card

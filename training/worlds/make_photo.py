@@ -24,8 +24,8 @@ from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import WORLDS, open_backbone
 from featinv_nodes.worlds.photo import PHOTO
-from training.cli import make_folder
 from training.config import TrainConfig
+from training.files import make_folder
 from training.models.base_model import BaseModel, load_base, load_vae
 from training.models.pipeline import Inversion, noise, sample
 from training.report import panel, save_image

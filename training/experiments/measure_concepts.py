@@ -1,7 +1,7 @@
 """Is a concept picture true? FeatInv-Viz against the true masks of the drawn world, beside other heat maps.
 
-    python training/measure_concepts.py                      200 held-out scenes: docs/concepts.md was written by it
-    python training/measure_concepts.py --count 20 --out DIR
+    python training/experiments/measure_concepts.py                      200 held-out scenes: docs/concepts.md was written by it
+    python training/experiments/measure_concepts.py --count 20 --out DIR
 
 Two tracks: concepts fitted to the true masks (what FeatInv-Viz makes of good concepts), and concepts discovered without
 them, by MCD and by k-means (each object and background gets the one that fits its cells best on training scenes). In each scene the object and the background are
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -34,10 +34,11 @@ from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.viz import Visualization, VizSettings, null_difference
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import BACKGROUNDS, Scenes, draw
-from training.cli import make_folder, model_parser, open_from, run
+from training.cli import model_parser, open_from, run
 from training.concepts import localisation
 from training.concepts.report import CLOSED, VIZ, Trial, write_report
 from training.concepts.viz import visualize
+from training.files import make_folder
 from training.models.inversion import Opened
 from training.worlds.concepts import OBJECT, fit_concepts
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 
-from .config import CONFIGS, TrainConfig, read_config
+from ..config import CONFIGS, TrainConfig, read_config
 
 #: how all rows are drawn but those that change it: the paper's settings (Table 3's caption)
 PAPER_SAMPLING = {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}

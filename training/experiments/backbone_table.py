@@ -1,7 +1,7 @@
 """Tries backbones of many timm families at random weights, and writes what came out as a table.
 
-    python training/backbone_table.py                     writes docs/backbones.md
-    python training/backbone_table.py NAME [NAME ...]     prints the rows of these timm models
+    python training/experiments/backbone_table.py                     writes docs/backbones.md
+    python training/experiments/backbone_table.py NAME [NAME ...]     prints the rows of these timm models
 
 A row compares the model's own head on the extracted last map with the model's own forward, and the map with the one
 that timm's forward_intermediates gives.
@@ -14,7 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import timm
 import torch
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 
-FILE = Path(__file__).resolve().parents[1] / "docs" / "backbones.md"
+FILE = Path(__file__).resolve().parents[2] / "docs" / "backbones.md"
 TOLERANCE = 1e-5
 WIDE = {"img_size": (160, 224)}
 WIDE_CNN = {"pretrained_cfg_overlay": {"input_size": (3, 160, 224)}}  # timm sizes a network without img_size by its configuration
@@ -123,7 +123,7 @@ PROSE = """# Backbones that were tried
 
 Each row is a timm model at random weights with two random pictures. Head: how far the model's head on the extracted last map is from the model's own output; pictures: how far the outputs of the two pictures are from each other; map: how far the extracted map is from the last of timm's `forward_intermediates`; each the largest difference relative to the largest value.
 Equal: head is at most 1e-5 and at most a thousandth of pictures. Map is "-" where the two have different sizes, and not 0 where the head reads what comes after the last named layer.
-Written by `python training/backbone_table.py`; `python training/backbone_table.py NAME` prints the row of another model. timm {timm}, torch {torch}, float32 on the CPU.
+Written by `python training/experiments/backbone_table.py`; `python training/experiments/backbone_table.py NAME` prints the row of another model. timm {timm}, torch {torch}, float32 on the CPU.
 
 """
 HEADER = (

@@ -1,7 +1,7 @@
 """Whether a run that is killed again and again ends as one that never was.
 
-    python training/kill_test.py --kills 20                       the drawn world's CNN at a small size
-    python training/kill_test.py --kills 20 --layer layer2 ...    any field of the configuration
+    python training/experiments/kill_test.py --kills 20                       the drawn world's CNN at a small size
+    python training/experiments/kill_test.py --kills 20 --layer layer2 ...    any field of the configuration
 
 Trains once in peace, then again with SIGKILL at random moments, saving a checkpoint at every step, and compares the
 weights and the log bit by bit. A time that falls into the writing of a checkpoint is chosen for every second kill.
@@ -21,14 +21,14 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from safetensors.torch import load_file
 
 from training.cli import run
 from training.config import DEFAULT, add_fields, given_fields, read_config
-from training.train import train
+from training.loop.training import train
 
 SMALL = {
     "max_images": 240, "batch": 8, "cycle": 0, "encoder_width": 16, "panel_every": 80, "save_every": 8, "warmup": 0, "precision": "fp32", "ema": 0.9,

@@ -1,7 +1,7 @@
 """Images that an inversion model needs from scratch, and from another model's weights file.
 
-    python training/transfer.py                                             tiny_vit_last, from the shipped tiny_cnn_last
-    python training/transfer.py --config FILE --from FILE --images 25600 --every 3200 --encoder-first 1600 --out DIR
+    python training/experiments/transfer.py                                             tiny_vit_last, from the shipped tiny_cnn_last
+    python training/experiments/transfer.py --config FILE --from FILE --images 25600 --every 3200 --encoder-first 1600 --out DIR
 
 Trains the configuration twice, at a constant rate, and measures the cosine similarity of 64 held-out scenes every so many
 images. Writes transfer.json: both curves, and after how many images each reaches 95 % of what training from scratch ends with
@@ -16,17 +16,18 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
-from training.cli import make_folder, run, write_json
+from training.cli import run
 from training.config import CONFIGS, TrainConfig, read_config
+from training.files import make_folder, write_json
+from training.loop.training import train
 from training.models.inversion import open_model
-from training.train import train
 
 SCENES = 64
 SHARE = 0.95

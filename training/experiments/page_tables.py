@@ -1,4 +1,4 @@
-"""The tables of docs/evaluation.md, each from the results.json of a run of training/evaluation_page.py."""
+"""The tables of docs/evaluation.md, each from the results.json of a run of training/experiments/evaluation_page.py."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.photo import LITE2
 
-from .bench import CEILING, FLOOR
-from .report import cell, set_measures
-from .suites.base import INDEPENDENT
-from .suites.corruptions import CLEAN, CORRUPTIONS
-from .suites.guidances import PAPER, pair
-from .suites.rcdm import COMPETITOR, NATIVE
+from ..evaluation.bench import CEILING, FLOOR
+from ..evaluation.report import cell, set_measures
+from ..evaluation.suites.base import INDEPENDENT
+from ..evaluation.suites.corruptions import CLEAN, CORRUPTIONS
+from ..evaluation.suites.guidances import PAPER, pair
+from ..evaluation.suites.rcdm import COMPETITOR, NATIVE
 
 #: measure -> its name in the page; of those with a longer name the beginning
 WORDS = {

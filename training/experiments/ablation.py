@@ -1,8 +1,8 @@
 """What each departure from the paper's recipe is worth, in the drawn world: one change at a time.
 
-    python training/ablation.py                          trains what is missing, measures, writes the report: hours
-    python training/ablation.py --rows ema standardise   these rows only
-    python training/ablation.py --page                   the table and the panel in docs/faithfulness.md, too
+    python training/experiments/ablation.py                          trains what is missing, measures, writes the report: hours
+    python training/experiments/ablation.py --rows ema standardise   these rows only
+    python training/experiments/ablation.py --page                   the table and the panel in docs/faithfulness.md, too
 
 All rows are trained on the same scenes, as many of them, with one seed, and judged on the same held-out scenes with the
 same noise: by the backbone that is inverted, and by an independent backbone, which took no part, neither in training nor in sampling.
@@ -18,7 +18,7 @@ from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import yaml
@@ -30,25 +30,26 @@ from featinv_nodes.core.metrics import bootstrap
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import open_backbone
-from training.ablation_rows import PAPER_SAMPLING, RECOMMENDED, Row, all_rows, chosen_rows, config_of, sampling_of, weights_of
-from training.cli import make_folder, run, write_text
+from training.cli import run
 from training.config import TrainConfig
-from training.evaluate import digest
 from training.evaluation.bench import CEILING, FLOOR, ORIGINAL, Bench, Choice, Subject
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import mean_entry
 from training.evaluation.report import Figures, Grid, Report, cell, figures_of, shown, to_markdown, write
+from training.evaluation.run import digest
 from training.evaluation.shards import Arm, Store, Table, record
 from training.evaluation.sources import open_source
 from training.evaluation.spaces import TimmSpace
 from training.evaluation.suites.cost import drawing_gmac
 from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
+from training.experiments.ablation_rows import PAPER_SAMPLING, RECOMMENDED, Row, all_rows, chosen_rows, config_of, sampling_of, weights_of
+from training.files import make_folder, write_text
+from training.loop.training import train
 from training.models.inversion import open_model
 from training.report import save_image
-from training.train import train
 
 OWN, INDEPENDENT = "tiny-cnn", "tiny-vit"
-PAGE = Path(__file__).parents[1] / "docs" / "faithfulness.md"
+PAGE = Path(__file__).parents[2] / "docs" / "faithfulness.md"
 MARKS = "<!-- ablation: begin -->", "<!-- ablation: end -->"
 
 

@@ -1,9 +1,9 @@
 """Runs the worlds' evaluation and writes its tables into docs/evaluation.md and docs/photographs.md.
 
-    python training/evaluation_page.py                        everything; what is done already is not done again
-    python training/evaluation_page.py --only rcdm layers     some of it
-    python training/evaluation_page.py --only photo-depths --photos FOLDER      photographs that no stage of their world saw
-    python training/evaluation_page.py --count 8 --out out/trial --page out/trial/page.md     a trial on few scenes
+    python training/experiments/evaluation_page.py                        everything; what is done already is not done again
+    python training/experiments/evaluation_page.py --only rcdm layers     some of it
+    python training/experiments/evaluation_page.py --only photo-depths --photos FOLDER      photographs that no stage of their world saw
+    python training/experiments/evaluation_page.py --count 8 --out out/trial --page out/trial/page.md     a trial on few scenes
 
 A run is one call of training/evaluate.py with its records in OUT/NAME. The page's tables stand between the lines
 <!-- NAME --> and <!-- end NAME -->; all other lines are left alone. What is concluded from the tables is written by hand:
@@ -20,16 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds.photo import PHOTO
-from training import evaluate
-from training.cli import make_folder, run, write_text
-from training.evaluation.page import PANELS, TABLES
+from training.cli import run
+from training.evaluation.run import arguments, run_suite
 from training.evaluation.suites.corruptions import library
+from training.experiments.page_tables import PANELS, TABLES
+from training.files import make_folder, write_text
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "evaluation.md"
 MIDDLE = "photo_lite0_blocks4"
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in chosen:
         command, page = RUNS[name].words(args.count), args.page or RUNS[name].page
         make_folder(page.parent)
-        evaluate.main([*command, "--data", folders[RUNS[name].photos], *args.options.split(), "--out", str(args.out / name)])
+        run_suite(arguments().parse_args([*command, "--data", folders[RUNS[name].photos], *args.options.split(), "--out", str(args.out / name)]))
         found = json.loads((args.out / name / "results.json").read_text())
         write_text(page, fill(page_text(args.page, RUNS[name]), name, block(found, command, TABLES[name])))
         for there, here in PANELS.get(name, {}).items():

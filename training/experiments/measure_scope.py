@@ -1,8 +1,8 @@
 """Measures what a weights file's scope statistics see: do they tell edited feature maps from held-out ones, and do they
 predict how well a map can be drawn?
 
-    python training/measure_scope.py                                      the embedded model
-    python training/measure_scope.py --model FILE --data FOLDER --out DIR
+    python training/experiments/measure_scope.py                                      the embedded model
+    python training/experiments/measure_scope.py --model FILE --data FOLDER --out DIR
 
 FOLDER holds pictures that neither training nor fit_scope.py saw. Writes results.json, scope.md and scope.png.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -32,9 +32,10 @@ from featinv_nodes.core.scope import VERDICTS, Scope, ScopeReport
 from featinv_nodes.core.viz import edit
 from featinv_nodes.core.weights import load_scope
 from featinv_nodes.worlds import concepts_file, model_file
-from training.cli import make_folder, model_parser, open_from, run, write_json, write_text
-from training.fit_scope import pictures
+from training.cli import model_parser, open_from, run
+from training.files import make_folder, write_json, write_text
 from training.models.inversion import Opened
+from training.models.scope import pictures
 from training.report import panel, save_image
 
 FIRST = 200_000  # the first held-out scene measured on
@@ -214,7 +215,7 @@ Four statistics take part: the **direction** of each feature vector (distance to
 its **distance** from the mean vector (of Mahalanobis, too near counts as well as too far), and how well its eight
 **neighbours** predict it. The score is the surprise of the most unusual one.
 
-`python training/measure_scope.py --model {results["model"]}` on {results["count"]} held-out maps of {results["features"]},
+`python training/experiments/measure_scope.py --model {results["model"]}` on {results["count"]} held-out maps of {results["features"]},
 none of them behind the statistics. AUROC: the chance that an edited map scores higher than an unedited one, 0.5 where the
 two cannot be told apart; the score's and the cycle cosine's with 95 % bootstrap intervals. The cycle cosine, of the
 reconstruction's features with the map asked for, is measured after rendering, one seed, on {results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.

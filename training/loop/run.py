@@ -1,0 +1,270 @@
+"""A training run: its models, data, optimizer and files, and what is done with them in a step and between steps."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack, closing, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor
+from tqdm import tqdm
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.objective import latents_from
+from featinv_nodes.core.weights import InversionInfo
+
+from ..config import TrainConfig
+from ..data.latent_cache import open_pictures
+from ..data.loader import loader
+from ..data.stream import states
+from ..models.pipeline import Inversion
+from . import checkpoints, memory
+from .beginning import open_frozen, standardise, start_from
+from .ema import update_average
+from .floor import floor_gmac
+from .folder import check_room
+from .graph import check_device, make_plain, set_rate, training_step
+from .log import Pace, check_trackers, device_peak, open_log, show, start_trackers, write_line
+from .mishaps import Mishaps
+from .objective import at_stage, lighten, observe, sample_noise, training_loss
+from .optimizer import build_optimizer, clip_and_step, weights_layout
+from .panel import sample_panel
+from .schedule import rate_at
+from .scope import check_scope_data, end_with_scope
+
+
+class Run:
+    """One run of one process. config: decides everything. output: the run's folder. stack: closes what was opened.
+
+    seen: images so far, of all processes; per_step: images of a step. model: what is trained; average: its moving
+    average, or None. Raises FeatInvError for what cannot be trained so, before any step.
+    """
+
+    def __init__(self, config: TrainConfig, output: Path, stack: ExitStack) -> None:
+        check_trackers(config.trackers, output)
+        check_scope_data(config)
+        self.config, self.output = config, output
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=output)
+        self.device, self.rank, self.processes = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        if config.graph:
+            check_device(self.device)
+        self.say = tqdm.write if self.main else lambda _: None
+        self.shares_weights = self.accelerator.distributed_type == DistributedType.FSDP
+        self.per_process = config.batch * config.accumulate
+        self.per_step = self.per_process * self.processes
+        set_seed(config.seed)
+        self._open_models()
+        self.pictures = open_pictures(config, self.base, self.backbone, self.device if config.workers == 0 else "cpu", self.rank, self.processes)
+        self.say(f"{config.name}: inverts {self.model.source.describe()} with base model {self.base.name}; {self._parameters() / 1e6:.1f} M parameters")
+        self._prepare(self._begin_or_resume())
+        self._open_step(stack)
+
+    def _open_models(self) -> None:
+        """The frozen base model and backbone, and the model that is trained on them."""
+        config = self.config
+        self.base, self.backbone = open_frozen(config, self.device)
+        self.model = self._untrained()
+        self.model.to(self.device, memory_format=weights_layout(config, self.device))
+        lighten(config, self.base, self.backbone)
+        if config.checkpointing:
+            self.base.unet.enable_gradient_checkpointing()
+            self.model.controlnet.enable_gradient_checkpointing()
+        frozen = [self.base.unet, self.base.vae, self.backbone]
+        self._memory = self.device, self.model, frozen, bool(config.ema), memory.MOMENTS[config.optimizer], self.processes if self.shares_weights else 1
+        memory.require(*self._memory)
+
+    def _untrained(self) -> Inversion:
+        source = self.backbone.source(self.config.layer, self.config.pooled)
+        return Inversion.start(self.base, source, self.config.encoder_width, self.config.encoder)
+
+    def _parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _begin_or_resume(self) -> dict | None:
+        """The newest checkpoint of the folder; without one the model starts as the configuration says."""
+        config = self.config
+        if self.main:
+            config.save(self.output / "config.yaml")
+            checkpoint = self._parameters() * (4 + memory.MOMENTS[config.optimizer] + 4 * bool(config.ema))  # bytes
+            check_room(self.output, checkpoint, config.keep, self.say)
+        (file,) = broadcast_object_list([checkpoints.newest(self.output, self.say) if self.main else None])
+        state = checkpoints.load(file) if file else {"seen": 0, "before": 0, "losses": [], "stream": None}
+        self.seen, self.before, self._stream = state["seen"], state["before"], state["stream"]
+        self.losses = [torch.tensor(x, device=self.device) for x in state["losses"]]
+        new = not file
+        if new and config.init_from:
+            known = start_from(self.model, config.init_from, self.base)
+            self.before, new = known or 0, known is None
+        if new and config.standardise:
+            with self.accelerator.autocast():
+                standardise(self.model, next(loader(self.pictures, 0, 256, 0, 1, 0)).tensors, self.backbone, config, self.device)
+        self._resumed_from = file
+        return state if file else None
+
+    def _prepare(self, state: dict | None) -> None:
+        """Optimizer, average and what accelerate makes of them, filled from a checkpoint where there is one."""
+        config, accelerator = self.config, self.accelerator
+        stages = {at_stage(config, 0).cycle, config.cycle}
+        self._gmac = {cycle: floor_gmac(self.base, self.backbone, self.model, replace(config, cycle=cycle, cycle_after=0)) for cycle in stages}
+        self.pace = Pace(self._gmac[config.cycle], device_peak(self.device, self.processes))
+        self.average = deepcopy(self.model) if config.ema else None
+        self._trained, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, config))
+        if self.average is not None and self.shares_weights:
+            self.average = fsdp2_prepare_model(accelerator, self.average)  # accelerator.prepare takes a model with its optimizer only
+        self.mishaps = Mishaps(accelerator, self.output, config, self.pictures, self.per_step)
+        if state:
+            self._restore(state)
+        if config.compile:
+            self._trained = torch.compile(self._trained)
+
+    def _restore(self, state: dict) -> None:
+        config = self.config
+        checkpoints.restore(state, self.model, self.optimizer.optimizer, self.average)
+        make_plain(self.optimizer)
+        self.mishaps.restore(state["mishaps"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.say(f"resumed at {self.seen} images from {self._resumed_from}{', not from --init-from' if config.init_from else ''}")
+        if self.seen >= config.max_images:
+            self.say(f"{self.seen} of {config.max_images} images are seen: nothing is left to train; begin anew with another --output, or go on with a larger --max-images")
+        if state["data"] != self.pictures.fingerprint:
+            self.say(f"{config.data} holds other pictures than before: the run goes on, but not as if it had never stopped")
+
+    def _open_step(self, stack: ExitStack) -> None:
+        """The batches, the logs, and the step itself, which reads tensors that keep their place."""
+        config = self.config
+        place = self._stream and self._stream[self.rank % len(self._stream)]
+        pin = self.device.type == "cuda" and config.workers > 0
+        batches = loader(self.pictures, self.seen, self.per_process, self.rank, self.processes, config.workers, pin, place)
+        self.batches = stack.enter_context(closing(batches))
+        self._log = open_log(self.output / "stats.jsonl", self.seen) if self.main else None
+        start_trackers(self.accelerator, asdict(config))
+        batch = next(self.batches)
+        self.mishaps.unread(batch.skipped)
+        self._images = {name: rows.to(self.device) for name, rows in batch.tensors.items()}  # the later batches are copied here
+        update = partial(clip_and_step, self.accelerator, self.model, self.optimizer)
+        self._take_step = training_step(self._gradients, update, self.optimizer, config.graph)
+        self._progress = tqdm(total=config.max_images, initial=self.seen, unit="img", desc=config.name, disable=not self.main, smoothing=0.02, mininterval=2)
+
+    def _gradients(self) -> Tensor:
+        """Gradients of a global batch, of which this process sees its own rows, in config.accumulate parts."""
+        config, total, noise = self.config, 0.0, None
+        for first in range(0, self.per_process, config.batch):
+            with self.accelerator.no_sync(self._trained) if first + config.batch < self.per_process else nullcontext():
+                with self.accelerator.autocast():
+                    rows = {name: images[first : first + config.batch] for name, images in self._images.items()}
+                    moments, features = observe(self.base, self.backbone, rows, config)
+                    noise = noise or sample_noise(self.per_step, moments, self.base, config)
+                    own = noise.rows(self.rank * self.per_process + first, config.batch)
+                    latents, stage = latents_from(moments, own.latent), at_stage(config, self.seen)
+                    loss = training_loss(self.base, self.backbone, self._trained, latents, features, stage, own) / config.accumulate
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        return total
+
+    def step(self) -> None:
+        """Gradients and update on the batch at hand; random numbers depend on the seed and the images seen alone."""
+        config = self.config
+        torch.manual_seed(hash((config.seed, self.seen)) % 2**63)
+        set_rate(self.optimizer, rate_at(self.seen, config, self.per_step), 1 if self.seen < config.encoder_first else None)
+        try:
+            self.losses.append(self._take_step().clone())
+        except torch.OutOfMemoryError as error:
+            raise memory.explain(error, config.batch, *self._memory) from error
+        self.seen += self.per_step
+        if self.average is not None:
+            update_average(self.average, self.model, min(config.ema, (1 + self.seen / self.per_step) / (10 + self.seen / self.per_step)))
+
+    def next_batch(self) -> None:
+        """Reads the next batch, unless the run is at its end. What was learned is saved before an error of the data ends
+        the run; several processes would have to agree on that."""
+        if self.seen < self.config.max_images:
+            try:
+                with self.pace.waiting():
+                    batch = next(self.batches)
+            except Exception:
+                if self.processes == 1:
+                    self.save(must=False)
+                raise
+            self.mishaps.unread(batch.skipped)
+            for name, rows in batch.tensors.items():
+                self._images[name].copy_(rows, non_blocking=True)
+        self.pace.step(self.per_step)
+        self._progress.update(self.per_step)
+
+    def report(self, signal: int, full: bool) -> int:
+        """A line of stats.jsonl; the largest signal that any process got. full: the line's losses are all there."""
+        self.pace.gmac = self._gmac[at_stage(self.config, self.seen - self.per_step).cycle]
+        values, stop = self.mishaps.check(self.losses, self.seen, signal)
+        self.losses, finite = [] if full else self.losses, [value for value in values if math.isfinite(value)]
+        mean = {"loss": fmean(finite)} if finite else {}
+        self._record(**mean, rate=rate_at(self.seen - self.per_step, self.config, self.per_step), **self.pace.report())
+        self._progress.set_postfix({name: f"{value:.4f}" for name, value in mean.items()})
+        return stop
+
+    def draw_panel(self) -> None:
+        """The sample panel of the weights as they are; without one the run goes on."""
+        with self.pace.elsewhere():
+            latest, file = self._latest(), self.output / f"panel_{self.seen:09d}.png"
+            if not self.main:
+                return
+            try:
+                with self.accelerator.autocast():
+                    image, cosine = sample_panel(self.base, self.backbone, latest, self.config)
+            except FeatInvError as error:
+                self.say(f"no panel at {self.seen} images: {error}")
+                return
+            self._record(cosine=cosine)
+            show(self.accelerator, image, file, self.seen, self.say)
+            self.say(f"{self.seen} images: cosine of the panel's pictures {cosine:.3f}, see {file.name}")
+
+    def save(self, must: bool) -> None:
+        """Writes a checkpoint. must: it is the last before the process ends, and an error is raised."""
+        values, _ = self.mishaps.check(self.losses, self.seen)
+        if self.mishaps.row(self.seen) and not must:
+            self.say(f"no checkpoint at {self.seen} images, since the last step was left out")
+            return
+        state = {"seen": self.seen, "before": self.before, "losses": values, "data": self.pictures.fingerprint, "mishaps": self.mishaps.state()}
+        state["stream"] = states(self.batches, in_hand=self.seen < self.config.max_images)
+        state |= checkpoints.gather(self.model, self.optimizer.optimizer, self.average)
+        state["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
+        try:
+            if self.main:
+                checkpoints.save(self.output, self.seen, state, self.config.keep)
+        except FeatInvError as error:
+            if must:
+                raise
+            self.say(f"{error}; the run goes on")
+
+    def finish(self) -> Path:
+        """Writes the weights file, with scope statistics where the configuration asks for them."""
+        config, file = self.config, self.output / f"{self.config.name}.safetensors"
+        self._progress.close()
+        latest = self._latest()
+        if self.main:
+            seen = self.before + self.seen
+            info = InversionInfo(self.model.source, self.model.encoder.settings, self.base.describe(), config.prompt, config.recommended, seen, asdict(config))
+            latest.save(file, info)
+            if config.scope:
+                end_with_scope(file, config, self.device)
+            self.say("\n".join(filter(None, (self.mishaps.summary(), f"wrote {file}"))))
+        self.accelerator.end_training()
+        return file
+
+    def _latest(self) -> Inversion:
+        """What is saved and sampled from: the average where there is one, whole on the main process."""
+        return checkpoints.whole(self.average if self.average is not None else self.model, lambda: self._untrained().to(self.device))
+
+    def _record(self, **values: float) -> None:
+        self.accelerator.log(values, self.seen)
+        if self._log:
+            write_line(self._log, {"images": self.seen} | values, self.say)

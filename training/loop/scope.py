@@ -1,0 +1,29 @@
+"""What a run ends with where its configuration asks for it: scope statistics in the weights file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.images import find_images
+from featinv_nodes.core.weights import save_scope
+from featinv_nodes.worlds import drawing_world
+
+from ..config import TrainConfig
+from ..models import scope
+from ..models.inversion import open_model
+
+
+def check_scope_data(config: TrainConfig) -> None:
+    """Raises FeatInvError if the pictures for end_with_scope are not there, or too few; before a long training."""
+    if config.scope and config.scope_data and not drawing_world(config.scope_data) and (there := len(find_images(config.scope_data))) < config.scope:
+        raise FeatInvError(f"scope_data {config.scope_data} holds {there} images; asked for {config.scope}: give a folder with more, or a smaller --scope")
+
+
+def end_with_scope(file: Path, config: TrainConfig, device: torch.device | str) -> None:
+    """What train.py ends with: the statistics that a configuration asks for, written into its weights file."""
+    data = config.scope_data or config.data
+    opened = open_model(str(file), config.base, config.backbone_weights, config.backbone, str(device))
+    save_scope(file, scope.fit(opened, opened.recommended(gradient=0.0), data, config.scope, min(scope.DRAWN, config.scope), scope.centres_for(data)))

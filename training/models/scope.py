@@ -1,0 +1,102 @@
+"""Scope statistics with an inversion model: fitted to pictures that training did not see, and asked about maps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
+from featinv_nodes.core.images import find_images, read_image
+from featinv_nodes.core.metrics import cosine
+from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
+from featinv_nodes.core.weights import load_scope, read_info, save_scope
+from featinv_nodes.worlds import drawing_world, model_file
+
+from .inversion import Opened, open_model
+
+FIRST = 100_000  # the first held-out scene for the fit; reports use those from 0 on
+TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels each
+DRAWN = 256  # reconstructions for the cycle cosine
+
+
+def pictures(opened: Opened, data: str, count: int, batch: int, first: int = FIRST) -> Iterator[Tensor]:
+    """Batches of framed pictures: held-out scenes from number `first` on, or `count` of a folder in a random order that
+    is always the same, those that cannot be read left out and named. Raises FeatInvError for a folder with fewer."""
+    if world := drawing_world(data):
+        for numbers in torch.arange(first, first + count).split(batch):
+            yield opened.backbone.frame(world.draw(numbers))
+        return
+    files, read, some = find_images(data), 0, []
+    random.Random(0).shuffle(files)
+    for file in files:
+        try:
+            some.append(opened.backbone.frame(read_image(file)))
+        except FeatInvError as error:
+            tqdm.write(f"left out: {error}")
+            continue
+        read += 1
+        if len(some) == batch or read == count:
+            yield torch.cat(some)
+            some = []
+        if read == count:
+            return
+    raise FeatInvError(f"{data} holds {read} readable images; asked for {count}. Give a folder with more, or a smaller --count")
+
+
+def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centres: int, batch: int = 32) -> Scope:
+    """The statistics of `count` pictures and the quantiles of `drawn` reconstructions' cycle cosines (0: none). how: without
+    guidance by the gradient, which raises the cosine of whatever map it is given."""
+    some: list[FeatureMap] = []
+
+    def maps() -> Iterator[FeatureMap]:
+        with tqdm(total=count, desc="reading", unit="picture") as bar:
+            for framed in pictures(opened, data, count, batch):
+                features = opened.features(framed).to("cpu")
+                if sum(len(m) for m in some) < drawn:
+                    some.append(features)
+                bar.update(len(features))
+                yield features
+
+    scope = fit_scope(maps(), centres=centres)
+    if not drawn:
+        return scope
+    wanted = concatenate(some).select(slice(0, drawn))
+    with tqdm(total=len(wanted), desc="drawing", unit="picture") as bar:
+        redrawn = opened.draw(wanted, how, opened.noise(range(len(wanted))), batch, bar.update)
+    return replace(scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(wanted, opened.see(redrawn).to("cpu")))})
+
+
+def ship_scope(name: str) -> None:
+    """The statistics of a model of the drawn world, written into its file."""
+    opened = open_model(name)
+    save_scope(model_file(name), fit(opened, opened.recommended(gradient=0.0), "drawn", 4000, 1000, TINY_CENTRES))
+
+
+def centres_for(data: str) -> int:
+    return TINY_CENTRES if drawing_world(data) else CENTRES
+
+
+def judged(file: Path, maps: FeatureMap, scores: list[float], how: Sampling) -> list[dict]:
+    """For each map what the scope statistics of the weights file say of it; {} without any. And of its reconstruction by
+    its score, where it was drawn as those behind the statistics were: as the file recommends, but without guidance by the
+    gradient."""
+    scope = load_scope(file)
+    if scope is None:
+        return [{} for _ in scores]
+    report = scope.judge(maps)
+    found = [
+        {"verdict": verdict, "off": off, "line": line, "less_unusual": {name: share[i].item() for name, share in report.share.items()}}
+        for i, (verdict, off, line) in enumerate(zip(report.verdict, report.off, report.lines()))
+    ]
+    usual = Sampling.chosen(read_info(file).recommended, {"gradient": 0.0, "gradient_steps": how.gradient_steps, "best_of": 1})
+    if "cycle" in scope.quantiles and how == usual:
+        shares, verdicts = scope.judge_cycle(torch.tensor(scores))
+        found = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(found, verdicts, shares.tolist())]
+    return found
