@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
+from training.checksum import is_whole
 from training.cli import run
 from training.config import TrainConfig, parse_arguments
 from training.data.latent_cache import SHARD, Part, parts_of
 from training.data.loader import Photographs, Scenes, as_it_is, open_source, sides
-from training.loop.beginning import open_frozen
-from training.loop.objective import lighten, observed_features, observed_moments
-from training.verified import is_whole
+from training.loop.objective import cast_frozen, observed_features, observed_moments
+from training.loop.setup import open_frozen
 
 Entry = tuple[int, int]  # place, view
 
@@ -73,7 +73,7 @@ def fill(config: TrainConfig) -> None:
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device, main = accelerator.device, accelerator.is_main_process
     base, backbone = open_frozen(config, device)
-    lighten(config, base, backbone)
+    cast_frozen(config, base, backbone)
     wanted = sides(base, backbone) if config.cache_features else {"target": base.resolution}
     source = open_source(config, wanted, device if config.workers == 0 else "cpu")
     parts = parts_of(config, source, base, backbone)

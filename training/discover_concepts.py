@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from featinv_nodes.core.backbones import FITS, LAST, Backbone
-from featinv_nodes.core.concepts import METHODS, Concepts, discover, own_directions, save_concepts
+from featinv_nodes.core.concepts import METHODS, Concepts, discover, load_directions, save_concepts
 from featinv_nodes.core.concepts.collect import Collected, Folder, Pictures, collect
 from featinv_nodes.core.concepts.statistics import judge, remarks, table, top_weights, with_statistics
 from featinv_nodes.core.feature_map import FeatInvError
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     require_weights_name(args.out)
     make_folder(args.out.parent)
     backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size).to(args.device)
-    concepts = own_directions(args.directions, backbone.source(args.layer)) if args.directions else None
+    concepts = load_directions(args.directions, backbone.source(args.layer)) if args.directions else None
     collected = read(backbone, args)
     backbone = backbone.cpu()
     if concepts is None:

@@ -162,8 +162,8 @@ class Backbone(nn.Module):
         """For each row of logits [B, classes]: the k most probable (name, probability) of every label group."""
         found: list[list[tuple[str, float]]] = [[] for _ in logits]
         for part in self.groups.values():
-            chances = logits[:, part].softmax(1)
-            best, numbers = chances.topk(min(k, chances.shape[1]), 1)
+            probabilities = logits[:, part].softmax(1)
+            best, numbers = probabilities.topk(min(k, probabilities.shape[1]), 1)
             for row, values, places in zip(found, best.tolist(), (numbers + (part.start or 0)).tolist()):
                 row += [(self._class_name(n), v) for n, v in zip(places, values)]
         return found

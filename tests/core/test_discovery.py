@@ -15,7 +15,7 @@ from featinv_nodes.core.concepts import (
     discover,
     discovery,
     load_concepts,
-    own_directions,
+    load_directions,
     save_concepts,
     sparse,
 )
@@ -204,23 +204,23 @@ def test_a_number_of_active_atoms_is_for_sparse_dictionaries():
 def test_own_directions(tmp_path):
     file = tmp_path / "own.safetensors"
     save_file({"sky": torch.randn(CHANNELS, generator=generator()), "paw": torch.randn(3, CHANNELS, generator=generator(1))}, file)
-    own = own_directions(file, SOURCE)
+    own = load_directions(file, SOURCE)
     assert {n: len(b) for n, b in zip(own.labels, own.bases)} == {"sky": 1, "paw": 3} and own.names[-1] == REST
     save_file({"directions": torch.randn(5, CHANNELS, generator=generator())}, file)
-    assert [len(b) for b in own_directions(file, SOURCE).bases] == [1] * 5
+    assert [len(b) for b in load_directions(file, SOURCE).bases] == [1] * 5
     for wrong, words in ((torch.ones(2, 7), "expected \\[d, 48\\]"), (torch.ones(2, CHANNELS), "none in the span"), (torch.zeros(1, CHANNELS), "no row zero")):
         save_file({"x": wrong}, file)
         with pytest.raises(FeatInvError, match=words):
-            own_directions(file, SOURCE)
+            load_directions(file, SOURCE)
     with pytest.raises(FeatInvError, match="missing"):
-        own_directions(tmp_path / "none.safetensors", SOURCE)
+        load_directions(tmp_path / "none.safetensors", SOURCE)
 
 
 def test_own_autoencoder(tmp_path):
     file, g = tmp_path / "own.safetensors", generator()
     given = {"decoder": torch.randn(90, CHANNELS, generator=g), "encoder": torch.randn(90, CHANNELS, generator=g), "bias": torch.randn(90, generator=g), "mean": torch.randn(CHANNELS, generator=g)}
     save_file(given, file, {"k": "4"})
-    own = own_directions(file, SOURCE)
+    own = load_directions(file, SOURCE)
     features = FeatureMap(torch.randn(2, CHANNELS, 3, 4, generator=g), SOURCE)
     every = ((features.values.movedim(1, -1) - given["mean"]) @ given["encoder"].T + given["bias"]).relu()
     code = torch.where(every >= every.topk(4)[0][..., -1:], every, 0)
@@ -229,7 +229,7 @@ def test_own_autoencoder(tmp_path):
     save_concepts(tmp_path / "c.safetensors", own)
     assert torch.equal(load_concepts(tmp_path / "c.safetensors").parts(features), own.parts(features))
     save_file({key: given[key].half() for key in ("decoder", "encoder")}, file)  # a plain ReLU autoencoder
-    assert own_directions(file, SOURCE).encoder.active == 90
+    assert load_directions(file, SOURCE).encoder.active == 90
     bad = {
         "'encoder' has the shape \\(90, 47\\); expected \\[90, 48\\]": {"encoder": torch.zeros(90, 47)}, "'bias'": {"bias": torch.zeros(3)},
         "'mean' .* finite": {"mean": torch.full((CHANNELS,), torch.nan)}, "whole number from 1 to 90": {"k": torch.tensor(91)},
@@ -237,10 +237,10 @@ def test_own_autoencoder(tmp_path):
     for words, changes in bad.items():
         save_file({**given, **changes}, file)
         with pytest.raises(FeatInvError, match=words):
-            own_directions(file, SOURCE)
+            load_directions(file, SOURCE)
     save_file(given, file, {"k": "many"})
     with pytest.raises(FeatInvError, match="k, the number of active atoms, is many"):
-        own_directions(file, SOURCE)
+        load_directions(file, SOURCE)
 
 
 def network(name, **arguments):

@@ -53,8 +53,8 @@ def test_the_packaged_network_knows_what_is_in_a_photograph(lite0):
             logits = lite0.logits(lite0(framed))
             plain = lite0.model((framed - 0.5) / 0.5)  # the published network's normalisation
         assert (logits - plain).abs().max() <= 1e-5 * plain.abs().max()  # float32 rounding of the same operations
-        (best, chance), *_ = lite0.top_classes(logits, 3)[0]
-        assert wanted in best and chance > 0.3, (best, chance)
+        (best, probability), *_ = lite0.top_classes(logits, 3)[0]
+        assert wanted in best and probability > 0.3, (best, probability)
 
 
 @pytest.mark.parametrize("packaged", PHOTO.backbones.values(), ids=list(PHOTO.backbones))

@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from training import verified
+from training import checksum
 from training.config import CONFIGS, DEFAULT, read_config
 from training.loop import checkpoints, log
 from training.loop import run as running
@@ -44,7 +44,7 @@ def between_steps(folder):
 
 
 def in_the_middle_of_a_checkpoint(folder):
-    class Halfway(verified._Digesting):
+    class Halfway(checksum._Digesting):
         files = 0
 
         def __init__(self, file):
@@ -58,15 +58,15 @@ def in_the_middle_of_a_checkpoint(folder):
                 os.kill(os.getpid(), signal.SIGKILL)
             return written
 
-    verified._Digesting = Halfway
+    checksum._Digesting = Halfway
 
 
 def before_a_checkpoint_is_renamed(folder):
-    die_at(verified, "_digest", 3)  # the first was the one to go on from
+    die_at(checksum, "_digest", 3)  # the first was the one to go on from
 
 
 def before_older_checkpoints_go(folder):
-    die_at(checkpoints, "write_verified", 2, after=True)
+    die_at(checkpoints, "write_checksummed", 2, after=True)
 
 
 def in_the_middle_of_a_line_of_the_log(folder):

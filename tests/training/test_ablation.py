@@ -63,8 +63,8 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     found = json.loads((out / "results.json").read_text())
     assert {"floor", "ceiling", *ROWS} <= found.keys() and sorted(found["rows"]) == sorted(ROWS)
     measures = {"cosine", "cosine_centred", "top1_match", "independent: cosine", "independent: top1_match"}
-    kids = {"kid (resnet10t.tiny_world, pooled)", "kid (vit_tiny_patch16_224.tiny_world, pooled)"}
-    assert all(found[row].keys() >= measures | kids and found[row]["cosine"]["n"] == 9 for row in ROWS)
+    kid_names = {"kid (resnet10t.tiny_world, pooled)", "kid (vit_tiny_patch16_224.tiny_world, pooled)"}
+    assert all(found[row].keys() >= measures | kid_names and found[row]["cosine"]["n"] == 9 for row in ROWS)
     low, mid, high = (found[arm]["cosine"]["value"] for arm in ("floor", "gradient", "ceiling"))
     assert found["rows"]["gradient"]["gap_closed"] == pytest.approx((mid - low) / (high - low))
     assert found["rows"]["gradient"]["gain"]["value"] == pytest.approx(mid - found["steps_20"]["cosine"]["value"])

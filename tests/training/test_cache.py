@@ -10,6 +10,7 @@ from featinv_nodes.worlds import open_backbone
 from tests.training import killed
 from tests.training.test_never_loses_work import photographs as photographs
 from training import cache
+from training.checksum import is_whole
 from training.config import DEFAULT, read_config
 from training.data import latent_cache
 from training.data.latent_cache import open_pictures
@@ -17,7 +18,6 @@ from training.data.loader import loader
 from training.loop.objective import observe
 from training.loop.training import train
 from training.models.base_model import load_base
-from training.verified import is_whole
 
 PROMPT = "a drawing of the small world"
 
@@ -92,7 +92,7 @@ def test_a_stopped_or_damaged_cache_is_completed_to_the_same_files(parts, photog
     class Stopped(Exception):
         pass
 
-    real = latent_cache.write_verified
+    real = latent_cache.write_checksummed
 
     def interrupted(folder, stem, *rest):
         if stem.startswith("view0001"):
@@ -101,7 +101,7 @@ def test_a_stopped_or_damaged_cache_is_completed_to_the_same_files(parts, photog
         return real(folder, stem, *rest)
 
     some = config(tmp_path / "cache", data=photographs)
-    monkeypatch.setattr(latent_cache, "write_verified", interrupted)
+    monkeypatch.setattr(latent_cache, "write_checksummed", interrupted)
     with pytest.raises(Stopped):
         cache.fill(some)
     with pytest.raises(FeatInvError, match="not complete: view 1, pictures from 0 on is missing.*cache.py"):

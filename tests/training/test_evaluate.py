@@ -71,7 +71,7 @@ def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
 
 
 def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, monkeypatch):
-    real, written = shards.write_verified, []
+    real, written = shards.write_checksummed, []
 
     def write(folder, *rest):
         if len(written) == 6:
@@ -79,11 +79,11 @@ def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, m
         written.append(folder)
         return real(folder, *rest)
 
-    monkeypatch.setattr(shards, "write_verified", write)
+    monkeypatch.setattr(shards, "write_checksummed", write)
     with pytest.raises(FeatInvError, match="No space left.*What is done is kept"):
         evaluate.main([*SMALL, "--out", str(tmp_path)])
     assert not (tmp_path / "results.json").exists()
-    monkeypatch.setattr(shards, "write_verified", real)
+    monkeypatch.setattr(shards, "write_checksummed", real)
     (damaged := next(written[-1].iterdir())).write_bytes(damaged.read_bytes()[:-1])
     drawn, real_draw = [], Opened.draw
     monkeypatch.setattr(Opened, "draw", lambda self, features, *rest: drawn.append(0 if features is None else len(features)) or real_draw(self, features, *rest))

@@ -56,7 +56,7 @@ def test_each_pair_of_scales_stands_in_its_row_and_column():
     found = {arm: judged(value) for arm, value in (arms | {"floor": 0.3, PAPER: 0.4, "ceiling": 0.9}).items()}
     lines = TABLES["guidances"](found | {"settings": {"guidances": [3.0, 1.0], "text_guidances": [0.0, 2.0]}, "best": {"cosine": "features=3, text=2"}})
     assert "| 1 | 0.500 | 0.600 |  |" in lines and "| 3 | 0.700 | 0.800 | 0.650 |" in lines  # the cosine
-    assert "| 3 | 0.500 | 0.600 | 0.450 |" in lines and "| 3 | 0.0700 | 0.0800 | 0.0650 |" in lines  # the witness, KID
+    assert "| 3 | 0.500 | 0.600 | 0.450 |" in lines and "| 3 | 0.0700 | 0.0800 | 0.0650 |" in lines  # the independent backbone, KID
     assert [line.split(" |")[0] for line in lines[-4:]] == ["| floor", f"| {PAPER}", "| features=3, text=2", "| ceiling"]
 
 

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     ("featinv_nodes/core",),
     ("featinv_nodes/worlds",),
-    ("training/config.py", "training/files.py", "training/report.py", "training/verified.py"),
+    ("training/config.py", "training/files.py", "training/report.py", "training/checksum.py"),
     ("training/models", "training/data"),
     ("training/cli.py", "training/loop", "training/concepts", "training/evaluation", "training/speed"),
     ("training/worlds",),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from featinv_nodes.core.feature_map import FeatInvError
 from tests.training import killed
-from training import verified
+from training import checksum
 from training.config import DEFAULT, read_config
 from training.experiments.kill_test import differences
 from training.loop import checkpoints, log
@@ -87,7 +87,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch, capsys
     def no_panel(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(verified, "open", full, raising=False)
+    monkeypatch.setattr(checksum, "open", full, raising=False)
     monkeypatch.setattr(log, "save_image", no_panel)
     monkeypatch.setattr(running, "open_log", lambda *_: real("/dev/full", "a"))
     here(tmp_path, max_images="18", panel_every="10")
@@ -123,7 +123,7 @@ class Filling:
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_said_to_be_full(tmp_path, monkeypatch):
     checkpoints.save(tmp_path, 2, {"seen": 2}, keep=2)
-    monkeypatch.setattr(verified, "open", lambda file, mode: Filling(open(file, mode), 100_000), raising=False)
+    monkeypatch.setattr(checksum, "open", lambda file, mode: Filling(open(file, mode), 100_000), raising=False)
     with pytest.raises(FeatInvError, match="not written.*No space left on device.*make room"):
         checkpoints.save(tmp_path, 4, {"seen": 4, "weights": torch.zeros(100_000)}, keep=2)
     assert saved(tmp_path) == [2] and not list(tmp_path.glob("*.part"))
@@ -152,7 +152,7 @@ def test_a_second_run_is_kept_out_of_the_folder_of_the_first(tmp_path):
 def test_a_checkpoint_that_the_disk_did_not_keep_costs_none_of_those_before(tmp_path, monkeypatch):
     for seen in (2, 4):
         checkpoints.save(tmp_path, seen, {"seen": seen}, keep=2)
-    monkeypatch.setattr(verified.os, "fsync", lambda number: os.pwrite(number, b"other", 20))
+    monkeypatch.setattr(checksum.os, "fsync", lambda number: os.pwrite(number, b"other", 20))
     with pytest.raises(FeatInvError, match="does not hold what was written.*those before are kept"):
         checkpoints.save(tmp_path, 6, {"seen": 6}, keep=2)
     assert saved(tmp_path) == [2, 4] and not list(tmp_path.glob("*.part"))

@@ -106,8 +106,8 @@ def test_demo_of_photographs_promises(scenes, tmp_path, capsys):
     assert [e["weight"] for e in interpolated] == [0, 0.2, 0.4, 0.6, 0.8, 1] and len(composed) == 2
     drawn = [*own["depths"].values(), own["other_seed"], *interpolated, *composed, *concept["as_it_is"], *concept["turned_down"]]
     for one in drawn:
-        chances = [c["probability"] for c in one["classes"]]
-        assert -1 <= one["cosine"] <= 1 and 0 < sum(chances) <= 1.001 and chances == sorted(chances, reverse=True)
+        probabilities = [c["probability"] for c in one["classes"]]
+        assert -1 <= one["cosine"] <= 1 and 0 < sum(probabilities) <= 1.001 and probabilities == sorted(probabilities, reverse=True)
     assert interpolated[0]["cosine"] == pytest.approx(own["depths"]["blocks.4"]["cosine"], abs=1e-3)  # the same map and noise
     assert concept["factor"] == 0.25 and 0 < concept["share"] <= 1 and not results["notes"]
     assert results["seconds"] > 0 and "torch" in results["versions"]

@@ -60,7 +60,7 @@ def test_a_taken_over_encoder_keeps_its_own_statistics(tmp_path, monkeypatch):
         observed.append(len(seen["pictures"]))
         return observed_features(backbone, seen, config)
 
-    monkeypatch.setattr("training.loop.beginning.observed_features", observing)
+    monkeypatch.setattr("training.loop.setup.observed_features", observing)
     width = str(info.encoder["width"])
     assert torch.equal(load_file(run(tmp_path / "same", 8, init_from=str(file), encoder_width=width, **given))["controlnet_cond_embedding.mean"], mean)
     assert not observed

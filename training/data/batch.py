@@ -51,7 +51,7 @@ class Unreadable(Exception):
     """A picture that cannot be read, and why."""
 
 
-def crops(opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, chance: random.Random) -> dict[str, Tensor]:
+def crops(opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, rng: random.Random) -> dict[str, Tensor]:
     """The same random resized crop and flips (paper Sec. 2), scaled from the original to each of `sides`: name -> pixels a
     side gives name -> [3, side, side] in 0..1. flips: as in TrainConfig. Raises Unreadable where `opened` raises."""
     try:
@@ -59,8 +59,8 @@ def crops(opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, 
             image = as_seen(picture)
     except Exception as error:  # decoders raise whatever they stumble over
         raise Unreadable(f"{type(error).__name__}: {error}") from error
-    box = _crop(*image.size, chance)
-    across, down = flips != "none" and chance.random() < 0.5, flips == "both" and chance.random() < 0.5
+    box = _crop(*image.size, rng)
+    across, down = flips != "none" and rng.random() < 0.5, flips == "both" and rng.random() < 0.5
     found = {}
     for name, side in sides.items():
         pixels = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box), np.float32) / 255
@@ -68,13 +68,13 @@ def crops(opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, 
     return found
 
 
-def _crop(width: int, height: int, chance: random.Random) -> tuple[int, int, int, int]:
+def _crop(width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
     """torchvision's random resized crop: 8 to 100 % of the area, aspect 3/4 to 4/3, ten tries, else the centre."""
     for _ in range(10):
-        area, aspect = width * height * chance.uniform(0.08, 1), 2 ** chance.uniform(-0.415, 0.415)
+        area, aspect = width * height * rng.uniform(0.08, 1), 2 ** rng.uniform(-0.415, 0.415)
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
-            left, top = chance.randint(0, width - w), chance.randint(0, height - h)
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             return left, top, left + w, top + h
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2

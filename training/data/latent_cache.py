@@ -22,10 +22,10 @@ from torch.utils.data import Dataset
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 
+from ..checksum import is_whole, write_checksummed
 from ..config import TrainConfig
 from ..files import make_folder, write_json
 from ..models.base_model import BaseModel
-from ..verified import is_whole, write_verified
 from .batch import Batch
 from .loader import Photographs, Scenes, fill, open_source, sides
 from .stream import Stream
@@ -68,7 +68,7 @@ class Part:
     def write(self, view: int, first: int, rows: Tensor, failed: dict[int, str]) -> Path:
         """rows [n, ...] of the places from `first` on, kept in fp16; failed: row -> why its picture could not be read."""
         content = save({self.name: rows.half().contiguous()}, {"failed": json.dumps(failed)})
-        return write_verified(self.folder, f"view{view:04d}-{first:010d}", ".safetensors", lambda file: file.write(content))
+        return write_checksummed(self.folder, f"view{view:04d}-{first:010d}", ".safetensors", lambda file: file.write(content))
 
     def check(self, rank: int = 0, processes: int = 1) -> None:
         """Reads every shard, one process its share. Raises FeatInvError naming those that are missing or damaged."""

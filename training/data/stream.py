@@ -85,7 +85,7 @@ class Reader:
         begin = self.place._replace(used=0)
         while True:
             files = list(range(self.number, self.stream.files, self.readers))
-            self._chance(begin.epoch).shuffle(files)
+            self._rng(begin.epoch).shuffle(files)
             block: list[tuple[str, dict]] = []
             for position in range(begin.file, len(files)):
                 first = begin.row if position == begin.file else 0
@@ -106,7 +106,7 @@ class Reader:
         """(name, encoded picture, where the reader stands after it)."""
         used = self.place.used
         for begin, after, block in self.blocks():
-            self._chance(*begin).shuffle(block)
+            self._rng(*begin).shuffle(block)
             for count, (name, encoded) in enumerate(block[used:], used + 1):
                 yield f"epoch {begin.epoch}, {name}", encoded, begin._replace(used=count) if count < len(block) else after
             used = 0
@@ -117,8 +117,8 @@ class Reader:
         stream, rows, skipped, failed = self.stream, [], [], 0
         for name, encoded, place in self.pictures():
             try:
-                chance = random.Random(f"{stream.seed}/{name}")
-                rows.append(crops(lambda: decode(encoded), stream.sides, stream.flips, chance))  # noqa: B023 - called at once
+                rng = random.Random(f"{stream.seed}/{name}")
+                rows.append(crops(lambda: decode(encoded), stream.sides, stream.flips, rng))  # noqa: B023 - called at once
                 failed = 0
             except Unreadable as error:
                 skipped.append((f"{stream.data}, {name.partition(', ')[2]}", str(error)))
@@ -129,7 +129,7 @@ class Reader:
                 yield place, Batch({side: torch.stack([row[side] for row in rows]) for side in stream.sides}, skipped)
                 rows, skipped = [], []
 
-    def _chance(self, *where: int) -> random.Random:
+    def _rng(self, *where: int) -> random.Random:
         return random.Random(f"{self.stream.seed}/{self.number}/{where}")
 
 

@@ -100,8 +100,8 @@ def run_suite(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     require_device(args.device)
-    crew = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes that finish early wait for the others
-    device = str(crew.device) if args.device == "cuda" else args.device
+    dist_state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes that finish early wait for the others
+    device = str(dist_state.device) if args.device == "cuda" else args.device
     chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
     source = open_source(args.data, args.count or (chosen.count if drawing_world(args.data) else None), args.per_class, args.kept_back)
     changes = {name: getattr(args, name) for name in SAMPLING}
@@ -111,19 +111,19 @@ def run_suite(args: argparse.Namespace) -> None:
     arms, store = suite.all_arms(), Store(out, len(source.names))
     options = {name: value for name, value in vars(args).items() if name not in IDLE}
     settings = options | {"pictures": source.fingerprint, "files": {name: digest(file) for name, file in suite.files().items()}, "sampling": suite.settings()}
-    if crew.is_main_process:
+    if dist_state.is_main_process:
         make_folder(out)
         store.begin(settings)
-    crew.wait_for_everyone()
+    dist_state.wait_for_everyone()
     first = {name: arm for name, arm in arms.items() if name.startswith(ORIGINAL)}
-    record(store, source, first, args.batch, crew)
+    record(store, source, first, args.batch, dist_state)
     originals = {name: store.table(name) for name in first}
     if any(not table.numbers for table in originals.values()):
         name, reason = next(iter(originals[next(iter(first))].skipped.items()))
         raise FeatInvError(f"none of the {store.count} pictures of {args.data} can be read; the first, {name}: {reason}")
     suite.centre(originals)
-    record(store, source, {name: arm for name, arm in arms.items() if name not in first}, args.batch, crew)
-    if crew.is_main_process:
+    record(store, source, {name: arm for name, arm in arms.items() if name not in first}, args.batch, dist_state)
+    if dist_state.is_main_process:
         finish(store, source, suite, list(arms), settings)
 
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_metadata, read_tensors
 
+from ..checksum import is_whole, write_checksummed
 from ..files import write_json
-from ..verified import is_whole, write_verified
 from .judge import Columns
 from .sources import Originals, Source, read
 
@@ -105,7 +105,7 @@ class Store:
             tensors["pictures"] = (columns["pictures"][:SHOWN] * 255).round().byte().contiguous()
         data = save(tensors, {"skipped": json.dumps(skipped)})
         with room(self.folder):
-            write_verified(self._of(arm), f"{first:08d}", ".safetensors", lambda opened: opened.write(data))
+            write_checksummed(self._of(arm), f"{first:08d}", ".safetensors", lambda opened: opened.write(data))
 
     def table(self, arm: str) -> Table:
         """Reads an arm's records. The first shard's pictures come back in 0..1."""
@@ -144,16 +144,16 @@ def aligned(tables: dict[str, Table]) -> dict[str, Table]:
     return tables
 
 
-def record(store: Store, source: Source, arms: dict[str, Arm], batch: int, crew: PartialState) -> None:
-    """Fills in the arms' missing shards, each by one process of the crew, whatever their number; returns when all are done.
+def record(store: Store, source: Source, arms: dict[str, Arm], batch: int, dist_state: PartialState) -> None:
+    """Fills in the arms' missing shards, each by one process, whatever their number; returns when all are done.
 
     Memory is bounded by the batch and a shard's records. Batches do not reach across shards, so that the figures do not
     depend on the number of processes.
     """
-    shared = [store.missing(list(arms)) if crew.is_main_process else None]
-    tasks = broadcast_object_list(shared)[0][crew.process_index :: crew.num_processes]
+    shared = [store.missing(list(arms)) if dist_state.is_main_process else None]
+    tasks = broadcast_object_list(shared)[0][dist_state.process_index :: dist_state.num_processes]
     spans = {task: range(task[1], min(task[1] + SHARD, store.count)) for task in tasks}
-    with tqdm(total=sum(map(len, spans.values())), unit="picture", disable=not crew.is_main_process or not tasks) as bar:
+    with tqdm(total=sum(map(len, spans.values())), unit="picture", disable=not dist_state.is_main_process or not tasks) as bar:
         for (arm, first), numbers in spans.items():
             bar.set_description(arm)
             rows, parts, skipped = [], [], {}
@@ -166,4 +166,4 @@ def record(store: Store, source: Source, arms: dict[str, Arm], batch: int, crew:
                 bar.update(len(originals.numbers) + len(failed))
             columns = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
             store.write(arm, first, rows, columns, skipped)
-    crew.wait_for_everyone()
+    dist_state.wait_for_everyone()

@@ -78,15 +78,15 @@ def subject_of(bench: Bench) -> Subject:
 
 def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], args: argparse.Namespace) -> dict[str, Table]:
     """Records of the originals, the bounds and the chosen rows. files: row -> its weights."""
-    crew = PartialState(timeout=timedelta(days=7))
+    dist_state = PartialState(timeout=timedelta(days=7))
     source = open_source("drawn", args.count)
-    subject = subject_of(Bench(source, str(crew.device), dict(PAPER_SAMPLING)))
+    subject = subject_of(Bench(source, str(dist_state.device), dict(PAPER_SAMPLING)))
     tables: dict[str, Table] = {}
 
     def fill(name: str, arms: dict[str, Arm], settings: dict) -> None:
         store = Store(args.out / "measured" / name, args.count)
         store.begin(settings | {"pictures": source.fingerprint})
-        record(store, source, arms, args.batch, crew)
+        record(store, source, arms, args.batch, dist_state)
         tables.update({arm: store.table(arm) for arm in arms})
 
     fill("bounds", {ORIGINAL: subject.original}, {"sampling": PAPER_SAMPLING})
@@ -100,7 +100,7 @@ def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], ar
 
 def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table]) -> Report:
     figures = {arm: figures_of(table, tables[ORIGINAL]) for arm, table in tables.items() if arm != ORIGINAL}
-    kids = [name for name in figures[FLOOR] if name.startswith("kid")]
+    kid_names = [name for name in figures[FLOOR] if name.startswith("kid")]
     first, second, extra, opened = [], [], {}, open_model("tiny_cnn_last")  # all rows' architecture but the smaller maps'
     for row in chosen:
         own = figures[row.name]
@@ -109,15 +109,15 @@ def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table])
         extra[row.name] = {"change": row.change, "from": row.base, "gain": gain, "gap_closed": way, "evaluations": (how := sampling_of(rows, row)).evaluations, "gmac": drawing_gmac(opened, how)}
         begins = [row.name, row.change, row.base or ""]
         first.append([*begins, cell(own, "cosine"), _signed(gain), f"{way:.1%}", cell(own, "cosine_centred"), cell(own, "top1_match")])
-        second.append([row.name, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kids), str(extra[row.name]["evaluations"]), f"{extra[row.name]['gmac']:.1f}"])
+        second.append([row.name, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kid_names), str(extra[row.name]["evaluations"]), f"{extra[row.name]['gmac']:.1f}"])
     for place, bound in ((0, FLOOR), (len(chosen) + 1, CEILING)):
         own = figures[bound]
         first.insert(place, [bound, "", "", cell(own, "cosine"), "", "", cell(own, "cosine_centred"), cell(own, "top1_match")])
-        second.insert(place, [bound, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kids), "", ""])
+        second.insert(place, [bound, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kid_names), "", ""])
     head = ["row", "change", "from row", "cosine", "change of the cosine", "of the way from floor to ceiling", "cosine, mean removed", "top-1 match"]
     grids = [
         Grid("By the inverted backbone", head, first, "The change of the cosine is that of the same scenes, from the row that is named."),
-        Grid("By the independent backbone, and as sets", ["row", "cosine", "top-1 match", *kids, "passes per picture", "GMAC"], second,
+        Grid("By the independent backbone, and as sets", ["row", "cosine", "top-1 match", *kid_names, "passes per picture", "GMAC"], second,
              "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and gradients included."),
     ]
     compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
@@ -136,11 +136,11 @@ def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figur
     found = {"paper": best, "recommended": RECOMMENDED, "distance_ratio": bootstrap(distances, lambda x: x[..., 0].mean(1) / x[..., 1].mean(1))}
     found |= {name: mean_entry(pair[1][name] - pair[0][name]) for name in ("top1_match", "independent: cosine", "independent: top1_match")}
     cost = [gmac[name] for name in (best, RECOMMENDED)]
-    kids = [f"{name}: {cell(figures[best], name)} against {cell(figures[RECOMMENDED], name)}" for name in figures[best] if name.startswith("kid")]
+    kid_names = [f"{name}: {cell(figures[best], name)} against {cell(figures[RECOMMENDED], name)}" for name in figures[best] if name.startswith("kid")]
     return found | {"gmac": cost}, [
         f"The paper's recipe at the best of its rates ({best}) against {RECOMMENDED}: the cosine distance, 1 - cosine, is "
-        f"{cell(found, 'distance_ratio')} times as large; {RECOMMENDED}'s top-1 match is {_signed(found['top1_match'])} higher, the witness's "
-        f"{_signed(found['independent: top1_match'])}, its cosine {_signed(found['independent: cosine'])}; {'; '.join(kids)}; "
+        f"{cell(found, 'distance_ratio')} times as large; {RECOMMENDED}'s top-1 match is {_signed(found['top1_match'])} higher, the independent backbone's "
+        f"{_signed(found['independent: top1_match'])}, its cosine {_signed(found['independent: cosine'])}; {'; '.join(kid_names)}; "
         f"{cost[0]:.1f} GMAC per picture against {cost[1]:.1f}."
     ]
 

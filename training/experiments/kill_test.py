@@ -3,7 +3,7 @@
     python training/experiments/kill_test.py --kills 20                       the drawn world's CNN at a small size
     python training/experiments/kill_test.py --kills 20 --layer layer2 ...    any field of the configuration
 
-Trains once in peace, then again with SIGKILL at random moments, saving a checkpoint at every step, and compares the
+Trains once undisturbed, then again with SIGKILL at random moments, saving a checkpoint at every step, and compares the
 weights and the log bit by bit. A time that falls into the writing of a checkpoint is chosen for every second kill.
 """
 
@@ -72,17 +72,17 @@ def main() -> None:
     args = parser.parse_args()
     values = {k: str(v) for k, v in SMALL.items()} | given_fields(args)
     read_config(DEFAULT, values)
-    chance, kills, writing, wrong = random.Random(args.moments), 0, 0, []
+    rng, kills, writing, wrong = random.Random(args.moments), 0, 0, []
     with tempfile.TemporaryDirectory() as name:
-        peace, began = Path(name) / "peace", time.monotonic()
-        start(values, peace).join()
+        baseline_run, began = Path(name) / "baseline", time.monotonic()
+        start(values, baseline_run).join()
         length = time.monotonic() - began
         print(f"undisturbed: {length:.1f} s", flush=True)
         for number in range(1, args.kills + 1):
             killed = Path(name) / f"killed_{number}"
             while not list(killed.glob("*.safetensors")):
                 process = start(values, killed)
-                process.join(chance.uniform(0, length) if kills < args.kills else None)
+                process.join(rng.uniform(0, length) if kills < args.kills else None)
                 while kills % 2 and process.is_alive() and not list(killed.glob("*.part")):
                     time.sleep(0.0005)  # a checkpoint is written within milliseconds
                 if process.is_alive():
@@ -94,7 +94,7 @@ def main() -> None:
                     print(f"run {number}, kill {kills}: {seen} images saved{', a file half written' if part else ''}", flush=True)
                 elif process.exitcode:
                     sys.exit(f"run {number} did not go on: {killed.with_suffix('.txt').read_text()[-2000:]}")
-            wrong += differences(peace, killed)
+            wrong += differences(baseline_run, killed)
             if kills == args.kills:
                 break
     verdict = f"DIFFERENT: {', '.join(wrong[:5])}" if wrong else "weights and log the same bit by bit"

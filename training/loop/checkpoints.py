@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from ..verified import is_whole, write_verified
+from ..checksum import is_whole, write_checksummed
 
 #: one file whatever the number of processes and however they share the weights
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -55,7 +55,7 @@ def save(folder: Path, seen: int, state: dict, keep: int) -> None:
     Raises FeatInvError where that fails, a full disk above all; those before are kept then.
     """
     try:
-        file = write_verified(folder, f"checkpoint-{seen:012d}", ".pt", lambda opened: torch.save(state, opened))
+        file = write_checksummed(folder, f"checkpoint-{seen:012d}", ".pt", lambda opened: torch.save(state, opened))
     except (OSError, RuntimeError) as error:
         raise FeatInvError(f"the checkpoint at {seen} images was not written to {folder} ({error}); those before are kept: make room there") from error
     before = [other for other in _all(folder) if other.name < file.name]

@@ -19,17 +19,17 @@ from .objective import training_loss
 def floor_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> float:
     """Multiply-accumulates (10^9) per image of a step, forward and backward, with latents and features there already
     and the base model frozen, by torch's counter: 262 for Stable Diffusion 1.x and ConvNeXt-Base's last layer."""
-    hollow = base_without_storage(base, "meta", torch.float32)
+    on_meta = base_without_storage(base, "meta", torch.float32)
     seen, trained = (without_storage(part, "meta", torch.float32) for part in (backbone, model))
-    if hasattr(hollow.unet, "disable_gradient_checkpointing"):
-        hollow.unet.disable_gradient_checkpointing()
+    if hasattr(on_meta.unet, "disable_gradient_checkpointing"):
+        on_meta.unet.disable_gradient_checkpointing()
         trained.controlnet.disable_gradient_checkpointing()
     batch, side, source = 8, base.latent_size, model.source
     latents = torch.empty(batch, base.unet.config.in_channels, side, side, device="meta")
     features = torch.empty(batch, source.channels, *((1, 1) if source.pooled else source.grid), device="meta")
     counter = FlopCounterMode(display=False)
     with counter:
-        training_loss(hollow, seen, trained, latents, features, config).backward()
+        training_loss(on_meta, seen, trained, latents, features, config).backward()
     return counter.get_total_flops() / 2e9 / batch
 
 
@@ -46,6 +46,6 @@ def without_storage(module: nn.Module, device: str, dtype: torch.dtype | None = 
     known = {}
     for tensor in (*module.parameters(), *module.buffers()):
         kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-        hollow = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
-        known[id(tensor)] = nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+        on_meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
+        known[id(tensor)] = nn.Parameter(on_meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else on_meta
     return deepcopy(module, known)

@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..models.base_model import BaseModel
 
 
-def lighten(config: TrainConfig, base: BaseModel, backbone: Backbone) -> None:
+def cast_frozen(config: TrainConfig, base: BaseModel, backbone: Backbone) -> None:
     """Frozen weights in bf16 where training is: rounded once, not at each step, and half as large."""
     if config.precision == "bf16":
         for part in (base.unet, base.vae, backbone):

@@ -27,18 +27,18 @@ from ..data.loader import loader
 from ..data.stream import states
 from ..models.pipeline import Inversion
 from . import checkpoints, memory
-from .beginning import open_frozen, standardise, start_from
 from .ema import update_average
+from .faults import FaultTracker
 from .floor import floor_gmac
 from .folder import check_room
 from .graph import check_device, make_plain, set_rate, training_step
 from .log import Pace, check_trackers, device_peak, open_log, show, start_trackers, write_line
-from .mishaps import Mishaps
-from .objective import at_stage, lighten, observe, sample_noise, training_loss
+from .objective import at_stage, cast_frozen, observe, sample_noise, training_loss
 from .optimizer import build_optimizer, clip_and_step, weights_layout
 from .panel import sample_panel
 from .schedule import rate_at
 from .scope import check_scope_data, end_with_scope
+from .setup import open_frozen, standardise, start_from
 
 
 class Run:
@@ -74,7 +74,7 @@ class Run:
         self.base, self.backbone = open_frozen(config, self.device)
         self.model = self._untrained()
         self.model.to(self.device, memory_format=weights_layout(config, self.device))
-        lighten(config, self.base, self.backbone)
+        cast_frozen(config, self.base, self.backbone)
         if config.checkpointing:
             self.base.unet.enable_gradient_checkpointing()
             self.model.controlnet.enable_gradient_checkpointing()
@@ -120,7 +120,7 @@ class Run:
         self._trained, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, config))
         if self.average is not None and self.shares_weights:
             self.average = fsdp2_prepare_model(accelerator, self.average)  # accelerator.prepare takes a model with its optimizer only
-        self.mishaps = Mishaps(accelerator, self.output, config, self.pictures, self.per_step)
+        self.faults = FaultTracker(accelerator, self.output, config, self.pictures, self.per_step)
         if state:
             self._restore(state)
         if config.compile:
@@ -130,7 +130,7 @@ class Run:
         config = self.config
         checkpoints.restore(state, self.model, self.optimizer.optimizer, self.average)
         make_plain(self.optimizer)
-        self.mishaps.restore(state["mishaps"])
+        self.faults.restore(state["mishaps"])  # the key in checkpoints since 0.1.0
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.say(f"resumed at {self.seen} images from {self._resumed_from}{', not from --init-from' if config.init_from else ''}")
@@ -149,7 +149,7 @@ class Run:
         self._log = open_log(self.output / "stats.jsonl", self.seen) if self.main else None
         start_trackers(self.accelerator, asdict(config))
         batch = next(self.batches)
-        self.mishaps.unread(batch.skipped)
+        self.faults.unread(batch.skipped)
         self._images = {name: rows.to(self.device) for name, rows in batch.tensors.items()}  # the later batches are copied here
         update = partial(clip_and_step, self.accelerator, self.model, self.optimizer)
         self._take_step = training_step(self._gradients, update, self.optimizer, config.graph)
@@ -195,7 +195,7 @@ class Run:
                 if self.processes == 1:
                     self.save(must=False)
                 raise
-            self.mishaps.unread(batch.skipped)
+            self.faults.unread(batch.skipped)
             for name, rows in batch.tensors.items():
                 self._images[name].copy_(rows, non_blocking=True)
         self.pace.step(self.per_step)
@@ -204,7 +204,7 @@ class Run:
     def report(self, signal: int, full: bool) -> int:
         """A line of stats.jsonl; the largest signal that any process got. full: the line's losses are all there."""
         self.pace.gmac = self._gmac[at_stage(self.config, self.seen - self.per_step).cycle]
-        values, stop = self.mishaps.check(self.losses, self.seen, signal)
+        values, stop = self.faults.check(self.losses, self.seen, signal)
         self.losses, finite = [] if full else self.losses, [value for value in values if math.isfinite(value)]
         mean = {"loss": fmean(finite)} if finite else {}
         self._record(**mean, rate=rate_at(self.seen - self.per_step, self.config, self.per_step), **self.pace.report())
@@ -229,11 +229,11 @@ class Run:
 
     def save(self, must: bool) -> None:
         """Writes a checkpoint. must: it is the last before the process ends, and an error is raised."""
-        values, _ = self.mishaps.check(self.losses, self.seen)
-        if self.mishaps.row(self.seen) and not must:
+        values, _ = self.faults.check(self.losses, self.seen)
+        if self.faults.row(self.seen) and not must:
             self.say(f"no checkpoint at {self.seen} images, since the last step was left out")
             return
-        state = {"seen": self.seen, "before": self.before, "losses": values, "data": self.pictures.fingerprint, "mishaps": self.mishaps.state()}
+        state = {"seen": self.seen, "before": self.before, "losses": values, "data": self.pictures.fingerprint, "mishaps": self.faults.state()}
         state["stream"] = states(self.batches, in_hand=self.seen < self.config.max_images)
         state |= checkpoints.gather(self.model, self.optimizer.optimizer, self.average)
         state["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
@@ -256,7 +256,7 @@ class Run:
             latest.save(file, info)
             if config.scope:
                 end_with_scope(file, config, self.device)
-            self.say("\n".join(filter(None, (self.mishaps.summary(), f"wrote {file}"))))
+            self.say("\n".join(filter(None, (self.faults.summary(), f"wrote {file}"))))
         self.accelerator.end_training()
         return file
 

@@ -23,7 +23,7 @@ from featinv_nodes.core.objective import latents_from
 
 from ..config import TrainConfig
 from ..loop.graph import training_step
-from ..loop.objective import lighten, moments_of, observe, sample_noise, training_loss
+from ..loop.objective import cast_frozen, moments_of, observe, sample_noise, training_loss
 from ..loop.optimizer import LARGEST_NORM, build_optimizer, fused_step, weights_layout
 from ..models.base_model import BaseModel
 from ..models.pipeline import Inversion
@@ -97,7 +97,7 @@ def lay_out(parts: Parts, device: str) -> None:
     parts.base.to(parts.base.unet.device)
     parts.backbone.to(memory_format=torch.channels_last)
     parts.model.to(memory_format=weights_layout(parts.config, device))
-    lighten(parts.config, parts.base, parts.backbone)
+    cast_frozen(parts.config, parts.base, parts.backbone)
 
 
 def in_precision(parts: Parts) -> torch.autocast:

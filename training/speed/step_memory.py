@@ -77,7 +77,7 @@ def activation_gigabytes(parts: Parts, batch: int, checkpointing: bool) -> float
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = base_without_storage(parts.base, "cpu")
         backbone, model = (without_storage(part, "cpu") for part in (parts.backbone, parts.model))
-        hollow = replace(parts, base=base, backbone=backbone, model=model)
+        on_meta = replace(parts, base=base, backbone=backbone, model=model)
         if checkpointing:
             base.unet.enable_gradient_checkpointing()
             model.controlnet.enable_gradient_checkpointing()
@@ -89,7 +89,7 @@ def activation_gigabytes(parts: Parts, batch: int, checkpointing: bool) -> float
             moments = torch.empty(batch, 2 * base.unet.config.in_channels, base.latent_size, base.latent_size)
             features = torch.empty(batch, source.channels, *((1, 1) if source.pooled else source.grid))
             for _ in range(2):
-                real_size.gradients(hollow, model, {"moments": moments, "features": features})
+                real_size.gradients(on_meta, model, {"moments": moments, "features": features})
     return peak.peak / 1e9 - needed(parts, average=False, moments=0)
 
 

@@ -44,18 +44,18 @@ class Seen:
     def cell(self, name: str) -> Cell:
         """The picture with a caption: its name and cosine, then a line for each class."""
         first = name if self.cosine is None else f"{name}, cos {self.cosine:.2f}"
-        return self.picture, "\n".join([first, *(f"{chance:.0%} {label}" for label, chance in self.classes)])
+        return self.picture, "\n".join([first, *(f"{probability:.0%} {label}" for label, probability in self.classes)])
 
     def entry(self) -> dict:
         """For results.json."""
         own = {} if self.cosine is None else {"cosine": self.cosine}
-        return own | {"classes": [{"name": label, "probability": chance} for label, chance in self.classes]}
+        return own | {"classes": [{"name": label, "probability": probability} for label, probability in self.classes]}
 
 
 def look(backbone: Backbone, framed: Tensor) -> list[list[tuple[str, float]]]:
     """The most probable classes of each framed picture, by the first of their names."""
     found = backbone.top_classes(backbone.logits(backbone.extract(framed)), CLASSES)
-    return [[(name.split(",")[0], chance) for name, chance in row] for row in found]
+    return [[(name.split(",")[0], probability) for name, probability in row] for row in found]
 
 
 class Depths:

@@ -19,8 +19,8 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
 from training.config import TrainConfig
 from training.files import write_json
-from training.loop.beginning import start_from
 from training.loop.objective import training_loss
+from training.loop.setup import start_from
 from training.models.base_model import BaseModel
 from training.models.pipeline import Inversion
 

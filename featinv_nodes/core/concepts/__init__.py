@@ -3,7 +3,7 @@
 from .decomposition import REST, Concepts, completeness
 from .discovery import METHODS, discover
 from .files import load_concepts, save_concepts
-from .own import own_directions
 from .sparse import SparseEncoder
+from .user_directions import load_directions
 
-__all__ = ["METHODS", "REST", "Concepts", "SparseEncoder", "completeness", "discover", "load_concepts", "own_directions", "save_concepts"]
+__all__ = ["METHODS", "REST", "Concepts", "SparseEncoder", "completeness", "discover", "load_concepts", "load_directions", "save_concepts"]

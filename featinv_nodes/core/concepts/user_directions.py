@@ -19,7 +19,7 @@ SINGLES = "directions"
 DECODER, ENCODER = "decoder", "encoder"
 
 
-def own_directions(file: str | Path, source: FeatureSource) -> Concepts:
+def load_directions(file: str | Path, source: FeatureSource) -> Concepts:
     """Concepts from a safetensors file of vectors: each tensor, [C] or [d, C], is a concept and its key the label;
     "directions" [n, C] alone is n concepts of one direction each.
 

@@ -33,7 +33,7 @@ class _Digesting:
             raise
 
 
-def write_verified(folder: Path, stem: str, suffix: str, write: Callable[[BinaryIO], object]) -> Path:
+def write_checksummed(folder: Path, stem: str, suffix: str, write: Callable[[BinaryIO], object]) -> Path:
     """Writes folder/STEM-DIGEST.SUFFIX by `write(file)`, whole or not at all, and reads it back.
 
     Raises OSError if it cannot be written, or if what is read back differs from what was written.
@@ -60,7 +60,7 @@ def write_verified(folder: Path, stem: str, suffix: str, write: Callable[[Binary
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a file of write_verified still holds what was written."""
+    """Whether a file of write_checksummed still holds what was written."""
     return _digest(file) == file.stem.rpartition("-")[2]
 
 

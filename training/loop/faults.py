@@ -22,7 +22,7 @@ NAMED = 10  # pictures that a process names as it meets them
 ROW = 20  # steps in a row, not finite, that end a run which leaves such steps out
 
 
-class Mishaps:
+class FaultTracker:
     """pictures: name -> reason of those that were replaced, of this process; steps: first image numbers of the steps
     that were left out. Both are part of a checkpoint."""
 
