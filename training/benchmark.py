@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from training.config import CONFIGS, TrainConfig, read_config
-from training.loop.floor import floor_gmac
+from training.loop.flops import step_gmac
 from training.loop.log import device_peak, peak_memory
 from training.loop.memory import MOMENTS
 from training.speed import real_size, step_memory
@@ -75,23 +75,23 @@ def model(args: argparse.Namespace) -> None:
         seconds = real_size.seconds(lambda: parts.model.steer(parts.base.unet, x, t, context, hint), 1, 1)
     print(f"sampling step, float32, batch {args.batch}: {seconds:.2f} s, peak memory {peak_memory():.1f} GB")
     step = real_size.our_step(parts, picture, ("moments",), args.graph)
-    report(args, floor_of(config)[0], "training step, latents cached", real_size.seconds(step, args.repeats, 1))
+    report(args, least_gmac(config)[0], "training step, latents cached", real_size.seconds(step, args.repeats, 1))
 
 
 def training(args: argparse.Namespace) -> None:
     """Images per second of the released recipe (batch 8 or less) and of ours, with what a cache may hold and without; and
     whether the two learn the same at equal settings (batch, float32, no clipping, the same noise)."""
     config, device = args.config, args.device
-    (floor, side), small = floor_of(config), min(8, args.batch)
-    print(f"floor {floor:.1f} GMAC per image and step")
+    (gmac, side), small = least_gmac(config), min(8, args.batch)
+    print(f"at least {gmac:.1f} GMAC per image and step")
     torch.manual_seed(1)
     pictures = torch.rand(args.batch, 3, *side, device=device)
     step = real_size.released_step(real_size.build(config, device), pictures[:small])
-    first = report(args, floor, "released recipe, float32", real_size.seconds(step, args.repeats, 1), small)
+    first = report(args, gmac, "released recipe, float32", real_size.seconds(step, args.repeats, 1), small)
     del step  # before the next is built
     for what, cached in reversed(real_size.CACHES.items()):
         step = real_size.our_step(real_size.build(config, device), pictures, cached, args.graph)
-        rate = report(args, floor, f"ours, {config.precision}{', compiled' if config.compile else ''}, {what}", real_size.seconds(step, args.repeats, 1))
+        rate = report(args, gmac, f"ours, {config.precision}{', compiled' if config.compile else ''}, {what}", real_size.seconds(step, args.repeats, 1))
         print(f"    {rate / first:.2f} times the released recipe", flush=True)
         if args.profile:
             print(real_size.costliest(step, args.profile), flush=True)
@@ -128,20 +128,20 @@ def memory(args: argparse.Namespace) -> None:
             print(f"| {optimizer} | {ema or 'none'} | {'yes' if again else 'no'} | " + " | ".join(f"{others + gb:.1f}" for gb in found) + " |")
 
 
-def floor_of(config: TrainConfig) -> tuple[float, tuple[int, int]]:
-    """floor_gmac of a configuration at real size, and its backbone's input size."""
+def least_gmac(config: TrainConfig) -> tuple[float, tuple[int, int]]:
+    """step_gmac of a configuration at real size, and its backbone's input size."""
     parts = real_size.build(config, "meta")
-    return floor_gmac(parts.base, parts.backbone, parts.model, config), parts.backbone.input_size
+    return step_gmac(parts.base, parts.backbone, parts.model, config), parts.backbone.input_size
 
 
 def report(args: argparse.Namespace, gmac: float, what: str, seconds: float, batch: int = 0) -> float:
-    """Prints one timing; returns images per second. gmac: the floor per image."""
+    """Prints one timing; returns images per second. gmac: the least per image."""
     batch = batch or args.batch
     rate, peak = batch / seconds, device_peak(torch.device(args.device))
     flops = 2e9 * gmac * rate
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     share = f", {flops / peak:.1%} of the bf16 peak" if peak else ""
-    print(f"{what}, batch {batch}: {seconds:.3f} s, {rate:.3g} images/s, {flops / 1e12:.3g} TFLOP/s on the floor{share}, "
+    print(f"{what}, batch {batch}: {seconds:.3f} s, {rate:.3g} images/s, {flops / 1e12:.3g} TFLOP/s of the least that a step needs{share}, "
           f"peak memory{' so far' if args.device == 'cpu' else ''} {peak_memory():.1f} GB ({name})", flush=True)  # fmt: skip
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # each row has its own

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from featinv_nodes.core.backbones import FITS, LAST, Backbone
 from featinv_nodes.core.concepts import METHODS, Concepts, discover, load_directions, save_concepts
 from featinv_nodes.core.concepts.collect import Collected, Folder, Pictures, collect
-from featinv_nodes.core.concepts.statistics import judge, remarks, table, top_weights, with_statistics
+from featinv_nodes.core.concepts.statistics import concept_statistics, remarks, table, top_weights, with_statistics
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import BACKBONES, drawing_world, open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone = backbone.cpu()
     if concepts is None:
         concepts = find(backbone, args, collected, 0 if args.concepts == AUTO else int(args.concepts))
-    found = judge(backbone, concepts, collected.maps)
+    found = concept_statistics(backbone, concepts, collected.maps)
     about = {"data": Path(args.data).name, "read": collected.read, "classes": collected.classes}
     save_concepts(args.out, with_statistics(concepts, found, **about))
     write_text(args.out.with_suffix(".html"), page(concepts, collected, found))

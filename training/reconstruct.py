@@ -32,7 +32,7 @@ from training.cli import model_parser, open_from, run
 from training.files import make_folder, write_json
 from training.models.inversion import ATTEMPT, Opened
 from training.models.pipeline import noise
-from training.models.scope import judged
+from training.models.scope import scope_entries
 from training.report import panel, save_image, to_image
 
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(wanted) * how.best_of, desc="drawing", unit="picture") as bar:
         drawn, attempts = opened.best(wanted, how, start_of, args.batch, bar.update)
     scores = opened.score(wanted, drawn).tolist()
-    scopes = judged(model_file(args.model), wanted, scores, how)
+    scopes = scope_entries(model_file(args.model), wanted, scores, how)
     off = [f"{name}: {scopes[m * args.samples]['line']}" for m, (name, _) in enumerate(maps) if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]]
 
     rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(framed, args.image)]], []

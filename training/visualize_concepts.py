@@ -42,7 +42,7 @@ from featinv_nodes.worlds import concepts_file, model_file
 from training.cli import model_parser, open_from, run
 from training.concepts.viz import visualize
 from training.files import make_folder, write_json
-from training.models.scope import judged
+from training.models.scope import scope_entries
 from training.report import Cell, panel, save_image, to_image
 
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     details = [(Path(file).name[:18], shown) for file, row in zip(args.image, rows) for shown in row]
     edited = concatenate([shown.change.changed for _, shown in details])
     scores = [opened.score(s.change.changed.repeat(args.seeds), s.changed).mean().item() for _, s in details]
-    scopes = judged(model_file(args.model), edited, scores, how)
+    scopes = scope_entries(model_file(args.model), edited, scores, how)
     entries = [save(args, stem, number, shown) for stem, row in zip(stems, rows) for number, shown in enumerate(row)]
     entries = [entry | {"cosine": cosine, "scope": scope} for entry, cosine, scope in zip(entries, scores, scopes)]
     heading = f"{opened.info.source.describe()}; concepts x{args.factor:g}, {args.seeds} seeds"

@@ -146,7 +146,7 @@ class Scope:
             found["neighbours"] = (r @ self.residual.float().T).square().mean(-1)
         return found
 
-    def judge(self, features: FeatureMap) -> ScopeReport:
+    def evaluate(self, features: FeatureMap) -> ScopeReport:
         """Where each map stands among held-out ones. Raises FeatInvError for another source."""
         features.source.require(self.source, "the feature map", "the scope statistics")
         raw = self.raw(features)
@@ -157,7 +157,7 @@ class Scope:
         low = {name: two_sided(name) & (x < 0) for name, x in odds.items()}
         return ScopeReport(surprise, combined, low, {name: less_unusual(x) for name, x in at.items()}, where)
 
-    def judge_cycle(self, cosine: Tensor) -> tuple[Tensor, list[str]]:
+    def evaluate_cycle(self, cosine: Tensor) -> tuple[Tensor, list[str]]:
         """The third number, after rendering: (per cent of held-out reconstructions with a higher cycle cosine [B],
         verdicts). cosine: [B] of the reconstructions with the maps asked for, drawn as the weights file recommends.
         Raises FeatInvError where the held-out reconstructions were not measured."""

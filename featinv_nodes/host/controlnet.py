@@ -82,10 +82,10 @@ class FeatureControl(comfy.controlnet.ControlNet):
         control.extra_hooks = _hooks()
         return control
 
-    def judge(self, features: FeatureMap) -> str:
+    def evaluate(self, features: FeatureMap) -> str:
         """One line: whether the map is inside what the inversion model knows. Raises FeatInvError for another source."""
         features.source.require(self.info.source, "the feature map", "the inversion model")
-        return self.scope.judge(features).describe() if self.scope else "no scope statistics in this weights file"
+        return self.scope.evaluate(features).describe() if self.scope else "no scope statistics in this weights file"
 
     def copy(self) -> FeatureControl:
         other = FeatureControl(None, None, self.info, self.scope, load_device=self.load_device, manual_cast_dtype=self.manual_cast_dtype)

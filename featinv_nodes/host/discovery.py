@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.concepts import Concepts, discover
 from ..core.concepts.collect import Collected, Folder, Pictures, collect
-from ..core.concepts.statistics import Statistics, judge, top_weights
+from ..core.concepts.statistics import Statistics, concept_statistics, top_weights
 from ..core.feature_map import FeatureMap
 from .models import ManagedBackbone
 
@@ -31,4 +31,4 @@ def find(backbone: ManagedBackbone, pictures: Pictures | Folder, layer: str, met
     collected = collect(pictures, extract, vectors, seed, half(0))
     weights = None if concepts else top_weights(backbone.backbone, collected.maps)
     found = discover(collected.vectors, collected.maps.source, method, concepts, seed, progress=half(STEPS // 2), weights=weights)
-    return found, judge(backbone.backbone, found, collected.maps), collected
+    return found, concept_statistics(backbone.backbone, found, collected.maps), collected

@@ -68,7 +68,7 @@ class ConceptAttenuate(io.ComfyNode):
     @classmethod
     def execute(cls, features, concepts, names, factor, keep_length, control_net=None) -> io.NodeOutput:  # noqa: ANN001
         change = edit(features, concepts, parse_groups(names), factor, keep_length)
-        scope = control_net.judge(change.changed) if control_net else "connect the inversion model to see whether the map is still in scope"
+        scope = control_net.evaluate(change.changed) if control_net else "connect the inversion model to see whether the map is still in scope"
         return io.NodeOutput(change.changed, change, scope)
 
 

@@ -38,7 +38,7 @@ class FeatInvControlNet(io.ComfyNode):
         from ..host.controlnet import marked
 
         control = control_net.applied(features, strength, (start_percent, end_percent), guide_away_from)
-        scope = control.judge(features)
+        scope = control.evaluate(features)
         if strength == 0:
             return io.NodeOutput(positive, negative, scope, negative)
         copies = {}  # one control per chain before it, shared by all outputs so that they stay one batch

@@ -21,7 +21,7 @@ from featinv_nodes.core.concepts import (
 )
 from featinv_nodes.core.concepts.discovery import dependent
 from featinv_nodes.core.concepts.relevance import class_weights, relevance, relevance_map
-from featinv_nodes.core.concepts.statistics import judge, top_weights
+from featinv_nodes.core.concepts.statistics import concept_statistics, top_weights
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 
 CHANNELS = 48
@@ -302,7 +302,7 @@ def test_a_head_that_reads_the_class_token_has_no_relevance():
     for asked in (lambda: relevance(backbone, concepts, features), lambda: class_weights(backbone, features)):
         with pytest.raises(FeatInvError, match="reads the class token, not the map"):
             asked()
-    found = judge(backbone, concepts, features)
+    found = concept_statistics(backbone, concepts, features)
     assert found.relevance == [] and found.completeness is None and found.remark.startswith("no relevance: ")
 
 
@@ -311,7 +311,7 @@ def test_statistics_add_up():
     backbone = network("resnet10t", channels=[8, 8, 16, 24])
     features = backbone(torch.rand(8, 3, *backbone.input_size, generator=generator()))
     concepts = discover(torch.randn(96, 24, generator=generator(1)), features.source, "pca", 5)
-    found = judge(backbone, concepts, features)
+    found = concept_statistics(backbone, concepts, features)
     logits, parts = backbone.logits(features), concepts.parts(features)
     bias = relevance(backbone, concepts, features)[1]
     tops = logits.argmax(1)

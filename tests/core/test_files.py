@@ -123,7 +123,7 @@ def test_scope_is_added_to_8_bits_and_they_stay(tmp_path):
     assert again == info and is_in_8_bits(file)
     assert all(torch.equal(controlnet[k], v) for k, v in wanted[1].items())
     assert all(torch.equal(encoder.state_dict()[k], v) for k, v in wanted[2].state_dict().items())
-    assert torch.equal(load_scope(file).judge(maps).combined, scope.judge(maps).combined)
+    assert torch.equal(load_scope(file).evaluate(maps).combined, scope.evaluate(maps).combined)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16])

@@ -42,7 +42,7 @@ def spatial():
 def test_percentages_of_held_out_maps_are_what_they_say(fitted):
     """They are uniform: 400 calibrating and 500 judged maps leave sampling errors of up to 0.11 (Kolmogorov, 1 %)."""
     scope, unseen = fitted
-    report = scope.judge(unseen)
+    report = scope.evaluate(unseen)
     assert tuple(report.share) == scope.statistics
     for shares in (*report.share.values(), report.combined):
         ordered = shares.sort().values / 100
@@ -72,9 +72,9 @@ def edited(unseen):
 
 def test_each_edit_is_seen_by_the_statistic_made_for_it(spatial):
     scope, unseen = spatial
-    usual = scope.judge(unseen)
+    usual = scope.evaluate(unseen)
     for label, (values, statistics) in edited(unseen).items():
-        report = scope.judge(unseen.with_values(values))
+        report = scope.evaluate(unseen.with_values(values))
         for name in statistics:
             higher = (report.surprise[name][:, None] > usual.surprise[name][None]).float().mean()
             assert higher > 0.8, (label, name, higher)
@@ -84,10 +84,10 @@ def test_each_edit_is_seen_by_the_statistic_made_for_it(spatial):
 def test_direction_does_not_see_length_nor_plain_statistics_places(spatial):
     """So the line under a picture names the right part."""
     scope, unseen = spatial
-    usual, longer = scope.judge(unseen), scope.judge(unseen.with_values(3 * unseen.values))
+    usual, longer = scope.evaluate(unseen), scope.evaluate(unseen.with_values(3 * unseen.values))
     for name in ("direction", "neighbours"):
         assert torch.allclose(usual.share[name], longer.share[name], atol=0.01)
-    shuffled = scope.judge(unseen.with_values(edited(unseen)["shuffled"][0]))
+    shuffled = scope.evaluate(unseen.with_values(edited(unseen)["shuffled"][0]))
     for name in ("direction", "magnitude", "distance"):
         assert torch.allclose(usual.share[name], shuffled.share[name], atol=0.01)
 
@@ -96,7 +96,7 @@ def test_says_where(spatial):
     scope, unseen = spatial
     values = unseen.values.clone()
     values[:, :, 2, 3] = values[:, :, 2, 3].flip(1)
-    where = scope.judge(unseen.with_values(values)).where
+    where = scope.evaluate(unseen.with_values(values)).where
     assert where.shape == (500, 6, 5)
     assert (where[:, 2, 3] > where.flatten(1).median(1).values).float().mean() > 0.95
 
@@ -106,21 +106,21 @@ def test_words(spatial):
     values = unseen.values[:3].clone()
     values[1] *= 20
     values[2] /= 20
-    report = scope.judge(unseen.with_values(values))
+    report = scope.evaluate(unseen.with_values(values))
     assert report.verdict[1:] == ["outside", "outside"]
     assert "magnitude too large" in report.off[1] and "too far from the mean" in report.off[1] and "magnitude too small" in report.off[2]
     assert report.captions()[1].startswith("outside: ")
-    inside = next(i for i, verdict in enumerate(scope.judge(unseen).verdict) if verdict == "inside")
-    line = scope.judge(unseen.select(inside)).describe()
+    inside = next(i for i, verdict in enumerate(scope.evaluate(unseen).verdict) if verdict == "inside")
+    line = scope.evaluate(unseen.select(inside)).describe()
     assert line.startswith("inside (direction ") and line.endswith(" % of held-out maps are less unusual)")
-    assert scope.judge(unseen.select(inside)).off == [[]]
+    assert scope.evaluate(unseen.select(inside)).off == [[]]
     assert "of 3 maps inside; furthest is number" in report.describe() and "\n" not in report.describe()
     assert [verdict_of(x) for x in (EDGE - 0.1, EDGE, OUTSIDE)] == list(VERDICTS)
 
 
 def test_a_map_is_judged_alike_alone_and_in_a_batch(fitted):
     scope, unseen = fitted
-    together, alone = scope.judge(unseen), scope.judge(unseen.select(7))
+    together, alone = scope.evaluate(unseen), scope.evaluate(unseen.select(7))
     assert torch.allclose(together.combined[7], alone.combined[0], atol=0.1)  # sums in another order
 
 
@@ -136,7 +136,7 @@ def test_vectors_of_length_zero_are_judged():
     values = maps(400, 0).values
     values[:, :, 0, 0] = 0
     scope = fit_scope(FeatureMap(values, SOURCE), centres=16)
-    report = scope.judge(FeatureMap(torch.zeros(1, 24, 6, 5), SOURCE))
+    report = scope.evaluate(FeatureMap(torch.zeros(1, 24, 6, 5), SOURCE))
     assert report.verdict == ["outside"] and report.score.isfinite().all()
 
 
@@ -145,23 +145,23 @@ def test_dead_channels_are_known_to_be_dead():
     values[:, :4] = 0
     scope = fit_scope(FeatureMap(values, SOURCE), centres=16)
     assert all(t.isfinite().all() for t in scope.tensors().values())
-    report = scope.judge(alive)
+    report = scope.evaluate(alive)
     assert report.verdict == ["outside"] and "too far from the mean" in report.off[0] and report.score.isfinite().all()
 
 
 def test_cycle_cosines_are_judged_from_below(spatial):
     scope, _ = spatial
     with pytest.raises(FeatInvError, match="--drawn"):
-        scope.judge_cycle(torch.tensor([0.9]))
+        scope.evaluate_cycle(torch.tensor([0.9]))
     measured = replace(scope, quantiles=scope.quantiles | {"cycle": torch.linspace(0.8, 1, len(LEVELS))})
-    share, verdicts = measured.judge_cycle(torch.tensor([0.99, 0.9, 0.5]))
+    share, verdicts = measured.evaluate_cycle(torch.tensor([0.99, 0.9, 0.5]))
     assert verdicts == ["inside", "inside", "outside"] and abs(share[1] - 50) < 1 and share[0] < share[1] < share[2]
 
 
 def test_bad_input_is_named(spatial):
     scope, unseen = spatial
     with pytest.raises(FeatInvError, match="layer: stages.1 against last"):
-        scope.judge(FeatureMap(unseen.values, replace(SOURCE, layer="stages.1")))
+        scope.evaluate(FeatureMap(unseen.values, replace(SOURCE, layer="stages.1")))
     with pytest.raises(FeatInvError, match="30 feature maps; scope statistics need at least 200"):
         fit_scope(maps(30, 0))
     with pytest.raises(FeatInvError, match="constant features"):
@@ -173,7 +173,7 @@ def test_bad_input_is_named(spatial):
 def test_comes_back_from_its_tensors_and_json(fitted):
     scope, unseen = fitted
     again = Scope.read(scope.source, json.loads(json.dumps(scope.about())), scope.tensors())
-    assert torch.equal(again.judge(unseen).combined, scope.judge(unseen).combined)
+    assert torch.equal(again.evaluate(unseen).combined, scope.evaluate(unseen).combined)
     with pytest.raises(FeatInvError, match="fit them again"):
         Scope.read(scope.source, scope.about(), {})
 
@@ -192,7 +192,7 @@ def test_shipped_models_know_held_out_scenes_from_noise(name):
     backbone = open_backbone(scope.source.backbone)
     pictures = backbone.frame(draw(0, torch.arange(300_000, 300_200), "held-out").image)
     features = backbone.extract(pictures, scope.source.layer, scope.source.pooled)
-    counts = Counter(scope.judge(features).verdict)
+    counts = Counter(scope.evaluate(features).verdict)
     assert counts["inside"] >= 180 and counts["outside"] <= 8
     noise = torch.randn(features.values.shape, generator=torch.Generator().manual_seed(0)) * features.values.std() + features.values.mean()
-    assert set(scope.judge(features.with_values(noise)).verdict) == {"outside"}
+    assert set(scope.evaluate(features.with_values(noise)).verdict) == {"outside"}

@@ -123,7 +123,7 @@ def test_scope_is_added_and_the_rest_stays(tmp_path, dtype):
     assert again == info and list(found) == list(tensors)
     after = load_file(file)
     assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
-    assert torch.equal(load_scope(file).judge(some_maps(1)).combined, scope.judge(some_maps(1)).combined)
+    assert torch.equal(load_scope(file).evaluate(some_maps(1)).combined, scope.evaluate(some_maps(1)).combined)
     save_scope(file, scope, tmp_path / "other.safetensors")
     other = load_file(tmp_path / "other.safetensors")  # not byte by byte: safetensors writes metadata in any order
     assert other.keys() == after.keys() and all(torch.equal(after[k], other[k]) for k in after) and len(os.listdir(tmp_path)) == 2

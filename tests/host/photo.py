@@ -62,10 +62,10 @@ def parity(name: str) -> dict:
     own = opened.features(opened.backbone.frame(photographs().movedim(-1, 1)))
     start = noise(opened.base, SEED, COUNT)
     theirs = sample(opened.base, opened.model, own, start, how, opened.info.prompt)
-    floor = sample(opened.base, None, None, start, how, opened.info.prompt)
+    unconditional = sample(opened.base, None, None, start, how, opened.info.prompt)
     return {
         "features": relative(features.values, own.values), "latents": relative(drawn["samples"], theirs),
-        "pictures": relative(pictures.movedim(-1, 1), opened.base.decode(theirs)), "control matters": relative(theirs, floor),
+        "pictures": relative(pictures.movedim(-1, 1), opened.base.decode(theirs)), "control matters": relative(theirs, unconditional),
         "seen": list(seen.shape), "drawn": list(pictures.shape),
     }  # fmt: skip
 

@@ -61,11 +61,11 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     out, arguments = quick
     ablation.main([*arguments, "--rows", *ROWS])
     found = json.loads((out / "results.json").read_text())
-    assert {"floor", "ceiling", *ROWS} <= found.keys() and sorted(found["rows"]) == sorted(ROWS)
+    assert {"unconditional", "round trip", *ROWS} <= found.keys() and sorted(found["rows"]) == sorted(ROWS)
     measures = {"cosine", "cosine_centred", "top1_match", "independent: cosine", "independent: top1_match"}
     kid_names = {"kid (resnet10t.tiny_world, pooled)", "kid (vit_tiny_patch16_224.tiny_world, pooled)"}
     assert all(found[row].keys() >= measures | kid_names and found[row]["cosine"]["n"] == 9 for row in ROWS)
-    low, mid, high = (found[arm]["cosine"]["value"] for arm in ("floor", "gradient", "ceiling"))
+    low, mid, high = (found[condition]["cosine"]["value"] for condition in ("unconditional", "gradient", "round trip"))
     assert found["rows"]["gradient"]["gap_closed"] == pytest.approx((mid - low) / (high - low))
     assert found["rows"]["gradient"]["gain"]["value"] == pytest.approx(mid - found["steps_20"]["cosine"]["value"])
     assert found["rows"]["steps_20"]["gain"] is None  # the row that it builds on was not asked for
@@ -73,10 +73,10 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     assert found["result"]["distance_ratio"]["value"] == pytest.approx(apart[0] / apart[1]) and found["rows"]["gradient"]["evaluations"] == 40
     paper, plain, guided = (found["rows"][row]["gmac"] for row in ROWS)
     assert found["result"]["gmac"] == [paper, guided] and 5 < plain / paper < 10 and guided > 2 * plain  # ten times the steps, and decoding
-    assert Image.open(out / "panel.png").height > 6 * 144  # original, floor, three rows, ceiling
+    assert Image.open(out / "panel.png").height > 6 * 144  # original, unconditional, three rows, round trip
 
     monkeypatch.setattr(ablation, "train", None)
-    monkeypatch.setattr(ablation.Subject, "reconstruction", lambda *_: None)
+    monkeypatch.setattr(ablation.ModelUnderTest, "reconstruction", lambda *_: None)
     ablation.main([*arguments, "--rows", *ROWS, "--page"])  # nothing is done twice
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from featinv_nodes.core.concepts import Concepts, load_concepts, sparse
 from featinv_nodes.core.concepts.collect import Folder, Pictures, collect
-from featinv_nodes.core.concepts.statistics import judge
+from featinv_nodes.core.concepts.statistics import concept_statistics
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -106,7 +106,7 @@ def test_the_page_shows_each_concept_where_it_is(tmp_path):
         values[number, 0, number, 7 - number] = number + 1.0
     collected = collect(Pictures(scenes, backbone), lambda x: FeatureMap(values, backbone.source()), 6, 0)
     concepts = Concepts([torch.eye(128)[:1], torch.eye(128)[1:2]], ["spot & dot", "flat"], backbone.source(), settings={"rejected": ["cluster of 3: <small>"]})
-    found = judge(backbone, concepts, collected.maps)
+    found = concept_statistics(backbone, concepts, collected.maps)
     lengths = concepts.lengths(collected.maps)
     assert concept_page.strongest(lengths[0]) == [5, 4, 3, 2, 1]
     cut = concept_page.crop(collected, lengths[0], 5)  # cell (5, 2) of 8 x 8 pixels each

@@ -45,16 +45,16 @@ def whole(tmp_path_factory):
 
 def test_every_figure_has_its_count_interval_seeds_and_settings(whole):
     found = results(whole)
-    for arm in ("reconstruction", "floor", "ceiling"):
-        for name, entry in found[arm].items():
+    for condition in ("reconstruction", "unconditional", "round trip"):
+        for name, entry in found[condition].items():
             assert entry["n"] <= 8 and entry["low"] <= entry["value"] <= entry["high"], name
     assert found["reconstruction"]["cosine"]["n"] == 8 and found["sampling"]["reconstruction"]["steps"] == 1
     assert found["seeds"] and found["settings"]["files"]["tiny_cnn_last"]
     assert found["reconstruction"]["frechet_distance (resnet10t.tiny_world, pooled)"]["biased"]
-    low, mid, high = (found[arm]["cosine"]["value"] for arm in ("floor", "reconstruction", "ceiling"))
+    low, mid, high = (found[condition]["cosine"]["value"] for condition in ("unconditional", "reconstruction", "round trip"))
     assert found["gap_closed"] == pytest.approx((mid - low) / (high - low))
     text = (whole / "report.md").read_text()
-    assert "| measure | floor | reconstruction | ceiling |" in text and "biased" in text
+    assert "| measure | unconditional | reconstruction | round trip |" in text and "biased" in text
     assert "data:image/png" in (whole / "index.html").read_text() and (whole / "panel.png").exists()
 
 
@@ -65,9 +65,9 @@ def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
     framed, counts = load_pictures(opened, "drawn", 8)
     found, _ = evaluate_in_memory(opened, framed, opened.recommended(steps=1), counts == 1)
     kept = results(whole)
-    for arm in found:
-        for name, entry in found[arm].items():
-            assert kept[arm][name]["value"] == pytest.approx(entry["value"], abs=1e-4), name  # float32 sums in other batches
+    for condition in found:
+        for name, entry in found[condition].items():
+            assert kept[condition][name]["value"] == pytest.approx(entry["value"], abs=1e-4), name  # float32 sums in other batches
 
 
 def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def rank(number, port, folder):
     shards.SHARD = 2
     torch.set_num_threads(1)
     real = shards.Store.write
-    shards.Store.write = lambda self, arm, first, *rest: print(arm, first, file=open(f"{folder}-{number}", "a")) or real(self, arm, first, *rest)
+    shards.Store.write = lambda self, condition, first, *rest: print(condition, first, file=open(f"{folder}-{number}", "a")) or real(self, condition, first, *rest)
     evaluate.main([*SMALL, "--out", folder])
 
 
@@ -114,7 +114,7 @@ def test_two_processes_find_what_one_does(whole, tmp_path):
     assert [process.exitcode for process in both] == [0, 0]
     assert results(tmp_path / "out") == results(whole)
     done = [(tmp_path / f"out-{number}").read_text().splitlines() for number in range(2)]
-    assert len(done[0]) == len(done[1]) == 8 and len({*done[0], *done[1]}) == 16  # 4 arms, 4 shards, none twice
+    assert len(done[0]) == len(done[1]) == 8 and len({*done[0], *done[1]}) == 16  # 4 conditions, 4 shards, none twice
 
 
 def test_another_evaluations_folder_is_left_alone(whole):

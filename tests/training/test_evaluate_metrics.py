@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from training.evaluation.judge import Judge, Seen
+from training.evaluation.evaluator import Evaluator, Features
 from training.evaluation.metrics import kid, mean_entry, set_entries
 from training.evaluation.spaces import Inception
 
@@ -100,13 +100,13 @@ def test_without_torch_fidelity_the_package_is_named(tmp_path, monkeypatch):
         Inception(tmp_path / "none.pth")
 
 
-def judged(subset=None, groups=None):
-    judge = Judge(SimpleNamespace(groups=groups or {"class": slice(None)}), {"cosine": ("last", False)}, subset)
+def measures_of(subset=None, groups=None):
+    evaluator = Evaluator(SimpleNamespace(groups=groups or {"class": slice(None)}), {"cosine": ("last", False)}, subset)
     seen = []
     for seed in (0, 1):
         values = torch.rand(4, 5, 2, 3, generator=torch.Generator().manual_seed(seed))
-        seen.append(Seen({"cosine": FeatureMap(values, SOURCE)}, vectors(seed + 10, 4, 12)))
-    return judge, *seen
+        seen.append(Features({"cosine": FeatureMap(values, SOURCE)}, vectors(seed + 10, 4, 12)))
+    return evaluator, *seen
 
 
 def plain_match(a, b, k):
@@ -114,9 +114,9 @@ def plain_match(a, b, k):
 
 
 def test_cosine_and_match_of_a_judge():
-    judge, wanted, found = judged()
-    judge.centres = {"cosine": judge.means(wanted)["cosine"].mean(0)}
-    columns = judge.compare(wanted, found)
+    evaluator, wanted, found = measures_of()
+    evaluator.centres = {"cosine": evaluator.means(wanted)["cosine"].mean(0)}
+    columns = evaluator.compare(wanted, found)
     a, b = (s.maps["cosine"].values.numpy() for s in (wanted, found))
     for name, centre in (("cosine", 0), ("cosine_centred", a.mean((0, 2, 3))[:, None, None])):
         x, y = a - centre, b - centre
@@ -127,10 +127,10 @@ def test_cosine_and_match_of_a_judge():
 
 
 def test_a_subset_of_the_classes_and_several_groups():
-    judge, wanted, found = judged(subset=[1, 4, 7])
-    assert judge.compare(wanted, found)["top1_match"].tolist() == plain_match(wanted.logits[:, [1, 4, 7]], found.logits[:, [1, 4, 7]], 1)
-    judge, wanted, found = judged(groups={"shape": slice(0, 6), "colour": slice(6, 12)})
-    columns = judge.compare(wanted, found, torch.tensor([True, False, True, True]))
+    evaluator, wanted, found = measures_of(subset=[1, 4, 7])
+    assert evaluator.compare(wanted, found)["top1_match"].tolist() == plain_match(wanted.logits[:, [1, 4, 7]], found.logits[:, [1, 4, 7]], 1)
+    evaluator, wanted, found = measures_of(groups={"shape": slice(0, 6), "colour": slice(6, 12)})
+    columns = evaluator.compare(wanted, found, torch.tensor([True, False, True, True]))
     assert columns["top1_match"].tolist() == plain_match(wanted.logits[:, :6], found.logits[:, :6], 1)
     colour = columns["colour_match_single"]
     assert colour.isnan().tolist() == [False, True, False, False]

@@ -160,9 +160,9 @@ def test_the_embedded_world_compares_without_arguments(tmp_path, monkeypatch):
     small_world(tmp_path / "rcdm.safetensors")
     monkeypatch.setattr(suite, "EMBEDDED", tmp_path / "rcdm.safetensors")
     found, text = run(tmp_path, "rcdm", count=2)
-    for arm in ("floor", "RCDM", "tiny_cnn_pooled", "tiny_cnn_last", "ceiling"):
+    for condition in ("unconditional", "RCDM", "tiny_cnn_pooled", "tiny_cnn_last", "round trip"):
         for name in ("cosine", "cosine_pooled", "top1_match", "top5_match"):
-            assert found[arm][name]["n"] == found[arm][f"native: {name}"]["n"] == 2
+            assert found[condition][name]["n"] == found[condition][f"native: {name}"]["n"] == 2
     assert found["sampling"]["RCDM"]["steps"] == 2 and "32 pixels, RCDM's own" in text
     # an untrained network's pictures are no reconstructions
     assert found["RCDM"]["cosine"]["value"] < found["tiny_cnn_pooled"]["cosine"]["value"] < found["tiny_cnn_last"]["cosine"]["value"]
@@ -184,8 +184,8 @@ def test_the_suite_scores_both_at_both_resolutions(photographic, tmp_path, monke
     (tmp_path / "rcdm.pt").write_bytes(b"in its place")
     monkeypatch.setattr(suite, "load_rcdm", lambda file: model)
     found, text = run(tmp_path, "rcdm", *photographic, "--rcdm", str(tmp_path / "rcdm.pt"), "--rcdm-steps", "2", count=2)
-    for arm in ("RCDM", photographic[1], "floor", "ceiling"):
-        assert found[arm]["cosine"]["n"] == found[arm]["native: cosine"]["n"] == 2
+    for condition in ("RCDM", photographic[1], "unconditional", "round trip"):
+        assert found[condition]["cosine"]["n"] == found[condition]["native: cosine"]["n"] == 2
     assert found["RCDM"]["native: cosine"] != found["RCDM"]["cosine"] and "32 pixels, RCDM's own" in text
     assert json.loads((tmp_path / "rcdm" / "settings.json").read_text())["files"]["rcdm"]
     with pytest.raises(FeatInvError, match="512 channels of the last layer"):

@@ -1,4 +1,4 @@
-"""Each suite's report has the paper's rows, and its arms do what they say."""
+"""Each suite's report has the paper's rows, and its conditions do what they say."""
 
 import json
 import shutil
@@ -20,8 +20,8 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from tests.training.test_real_layout import PROMPT
 from tests.training.test_real_layout import stable_diffusion as stable_diffusion
 from training import evaluate
-from training.evaluation.bench import Bench, Choice
-from training.evaluation.judge import Judge
+from training.evaluation.context import EvalContext, ModelSpec
+from training.evaluation.evaluator import Evaluator
 from training.evaluation.sources import open_source
 from training.evaluation.suites import baseline
 from training.evaluation.suites.corruptions import CORRUPTIONS, SEEDED, corrupt, library
@@ -41,21 +41,21 @@ def test_layers_compares_at_every_stage(tmp_path):
     assert "cosine last" in stages and len(stages) > 3
     layer = read_info(model_file("tiny_cnn_stage")).source.layer
     # even after two steps the model of the earlier stage is closer at that stage (paper Fig. 4a)
-    assert found["tiny_cnn_stage"][f"cosine {layer}"]["value"] > found["floor"][f"cosine {layer}"]["value"]
-    assert found.keys() >= {"floor", "ceiling"} and "| tiny_cnn_stage | layer" in text
+    assert found["tiny_cnn_stage"][f"cosine {layer}"]["value"] > found["unconditional"][f"cosine {layer}"]["value"]
+    assert found.keys() >= {"unconditional", "round trip"} and "| tiny_cnn_stage | layer" in text
 
 
 def test_cross_model_is_a_matrix(tmp_path):
     found, text = run(tmp_path, "cross-model")
-    judges = ("resnet10t.tiny_world", "vit_tiny_patch16_224.tiny_world")
+    evaluators = ("resnet10t.tiny_world", "vit_tiny_patch16_224.tiny_world")
     for model in ("tiny_cnn_last", "tiny_vit_last"):
-        for judge in judges:
-            assert found[model][f"{judge}: top1_match"]["n"] == 4
-            assert found[model][f"{judge}: cosine"]["value"] > found["floor"][f"{judge}: cosine"]["value"]
-    assert f"| {judges[0]} | {judges[1]} |" in text
+        for evaluator in evaluators:
+            assert found[model][f"{evaluator}: top1_match"]["n"] == 4
+            assert found[model][f"{evaluator}: cosine"]["value"] > found["unconditional"][f"{evaluator}: cosine"]["value"]
+    assert f"| {evaluators[0]} | {evaluators[1]} |" in text
     own, _ = run(tmp_path, "quality")
     for measure in ("cosine", "top1_match"):  # a model judged by its own backbone: the same figure in both suites
-        assert found["tiny_cnn_last"][f"{judges[0]}: {measure}"] == own["reconstruction"][measure]
+        assert found["tiny_cnn_last"][f"{evaluators[0]}: {measure}"] == own["reconstruction"][measure]
 
 
 def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
@@ -69,14 +69,14 @@ def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
     assert after.recommended == before.recommended | {"strength": 1.0, "guidance": 1.0} and after.source == before.source
     assert (load_scope(file) is None) == (scope is None)
     again, _ = run(tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1")  # finds all records
-    assert again.keys() == found.keys() and again["floor"] == found["floor"]
+    assert again.keys() == found.keys() and again["unconditional"] == found["unconditional"]
     assert (tmp_path / "sweep" / "cosine.png").exists() and (tmp_path / "sweep" / "top1_match.png").exists()
 
 
 def test_variability_is_of_the_samples(tmp_path):
     found, _ = run(tmp_path, "variability", "--samples", "2", count=2)
-    assert 0 < found["reconstruction"]["pixel_variance"]["value"] < found["floor"]["pixel_variance"]["value"]
-    assert 0 < found["reconstruction"]["feature_variance"]["value"] < found["floor"]["feature_variance"]["value"]
+    assert 0 < found["reconstruction"]["pixel_variance"]["value"] < found["unconditional"]["pixel_variance"]["value"]
+    assert 0 < found["reconstruction"]["feature_variance"]["value"] < found["unconditional"]["feature_variance"]["value"]
 
 
 def test_mixing_along_the_interpolation_and_by_region(tmp_path):
@@ -153,16 +153,16 @@ def test_every_class_of_imagenet_has_a_superclass():
 
 def test_natural_adversarial_matches_among_200_classes(photographic, tmp_path, monkeypatch):
     asked = []
-    real = Judge.__init__
-    monkeypatch.setattr(Judge, "__init__", lambda self, backbone, compared, subset=None: asked.append(subset) or real(self, backbone, compared, subset))
+    real = Evaluator.__init__
+    monkeypatch.setattr(Evaluator, "__init__", lambda self, backbone, compared, subset=None: asked.append(subset) or real(self, backbone, compared, subset))
     found, _ = run(tmp_path, "natural-adversarial", *photographic, count=2)
     assert len(asked[0]) == 200 and asked[0][:3] == [6, 11, 13] and found["reconstruction"]["top1_match"]["n"] == 2
 
 
 def test_a_model_and_its_judges_share_one_backbone():
-    bench = Bench(open_source("drawn", 1))
-    choice = Choice("tiny_cnn_last")
-    assert bench.open(choice).backbone is bench.backbone(choice)
+    context = EvalContext(open_source("drawn", 1))
+    spec = ModelSpec("tiny_cnn_last")
+    assert context.open(spec).backbone is context.backbone(spec)
 
 
 def test_without_the_corruptions_package_it_is_named(tmp_path, monkeypatch):

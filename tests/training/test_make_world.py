@@ -139,7 +139,7 @@ def test_a_whole_world_opens_and_draws(made, network):
         assert is_in_8_bits(out / name) and opened.info.images_seen == SEEN[name.removesuffix(".safetensors")]
         assert opened.info.source == backbone.source("last" if depth == "pooled" else depth, depth == "pooled")
         assert opened.recommended().steps == 20 and opened.recommended().negative == "features"
-        drawn = opened.draw(opened.see(torch.rand(2, 3, 80, 80)), opened.recommended(steps=2), opened.noise([0, 1]))
+        drawn = opened.draw(opened.extract(torch.rand(2, 3, 80, 80)), opened.recommended(steps=2), opened.noise([0, 1]))
         assert drawn.shape == (2, 3, 32, 32) and drawn.std() > 0.01
 
 
@@ -479,7 +479,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(copy, make, capsys
 def test_an_inversion_model_in_8_bits_draws_the_same_pictures(tmp_path):
     """A trained one: each picture within 1/50 of the whole range of what it is in 16 bits, on average over its pixels."""
     opened = open_model("tiny_cnn_last")
-    features = opened.see(draw(0, torch.arange(4), "held-out").image)
+    features = opened.extract(draw(0, torch.arange(4), "held-out").image)
     how, start = opened.recommended(steps=10, gradient=0.0), opened.noise(range(4))
     wanted = opened.draw(features, how, start)
     opened.model.save(tmp_path / "small.safetensors", opened.info, torch.int8)

@@ -18,7 +18,7 @@ from featinv_nodes.core.objective import min_snr_weight
 from featinv_nodes.worlds import open_backbone
 from tests.training import killed
 from training.config import CONFIGS, DEFAULT, read_config
-from training.loop.floor import floor_gmac
+from training.loop.flops import step_gmac
 from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.pipeline import Inversion
@@ -116,12 +116,12 @@ def test_the_log_says_what_a_step_costs(whole):
     base, backbone = load_base("tiny", "a drawing of the small world"), open_backbone("tiny-cnn")
     model = Inversion.start(base, backbone.source(), 16)
     config = read_config(DEFAULT, SMALL)
-    assert line["gflops"] == pytest.approx(2 * floor_gmac(base, backbone, model, config) * line["images_per_second"])
+    assert line["gflops"] == pytest.approx(2 * step_gmac(base, backbone, model, config) * line["images_per_second"])
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         base.unet(torch.zeros(1, 24, 8, 8), torch.zeros(1, dtype=torch.long), base.text[""])
     # forward and the gradient through the decoder of the base model, and the ControlNet, about half of it, three times
-    assert 2 < floor_gmac(base, backbone, model, config) / (counter.get_total_flops() / 2e9) < 4
+    assert 2 < step_gmac(base, backbone, model, config) / (counter.get_total_flops() / 2e9) < 4
 
 
 class Remembering(GeneralTracker):

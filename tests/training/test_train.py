@@ -134,7 +134,7 @@ def test_cycle_consistency_that_does_not_count_yet_costs_nothing(tmp_path, monke
         raise AssertionError("the features of the predicted picture were computed")
 
     monkeypatch.setattr("training.loop.objective.cycle_distance", refused)
-    monkeypatch.setattr("training.loop.run.floor_gmac", lambda *_: 1.0)
+    monkeypatch.setattr("training.loop.run.step_gmac", lambda *_: 1.0)
     run(tmp_path, 16, cycle="2.0", cycle_after="16")
     with pytest.raises(AssertionError, match="were computed"):
         run(tmp_path, 24, cycle="2.0", cycle_after="16")

@@ -45,7 +45,7 @@ def test_both_maps_are_drawn_with_the_same_seeds_and_read_again(opened, concepts
     for found, expected in ((shown.original, original), (shown.changed, attenuated)):
         assert (found - expected).abs().max() < 1e-4  # float32, other batch sizes
     assert torch.allclose(shown.distance, difference(original, attenuated), atol=1e-4)
-    assert shown.slope.own == pytest.approx(slope(concepts, [concepts.index("object")], features, opened.see(attenuated)), abs=1e-3)
+    assert shown.slope.own == pytest.approx(slope(concepts, [concepts.index("object")], features, opened.extract(attenuated)), abs=1e-3)
 
 
 def test_a_factor_of_one_changes_nothing(opened, concepts, features):

@@ -26,6 +26,6 @@ def visualize(
 
     def draw(maps: FeatureMap) -> tuple[Tensor, FeatureMap]:
         pictures = opened.draw(maps, how, start.repeat(len(maps) // settings.seeds, 1, 1, 1), batch, report)
-        return pictures, opened.see(pictures).to("cpu")
+        return pictures, opened.extract(pictures).to("cpu")
 
     return viz.visualize(draw, features.to("cpu"), concepts, groups, settings)

@@ -32,7 +32,7 @@ class Grid:
 
 @dataclass
 class Report:
-    """What a suite found. figures: arm -> figures, for results.json. extra: further entries there. panels: file name ->
+    """What a suite found. figures: condition -> figures, for results.json. extra: further entries there. panels: file name ->
     picture, the first one also the page's."""
 
     title: str
@@ -44,8 +44,8 @@ class Report:
 
 
 def figures_of(table: Table, originals: Table) -> Figures:
-    """Means of an arm's columns over the pictures, and the distances of its pictures as a set from the originals, or
-    from the set that the arm recorded as its own reference."""
+    """Means of a condition's columns over the pictures, and the distances of its pictures as a set from the originals, or
+    from the set that the condition recorded as its own reference."""
     names = sorted(table.columns, key=lambda name: (not name.startswith("cosine"), not name.startswith("top"), name))
     found = {name: mean_entry(table.columns[name]) for name in names if table.columns[name].ndim == 1}
     for name, vectors in table.columns.items():
@@ -69,21 +69,21 @@ def cell(figures: Figures, name: str, interval: bool = True) -> str:
 
 
 def by_measure(title: str, figures: dict[str, Figures], columns: Sequence[str]) -> Grid:
-    """A row per measure, a column per arm."""
-    names = list(dict.fromkeys(name for arm in columns for name in figures[arm]))
-    rows = [[name, *(cell(figures[arm], name) for arm in columns)] for name in names]
-    return Grid(title, ["measure", *columns], rows, bias_note({arm: figures[arm] for arm in columns}))
+    """A row per measure, a column per condition."""
+    names = list(dict.fromkeys(name for condition in columns for name in figures[condition]))
+    rows = [[name, *(cell(figures[condition], name) for condition in columns)] for name in names]
+    return Grid(title, ["measure", *columns], rows, bias_note({condition: figures[condition] for condition in columns}))
 
 
-def by_arm(title: str, figures: dict[str, Figures], arms: Sequence[str], names: Sequence[str], what: str = "") -> Grid:
-    """A row per arm, a column per measure."""
-    names = [name for name in names if any(name in figures[arm] for arm in arms)]
-    rows = [[arm, *(cell(figures[arm], name) for name in names)] for arm in arms]
-    return Grid(title, [what, *names], rows, bias_note({arm: {n: figures[arm][n] for n in names if n in figures[arm]} for arm in arms}))
+def by_condition(title: str, figures: dict[str, Figures], conditions: Sequence[str], names: Sequence[str], what: str = "") -> Grid:
+    """A row per condition, a column per measure."""
+    names = [name for name in names if any(name in figures[condition] for condition in conditions)]
+    rows = [[condition, *(cell(figures[condition], name) for name in names)] for condition in conditions]
+    return Grid(title, [what, *names], rows, bias_note({condition: {n: figures[condition][n] for n in names if n in figures[condition]} for condition in conditions}))
 
 
 def set_measures(figures: Figures) -> list[str]:
-    """The names of an arm's figures of sets: Frechet distances and KID."""
+    """The names of a condition's figures of sets: Frechet distances and KID."""
     return [name for name in figures if name == "fid" or name.startswith(("frechet_distance", "kid"))]
 
 
@@ -93,13 +93,13 @@ def bias_note(figures: dict[str, Figures]) -> str:
     return "Biased: a Frechet distance of so few pictures is too large, by as much as depends on their number; compare it at equal n, or read KID."
 
 
-def shown(tables: dict[str, Table], arms: Sequence[str], heading: str, scored: str = "cosine") -> Image.Image:
-    """A panel with a row of pictures per arm, the column `scored` under each where the arm has it."""
+def shown(tables: dict[str, Table], conditions: Sequence[str], heading: str, scored: str = "cosine") -> Image.Image:
+    """A panel with a row of pictures per condition, the column `scored` under each where the condition has it."""
     rows = []
-    for arm in arms:
-        pictures, values = tables[arm].pictures, tables[arm].columns.get(scored)
+    for condition in conditions:
+        pictures, values = tables[condition].pictures, tables[condition].columns.get(scored)
         rows.append([(x, "" if values is None else f"cos {values[k]:.2f}") for k, x in enumerate(pictures)])
-    return draw_panel(rows, [arm.replace(", ", ",\n") for arm in arms], heading)
+    return draw_panel(rows, [condition.replace(", ", ",\n") for condition in conditions], heading)
 
 
 def heat_map(values: Tensor, rows: Sequence[str], columns: Sequence[str], heading: str, digits: int = 2) -> Image.Image:

@@ -22,8 +22,8 @@ from ..cli import SAMPLING, model_parser, require_device
 from ..files import make_folder
 from ..models.inversion import Opened
 from ..models.pipeline import round_trip
-from .bench import ORIGINAL, Bench
-from .judge import Judge
+from .context import ORIGINAL, EvalContext
+from .evaluator import Evaluator
 from .metrics import mean_entry, set_entries
 from .report import write
 from .shards import Store, Table, aligned, record
@@ -44,19 +44,19 @@ def load_pictures(opened: Opened, data: str, count: int) -> tuple[Tensor, Tensor
 
 
 def evaluate_in_memory(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
-    """The suite quality for a few pictures in memory, without files: ({"reconstruction", "floor", "ceiling"}, the pictures
+    """The suite quality for a few pictures in memory, without files: ({"reconstruction", "unconditional", "round trip"}, the pictures
     of each). Picture i is drawn with seed i; single [N]: scenes of one object, None for photographs."""
     source = opened.info.source
-    judge, space = Judge(opened.backbone, {"cosine": (source.layer, source.pooled)}), TimmSpace(opened.backbone)
+    evaluator, space = Evaluator(opened.backbone, {"cosine": (source.layer, source.pooled)}), TimmSpace(opened.backbone)
     original, start = opened.features(framed), opened.noise(range(len(framed)))
     with tqdm(total=2 * len(framed), desc="drawing", unit="picture") as bar:
         drawn = {"reconstruction": opened.draw(original, how, start, batch, bar.update)}
-        drawn["floor"] = opened.draw(None, how, start, batch, bar.update)
-    drawn["ceiling"] = torch.cat([round_trip(opened.base, part) for part in framed.split(64)])
-    wanted, vectors, results = judge.see(framed), space(framed), {}
-    judge.centres = {name: means.mean(0) for name, means in judge.means(wanted).items()}
+        drawn["unconditional"] = opened.draw(None, how, start, batch, bar.update)
+    drawn["round trip"] = torch.cat([round_trip(opened.base, part) for part in framed.split(64)])
+    wanted, vectors, results = evaluator.extract(framed), space(framed), {}
+    evaluator.centres = {name: means.mean(0) for name, means in evaluator.means(wanted).items()}
     for name, pictures in drawn.items():
-        columns = judge.compare(wanted, judge.see(pictures), single)
+        columns = evaluator.compare(wanted, evaluator.extract(pictures), single)
         results[name] = {measure: mean_entry(values) for measure, values in columns.items()} | set_entries(space.name, vectors, space(pictures))
     return results, drawn
 
@@ -107,36 +107,36 @@ def run_suite(args: argparse.Namespace) -> None:
     changes = {name: getattr(args, name) for name in SAMPLING}
     if (args.best_of or 1) > 1 and not chosen.chooses:
         raise FeatInvError(f"--best-of {args.best_of}: suite {args.suite} draws each picture once; quality, layers and others choose among several")
-    suite = chosen(Bench(source, device, changes, args.seed, args.inception, args.space, args.space_weights), args)
-    arms, store = suite.all_arms(), Store(out, len(source.names))
+    suite = chosen(EvalContext(source, device, changes, args.seed, args.inception, args.space, args.space_weights), args)
+    conditions, store = suite.all_conditions(), Store(out, len(source.names))
     options = {name: value for name, value in vars(args).items() if name not in IDLE}
     settings = options | {"pictures": source.fingerprint, "files": {name: digest(file) for name, file in suite.files().items()}, "sampling": suite.settings()}
     if dist_state.is_main_process:
         make_folder(out)
         store.begin(settings)
     dist_state.wait_for_everyone()
-    first = {name: arm for name, arm in arms.items() if name.startswith(ORIGINAL)}
+    first = {name: condition for name, condition in conditions.items() if name.startswith(ORIGINAL)}
     record(store, source, first, args.batch, dist_state)
     originals = {name: store.table(name) for name in first}
     if any(not table.numbers for table in originals.values()):
         name, reason = next(iter(originals[next(iter(first))].skipped.items()))
         raise FeatInvError(f"none of the {store.count} pictures of {args.data} can be read; the first, {name}: {reason}")
     suite.centre(originals)
-    record(store, source, {name: arm for name, arm in arms.items() if name not in first}, args.batch, dist_state)
+    record(store, source, {name: condition for name, condition in conditions.items() if name not in first}, args.batch, dist_state)
     if dist_state.is_main_process:
-        finish(store, source, suite, list(arms), settings)
+        finish(store, source, suite, list(conditions), settings)
 
 
-def finish(store: Store, source: Source, suite: Suite, arms: list[str], settings: dict) -> None:
+def finish(store: Store, source: Source, suite: Suite, conditions: list[str], settings: dict) -> None:
     """Makes the report of what is recorded and prints it."""
-    tables: dict[str, Table] = aligned({name: store.table(name) for name in arms})
-    skipped = tables[arms[0]].skipped
+    tables: dict[str, Table] = aligned({name: store.table(name) for name in conditions})
+    skipped = tables[conditions[0]].skipped
     notes = list(source.notes)
     if skipped:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:20])
         more = " and more, see results.json" if len(skipped) > 20 else ""
         notes.append(f"{len(skipped)} of {store.count} pictures could not be read and were left out: {named}{more}.")
     about = {"suite": suite.name, "model": suite.args.model, "data": suite.args.data, "settings": settings, "sampling": suite.settings()}
-    about |= {"seeds": f"picture number + {suite.args.seed}", "count": len(tables[arms[0]].numbers), "skipped": skipped}
+    about |= {"seeds": f"picture number + {suite.args.seed}", "count": len(tables[conditions[0]].numbers), "skipped": skipped}
     print(write(store.folder, suite.report(tables), about, notes))
     suite.afterwards()

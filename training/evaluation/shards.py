@@ -1,6 +1,6 @@
-"""Records of an evaluation on disk: a file per arm and 64 pictures, whole or not at all, so that a run can go on.
+"""Records of an evaluation on disk: a file per condition and 64 pictures, whole or not at all, so that a run can go on.
 
-An arm is one way of making pictures, a row or a cell of a report. A shard holds a row per picture that could be read,
+A condition is one way of making pictures, a row or a cell of a report. A shard holds a row per picture that could be read,
 the first pictures themselves, and the names of those that could not be read.
 """
 
@@ -25,20 +25,20 @@ from featinv_nodes.core.files import read_metadata, read_tensors
 
 from ..checksum import is_whole, write_checksummed
 from ..files import write_json
-from .judge import Columns
+from .evaluator import Columns
 from .sources import Originals, Source, read
 
 SHARD = 64  # pictures
-SHOWN = 8  # pictures of an arm that are kept for the report
+SHOWN = 8  # pictures of a condition that are kept for the report
 
 #: makes pictures of originals and measures them: a row per original; the column "pictures" [B, 3, h, w] is kept for SHOWN
-Arm = Callable[[Originals], Columns]
-Task = tuple[str, int]  # arm, number of the shard's first picture
+Condition = Callable[[Originals], Columns]
+Task = tuple[str, int]  # condition, number of the shard's first picture
 
 
 @dataclass
 class Table:
-    """All records of an arm: a row per picture that could be read, in the order of their numbers."""
+    """All records of a condition: a row per picture that could be read, in the order of their numbers."""
 
     numbers: list[int] = field(default_factory=list)
     columns: Columns = field(default_factory=dict)
@@ -85,33 +85,33 @@ class Store:
     def shards(self) -> range:
         return range(0, self.count, SHARD)
 
-    def missing(self, arms: Sequence[str]) -> list[Task]:
-        """What is still to be done, arm by arm; damaged files are named, removed and made again."""
+    def missing(self, conditions: Sequence[str]) -> list[Task]:
+        """What is still to be done, condition by condition; damaged files are named, removed and made again."""
         wanted = []
-        for arm in arms:
+        for condition in conditions:
             for first in self.shards():
-                file = self._file(arm, first)
+                file = self._file(condition, first)
                 if file is not None and not is_whole(file):
                     tqdm.write(f"{file} is damaged and made again")
                     file.unlink()
-                if self._file(arm, first) is None:
-                    wanted.append((arm, first))
+                if self._file(condition, first) is None:
+                    wanted.append((condition, first))
         return wanted
 
-    def write(self, arm: str, first: int, numbers: list[int], columns: Columns, skipped: dict[str, str]) -> None:
+    def write(self, condition: str, first: int, numbers: list[int], columns: Columns, skipped: dict[str, str]) -> None:
         tensors = {"column." + name: values.contiguous() for name, values in columns.items() if name != "pictures"}
         tensors["numbers"] = torch.tensor(numbers, dtype=torch.int64)
         if first == 0 and "pictures" in columns:
             tensors["pictures"] = (columns["pictures"][:SHOWN] * 255).round().byte().contiguous()
         data = save(tensors, {"skipped": json.dumps(skipped)})
         with room(self.folder):
-            write_checksummed(self._of(arm), f"{first:08d}", ".safetensors", lambda opened: opened.write(data))
+            write_checksummed(self._of(condition), f"{first:08d}", ".safetensors", lambda opened: opened.write(data))
 
-    def table(self, arm: str) -> Table:
-        """Reads an arm's records. The first shard's pictures come back in 0..1."""
+    def table(self, condition: str) -> Table:
+        """Reads a condition's records. The first shard's pictures come back in 0..1."""
         found, parts = Table(), []
         for first in self.shards():
-            file = self._file(arm, first)
+            file = self._file(condition, first)
             tensors = read_tensors(file)
             found.numbers += tensors.pop("numbers").tolist()
             if "pictures" in tensors:
@@ -122,15 +122,15 @@ class Store:
         found.columns = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
         return found
 
-    def _of(self, arm: str) -> Path:
-        return self.folder / "records" / quote(arm, safe=" =,()")
+    def _of(self, condition: str) -> Path:
+        return self.folder / "records" / quote(condition, safe=" =,()")
 
-    def _file(self, arm: str, first: int) -> Path | None:
-        return next(iter(sorted(self._of(arm).glob(f"{first:08d}-*.safetensors"))), None)
+    def _file(self, condition: str, first: int) -> Path | None:
+        return next(iter(sorted(self._of(condition).glob(f"{first:08d}-*.safetensors"))), None)
 
 
 def aligned(tables: dict[str, Table]) -> dict[str, Table]:
-    """The same pictures in every table: one that could be read for some arms only, as when it was mended before the
+    """The same pictures in every table: one that could be read for some conditions only, as when it was mended before the
     evaluation went on, is left out of all, and counts as skipped."""
     common = set.intersection(*(set(table.numbers) for table in tables.values()))
     skipped = {name: reason for table in tables.values() for name, reason in table.skipped.items()}
@@ -144,26 +144,26 @@ def aligned(tables: dict[str, Table]) -> dict[str, Table]:
     return tables
 
 
-def record(store: Store, source: Source, arms: dict[str, Arm], batch: int, dist_state: PartialState) -> None:
-    """Fills in the arms' missing shards, each by one process, whatever their number; returns when all are done.
+def record(store: Store, source: Source, conditions: dict[str, Condition], batch: int, dist_state: PartialState) -> None:
+    """Fills in the conditions' missing shards, each by one process, whatever their number; returns when all are done.
 
     Memory is bounded by the batch and a shard's records. Batches do not reach across shards, so that the figures do not
     depend on the number of processes.
     """
-    shared = [store.missing(list(arms)) if dist_state.is_main_process else None]
+    shared = [store.missing(list(conditions)) if dist_state.is_main_process else None]
     tasks = broadcast_object_list(shared)[0][dist_state.process_index :: dist_state.num_processes]
     spans = {task: range(task[1], min(task[1] + SHARD, store.count)) for task in tasks}
     with tqdm(total=sum(map(len, spans.values())), unit="picture", disable=not dist_state.is_main_process or not tasks) as bar:
-        for (arm, first), numbers in spans.items():
-            bar.set_description(arm)
+        for (condition, first), numbers in spans.items():
+            bar.set_description(condition)
             rows, parts, skipped = [], [], {}
             for start in range(0, len(numbers), batch):
                 originals, failed = read(source, numbers[start : start + batch])
                 skipped |= failed
                 if originals.numbers:
                     rows += originals.numbers
-                    parts.append(arms[arm](originals))
+                    parts.append(conditions[condition](originals))
                 bar.update(len(originals.numbers) + len(failed))
             columns = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
-            store.write(arm, first, rows, columns, skipped)
+            store.write(condition, first, rows, columns, skipped)
     dist_state.wait_for_everyone()

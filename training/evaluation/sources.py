@@ -1,4 +1,4 @@
-"""Where the pictures come from that a model is judged on, and which of them are taken, in which order.
+"""Where the pictures come from that a model is evaluated on, and which of them are taken, in which order.
 
 The order is by name, and by class where --per-class asks for as many of each. A picture's number is its place in that
 order; it is the seed of everything random that is done for the picture.
@@ -104,7 +104,7 @@ def class_folder(name: str, shards: bool) -> str | None:
 
 
 def open_source(data: str, count: int | None = None, per_class: int | None = None, kept_back: bool = False) -> Source:
-    """Pictures to judge a model on.
+    """Pictures to evaluate a model on.
 
     data: "drawn", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set on disk.
     count: as many, evenly spread over the names (of the drawn world the first ones); None for all. per_class: the

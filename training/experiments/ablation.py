@@ -4,7 +4,7 @@
     python training/experiments/ablation.py --rows ema standardise   these rows only
     python training/experiments/ablation.py --page                   the table and the panel in docs/faithfulness.md, too
 
-All rows are trained on the same scenes, as many of them, with one seed, and judged on the same held-out scenes with the
+All rows are trained on the same scenes, as many of them, with one seed, and evaluated on the same held-out scenes with the
 same noise: by the backbone that is inverted, and by an independent backbone, which took no part, neither in training nor in sampling.
 Stopped at any moment, the same command goes on where it was. Writes DIR/ROW (the runs), DIR/measured (the records),
 results.json, report.md, index.html and panel.png.
@@ -32,12 +32,12 @@ from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import open_backbone
 from training.cli import run
 from training.config import TrainConfig
-from training.evaluation.bench import CEILING, FLOOR, ORIGINAL, Bench, Choice, Subject
-from training.evaluation.judge import Judge
+from training.evaluation.context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec, ModelUnderTest
+from training.evaluation.evaluator import Evaluator
 from training.evaluation.metrics import mean_entry
 from training.evaluation.report import Figures, Grid, Report, cell, figures_of, shown, to_markdown, write
 from training.evaluation.run import digest
-from training.evaluation.shards import Arm, Store, Table, record
+from training.evaluation.shards import Condition, Store, Table, record
 from training.evaluation.sources import open_source
 from training.evaluation.spaces import TimmSpace
 from training.evaluation.suites.cost import drawing_gmac
@@ -69,59 +69,59 @@ def trained(config: TrainConfig, folder: Path) -> Path:
     return file
 
 
-def subject_of(bench: Bench) -> Subject:
-    """The judges of all rows: the inverted backbone at its own input size, and the independent backbone."""
-    own, independent = open_backbone(OWN).to(bench.device), open_backbone(INDEPENDENT).to(bench.device)
-    judges = {"": Judge(own, {"cosine": (LAST, False)}), "independent: ": Judge(independent, {"cosine": (LAST, False)})}
-    return Subject(bench, Choice("tiny_cnn_last"), judges, [TimmSpace(own), TimmSpace(independent)])
+def model_under_test(context: EvalContext) -> ModelUnderTest:
+    """The evaluators of all rows: the inverted backbone at its own input size, and the independent backbone."""
+    own, independent = open_backbone(OWN).to(context.device), open_backbone(INDEPENDENT).to(context.device)
+    evaluators = {"": Evaluator(own, {"cosine": (LAST, False)}), "independent: ": Evaluator(independent, {"cosine": (LAST, False)})}
+    return ModelUnderTest(context, ModelSpec("tiny_cnn_last"), evaluators, [TimmSpace(own), TimmSpace(independent)])
 
 
 def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], args: argparse.Namespace) -> dict[str, Table]:
     """Records of the originals, the bounds and the chosen rows. files: row -> its weights."""
     dist_state = PartialState(timeout=timedelta(days=7))
     source = open_source("drawn", args.count)
-    subject = subject_of(Bench(source, str(dist_state.device), dict(PAPER_SAMPLING)))
+    tested = model_under_test(EvalContext(source, str(dist_state.device), dict(PAPER_SAMPLING)))
     tables: dict[str, Table] = {}
 
-    def fill(name: str, arms: dict[str, Arm], settings: dict) -> None:
+    def fill(name: str, conditions: dict[str, Condition], settings: dict) -> None:
         store = Store(args.out / "measured" / name, args.count)
         store.begin(settings | {"pictures": source.fingerprint})
-        record(store, source, arms, args.batch, dist_state)
-        tables.update({arm: store.table(arm) for arm in arms})
+        record(store, source, conditions, args.batch, dist_state)
+        tables.update({condition: store.table(condition) for condition in conditions})
 
-    fill("bounds", {ORIGINAL: subject.original}, {"sampling": PAPER_SAMPLING})
-    subject.centre(tables[ORIGINAL])
-    fill("bounds", subject.bounds(Sampling(**PAPER_SAMPLING)), {"sampling": PAPER_SAMPLING})
+    fill("bounds", {ORIGINAL: tested.original}, {"sampling": PAPER_SAMPLING})
+    tested.centre(tables[ORIGINAL])
+    fill("bounds", tested.bounds(Sampling(**PAPER_SAMPLING)), {"sampling": PAPER_SAMPLING})
     for row in chosen:
         file, how = files[row.name], sampling_of(rows, row)
-        fill(row.name, {row.name: subject.reconstruction(how, Choice(str(file)))}, {"sampling": asdict(how), "weights": digest(file)})
+        fill(row.name, {row.name: tested.reconstruction(how, ModelSpec(str(file)))}, {"sampling": asdict(how), "weights": digest(file)})
     return tables
 
 
 def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table]) -> Report:
-    figures = {arm: figures_of(table, tables[ORIGINAL]) for arm, table in tables.items() if arm != ORIGINAL}
-    kid_names = [name for name in figures[FLOOR] if name.startswith("kid")]
+    figures = {condition: figures_of(table, tables[ORIGINAL]) for condition, table in tables.items() if condition != ORIGINAL}
+    kid_names = [name for name in figures[UNCONDITIONAL] if name.startswith("kid")]
     first, second, extra, opened = [], [], {}, open_model("tiny_cnn_last")  # all rows' architecture but the smaller maps'
     for row in chosen:
         own = figures[row.name]
         gain = mean_entry(tables[row.name].columns["cosine"] - tables[row.base].columns["cosine"]) if row.base in tables else None
-        way = gap_closed({FLOOR: figures[FLOOR], RECONSTRUCTION: own, CEILING: figures[CEILING]})
+        way = gap_closed({UNCONDITIONAL: figures[UNCONDITIONAL], RECONSTRUCTION: own, ROUND_TRIP: figures[ROUND_TRIP]})
         extra[row.name] = {"change": row.change, "from": row.base, "gain": gain, "gap_closed": way, "evaluations": (how := sampling_of(rows, row)).evaluations, "gmac": drawing_gmac(opened, how)}
         begins = [row.name, row.change, row.base or ""]
         first.append([*begins, cell(own, "cosine"), _signed(gain), f"{way:.1%}", cell(own, "cosine_centred"), cell(own, "top1_match")])
         second.append([row.name, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kid_names), str(extra[row.name]["evaluations"]), f"{extra[row.name]['gmac']:.1f}"])
-    for place, bound in ((0, FLOOR), (len(chosen) + 1, CEILING)):
+    for place, bound in ((0, UNCONDITIONAL), (len(chosen) + 1, ROUND_TRIP)):
         own = figures[bound]
         first.insert(place, [bound, "", "", cell(own, "cosine"), "", "", cell(own, "cosine_centred"), cell(own, "top1_match")])
         second.insert(place, [bound, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kid_names), "", ""])
-    head = ["row", "change", "from row", "cosine", "change of the cosine", "of the way from floor to ceiling", "cosine, mean removed", "top-1 match"]
+    head = ["row", "change", "from row", "cosine", "change of the cosine", "of the way from unconditional to round trip", "cosine, mean removed", "top-1 match"]
     grids = [
         Grid("By the inverted backbone", head, first, "The change of the cosine is that of the same scenes, from the row that is named."),
         Grid("By the independent backbone, and as sets", ["row", "cosine", "top-1 match", *kid_names, "passes per picture", "GMAC"], second,
              "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and gradients included."),
     ]
     compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
-    panel = shown(tables, [ORIGINAL, FLOOR, *(row.name for row in chosen), CEILING], "Ablation: the same scenes in every row")
+    panel = shown(tables, [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP], "Ablation: the same scenes in every row")
     return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": panel})
 
 

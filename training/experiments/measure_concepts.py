@@ -127,7 +127,7 @@ def _logit_change(opened: Opened, shown: Visualization, features: FeatureMap, gr
     top, change = _top(opened, features, group), shown.change
     contributions, _ = relevance(opened.backbone, change.concepts, features)
     concept = sum(contributions[change.concepts.index(name), 0, top] for name in change.groups[0])
-    again, before = (opened.backbone.logits(opened.see(pictures))[:, top].mean() for pictures in (shown.changed, shown.original))
+    again, before = (opened.backbone.logits(opened.extract(pictures))[:, top].mean() for pictures in (shown.changed, shown.original))
     return float((shown.slope.asked - 1) * concept), float(again - before)
 
 

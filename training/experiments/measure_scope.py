@@ -149,7 +149,7 @@ def rank_correlation(a: Tensor, b: Tensor, seed: int = 0) -> dict:
 
 def separation(scope: Scope, maps: dict[str, FeatureMap]) -> dict:
     """label -> AUROC of each statistic and of the score against the unedited maps, and the verdicts' shares."""
-    reports = {label: scope.judge(batch) for label, batch in tqdm(maps.items(), desc="judging")}
+    reports = {label: scope.evaluate(batch) for label, batch in tqdm(maps.items(), desc="evaluating")}
 
     def columns(report: ScopeReport) -> dict[str, Tensor]:
         return {**report.surprise, "score": report.score}
@@ -170,8 +170,8 @@ def drawings(opened: Opened, scope: Scope, how: Sampling, maps: dict[str, Featur
     wanted = concatenate([batch.with_values(batch.values) for batch in some.values()])
     with tqdm(total=len(wanted), desc="drawing", unit="picture") as bar:
         drawn = opened.draw(wanted, how, opened.noise([0]).expand(len(wanted), -1, -1, -1), 32, bar.update)
-    agreement = cosine(wanted, opened.see(drawn).to("cpu"))
-    score = scope.judge(wanted).score
+    agreement = cosine(wanted, opened.extract(drawn).to("cpu"))
+    score = scope.evaluate(wanted).score
     sizes = [len(batch) for batch in some.values()]
     directed = torch.cat([torch.full((n,), not label.startswith("all x")) for label, n in zip(some, sizes)])
     cosines, scores, pictures_of = (dict(zip(some, x.split(sizes))) for x in (agreement, score, drawn))
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {"model": args.model, "features": scope.source.describe(), "count": args.count, "separation": found, **figures}
 
     shown = [label for label in SHOWN if label in maps]
-    reports = [scope.judge(maps[label].select(0)) for label in shown]
+    reports = [scope.evaluate(maps[label].select(0)) for label in shown]
     rows = [[(heat_map(report.where / 100)[0], label) for label, report in zip(shown, reports)]]
     rows.append([(drawn[label][0], f"{report.verdict[0]}, cos {cosines[label][0]:.2f}") for label, report in zip(shown, reports)])
     titles = ["share of held-out\nlocations that are\nless unusual:\ndark 0, bright 100 %", "reconstruction"]

@@ -78,7 +78,7 @@ class Pace:
     """Speed since the last report: images per second, share of the time spent waiting for data, arithmetic. Without the
     first step, which compiles and warms up, and what is done elsewhere: panels and checkpoints.
 
-    gmac: what an image costs at least (see floor_gmac). peak: FLOP/s of all processes together where known, else None.
+    gmac: what an image costs at least (see step_gmac). peak: FLOP/s of all processes together where known, else None.
     """
 
     def __init__(self, gmac: float, peak: float | None) -> None:
@@ -106,7 +106,7 @@ class Pace:
 
     def report(self) -> dict[str, float]:
         """Figures of the steps since the last report, the memory alone where there were none; "share_of_peak" counts the
-        floor's FLOPs."""
+        FLOPs that a step cannot avoid."""
         if not self._images:
             return {"memory_gb": peak_memory()}
         now = time.perf_counter()

@@ -29,7 +29,7 @@ from ..models.pipeline import Inversion
 from . import checkpoints, memory
 from .ema import update_average
 from .faults import FaultTracker
-from .floor import floor_gmac
+from .flops import step_gmac
 from .folder import check_room
 from .graph import check_device, make_plain, set_rate, training_step
 from .log import Pace, check_trackers, device_peak, open_log, show, start_trackers, write_line
@@ -114,7 +114,7 @@ class Run:
         """Optimizer, average and what accelerate makes of them, filled from a checkpoint where there is one."""
         config, accelerator = self.config, self.accelerator
         stages = {at_stage(config, 0).cycle, config.cycle}
-        self._gmac = {cycle: floor_gmac(self.base, self.backbone, self.model, replace(config, cycle=cycle, cycle_after=0)) for cycle in stages}
+        self._gmac = {cycle: step_gmac(self.base, self.backbone, self.model, replace(config, cycle=cycle, cycle_after=0)) for cycle in stages}
         self.pace = Pace(self._gmac[config.cycle], device_peak(self.device, self.processes))
         self.average = deepcopy(self.model) if config.ema else None
         self._trained, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, config))

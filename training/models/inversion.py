@@ -40,7 +40,7 @@ class Opened:
         """Feature maps of pictures [B, 3, *input_size] at the model's own layer and pooling."""
         return self.backbone.extract(framed, self.info.source.layer, self.info.source.pooled)
 
-    def see(self, pictures: Tensor) -> FeatureMap:
+    def extract(self, pictures: Tensor) -> FeatureMap:
         """Feature maps of drawn pictures: scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
         return self.features(self.backbone.frame(pictures, "stretch"))
 
@@ -88,7 +88,7 @@ class Opened:
 
     def score(self, wanted: FeatureMap, pictures: Tensor) -> Tensor:
         """[B] cosine similarity of the pictures' features with the wanted ones."""
-        return cosine(wanted, self.see(pictures))
+        return cosine(wanted, self.extract(pictures))
 
     def noise(self, seeds: range | list[int]) -> Tensor:
         """Starting noise [len(seeds), ...], one picture per seed."""

@@ -92,7 +92,7 @@ def sample(
 ) -> Tensor:
     """Latents [B, C, H, W] drawn from starting noise, a feature map per row: core.sampling.sample_latents.
 
-    Without a model the base model draws alone (the floor of every table). backbone: where the features come from, for
+    Without a model the base model draws alone (the unconditional baseline of every table). backbone: where the features come from, for
     how.gradient. Each call has a solver of its own. Raises FeatInvError if the features are not of the model's source,
     or the backbone that the gradient needs is missing.
     """
@@ -120,7 +120,7 @@ def solver_of(base: BaseModel, how: Sampling) -> Solver:
 
 @torch.inference_mode()
 def round_trip(base: BaseModel, pictures: Tensor) -> Tensor:
-    """The autoencoder's reconstruction at the base model's resolution: the ceiling of every table."""
+    """The autoencoder's reconstruction at the base model's resolution: what every table sets beside the reconstructions."""
     side = (base.resolution,) * 2
     if tuple(pictures.shape[2:]) != side:
         pictures = F.interpolate(pictures, side, mode="bilinear", antialias=True)

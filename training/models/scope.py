@@ -70,7 +70,7 @@ def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centre
     wanted = concatenate(some).select(slice(0, drawn))
     with tqdm(total=len(wanted), desc="drawing", unit="picture") as bar:
         redrawn = opened.draw(wanted, how, opened.noise(range(len(wanted))), batch, bar.update)
-    return replace(scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(wanted, opened.see(redrawn).to("cpu")))})
+    return replace(scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(wanted, opened.extract(redrawn).to("cpu")))})
 
 
 def ship_scope(name: str) -> None:
@@ -83,20 +83,20 @@ def centres_for(data: str) -> int:
     return TINY_CENTRES if drawing_world(data) else CENTRES
 
 
-def judged(file: Path, maps: FeatureMap, scores: list[float], how: Sampling) -> list[dict]:
+def scope_entries(file: Path, maps: FeatureMap, scores: list[float], how: Sampling) -> list[dict]:
     """For each map what the scope statistics of the weights file say of it; {} without any. And of its reconstruction by
     its score, where it was drawn as those behind the statistics were: as the file recommends, but without guidance by the
     gradient."""
     scope = load_scope(file)
     if scope is None:
         return [{} for _ in scores]
-    report = scope.judge(maps)
+    report = scope.evaluate(maps)
     found = [
         {"verdict": verdict, "off": off, "line": line, "less_unusual": {name: share[i].item() for name, share in report.share.items()}}
         for i, (verdict, off, line) in enumerate(zip(report.verdict, report.off, report.lines()))
     ]
     usual = Sampling.chosen(read_info(file).recommended, {"gradient": 0.0, "gradient_steps": how.gradient_steps, "best_of": 1})
     if "cycle" in scope.quantiles and how == usual:
-        shares, verdicts = scope.judge_cycle(torch.tensor(scores))
+        shares, verdicts = scope.evaluate_cycle(torch.tensor(scores))
         found = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(found, verdicts, shares.tolist())]
     return found

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..config import TrainConfig
 from ..loop import memory
-from ..loop.floor import base_without_storage, without_storage
+from ..loop.flops import base_without_storage, without_storage
 from . import real_size
 from .real_size import Parts
 

@@ -63,10 +63,10 @@ def second_opinion(opened: Opened, framed: Tensor, drawn: dict[str, Tensor], sin
 
 
 def model_rows() -> list[str]:
-    """Two table rows per shipped model, as recommended and without the gradient, floor and ceiling with the first of each
+    """Two table rows per shipped model, as recommended and without the gradient, unconditional baseline and round trip with the first of each
     backbone and layer."""
     rows = [
-        "| model | cosine | floor | ceiling | way closed | cosine, mean removed | shape % | colour % | texture % | background % | other backbone: cosine | shape % |",
+        "| model | cosine | unconditional | round trip | way closed | cosine, mean removed | shape % | colour % | texture % | background % | other backbone: cosine | shape % |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in DRAWN.models:
@@ -77,14 +77,14 @@ def model_rows() -> list[str]:
             other = second_opinion(opened, framed, drawn, counts == 1)
             r = results["reconstruction"]
             matches = [entry(r[f"{group}_match_single"], percent=True) for group in ("shape", "colour", "texture", "background")]
-            cells = [entry(r["cosine"]), f"{results['floor']['cosine']['value']:.3f}", f"{results['ceiling']['cosine']['value']:.3f}",
+            cells = [entry(r["cosine"]), f"{results['unconditional']['cosine']['value']:.3f}", f"{results['round trip']['cosine']['value']:.3f}",
                      f"{gap_closed(results):.1%}", entry(r["cosine_centred"]), *matches, *other["reconstruction"]]  # fmt: skip
             rows.append(f"| {row} | {' | '.join(cells)} |")
         if name == DRAWN.models[0]:
-            c = results["ceiling"]
+            c = results["round trip"]
             matches = [entry(c[f"{group}_match_single"], percent=True) for group in ("shape", "colour", "texture", "background")]
-            ceiling = f"| *autoencoder alone* | {entry(c['cosine'])} | | | | {entry(c['cosine_centred'])} | {' | '.join([*matches, *other['ceiling']])} |"
-    return [*rows, ceiling]
+            autoencoder_row = f"| *autoencoder alone* | {entry(c['cosine'])} | | | | {entry(c['cosine_centred'])} | {' | '.join([*matches, *other['round trip']])} |"
+    return [*rows, autoencoder_row]
 
 
 def write_card(file: Path = FOLDER / "CARD.md") -> None:
@@ -111,8 +111,8 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         lines.append(f"| {name} | ControlNet and encoder for {info.source.describe()} | {info.images_seen:,} | {info.config['seed']} | see below |")
     lines += [
         HISTORY, f"## Reconstruction of {COUNT} held-out scenes", "",
-        "At each file's recommended setting, picture number as seed; 95 % bootstrap intervals. Floor: the base model without",
-        "features. Ceiling: the autoencoder's round trip; guidance by the gradient searches for latents, and can come nearer than",
+        "At each file's recommended setting, picture number as seed; 95 % bootstrap intervals. Unconditional: the base model without",
+        "features. Round trip: the autoencoder alone; guidance by the gradient searches for latents, and can come nearer than",
         "that. Matches: the backbone's own top-1 class on scenes of one object.", "",
         *model_rows(), "",
     ]

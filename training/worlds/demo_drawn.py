@@ -53,7 +53,7 @@ def composed(opened: Opened, framed: Tensor, how: Sampling) -> tuple[list[Cell],
     mask[:, :, : framed.shape[3] // 2] = 1
     wanted = compose(features.select(0), features.select(1), mask)
     drawn = opened.draw(wanted, how, opened.noise([0]))
-    agreement = cosine_per_location(wanted, opened.see(drawn))
+    agreement = cosine_per_location(wanted, opened.extract(drawn))
     inside = at_grid(mask, wanted.source.grid)[:, 0].bool()
     cells = [(framed[0], "left half from"), (framed[1], "right half from"), *captions(drawn, agreement.mean((1, 2)))]
     return cells, {"cosine_inside": agreement[inside].mean().item(), "cosine_outside": agreement[~inside].mean().item()}
@@ -71,7 +71,7 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
     say(f"inverting {count} held-out pictures, then drawing as many without features for comparison ({how.steps} steps each)")
     results, drawn = evaluate_in_memory(opened, framed, how, objects == 1)
     scores = opened.score(opened.features(framed[:SHOWN]), drawn["reconstruction"][:SHOWN])
-    rows = [[(x, "") for x in framed[:SHOWN]], captions(drawn["reconstruction"][:SHOWN], scores), [(x, "") for x in drawn["floor"][:SHOWN]]]
+    rows = [[(x, "") for x in framed[:SHOWN]], captions(drawn["reconstruction"][:SHOWN], scores), [(x, "") for x in drawn["unconditional"][:SHOWN]]]
     titles = ["original", "reconstruction\nfrom features", "drawn without\nfeatures"]
     notes = [opened.world.outside] if own else []
     if own:
@@ -91,13 +91,13 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
 
 def figures_of(results: dict, count: int) -> tuple[str, dict]:
     """A sentence with the figures of the held-out pictures, and the figures."""
-    r = {arm: {measure: entry["value"] for measure, entry in entries.items()} for arm, entries in results.items()}
-    found, floor, ceiling = r["reconstruction"], r["floor"]["cosine"], r["ceiling"]["cosine"]
+    r = {condition: {measure: entry["value"] for measure, entry in entries.items()} for condition, entries in results.items()}
+    found, unconditional, autoencoded = r["reconstruction"], r["unconditional"]["cosine"], r["round trip"]["cosine"]
     summary = (
-        f"{count} held-out pictures: cosine {found['cosine']:.3f} (without features {floor:.3f}, "
-        f"autoencoder alone {ceiling:.3f}: {gap_closed(results):.0%} of the way); shape match {found['top1_match']:.0%}"
+        f"{count} held-out pictures: cosine {found['cosine']:.3f} (without features {unconditional:.3f}, "
+        f"autoencoder alone {autoencoded:.3f}: {gap_closed(results):.0%} of the way); shape match {found['top1_match']:.0%}"
     )
     return summary, {
         "n": count, "cosine_mean": found["cosine"], "cosine_centred": found["cosine_centred"],
-        "top1_match": found["top1_match"], "top5_match": found["top5_match"], "cosine_floor": floor, "cosine_ceiling": ceiling,
+        "top1_match": found["top1_match"], "top5_match": found["top5_match"], "cosine_unconditional": unconditional, "cosine_round_trip": autoencoded,
     }  # fmt: skip

@@ -124,7 +124,7 @@ def composed(depths: Depths, features: FeatureMap, framed: Tensor) -> tuple[list
     ways = [(0, 1), (1, 0)]
     wanted = concatenate([compose(features.select(a), features.select(b), left) for a, b in ways])
     drawn = depths.draw(MIDDLE, wanted)
-    agreement = cosine_per_location(wanted, depths.middle.see(torch.stack([seen.picture for seen in drawn])))
+    agreement = cosine_per_location(wanted, depths.middle.extract(torch.stack([seen.picture for seen in drawn])))
     inside = at_grid(left, wanted.source.grid)[0, 0].bool()
     cells, entries = [], []
     for (a, b), seen, agrees in zip(ways, drawn, agreement):

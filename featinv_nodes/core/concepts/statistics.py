@@ -54,7 +54,7 @@ def top_weights(backbone: Backbone, maps: FeatureMap) -> Tensor:
         raise FeatInvError(f"how complete concepts are is not known here, so give a number of them: {error}") from error
 
 
-def judge(backbone: Backbone, concepts: Concepts, maps: FeatureMap) -> Statistics:
+def concept_statistics(backbone: Backbone, concepts: Concepts, maps: FeatureMap) -> Statistics:
     """Statistics of concepts on feature maps of their source."""
     share = (concepts.lengths(maps).sum((1, 2, 3)) / maps.values.norm(dim=1).sum()).tolist()
     try:

@@ -1,4 +1,4 @@
-"""What a suite is: a row of the paper, as arms to be recorded and a report made of their records."""
+"""What a suite is: a row of the paper, as conditions to be recorded and a report made of their records."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import find_world, model_file
 
-from ..bench import FLOOR, ORIGINAL, Bench, Choice, Subject, own_judge
-from ..judge import Judge
+from ..context import ORIGINAL, UNCONDITIONAL, EvalContext, ModelSpec, ModelUnderTest, own_evaluator
+from ..evaluator import Evaluator
 from ..report import Report
-from ..shards import Arm, Table
+from ..shards import Condition, Table
 
 INDEPENDENT = "independent: "  # prefix of the figures of a backbone that took no part in training or sampling
 
@@ -22,27 +22,27 @@ INDEPENDENT = "independent: "  # prefix of the figures of a backbone that took n
 class Suite:
     """count: pictures of the drawn world where the user does not say.
 
-    sampling: arm -> how its pictures are drawn, for results.json. subjects: the arm of a model's originals -> the model
-    under judgement. A suite fills both in its constructor and offers a report.
+    sampling: condition -> how its pictures are drawn, for results.json. tested_models: the condition of a model's originals -> the model
+    under test. A suite fills both in its constructor and offers a report.
     """
 
     name: str
     count = 500
     chooses = True  # whether --best-of counts
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        self.bench, self.args = bench, args
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
+        self.context, self.args = context, args
         self.sampling: dict[str, Sampling] = {}
-        self.subjects: dict[str, Subject] = {}
+        self.tested_models: dict[str, ModelUnderTest] = {}
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Adds the suite's own options, if it has any; all of them are settings of its figures."""
 
-    def arms(self) -> dict[str, Arm]:
+    def conditions(self) -> dict[str, Condition]:
         """A reconstruction for each sampling, and the bounds; other suites say otherwise."""
-        subject = self.subjects[ORIGINAL]
-        return {arm: subject.reconstruction(how) for arm, how in self.sampling.items() if arm != FLOOR} | subject.bounds(self.sampling[FLOOR])
+        tested = self.tested_models[ORIGINAL]
+        return {condition: tested.reconstruction(how) for condition, how in self.sampling.items() if condition != UNCONDITIONAL} | tested.bounds(self.sampling[UNCONDITIONAL])
 
     def report(self, tables: dict[str, Table]) -> Report:
         raise NotImplementedError
@@ -50,66 +50,66 @@ class Suite:
     def afterwards(self) -> None:
         """What is left to do once the report is written."""
 
-    def all_arms(self) -> dict[str, Arm]:
-        """The originals' arms first: the judges' centres come from their records."""
-        return {name: subject.original for name, subject in self.subjects.items()} | self.arms()
+    def all_conditions(self) -> dict[str, Condition]:
+        """The originals' conditions first: the evaluators' centres come from their records."""
+        return {name: tested.original for name, tested in self.tested_models.items()} | self.conditions()
 
     def centre(self, tables: dict[str, Table]) -> None:
-        for name, subject in self.subjects.items():
-            subject.centre(tables[name])
+        for name, tested in self.tested_models.items():
+            tested.centre(tables[name])
 
     def files(self) -> dict[str, Path]:
-        """The weights under judgement."""
-        return {subject.choice.model: model_file(subject.choice.model) for subject in self.subjects.values()}
+        """The weights under test."""
+        return {tested.spec.model: model_file(tested.spec.model) for tested in self.tested_models.values()}
 
     def settings(self) -> dict:
-        return {arm: asdict(how) for arm, how in self.sampling.items()}
+        return {condition: asdict(how) for condition, how in self.sampling.items()}
 
     @property
-    def choice(self) -> Choice:
+    def spec(self) -> ModelSpec:
         """The model of --model."""
         a = self.args
-        return Choice(a.model, a.base, a.backbone_weights, a.backbone)
+        return ModelSpec(a.model, a.base, a.backbone_weights, a.backbone)
 
     @property
     def score(self) -> str:
         """The cosine by which settings are chosen: the unpooled map's, as in the paper, whatever the model inverts."""
-        return "cosine_unpooled" if self.bench.info(self.choice).source.pooled else "cosine"
+        return "cosine_unpooled" if self.context.info(self.spec).source.pooled else "cosine"
 
     def require_own_file(self) -> None:
         """Raises FeatInvError for --write-back to a shipped model."""
         if self.args.write_back and not Path(self.args.model).is_file():
             raise FeatInvError(f"--write-back changes the model's file; {self.args.model} is a shipped model, copy its file and name the copy")
 
-    def one_subject(self, subset: list[int] | None = None) -> Subject:
-        """The model of --model, judged by its own backbone."""
-        judge = own_judge(self.bench, self.choice, subset)
-        subject = Subject(self.bench, self.choice, {"": judge}, self.bench.spaces(self.choice))
-        self.subjects[ORIGINAL] = subject
-        return subject
+    def one_model(self, subset: list[int] | None = None) -> ModelUnderTest:
+        """The model of --model, evaluated by its own backbone."""
+        evaluator = own_evaluator(self.context, self.spec, subset)
+        tested = ModelUnderTest(self.context, self.spec, {"": evaluator}, self.context.spaces(self.spec))
+        self.tested_models[ORIGINAL] = tested
+        return tested
 
     def require_imagenet(self) -> None:
         """Raises FeatInvError for a backbone without ImageNet-1k's classes."""
-        if (classes := self.bench.backbone(self.choice).model.num_classes) != 1000:
+        if (classes := self.context.backbone(self.spec).model.num_classes) != 1000:
             raise FeatInvError(f"suite {self.name} needs a backbone with ImageNet-1k's 1000 classes; {self.args.model}'s has {classes}. Use suite ood")
 
     def title(self) -> str:
-        return f"{self.name}: {self.args.model}, {self.bench.info(self.choice).source.describe()}"
+        return f"{self.name}: {self.args.model}, {self.context.info(self.spec).source.describe()}"
 
 
-def several(args: argparse.Namespace, default: tuple[str, ...]) -> list[Choice]:
+def several(args: argparse.Namespace, default: tuple[str, ...]) -> list[ModelSpec]:
     """The models of --models, each FILE or FILE=BACKBONE with a timm-hub folder; --backbone-weights for those without."""
     pairs = [(text, "", "") if Path(text).is_file() else text.partition("=") for text in args.models or default]
-    return [Choice(file, args.base, None if folder else args.backbone_weights, folder or None) for file, _, folder in pairs]
+    return [ModelSpec(file, args.base, None if folder else args.backbone_weights, folder or None) for file, _, folder in pairs]
 
 
-def independent_name(bench: Bench, choice: Choice) -> str | None:
+def independent_name(context: EvalContext, spec: ModelSpec) -> str | None:
     """The backbone that took no part in a shipped model's training, by its embedded name; None for other models."""
-    info = bench.info(choice)
+    info = context.info(spec)
     world = find_world(info.base["name"])
     return world.independent.get(info.source.backbone) if world else None
 
 
-def independent_judge(bench: Bench, name: str | None) -> dict[str, Judge]:
-    """Its judge, by its last layer; none without a name."""
-    return {INDEPENDENT: Judge(bench.named(name), {"cosine": (LAST, False)})} if name else {}
+def independent_evaluator(context: EvalContext, name: str | None) -> dict[str, Evaluator]:
+    """Its evaluator, by its last layer; none without a name."""
+    return {INDEPENDENT: Evaluator(context.named(name), {"cosine": (LAST, False)})} if name else {}

@@ -16,10 +16,10 @@ from featinv_nodes.worlds import find_world
 
 from ...models import base_model, stable_diffusion
 from ...models.pipeline import sample
-from ..bench import CEILING, FLOOR, ORIGINAL, Bench
-from ..judge import Columns
+from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
+from ..evaluator import Columns
 from ..report import Report, by_measure, figures_of, shown
-from ..shards import Arm, Table
+from ..shards import Condition, Table
 from ..sources import Originals
 from .base import Suite
 
@@ -29,54 +29,54 @@ NAMED = "class name"
 
 
 class Baseline(Suite):
-    """Pictures drawn from the class's name instead of features, judged like reconstructions; and by the class itself."""
+    """Pictures drawn from the class's name instead of features, measured like reconstructions; and by the class itself."""
 
     name = "baseline"
     chooses = False
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        super().__init__(bench, args)
-        self.base = args.base or bench.info(self.choice).base["name"]
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
+        super().__init__(context, args)
+        self.base = args.base or context.info(self.spec).base["name"]
         if find_world(self.base):
-            raise FeatInvError("suite baseline needs a base model that reads text; those of the worlds read none. The nearest to it is the floor of suite quality")
+            raise FeatInvError("suite baseline needs a base model that reads text; those of the worlds read none. The nearest to it is the unconditional baseline of suite quality")
         self.require_imagenet()
-        unnamed = [n for n, c in zip(bench.source.names, bench.source.classes) if c not in bench.source.labels]
+        unnamed = [n for n, c in zip(context.source.names, context.source.classes) if c not in context.source.labels]
         if unnamed:
             raise FeatInvError(f"suite baseline needs ImageNet's layout, a folder per synset; {len(unnamed)} pictures have none, {unnamed[0]} the first")
-        self.subject = self.one_subject()
-        self.sampling = {NAMED: bench.sampling(self.choice), FLOOR: bench.sampling(self.choice)}
+        self.tested = self.one_model()
+        self.sampling = {NAMED: context.sampling(self.spec), UNCONDITIONAL: context.sampling(self.spec)}
         self.numbers = {name: k for k, name in enumerate(ImageNetInfo().label_names())}
         self._text: dict[str, Tensor] = {}
 
     def text(self, synset: str) -> Tensor:
         """[1, T, D] the embedding of a class's prompt; those of all classes are made the first time."""
         if not self._text:
-            labels, above = self.bench.source.labels, superclasses()
+            labels, above = self.context.source.labels, superclasses()
             found = embeddings(self.base, [PROMPT.format(labels[s].split(",")[0], above[s]) for s in labels])
             self._text = dict(zip(labels, found.split(1)))
         return self._text[synset]
 
     def named(self, originals: Originals) -> Columns:
-        opened = self.bench.open(self.choice)
-        base, framed = opened.base, originals.framed(self.subject.backbone)
+        opened = self.context.open(self.spec)
+        base, framed = opened.base, originals.framed(self.tested.backbone)
         own = torch.cat([self.text(c) for c in originals.classes]).to(base.unet.device)
         known, base.text = base.text, base.text | {NAMED: own}
-        latents = sample(base, None, None, self.subject.start(originals), self.sampling[NAMED], NAMED)
+        latents = sample(base, None, None, self.tested.start(originals), self.sampling[NAMED], NAMED)
         base.text = known
         drawn = base.decode(latents).cpu()
-        logits = self.subject.backbone.logits(self.subject.backbone.extract(self.subject.backbone.frame(drawn, "stretch"), LAST)).cpu()
+        logits = self.tested.backbone.logits(self.tested.backbone.extract(self.tested.backbone.frame(drawn, "stretch"), LAST)).cpu()
         wanted = torch.nn.functional.one_hot(torch.tensor([self.numbers[c] for c in originals.classes]), logits.shape[1])
         accuracy = {f"top{k}_accuracy": top_k_match(wanted, logits, k).float() for k in (1, 5)}
-        return self.subject.measure(framed, drawn, originals.single) | accuracy
+        return self.tested.measure(framed, drawn, originals.single) | accuracy
 
-    def arms(self) -> dict[str, Arm]:
-        return {NAMED: self.named, **self.subject.bounds(self.sampling[FLOOR])}
+    def conditions(self) -> dict[str, Condition]:
+        return {NAMED: self.named, **self.tested.bounds(self.sampling[UNCONDITIONAL])}
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (NAMED, FLOOR, CEILING)}
-        grid = by_measure("Pictures drawn from the class's name", figures, [FLOOR, NAMED, CEILING])
+        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (NAMED, UNCONDITIONAL, ROUND_TRIP)}
+        grid = by_measure("Pictures drawn from the class's name", figures, [UNCONDITIONAL, NAMED, ROUND_TRIP])
         lines = [f'Prompt: "{PROMPT.format("CLASS", "SUPERCLASS")}", by WordNet. Paper, Table 3: top-5 (top-1) accuracy 88 to 93 % (65 to 72 %).']
-        return Report(self.title(), figures, [grid], lines, panels={"panel.png": shown(tables, [ORIGINAL, NAMED, CEILING, FLOOR], self.title())})
+        return Report(self.title(), figures, [grid], lines, panels={"panel.png": shown(tables, [ORIGINAL, NAMED, ROUND_TRIP, UNCONDITIONAL], self.title())})
 
 
 def superclasses() -> dict[str, str]:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from featinv_nodes.core.feature_map import FeatInvError
 
-from ..bench import CEILING, FLOOR, ORIGINAL, Bench
-from ..judge import Columns
-from ..report import Report, by_arm, figures_of, set_measures, shown
-from ..shards import Arm, Table
+from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
+from ..evaluator import Columns
+from ..report import Report, by_condition, figures_of, set_measures, shown
+from ..shards import Condition, Table
 from ..sources import Originals
 from .base import Suite
 
@@ -30,49 +30,49 @@ SMALLEST = 32  # pixels per side that the corruptions can be applied to
 
 
 class Corruptions(Suite):
-    """Reconstructions of corrupted pictures, judged by the corrupted pictures that they were drawn from."""
+    """Reconstructions of corrupted pictures, compared with the corrupted pictures that they were drawn from."""
 
     name = "corruptions"
     chooses = False
     count = 32
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        super().__init__(bench, args)
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
+        super().__init__(context, args)
         self.library = library()
-        self.subject, how = self.one_subject(), bench.sampling(self.choice)
-        if min(self.subject.backbone.input_size) < SMALLEST:
-            raise FeatInvError(f"suite corruptions needs pictures of {SMALLEST} pixels a side or more; the backbone reads {self.subject.backbone.input_size}")
+        self.tested, how = self.one_model(), context.sampling(self.spec)
+        if min(self.tested.backbone.input_size) < SMALLEST:
+            raise FeatInvError(f"suite corruptions needs pictures of {SMALLEST} pixels a side or more; the backbone reads {self.tested.backbone.input_size}")
         self.kinds = {f"{name} {level}": (name, level) for name, level in product(args.corruptions, sorted(set(args.levels)))}
-        self.sampling = dict.fromkeys([CLEAN, *self.kinds, FLOOR], how)
+        self.sampling = dict.fromkeys([CLEAN, *self.kinds, UNCONDITIONAL], how)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--corruptions", nargs="+", choices=CORRUPTIONS, default=list(CORRUPTIONS), metavar="NAME", help="which of the 19 (default: all)")
         parser.add_argument("--levels", type=int, nargs="+", choices=range(1, 6), default=[1, 5], help="severity, 1 to 5")
 
-    def corrupted(self, kind: str) -> Arm:
+    def corrupted(self, kind: str) -> Condition:
         name, level = self.kinds[kind]
 
-        def arm(originals: Originals) -> Columns:
-            framed = originals.framed(self.subject.backbone)
-            spoilt = torch.stack([corrupt(self.library, x, name, level, n + self.bench.seed) for x, n in zip(framed, originals.numbers)])
-            drawn = self.subject.draw(spoilt, self.sampling[kind], self.subject.start(originals))
-            columns = self.subject.measure(spoilt, drawn, originals.single)
-            reference = {key.replace("vectors/", "reference/"): values for key, values in self.subject.vectors(spoilt).items()}
+        def condition(originals: Originals) -> Columns:
+            framed = originals.framed(self.tested.backbone)
+            spoilt = torch.stack([corrupt(self.library, x, name, level, n + self.context.seed) for x, n in zip(framed, originals.numbers)])
+            drawn = self.tested.draw(spoilt, self.sampling[kind], self.tested.start(originals))
+            columns = self.tested.measure(spoilt, drawn, originals.single)
+            reference = {key.replace("vectors/", "reference/"): values for key, values in self.tested.vectors(spoilt).items()}
             return columns | reference | {"pictures": torch.stack([spoilt.cpu(), at_size(drawn, spoilt)], 1)}
 
-        return arm
+        return condition
 
-    def arms(self) -> dict[str, Arm]:
-        clean = {CLEAN: self.subject.reconstruction(self.sampling[CLEAN])}
-        return clean | {kind: self.corrupted(kind) for kind in self.kinds} | self.subject.bounds(self.sampling[FLOOR])
+    def conditions(self) -> dict[str, Condition]:
+        clean = {CLEAN: self.tested.reconstruction(self.sampling[CLEAN])}
+        return clean | {kind: self.corrupted(kind) for kind in self.kinds} | self.tested.bounds(self.sampling[UNCONDITIONAL])
 
     def report(self, tables: dict[str, Table]) -> Report:
-        arms = [FLOOR, CLEAN, *self.kinds, CEILING]
-        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in arms}
+        conditions = [UNCONDITIONAL, CLEAN, *self.kinds, ROUND_TRIP]
+        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in conditions}
         names = ["cosine", "cosine_unpooled", "top1_match", "top5_match", *set_measures(figures[CLEAN])]
-        grid = by_arm("Corruptions by level (paper Figs. 15 to 18)", figures, arms, names, "corruption and level")
-        lines = ["Every figure of a corruption compares with the corrupted pictures, floor, ceiling and clean with the originals."]
+        grid = by_condition("Corruptions by level (paper Figs. 15 to 18)", figures, conditions, names, "corruption and level")
+        lines = ["Every figure of a corruption compares with the corrupted pictures; unconditional, round trip and clean with the originals."]
         pairs = {}
         for kind in self.kinds:  # its corrupted pictures above its reconstructions, as in Figs. 19 to 23
             table = tables[kind]

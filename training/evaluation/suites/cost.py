@@ -15,11 +15,11 @@ from featinv_nodes.worlds import model_file
 
 from ...models.inversion import Opened
 from ...speed.real_size import gmac_of
-from ..bench import CEILING, FLOOR, ORIGINAL, Bench
+from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..report import Figures, Grid, Report, cell, figures_of, shown
 from ..shards import Table
 from .base import Suite
-from .guidances import PAPER, PAPERS_OWN, extra_measures, judged_twice
+from .guidances import PAPER, PAPERS_OWN, evaluated_by_two, extra_measures
 from .sweep import recommend
 
 REFERENCE = "ddim", 50
@@ -28,23 +28,23 @@ COLOURS = {"ddim": (38, 34, 98), "dpmpp_2m": (200, 80, 30), "unipc": (30, 140, 9
 
 
 class Cost(Suite):
-    """An arm per solver and number of steps without guidance by the gradient, and per number of last steps with it, all
+    """A condition per solver and number of steps without guidance by the gradient, and per number of last steps with it, all
     else as the weights file recommends; same pictures, same noise."""
 
     name = "cost"
     count = 100
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        super().__init__(bench, args)
-        self.subject = judged_twice(self)
-        own = bench.sampling(self.choice)
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
+        super().__init__(context, args)
+        self.tested = evaluated_by_two(self)
+        own = context.sampling(self.spec)
         chosen = [*product(SOLVERS, sorted(set(args.solver_steps))), REFERENCE, (own.solver, own.steps)]
-        self.tried = {f"{solver}, {steps} steps": bench.sampling(self.choice, solver=solver, steps=steps, gradient=0.0) for solver, steps in chosen}
+        self.tried = {f"{solver}, {steps} steps": context.sampling(self.spec, solver=solver, steps=steps, gradient=0.0) for solver, steps in chosen}
         self.tried |= {
-            f"{own.solver}, {own.steps} steps, gradient in the last {last}": bench.sampling(self.choice, gradient=own.gradient or STEP, gradient_steps=last)
+            f"{own.solver}, {own.steps} steps, gradient in the last {last}": context.sampling(self.spec, gradient=own.gradient or STEP, gradient_steps=last)
             for last in sorted(set(args.gradient_last))
         }
-        self.sampling = self.tried | {PAPER: PAPERS_OWN, FLOOR: PAPERS_OWN}
+        self.sampling = self.tried | {PAPER: PAPERS_OWN, UNCONDITIONAL: PAPERS_OWN}
         self.require_own_file()
 
     @staticmethod
@@ -53,14 +53,14 @@ class Cost(Suite):
         parser.add_argument("--gradient-last", type=int, nargs="+", default=[3, 5, 10], help="numbers of last steps with guidance by the gradient")
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.sampling, CEILING)}
+        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (*self.sampling, ROUND_TRIP)}
         drawn = [*self.tried, PAPER]
-        opened = self.bench.open(self.choice)
-        costs = {arm: {"evaluations": self.sampling[arm].evaluations, "gmac": drawing_gmac(opened, self.sampling[arm])} for arm in drawn}
-        best, cheapest = choose({arm: figures[arm][self.score] for arm in self.tried}, {arm: cost["gmac"] for arm, cost in costs.items()})
+        opened = self.context.open(self.spec)
+        costs = {condition: {"evaluations": self.sampling[condition].evaluations, "gmac": drawing_gmac(opened, self.sampling[condition])} for condition in drawn}
+        best, cheapest = choose({condition: figures[condition][self.score] for condition in self.tried}, {condition: cost["gmac"] for condition, cost in costs.items()})
         measures = [self.score, *extra_measures(figures[PAPER])]
-        rows = [[arm, str(costs[arm]["evaluations"]), f"{costs[arm]['gmac']:.1f}", *(cell(figures[arm], name) for name in measures)] for arm in drawn]
-        rows += [[arm, "", "", *(cell(figures[arm], name) for name in measures)] for arm in (FLOOR, CEILING)]
+        rows = [[condition, str(costs[condition]["evaluations"]), f"{costs[condition]['gmac']:.1f}", *(cell(figures[condition], name) for name in measures)] for condition in drawn]
+        rows += [[condition, "", "", *(cell(figures[condition], name) for name in measures)] for condition in (UNCONDITIONAL, ROUND_TRIP)]
         lines = [
             "Evaluations of the steered model for a picture, each branch of guidance one; GMAC of drawing it with one map, decoding included.",
             f"Highest {self.score}: {best}. The cheapest within its interval: {cheapest}, {costs[cheapest]['gmac']:.1f} GMAC instead of "
@@ -70,21 +70,21 @@ class Cost(Suite):
             self.cheapest = cheapest
             lines.append(f"{self.args.model} now recommends {cheapest}.")
         panels = {"cost.png": self.curve(figures, costs)}
-        panels["panel.png"] = shown(tables, list(dict.fromkeys([ORIGINAL, best, cheapest, PAPER, CEILING, FLOOR])), self.title(), self.score)
+        panels["panel.png"] = shown(tables, list(dict.fromkeys([ORIGINAL, best, cheapest, PAPER, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)
         grid = Grid("Cost and faithfulness", ["setting", "evaluations", "GMAC", *measures], rows)
         return Report(self.title(), figures, [grid], lines, {"costs": costs, "best": best, "recommended": cheapest}, panels)
 
     def afterwards(self) -> None:
-        """Makes the cheapest arm's sampling the recommended one, where it differs from it."""
+        """Makes the cheapest condition's sampling the recommended one, where it differs from it."""
         if self.args.write_back:
-            recommended, chosen = (asdict(how) for how in (Sampling(**self.bench.info(self.choice).recommended), self.sampling[self.cheapest]))
+            recommended, chosen = (asdict(how) for how in (Sampling(**self.context.info(self.spec).recommended), self.sampling[self.cheapest]))
             recommend(model_file(self.args.model), **{name: value for name, value in chosen.items() if value != recommended[name]})
 
     def curve(self, figures: dict[str, Figures], costs: dict[str, dict]) -> Image.Image:
         """Cosine with its interval against GMAC, a line per solver, and one for the gradient."""
         lines: dict[str, list] = {name: [] for name in COLOURS}
-        for arm, how in self.tried.items():
-            lines[GUIDED if how.gradient else how.solver].append((costs[arm]["gmac"], figures[arm][self.score]))
+        for condition, how in self.tried.items():
+            lines[GUIDED if how.gradient else how.solver].append((costs[condition]["gmac"], figures[condition][self.score]))
         return curves(lines, (costs[PAPER]["gmac"], figures[PAPER][self.score]), f"{self.score} against cost, {self.args.model}")
 
 
@@ -98,9 +98,9 @@ def drawing_gmac(opened: Opened, how: Sampling) -> float:
 def choose(scores: dict[str, dict], costs: dict[str, float]) -> tuple[str, str]:
     """(the setting of the highest score, the cheapest one whose score lies within that one's interval; of equally cheap
     ones the better)."""
-    best = max(scores, key=lambda arm: scores[arm]["value"])
-    close = [arm for arm in scores if scores[arm]["value"] >= scores[best]["low"]]
-    return best, min(close, key=lambda arm: (costs[arm], -scores[arm]["value"]))
+    best = max(scores, key=lambda condition: scores[condition]["value"])
+    close = [condition for condition in scores if scores[condition]["value"] >= scores[best]["low"]]
+    return best, min(close, key=lambda condition: (costs[condition], -scores[condition]["value"]))
 
 
 def curves(lines: dict[str, list[tuple[float, dict]]], reference: tuple[float, dict], heading: str) -> Image.Image:

@@ -9,29 +9,29 @@ import torch
 
 from featinv_nodes.core.sampling import Sampling
 
-from ..bench import CEILING, FLOOR, ORIGINAL, Bench, Subject
-from ..report import Report, by_arm, figures_of, heat_map, set_measures, shown
+from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelUnderTest
+from ..report import Report, by_condition, figures_of, heat_map, set_measures, shown
 from ..shards import Table
-from .base import INDEPENDENT, Suite, independent_judge, independent_name
+from .base import INDEPENDENT, Suite, independent_evaluator, independent_name
 
 PAPER = "the paper's sampling"
 PAPERS_OWN = Sampling(50, 1.0, 1.75, "text")  # Sec. 4.1
 
 
 class Guidances(Suite):
-    """An arm per pair of scales, and per scale against the same features without text; same pictures, same noise."""
+    """A condition per pair of scales, and per scale against the same features without text; same pictures, same noise."""
 
     name = "guidances"
     count = 100
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        super().__init__(bench, args)
-        self.subject = judged_twice(self)
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
+        super().__init__(context, args)
+        self.tested = evaluated_by_two(self)
         self.features, self.texts = sorted(set(args.guidances)), sorted(set(args.text_guidances))
-        self.apart = {pair(f, t): bench.sampling(self.choice, guidance=f, text_guidance=t, negative="features") for f, t in product(self.features, self.texts)}
-        recommended, changes = bench.info(self.choice).recommended, bench.changes | {"text_guidance": None, "negative": "text"}
+        self.apart = {pair(f, t): context.sampling(self.spec, guidance=f, text_guidance=t, negative="features") for f, t in product(self.features, self.texts)}
+        recommended, changes = context.info(self.spec).recommended, context.changes | {"text_guidance": None, "negative": "text"}
         self.joint = {f"against text={g:g}": Sampling.chosen(recommended, changes | {"guidance": g}) for g in self.features if g != 1}
-        self.sampling = self.apart | self.joint | {PAPER: PAPERS_OWN, FLOOR: PAPERS_OWN}
+        self.sampling = self.apart | self.joint | {PAPER: PAPERS_OWN, UNCONDITIONAL: PAPERS_OWN}
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,18 +40,18 @@ class Guidances(Suite):
                             "(default in an embedded world: the one it names)")  # fmt: skip
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.sampling, CEILING)}
+        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (*self.sampling, ROUND_TRIP)}
         tried, measures = [*self.apart, *self.joint], [self.score, *extra_measures(figures[PAPER])]
-        best = {name: (min if name.startswith("kid") else max)(tried, key=lambda arm: figures[arm][name]["value"]) for name in measures}
-        panels = {"panel.png": shown(tables, list(dict.fromkeys([ORIGINAL, *best.values(), PAPER, CEILING, FLOOR])), self.title(), self.score)}
+        best = {name: (min if name.startswith("kid") else max)(tried, key=lambda condition: figures[condition][name]["value"]) for name in measures}
+        panels = {"panel.png": shown(tables, list(dict.fromkeys([ORIGINAL, *best.values(), PAPER, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)}
         for name in measures:
             values = torch.tensor([[figures[pair(f, t)][name]["value"] for t in self.texts] for f in self.features])
             labels = [f"features {f:g}" for f in self.features], [f"text {t:g}" for t in self.texts]
             digits = 4 if name.startswith("kid") else 3
             panels[f"{name.split(' (')[0].replace(': ', '_')}.png"] = heat_map(values, *labels, f"{name}, {self.args.model}", digits)
-        lines = [f"Best {name}: {arm} ({figures[arm][name]['value']:.4f}; {PAPER} {figures[PAPER][name]['value']:.4f})." for name, arm in best.items()]
+        lines = [f"Best {name}: {condition} ({figures[condition][name]['value']:.4f}; {PAPER} {figures[PAPER][name]['value']:.4f})." for name, condition in best.items()]
         lines.append(f"The best of {len(tried)} settings on these pictures: their figures are too favourable; measure the chosen one on others.")
-        grid = by_arm("All settings", figures, [FLOOR, PAPER, *tried, CEILING], [self.score, f"{INDEPENDENT}cosine", "top1_match", *set_measures(figures[FLOOR])], "setting")
+        grid = by_condition("All settings", figures, [UNCONDITIONAL, PAPER, *tried, ROUND_TRIP], [self.score, f"{INDEPENDENT}cosine", "top1_match", *set_measures(figures[UNCONDITIONAL])], "setting")
         return Report(self.title(), figures, [grid], lines, {"best": best}, panels)
 
 
@@ -59,11 +59,11 @@ def pair(features: float, text: float) -> str:
     return f"features={features:g}, text={text:g}"
 
 
-def judged_twice(suite: Suite) -> Subject:
-    """The model of --model, judged by its own backbone and by one that took no part, where there is one."""
-    subject = suite.one_subject()
-    subject.judges |= independent_judge(suite.bench, suite.args.independent or independent_name(suite.bench, suite.choice))
-    return subject
+def evaluated_by_two(suite: Suite) -> ModelUnderTest:
+    """The model of --model, evaluated by its own backbone and by one that took no part, where there is one."""
+    tested = suite.one_model()
+    tested.evaluators |= independent_evaluator(suite.context, suite.args.independent or independent_name(suite.context, suite.spec))
+    return tested
 
 
 def extra_measures(figures: dict) -> list[str]:

@@ -11,10 +11,10 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 
-from ..bench import CEILING, FLOOR, ORIGINAL, Bench
-from ..judge import Columns
-from ..report import Report, by_arm, by_measure, figures_of, shown
-from ..shards import Arm, Table
+from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
+from ..evaluator import Columns
+from ..report import Report, by_condition, by_measure, figures_of, shown
+from ..shards import Condition, Table
 from ..sources import Originals, read
 from .base import Suite
 
@@ -28,14 +28,14 @@ class Mixing(Suite):
     chooses = False
     count = 32
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        super().__init__(bench, args)
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
+        super().__init__(context, args)
         if not all(0 <= w <= 1 for w in args.weights):
             raise FeatInvError(f"--weights {args.weights}: expected shares between 0 and 1")
-        self.subject, how = self.one_subject(), bench.sampling(self.choice)
+        self.tested, how = self.one_model(), context.sampling(self.spec)
         self.weights = {f"weight={w:g}": w for w in sorted(set(args.weights))}
-        self.pooled = bench.info(self.choice).source.pooled
-        self.sampling = dict.fromkeys([*self.weights, *([] if self.pooled else [COMPOSED]), FLOOR], how)
+        self.pooled = context.info(self.spec).source.pooled
+        self.sampling = dict.fromkeys([*self.weights, *([] if self.pooled else [COMPOSED]), UNCONDITIONAL], how)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,35 +43,35 @@ class Mixing(Suite):
 
     def partners(self, originals: Originals) -> Originals:
         """The next picture of each that can be read, whatever the batch."""
-        found, count = [], len(self.bench.source.names)
+        found, count = [], len(self.context.source.names)
         for number in originals.numbers:
             for step in range(1, count + 1):
-                other, _ = read(self.bench.source, [(number + step) % count])
+                other, _ = read(self.context.source, [(number + step) % count])
                 if other.numbers:
                     found.append(other)
                     break
         return Originals(*(sum((getattr(o, name) for o in found), []) for name in ("numbers", "pictures", "classes")), torch.cat([o.single for o in found]))
 
-    def interpolated(self, weight: float) -> Arm:
+    def interpolated(self, weight: float) -> Condition:
         """Column "cosine": of the picture's map with the combined one that it was drawn from."""
 
-        def arm(originals: Originals) -> Columns:
-            opened = self.bench.open(self.choice)
-            first, second = (opened.features(o.framed(self.subject.backbone)) for o in (originals, self.partners(originals)))
+        def condition(originals: Originals) -> Columns:
+            opened = self.context.open(self.spec)
+            first, second = (opened.features(o.framed(self.tested.backbone)) for o in (originals, self.partners(originals)))
             wanted = interpolate([first, second], [1 - weight, weight])
-            drawn = opened.draw(wanted, self.sampling[f"weight={weight:g}"], self.subject.start(originals), len(wanted))
+            drawn = opened.draw(wanted, self.sampling[f"weight={weight:g}"], self.tested.start(originals), len(wanted))
             return {"cosine": opened.score(wanted, drawn).cpu(), "pictures": drawn}
 
-        return arm
+        return condition
 
     def composed(self, originals: Originals) -> Columns:
         """The partner's map in the middle quarter, the picture's own around it. Columns: cosine with the composed map, in
         the whole and by region; and with the other picture's map in each region, for comparison."""
-        opened = self.bench.open(self.choice)
-        framed, others = originals.framed(self.subject.backbone), self.partners(originals).framed(self.subject.backbone)
+        opened = self.context.open(self.spec)
+        framed, others = originals.framed(self.tested.backbone), self.partners(originals).framed(self.tested.backbone)
         outer, inner, mask = opened.features(framed), opened.features(others), middle(framed)
-        drawn = opened.draw(compose(inner, outer, mask), self.sampling[COMPOSED], self.subject.start(originals), len(framed))
-        seen, inside = opened.see(drawn), at_grid(mask, outer.source.grid)[0, 0].bool()
+        drawn = opened.draw(compose(inner, outer, mask), self.sampling[COMPOSED], self.tested.start(originals), len(framed))
+        seen, inside = opened.extract(drawn), at_grid(mask, outer.source.grid)[0, 0].bool()
         to_inner, to_outer = (cosine_per_location(other, seen).cpu() for other in (inner, outer))
         whole = to_inner.where(inside, to_outer)
         found = {
@@ -80,19 +80,19 @@ class Mixing(Suite):
         }  # fmt: skip
         return found | {"pictures": drawn}
 
-    def arms(self) -> dict[str, Arm]:
-        found: dict[str, Arm] = {name: self.interpolated(weight) for name, weight in self.weights.items()}
-        return found | ({} if self.pooled else {COMPOSED: self.composed}) | self.subject.bounds(self.sampling[FLOOR])
+    def conditions(self) -> dict[str, Condition]:
+        found: dict[str, Condition] = {name: self.interpolated(weight) for name, weight in self.weights.items()}
+        return found | ({} if self.pooled else {COMPOSED: self.composed}) | self.tested.bounds(self.sampling[UNCONDITIONAL])
 
     def report(self, tables: dict[str, Table]) -> Report:
-        arms = [arm for arm in tables if arm != ORIGINAL]
-        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in arms}
+        conditions = [condition for condition in tables if condition != ORIGINAL]
+        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in conditions}
         title = "Along the interpolation: cosine with the combined map (paper Fig. 7)"
-        grids = [by_arm(title, figures, [FLOOR, *self.weights, CEILING], ["cosine"], "share of the second map")]
+        grids = [by_condition(title, figures, [UNCONDITIONAL, *self.weights, ROUND_TRIP], ["cosine"], "share of the second map")]
         if not self.pooled:
             grids.append(by_measure("The next picture's map in the middle quarter (Fig. 8)", figures, [COMPOSED]))
         lines = ["Pooled maps have no locations to compose."] if self.pooled else []
-        rows = [ORIGINAL, *self.weights, *([] if self.pooled else [COMPOSED]), CEILING, FLOOR]
+        rows = [ORIGINAL, *self.weights, *([] if self.pooled else [COMPOSED]), ROUND_TRIP, UNCONDITIONAL]
         return Report(self.title(), figures, grids, lines, panels={"panel.png": shown(tables, rows, self.title())})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import timm
 
 from .. import paper
-from ..bench import CEILING, FLOOR, ORIGINAL, Bench
+from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..report import Report, by_measure, figures_of, shown
 from ..shards import Table
 from .base import Suite
@@ -17,26 +17,26 @@ RECONSTRUCTION = "reconstruction"
 
 
 class Quality(Suite):
-    """Reconstruction beside floor and ceiling, by the model's own backbone."""
+    """Reconstruction beside the unconditional baseline and the round trip, by the model's own backbone."""
 
     name = "quality"
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        super().__init__(bench, args)
-        self.subject = self.one_subject(self.subset())
-        self.sampling = {RECONSTRUCTION: bench.sampling(self.choice), FLOOR: bench.sampling(self.choice)}
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
+        super().__init__(context, args)
+        self.tested = self.one_model(self.subset())
+        self.sampling = {RECONSTRUCTION: context.sampling(self.spec), UNCONDITIONAL: context.sampling(self.spec)}
 
     def subset(self) -> list[int] | None:
         """The classes that count for the match, None for all."""
         return None
 
     def report(self, tables: dict[str, Table]) -> Report:
-        columns = [FLOOR, RECONSTRUCTION, CEILING]
-        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (RECONSTRUCTION, FLOOR, CEILING)}
+        columns = [UNCONDITIONAL, RECONSTRUCTION, ROUND_TRIP]
+        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (RECONSTRUCTION, UNCONDITIONAL, ROUND_TRIP)}
         way = gap_closed(figures)
-        source = self.bench.info(self.choice).source
-        lines = [f"Cosine: {way:.1%} of the way from floor to ceiling.", paper.beside(source.backbone, source.layer, source.pooled)]
-        panel = shown(tables, [ORIGINAL, RECONSTRUCTION, CEILING, FLOOR], self.title())
+        source = self.context.info(self.spec).source
+        lines = [f"Cosine: {way:.1%} of the way from the unconditional baseline to the round trip.", paper.beside(source.backbone, source.layer, source.pooled)]
+        panel = shown(tables, [ORIGINAL, RECONSTRUCTION, ROUND_TRIP, UNCONDITIONAL], self.title())
         return Report(
             self.title(), figures, [by_measure("Faithfulness", figures, columns)], [line for line in lines if line], {"gap_closed": way}, {"panel.png": panel}
         )
@@ -59,6 +59,6 @@ class NaturalAdversarial(Quality):
 
 
 def gap_closed(results: dict, name: str = "cosine") -> float:
-    """How far the reconstruction comes on the way from floor (0) to ceiling (1)."""
-    low, mid, high = (results[k][name]["value"] for k in (FLOOR, RECONSTRUCTION, CEILING))
+    """How far the reconstruction comes on the way from the unconditional baseline (0) to the round trip (1)."""
+    low, mid, high = (results[k][name]["value"] for k in (UNCONDITIONAL, RECONSTRUCTION, ROUND_TRIP))
     return (mid - low) / (high - low)

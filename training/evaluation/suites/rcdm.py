@@ -12,11 +12,11 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import open_backbone
 
-from ..bench import CEILING, FLOOR, Bench, Choice
-from ..judge import Columns, Judge
+from ..context import ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec
+from ..evaluator import Columns, Evaluator
 from ..rcdm import EMBEDDED, load_rcdm
-from ..report import Report, by_arm, set_measures, shown
-from ..shards import Arm, Table
+from ..report import Report, by_condition, set_measures, shown
+from ..shards import Condition, Table
 from ..sources import Originals
 from ..spaces import Scaled
 from .models import Several
@@ -31,22 +31,22 @@ class BesideRCDM(Several):
     name, count, fewest = "rcdm", 500, 1
     default = ("tiny_cnn_pooled", "tiny_cnn_last")
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
         self.file = Path(args.rcdm or EMBEDDED)
         if not args.rcdm and not self.file.is_file():
             raise FeatInvError("the drawn world's RCDM is not shipped: python training/make_world.py drawn --stage rcdm makes it, or name a checkpoint with --rcdm")
-        self.rcdm = load_rcdm(self.file).to(bench.device)
-        super().__init__(bench, args)
-        for name, choice in self.models.items():
-            self.require_fitting(name, choice)
-        sources = [bench.info(choice).source for choice in self.models.values()]
+        self.rcdm = load_rcdm(self.file).to(context.device)
+        super().__init__(context, args)
+        for name, spec in self.models.items():
+            self.require_fitting(name, spec)
+        sources = [context.info(spec).source for spec in self.models.values()]
         if len({(source.backbone, source.input_size) for source in sources}) > 1:
             raise FeatInvError("suite rcdm compares models of one backbone; use cross-model for several")
-        choice, side = self.first.choice, self.rcdm.resolution
-        small = open_backbone(choice.backbone or self.first.backbone.name, choice.backbone_weights, side).to(bench.device)
-        for subject in self.subjects.values():
-            subject.judges |= {NATIVE: Judge(small, COMPARED)}
-            subject.spaces = [*self.spaces, *(Scaled(space, side) for space in self.spaces)]
+        spec, side = self.first.spec, self.rcdm.resolution
+        small = open_backbone(spec.backbone or self.first.backbone.name, spec.backbone_weights, side).to(context.device)
+        for tested in self.tested_models.values():
+            tested.evaluators |= {NATIVE: Evaluator(small, COMPARED)}
+            tested.spaces = [*self.spaces, *(Scaled(space, side) for space in self.spaces)]
         self.sampling[COMPETITOR] = Sampling(self.rcdm.steps if args.rcdm_steps is None else args.rcdm_steps, 1.0, 1.0)
 
     @staticmethod
@@ -54,45 +54,45 @@ class BesideRCDM(Several):
         parser.add_argument("--rcdm", help="published checkpoint, as rcdm_ema_supervised.pt (default: the one that make_world.py drawn --stage rcdm makes)")
         parser.add_argument("--rcdm-steps", type=int, help="its DDIM steps (default: 100, that one 50)")
 
-    def chosen(self) -> dict[str, Choice]:
+    def chosen(self) -> dict[str, ModelSpec]:
         """--models, or --model alone; beside the embedded RCDM both shipped models of its features."""
         embedded = not self.args.rcdm and self.args.model in self.default
-        return super().chosen() if self.args.models or embedded else {self.args.model: self.choice}
+        return super().chosen() if self.args.models or embedded else {self.args.model: self.spec}
 
-    def require_fitting(self, name: str, choice: Choice) -> None:
+    def require_fitting(self, name: str, spec: ModelSpec) -> None:
         """Raises FeatInvError for a model of other features than RCDM's."""
-        source, own = self.bench.info(choice).source, self.rcdm.source
+        source, own = self.context.info(spec).source, self.rcdm.source
         if source.layer != LAST or source.channels != self.rcdm.channels or own and (own.backbone, own.input_size) != (source.backbone, source.input_size):
             reads = f"{own.backbone}'s vectors" if own else "vectors"
             hint = "" if self.args.rcdm else "; give --rcdm FILE, a checkpoint for these features"
             raise FeatInvError(f"RCDM {self.file} reads {reads} of {self.rcdm.channels} channels of the last layer; {name} inverts {source.describe()}{hint}")
 
-    def judges(self, choice: Choice) -> dict[str, Judge]:
-        return {"": Judge(self.bench.backbone(choice), COMPARED)}
+    def evaluators(self, spec: ModelSpec) -> dict[str, Evaluator]:
+        return {"": Evaluator(self.context.backbone(spec), COMPARED)}
 
     def files(self) -> dict[str, Path]:
         return super().files() | {"rcdm": self.file}
 
     def competitor(self, originals: Originals) -> Columns:
         framed, side = originals.framed(self.first.backbone), self.rcdm.resolution
-        seeds = [torch.Generator().manual_seed(n + self.bench.seed) for n in originals.numbers]
+        seeds = [torch.Generator().manual_seed(n + self.context.seed) for n in originals.numbers]
         noise = torch.cat([torch.randn(1, 3, side, side, generator=seed) for seed in seeds])
         drawn = self.rcdm.sample(self.rcdm.vectors(self.first.backbone, framed), noise, self.sampling[COMPETITOR].steps)
         return self.first.measure(framed, drawn, originals.single)
 
-    def arms(self) -> dict[str, Arm]:
-        return {COMPETITOR: self.competitor} | super().arms()
+    def conditions(self) -> dict[str, Condition]:
+        return {COMPETITOR: self.competitor} | super().conditions()
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures, arms, side = self.figures(tables), [FLOOR, COMPETITOR, *self.models, CEILING], self.rcdm.resolution
-        sets = {small: [name for name in set_measures(figures[FLOOR]) if (f"at {side} pixels" in name) == small] for small in (False, True)}
+        figures, conditions, side = self.figures(tables), [UNCONDITIONAL, COMPETITOR, *self.models, ROUND_TRIP], self.rcdm.resolution
+        sets = {small: [name for name in set_measures(figures[UNCONDITIONAL]) if (f"at {side} pixels" in name) == small] for small in (False, True)}
         measures = ("cosine", "cosine_pooled", "top5_match", "top1_match")
         grids = [
-            by_arm("At the backbone's resolution (paper Table 4)", figures, arms, [*measures, *sets[False]], "model"),
-            by_arm(f"Both pictures scaled to {side} pixels, RCDM's own", figures, arms, [*(NATIVE + name for name in measures), *sets[True]], "model"),
+            by_condition("At the backbone's resolution (paper Table 4)", figures, conditions, [*measures, *sets[False]], "model"),
+            by_condition(f"Both pictures scaled to {side} pixels, RCDM's own", figures, conditions, [*(NATIVE + name for name in measures), *sets[True]], "model"),
         ]
         lines = ["The paper, for ResNet50: RCDM cosine 0.29 at 128 pixels and 0.16 at 224, FID 13.02 and 28.26; FeatInv 0.46 and 11.49, pooled 0.12 and 31.64."]
-        panel = shown(tables, [next(iter(self.subjects)), COMPETITOR, *self.models, CEILING, FLOOR], self.title())
+        panel = shown(tables, [next(iter(self.tested_models)), COMPETITOR, *self.models, ROUND_TRIP, UNCONDITIONAL], self.title())
         return Report(self.title(), figures, grids, lines, panels={"panel.png": panel})
 
     def title(self) -> str:

@@ -13,24 +13,24 @@ from featinv_nodes.core.files import read_metadata, read_tensors, write_safetens
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file
 
-from ..bench import CEILING, FLOOR, ORIGINAL, Bench
-from ..report import Report, by_arm, figures_of, heat_map, shown
+from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
+from ..report import Report, by_condition, figures_of, heat_map, shown
 from ..shards import Table
 from .base import Suite
 
 
 class Sweep(Suite):
-    """An arm per setting, on the same pictures with the same noise."""
+    """A condition per setting, on the same pictures with the same noise."""
 
     name = "sweep"
     count = 32
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        super().__init__(bench, args)
-        self.subject = self.one_subject()
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
+        super().__init__(context, args)
+        self.tested = self.one_model()
         self.settings_of = {f"strength={s:g}, guidance={g:g}": (s, g) for s, g in product(sorted(set(args.strengths)), sorted(set(args.guidances)))}
-        self.sampling = {arm: bench.sampling(self.choice, strength=s, guidance=g) for arm, (s, g) in self.settings_of.items()}
-        self.sampling[FLOOR] = bench.sampling(self.choice, strength=1.0, guidance=1.0)  # whatever the file recommends, before and after
+        self.sampling = {condition: context.sampling(self.spec, strength=s, guidance=g) for condition, (s, g) in self.settings_of.items()}
+        self.sampling[UNCONDITIONAL] = context.sampling(self.spec, strength=1.0, guidance=1.0)  # whatever the file recommends, before and after
         self.require_own_file()
 
     @staticmethod
@@ -40,15 +40,15 @@ class Sweep(Suite):
         parser.add_argument("--write-back", action="store_true", help="make the setting of the highest cosine the file's recommended one")
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (*self.settings_of, FLOOR, CEILING)}
-        best = max(self.settings_of, key=lambda arm: figures[arm][self.score]["value"])
-        matched = max(self.settings_of, key=lambda arm: figures[arm]["top1_match"]["value"])
+        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (*self.settings_of, UNCONDITIONAL, ROUND_TRIP)}
+        best = max(self.settings_of, key=lambda condition: figures[condition][self.score]["value"])
+        matched = max(self.settings_of, key=lambda condition: figures[condition]["top1_match"]["value"])
         strengths, guidances = (sorted({pair[k] for pair in self.settings_of.values()}) for k in (0, 1))
         panels = {}
         for name, title in ((self.score, "cosine"), ("top1_match", "top-1 match")):
             values = torch.tensor([[figures[f"strength={s:g}, guidance={g:g}"][name]["value"] for g in guidances] for s in strengths])
             panels[f"{name}.png"] = heat_map(values, [f"strength {s:g}" for s in strengths], [f"guid. {g:g}" for g in guidances], f"{title}, {self.args.model}")
-        panels["panel.png"] = shown(tables, list(dict.fromkeys([ORIGINAL, best, matched, CEILING, FLOOR])), self.title(), self.score)
+        panels["panel.png"] = shown(tables, list(dict.fromkeys([ORIGINAL, best, matched, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)
         lines = [
             f"Highest cosine at {best}, highest top-1 match at {matched}: the best of {len(self.settings_of)} settings on these pictures, "
             "whose figures are therefore too favourable; measure the chosen one on others."
@@ -56,7 +56,7 @@ class Sweep(Suite):
         if self.args.write_back:
             self.best = best
             lines.append(f"{self.args.model} now recommends {best}.")
-        grid = by_arm("All settings", figures, [FLOOR, *self.settings_of, CEILING], [self.score, "top1_match", "top5_match"], "setting")
+        grid = by_condition("All settings", figures, [UNCONDITIONAL, *self.settings_of, ROUND_TRIP], [self.score, "top1_match", "top5_match"], "setting")
         return Report(self.title(), figures, [grid], lines, {"best": dict(zip(("strength", "guidance"), self.settings_of[best]))}, panels)
 
     def afterwards(self) -> None:

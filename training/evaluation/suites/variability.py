@@ -11,10 +11,10 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 
 from ...report import panel
-from ..bench import CEILING, FLOOR, ORIGINAL, Bench
-from ..judge import Columns
+from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
+from ..evaluator import Columns
 from ..report import Report, by_measure, figures_of
-from ..shards import Arm, Table
+from ..shards import Condition, Table
 from ..sources import Originals
 from .base import Suite
 
@@ -29,39 +29,39 @@ class Variability(Suite):
     chooses = False
     count = 24
 
-    def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        super().__init__(bench, args)
+    def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
+        super().__init__(context, args)
         if args.samples < 2:
             raise FeatInvError(f"--samples {args.samples}: a variance needs at least 2")
-        self.subject = self.one_subject()
-        self.sampling = {RECONSTRUCTION: bench.sampling(self.choice), FLOOR: bench.sampling(self.choice)}
+        self.tested = self.one_model()
+        self.sampling = {RECONSTRUCTION: context.sampling(self.spec), UNCONDITIONAL: context.sampling(self.spec)}
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--samples", type=int, default=4, help="reconstructions of each map")
 
-    def varied(self, how: Sampling, steered: bool) -> Arm:
-        """An arm with --samples pictures of each original, or of none: its mean columns, and
+    def varied(self, how: Sampling, steered: bool) -> Condition:
+        """A condition with --samples pictures of each original, or of none: its mean columns, and
 
         pixel_variance: over the samples, averaged over pixels and colours, of pictures in 0..1; feature_variance: over
         the samples, of the unpooled map's vectors at the inverted layer, summed over channels, averaged over locations,
         as a share of the original vectors' mean squared length.
         """
 
-        def arm(originals: Originals) -> Columns:
-            subject, opened = self.subject, self.bench.open(self.choice)
-            framed = originals.framed(subject.backbone)
+        def condition(originals: Originals) -> Columns:
+            tested, opened = self.tested, self.context.open(self.spec)
+            framed = originals.framed(tested.backbone)
             wanted = opened.features(framed) if steered else None
             layer = opened.info.source.layer
 
             def values(pictures: Tensor) -> Tensor:
-                return subject.backbone.extract(subject.backbone.frame(pictures, "stretch"), layer).values.cpu()
+                return tested.backbone.extract(tested.backbone.frame(pictures, "stretch"), layer).values.cpu()
 
             drawn, found, maps = [], [], []
             for sample in range(self.args.samples):
-                start = subject.start(originals, sample)
+                start = tested.start(originals, sample)
                 drawn.append(opened.draw(wanted, how, start, len(start)))
-                found.append(subject.measure(framed, drawn[-1], originals.single))
+                found.append(tested.measure(framed, drawn[-1], originals.single))
                 maps.append(values(drawn[-1]))
             columns = {name: torch.stack([f[name] for f in found]).mean(0) for name in found[0] if found[0][name].ndim == 1}
             length = values(framed).square().sum(1).mean((1, 2))
@@ -69,16 +69,16 @@ class Variability(Suite):
             columns["feature_variance"] = torch.stack(maps).var(0).sum(1).mean((1, 2)) / length
             return columns | {"pictures": torch.stack(drawn, 1)}
 
-        return arm
+        return condition
 
-    def arms(self) -> dict[str, Arm]:
+    def conditions(self) -> dict[str, Condition]:
         own = {RECONSTRUCTION: self.varied(self.sampling[RECONSTRUCTION], True)}
-        return own | {FLOOR: self.varied(self.sampling[FLOOR], False), CEILING: self.subject.ceiling}
+        return own | {UNCONDITIONAL: self.varied(self.sampling[UNCONDITIONAL], False), ROUND_TRIP: self.tested.round_trip}
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures = {arm: figures_of(tables[arm], tables[ORIGINAL]) for arm in (RECONSTRUCTION, FLOOR, CEILING)}
-        originals, drawn, floor = (tables[arm].pictures for arm in (ORIGINAL, RECONSTRUCTION, FLOOR))
+        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (RECONSTRUCTION, UNCONDITIONAL, ROUND_TRIP)}
+        originals, drawn, unconditional = (tables[condition].pictures for condition in (ORIGINAL, RECONSTRUCTION, UNCONDITIONAL))
         rows = [[(originals[k], "original"), *((x, f"sample {s}") for s, x in enumerate(drawn[k]))] for k in range(min(ROWS, len(drawn)))]
-        rows.append([(x, "no features") for x in floor[0]])
-        grid = by_measure(f"{self.args.samples} samples of each map; measures are averaged over the samples", figures, [FLOOR, RECONSTRUCTION, CEILING])
+        rows.append([(x, "no features") for x in unconditional[0]])
+        grid = by_measure(f"{self.args.samples} samples of each map; measures are averaged over the samples", figures, [UNCONDITIONAL, RECONSTRUCTION, ROUND_TRIP])
         return Report(self.title(), figures, [grid], panels={"panel.png": panel(rows, [""] * len(rows), self.title())})

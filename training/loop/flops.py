@@ -16,7 +16,7 @@ from ..models.pipeline import Inversion
 from .objective import training_loss
 
 
-def floor_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> float:
+def step_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> float:
     """Multiply-accumulates (10^9) per image of a step, forward and backward, with latents and features there already
     and the base model frozen, by torch's counter: 262 for Stable Diffusion 1.x and ConvNeXt-Base's last layer."""
     on_meta = base_without_storage(base, "meta", torch.float32)

@@ -1,4 +1,4 @@
-"""What every suite works with: models, judges and feature spaces, and the arms that every report carries."""
+"""What every suite works with: models, evaluators and feature spaces, and the conditions that every report carries."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from featinv_nodes.worlds import model_file, open_backbone
 
 from ..models.inversion import ATTEMPT, Opened, open_model
 from ..models.pipeline import round_trip
-from .judge import Columns, Judge
-from .shards import Arm, Table
+from .evaluator import Columns, Evaluator
+from .shards import Condition, Table
 from .sources import Originals, Source
 from .spaces import Inception, Space, TimmSpace
 
-ORIGINAL, FLOOR, CEILING = "original", "floor", "ceiling"  # arms of every suite; those that begin with the first go first
+ORIGINAL, UNCONDITIONAL, ROUND_TRIP = "original", "unconditional", "round trip"  # conditions of every suite; those that begin with the first go first
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelSpec:
     """Which model, on what: as open_model's arguments."""
 
     model: str
@@ -34,7 +34,7 @@ class Choice:
 
 
 @dataclass
-class Bench:
+class EvalContext:
     """Opens what the suites ask for. One inversion model is in memory at a time, the backbones stay.
 
     changes: sampling settings that replace a weights file's own, None leaves one alone. seed: added to a picture's number.
@@ -49,24 +49,24 @@ class Bench:
     space_weights: str | None = None
 
     def __post_init__(self) -> None:
-        self._opened: tuple[Choice, Opened] | None = None
+        self._opened: tuple[ModelSpec, Opened] | None = None
         self._backbones: dict[tuple, Backbone] = {}
         self._space: Backbone | None = None
 
-    def open(self, choice: Choice) -> Opened:
-        if self._opened is None or self._opened[0] != choice:
+    def open(self, spec: ModelSpec) -> Opened:
+        if self._opened is None or self._opened[0] != spec:
             self._opened = None  # let go before the next is read
-            opened = open_model(choice.model, choice.base, choice.backbone_weights, choice.backbone, self.device)
-            self._opened = choice, replace(opened, backbone=self.backbone(choice))  # the judges' own: in memory once
+            opened = open_model(spec.model, spec.base, spec.backbone_weights, spec.backbone, self.device)
+            self._opened = spec, replace(opened, backbone=self.backbone(spec))  # the evaluators' own: in memory once
         return self._opened[1]
 
-    def backbone(self, choice: Choice) -> Backbone:
-        """A choice's backbone without its model."""
-        source = self.info(choice).source
-        key = choice.backbone or source.backbone, choice.backbone_weights, source.input_size
+    def backbone(self, spec: ModelSpec) -> Backbone:
+        """A spec's backbone without its model."""
+        source = self.info(spec).source
+        key = spec.backbone or source.backbone, spec.backbone_weights, source.input_size
         if key not in self._backbones:
             height, width = source.input_size
-            opened = open_backbone(key[0], choice.backbone_weights, height if height == width else None)
+            opened = open_backbone(key[0], spec.backbone_weights, height if height == width else None)
             self._backbones[key] = opened.to(self.device, memory_format=torch.channels_last)
         return self._backbones[key]
 
@@ -78,18 +78,18 @@ class Bench:
         return self._backbones[key]
 
     @staticmethod
-    def info(choice: Choice) -> InversionInfo:
-        return read_info(model_file(choice.model))
+    def info(spec: ModelSpec) -> InversionInfo:
+        return read_info(model_file(spec.model))
 
-    def sampling(self, choice: Choice, **changes) -> Sampling:
+    def sampling(self, spec: ModelSpec, **changes) -> Sampling:
         """The weights file's own settings with the run's changes, and these."""
-        return Sampling.chosen(self.info(choice).recommended, self.changes | changes)
+        return Sampling.chosen(self.info(spec).recommended, self.changes | changes)
 
-    def spaces(self, choice: Choice) -> list[Space]:
-        """The named feature space, or the choice's own backbone; and Inception's where its file is given."""
+    def spaces(self, spec: ModelSpec) -> list[Space]:
+        """The named feature space, or the spec's own backbone; and Inception's where its file is given."""
         if self.space and self._space is None:
             self._space = open_backbone(self.space, self.space_weights).to(self.device)
-        own = self._space or self.backbone(choice)
+        own = self._space or self.backbone(spec)
         return [TimmSpace(own), *([self._inception] if self.inception else [])]
 
     @cached_property
@@ -97,30 +97,30 @@ class Bench:
         return Inception(self.inception, self.device)
 
 
-class Subject:
-    """One model under judgement: its arms draw with its own settings, and its judges look at what was drawn.
+class ModelUnderTest:
+    """One model under test: its conditions draw with its own settings, and its evaluators look at what was drawn.
 
-    judges: prefix of the columns -> judge. spaces: those in which the sets are compared.
+    evaluators: prefix of the columns -> evaluator. spaces: those in which the sets are compared.
     """
 
-    def __init__(self, bench: Bench, choice: Choice, judges: dict[str, Judge], spaces: list[Space]) -> None:
-        self.bench, self.choice, self.judges, self.spaces = bench, choice, judges, spaces
-        self.backbone = bench.backbone(choice)
+    def __init__(self, context: EvalContext, spec: ModelSpec, evaluators: dict[str, Evaluator], spaces: list[Space]) -> None:
+        self.context, self.spec, self.evaluators, self.spaces = context, spec, evaluators, spaces
+        self.backbone = context.backbone(spec)
 
     def start(self, originals: Originals, sample: int = 0) -> Tensor:
         """Starting noise, a picture's number its seed; `sample` further ones lie a million apart."""
-        return self.bench.open(self.choice).noise([n + self.bench.seed + 1_000_000 * sample for n in originals.numbers])
+        return self.context.open(self.spec).noise([n + self.context.seed + 1_000_000 * sample for n in originals.numbers])
 
     def draw(self, framed: Tensor, how: Sampling, start: Tensor) -> Tensor:
         """Pictures with the features of framed ones."""
-        opened = self.bench.open(self.choice)
+        opened = self.context.open(self.spec)
         return opened.draw(opened.features(framed), how, start, len(start))
 
     def measure(self, framed: Tensor, pictures: Tensor, single: Tensor | None) -> Columns:
-        """All judges' columns, and the vectors in all spaces, of pictures drawn for framed originals."""
+        """All evaluators' columns, and the vectors in all spaces, of pictures drawn for framed originals."""
         columns: Columns = {"pictures": pictures}
-        for prefix, judge in self.judges.items():
-            found = judge.compare(judge.see(framed), judge.see(pictures), single)
+        for prefix, evaluator in self.evaluators.items():
+            found = evaluator.compare(evaluator.extract(framed), evaluator.extract(pictures), single)
             columns |= {prefix + name: values for name, values in found.items()}
         return columns | self.vectors(pictures)
 
@@ -131,51 +131,51 @@ class Subject:
         """The originals themselves: their vectors, and what the centres are made of."""
         framed = originals.framed(self.backbone)
         columns: Columns = {"pictures": framed} | self.vectors(framed)
-        for prefix, judge in self.judges.items():
-            columns |= {f"mean/{prefix}{name}": values for name, values in judge.means(judge.see(framed)).items()}
+        for prefix, evaluator in self.evaluators.items():
+            columns |= {f"mean/{prefix}{name}": values for name, values in evaluator.means(evaluator.extract(framed)).items()}
         return columns
 
     def centre(self, originals: Table) -> None:
-        """Gives the judges the originals' mean vectors."""
-        for prefix, judge in self.judges.items():
-            judge.centres = {name: originals.columns[f"mean/{prefix}{name}"].mean(0) for name in judge.compared}
+        """Gives the evaluators the originals' mean vectors."""
+        for prefix, evaluator in self.evaluators.items():
+            evaluator.centres = {name: originals.columns[f"mean/{prefix}{name}"].mean(0) for name in evaluator.compared}
 
-    def reconstruction(self, how: Sampling, by: Choice | None = None) -> Arm:
+    def reconstruction(self, how: Sampling, by: ModelSpec | None = None) -> Condition:
         """Pictures with the originals' features. by: another model that draws them, from maps of its own input size."""
 
-        def arm(originals: Originals) -> Columns:
-            opened = self.bench.open(by or self.choice)
+        def condition(originals: Originals) -> Columns:
+            opened = self.context.open(by or self.spec)
 
             def start_of(attempt: int) -> Tensor:
-                return opened.noise([n + self.bench.seed + ATTEMPT * attempt for n in originals.numbers])
+                return opened.noise([n + self.context.seed + ATTEMPT * attempt for n in originals.numbers])
 
             drawn, _ = opened.best(opened.features(originals.framed(opened.backbone)), how, start_of, len(originals.numbers))
             return self.measure(originals.framed(self.backbone), drawn, originals.single)
 
-        return arm
+        return condition
 
-    def floor(self, how: Sampling) -> Arm:
+    def unconditional(self, how: Sampling) -> Condition:
         """What the base model draws without features, from the same noise."""
 
-        def arm(originals: Originals) -> Columns:
-            pictures = self.bench.open(self.choice).draw(None, how, self.start(originals), len(originals.numbers))
+        def condition(originals: Originals) -> Columns:
+            pictures = self.context.open(self.spec).draw(None, how, self.start(originals), len(originals.numbers))
             return self.measure(originals.framed(self.backbone), pictures, originals.single)
 
-        return arm
+        return condition
 
-    def ceiling(self, originals: Originals) -> Columns:
+    def round_trip(self, originals: Originals) -> Columns:
         """The autoencoder's round trip of the originals."""
         framed = originals.framed(self.backbone)
-        return self.measure(framed, round_trip(self.bench.open(self.choice).base, framed.to(self.bench.device)).cpu(), originals.single)
+        return self.measure(framed, round_trip(self.context.open(self.spec).base, framed.to(self.context.device)).cpu(), originals.single)
 
-    def bounds(self, how: Sampling) -> dict[str, Arm]:
-        """The arms that every report carries beside its own. how: the floor's sampling."""
-        return {FLOOR: self.floor(how), CEILING: self.ceiling}
+    def bounds(self, how: Sampling) -> dict[str, Condition]:
+        """The conditions that every report carries beside its own. how: the unconditional baseline's sampling."""
+        return {UNCONDITIONAL: self.unconditional(how), ROUND_TRIP: self.round_trip}
 
 
-def own_judge(bench: Bench, choice: Choice, subset: list[int] | None = None) -> Judge:
+def own_evaluator(context: EvalContext, spec: ModelSpec, subset: list[int] | None = None) -> Evaluator:
     """A model's own backbone, on the maps that the model inverts, and for a pooled model also on the unpooled ones, which
     the paper's tables are about."""
-    source = bench.info(choice).source
+    source = context.info(spec).source
     compared = {"cosine": (source.layer, source.pooled)} | ({"cosine_unpooled": (source.layer, False)} if source.pooled else {})
-    return Judge(bench.backbone(choice), compared, subset)
+    return Evaluator(context.backbone(spec), compared, subset)

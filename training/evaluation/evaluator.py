@@ -1,4 +1,4 @@
-"""A backbone that judges pictures by their originals: the paper's measures of faithfulness (Sec. 4.1), per picture."""
+"""A backbone that compares pictures with their originals: the paper's measures of faithfulness (Sec. 4.1), per picture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Columns = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a judge makes of pictures: a map per compared layer, and logits [B, classes]."""
+class Features:
+    """What an evaluator makes of pictures: a map per compared layer, and logits [B, classes]."""
 
     maps: dict[str, FeatureMap]
     logits: Tensor
 
 
-class Judge:
+class Evaluator:
     """Compares pictures with their originals as one backbone sees them.
 
     compared: column name -> (layer, pooled). subset: the classes that count for the match (ImageNet-A's 200), None for
@@ -36,19 +36,19 @@ class Judge:
         self._subset = None if subset is None else torch.tensor(subset)
         self.centres: dict[str, Tensor] = {}
 
-    def see(self, pictures: Tensor) -> Seen:
+    def extract(self, pictures: Tensor) -> Features:
         """Pictures [B, 3, h, w] in 0..1, scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
         framed = self.backbone.frame(pictures, "stretch")
         others = {layer for layer, _ in self.compared.values()} - {LAST}
         layers = {LAST: self.backbone.extract(framed)} | self.backbone.extract_several(framed, sorted(others))
         maps = {name: layers[layer].pool() if pooled else layers[layer] for name, (layer, pooled) in self.compared.items()}
-        return Seen(maps, self.backbone.logits(layers[LAST]))
+        return Features(maps, self.backbone.logits(layers[LAST]))
 
-    def means(self, seen: Seen) -> Columns:
+    def means(self, seen: Features) -> Columns:
         """[B, C] for each compared map: its mean over the locations; their mean over the originals is the centre."""
         return {name: found.values.mean((2, 3)).cpu() for name, found in seen.maps.items()}
 
-    def compare(self, wanted: Seen, found: Seen, single: Tensor | None = None) -> Columns:
+    def compare(self, wanted: Features, found: Features, single: Tensor | None = None) -> Columns:
         """Each compared cosine, also with the mean removed; top-1 and top-5 match of the originals' top-1 class in the
         backbone's first label group; and where `single` [B] holds, the top-1 match of every of several label groups."""
         columns = {}
