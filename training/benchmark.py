@@ -37,12 +37,12 @@ def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
     from training.models.inversion import open_model
 
     opened = open_model("tiny_cnn_last")
-    framed = opened.backbone.frame(draw(0, torch.arange(16), "held-out").image)
+    pixel_values = opened.backbone.preprocess(draw(0, torch.arange(16), "held-out").image)
     how, start = opened.recommended(steps=20, guidance=2.0, gradient=0.0), opened.noise(range(16))
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        opened.draw(opened.features(framed), how, start)
+        opened.draw(opened.features(pixel_values), how, start)
         times.append(time.perf_counter() - began)
     times = sorted(times[1:])
     print(f"16 pictures, 20 steps, guidance {how.guidance}: {times[len(times) // 2]:.2f} s (median of {repeats}, {times[0]:.2f} to {times[-1]:.2f})")

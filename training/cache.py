@@ -31,11 +31,11 @@ from training.data.loader import Photographs, Scenes, as_it_is, open_source, sid
 from training.loop.objective import cast_frozen, observed_features, observed_moments
 from training.loop.setup import open_frozen
 
-Entry = tuple[int, int]  # place, view
+Entry = tuple[int, int]  # index, view
 
 
 class Entries(Dataset):
-    """A source asked for (place, view) instead of image numbers."""
+    """A source asked for (index, view) instead of image numbers."""
 
     def __init__(self, source: Scenes | Photographs) -> None:
         self.source = source
@@ -58,11 +58,11 @@ def missing(parts: list[Part], view: int, first: int) -> list[Part]:
 
 
 def batches(shards: list[Entry], pictures: int, size: int) -> Iterator[list[Entry]]:
-    """The entries of shards (view, first place), none across two of them."""
+    """The entries of shards (view, first index), none across two of them."""
     for view, start in shards:
         end = min(start + SHARD, pictures)
         for first in range(start, end, size):
-            yield [(place, view) for place in range(first, min(first + size, end))]
+            yield [(index, view) for index in range(first, min(first + size, end))]
 
 
 def fill(config: TrainConfig) -> None:
@@ -96,10 +96,10 @@ def fill(config: TrainConfig) -> None:
         failed |= {done + row: reason for row, reason in wrong.items()}
         for name, values in found.items():
             rows[name].append(values.half().cpu())
-        (place, view), end = entries[-1], done + len(entries)
-        if end == SHARD or place == len(source) - 1:
-            for part in missed[view, place + 1 - end]:
-                part.write(view, place + 1 - end, torch.cat(rows[part.name]), failed)
+        (index, view), end = entries[-1], done + len(entries)
+        if end == SHARD or index == len(source) - 1:
+            for part in missed[view, index + 1 - end]:
+                part.write(view, index + 1 - end, torch.cat(rows[part.name]), failed)
             rows, failed = {name: [] for name in rows}, {}
     accelerator.wait_for_everyone()
     if main:

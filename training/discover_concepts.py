@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from featinv_nodes.core.backbones import FITS, LAST, Backbone
+from featinv_nodes.core.backbones import LAST, RESIZE_MODES, Backbone
 from featinv_nodes.core.concepts import METHODS, Concepts, discover, load_directions, save_concepts
 from featinv_nodes.core.concepts.collect import Collected, Folder, Pictures, collect
 from featinv_nodes.core.concepts.statistics import concept_statistics, remarks, table, top_weights, with_statistics
@@ -46,7 +46,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
     parser.add_argument("--input-size", type=int, help="side of the pictures it reads, where not its own: that of the inversion model")
     parser.add_argument("--layer", default=LAST, help="layer of the backbone; relevance is known for the last one only")
-    parser.add_argument("--fit", choices=FITS, default="crop", help="how a picture is fitted to the backbone's input")
+    parser.add_argument("--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size")
     parser.add_argument("--method", choices=METHODS, default="mcd")
     parser.add_argument("--directions", type=Path, help="safetensors file of your own directions or sparse autoencoder, instead of a method")
     parser.add_argument("--count", type=int, default=20_000, help="feature vectors, at most, drawn evenly from the pictures")
@@ -64,7 +64,7 @@ def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
     if drawing_world(args.data):
         pictures = Pictures(draw(args.seed, torch.arange(SCENES)).image, backbone, name="scene")
     elif Path(args.data).is_dir():
-        pictures = Folder(Path(args.data), backbone, args.fit, args.count, args.seed)
+        pictures = Folder(Path(args.data), backbone, args.resize_mode, args.count, args.seed)
     else:
         raise FeatInvError(f"data {args.data!r} is neither 'drawn' nor a folder")
     with tqdm(total=len(pictures), desc="features", unit="picture") as bar:

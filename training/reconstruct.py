@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from featinv_nodes.core.backbones import FITS
+from featinv_nodes.core.backbones import RESIZE_MODES
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.mixing import compose, interpolate
@@ -42,7 +42,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--samples", type=int, default=1, help="reconstructions of each feature map")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise, the same for every feature map")
-    parser.add_argument("--fit", choices=FITS, default="crop", help="how a picture is fitted to the backbone's input")
+    parser.add_argument("--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size")
     mixing = parser.add_mutually_exclusive_group()
     mixing.add_argument("--mix", type=float, nargs="+", metavar="W", help="mix two pictures; each W is the share of the second")
     mixing.add_argument("--mask", help="picture whose bright part takes the first picture's features, the rest the second's")
@@ -50,16 +50,16 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def wanted_maps(opened: Opened, args: argparse.Namespace, framed: Tensor) -> list[tuple[str, FeatureMap]]:
+def wanted_maps(opened: Opened, args: argparse.Namespace, pixel_values: Tensor) -> list[tuple[str, FeatureMap]]:
     """The feature maps to invert, each with a name: one per picture, per weight, or the composition."""
-    features = opened.features(framed)
+    features = opened.features(pixel_values)
     if args.mix is None and args.mask is None:
         return [(Path(file).stem, features.select(i)) for i, file in enumerate(args.image)]
     if len(args.image) != 2:
         raise FeatInvError(f"--mix and --mask take exactly two pictures, got {len(args.image)}")
     first, second = features.select(0), features.select(1)
     if args.mask is not None:
-        mask = opened.backbone.frame(read_image(args.mask), args.fit).mean(1)
+        mask = opened.backbone.preprocess(read_image(args.mask), args.resize_mode).mean(1)
         return [("composed", compose(first, second, mask, args.soft))]
     if not all(0 <= w <= 1 for w in args.mix):
         raise FeatInvError(f"--mix {args.mix}: expected shares between 0 and 1")
@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(args.out)
     pictures = [read_image(file) for file in args.image]
     opened, how = open_from(args, chooses=True)
-    framed = torch.cat([opened.backbone.frame(x, args.fit) for x in pictures])
-    maps = wanted_maps(opened, args, framed)
+    pixel_values = torch.cat([opened.backbone.preprocess(x, args.resize_mode) for x in pictures])
+    maps = wanted_maps(opened, args, pixel_values)
     wanted = concatenate([m for _, m in maps]).repeat(args.samples)
 
     def start_of(attempt: int) -> Tensor:
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     scopes = scope_entries(model_file(args.model), wanted, scores, how)
     off = [f"{name}: {scopes[m * args.samples]['line']}" for m, (name, _) in enumerate(maps) if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]]
 
-    rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(framed, args.image)]], []
+    rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(pixel_values, args.image)]], []
     for m, (name, _) in enumerate(maps):
         picks = range(m * args.samples, (m + 1) * args.samples)
         rows.append([(drawn[i], f"cos {scores[i]:.2f}") for i in picks])

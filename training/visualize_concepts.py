@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from featinv_nodes.core.backbones import FITS
+from featinv_nodes.core.backbones import RESIZE_MODES
 from featinv_nodes.core.concepts import load_concepts
 from featinv_nodes.core.feature_map import FeatInvError, concatenate
 from featinv_nodes.core.images import read_image
@@ -57,7 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="reconstructions of each map")
     parser.add_argument("--seed", type=int, default=0, help="of their noise")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share of the largest difference below which a pixel counts as unaffected")
-    parser.add_argument("--fit", choices=FITS, default="crop", help="how a picture is fitted to the backbone's input")
+    parser.add_argument("--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     return parser
 
@@ -92,12 +92,12 @@ def main(argv: list[str] | None = None) -> None:
     concepts, groups = load_concepts(args.concepts), parse_groups(args.names)
     pictures = [read_image(file) for file in args.image]
     opened, how = open_from(args)
-    framed = torch.cat([opened.backbone.frame(x, args.fit) for x in pictures])
-    features = opened.features(framed)
+    pixel_values = torch.cat([opened.backbone.preprocess(x, args.resize_mode) for x in pictures])
+    features = opened.features(pixel_values)
     request = VizSettings(args.factor, args.seeds, args.seed, args.keep_length, args.closed_loop)
     rows = []
     with tqdm(desc="drawing", unit="picture") as bar:
-        for i in range(len(framed)):
+        for i in range(len(pixel_values)):
             rows.append(visualize(opened, features.select(i), concepts, groups, request, how, args.batch, bar.update))
     stems = [f"{i:03d}_{Path(file).stem}" for i, file in enumerate(args.image)]
     details = [(Path(file).name[:18], shown) for file, row in zip(args.image, rows) for shown in row]
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     entries = [entry | {"cosine": cosine, "scope": scope} for entry, cosine, scope in zip(entries, scores, scopes)]
     heading = f"{opened.info.source.describe()}; concepts x{args.factor:g}, {args.seeds} seeds"
     names = [Path(file).name[:18] for file in args.image]
-    grid = [grid_row(x, row, args.threshold) for x, row in zip(framed, rows)]
+    grid = [grid_row(x, row, args.threshold) for x, row in zip(pixel_values, rows)]
     columns = "   ".join(f"{n + 1}: {title(shown)}" for n, shown in enumerate(rows[0]))
     save_image(panel(grid, names, heading, columns), args.out / "grid.png")
     save_image(panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading), args.out / "details.png")

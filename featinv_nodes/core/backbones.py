@@ -20,7 +20,7 @@ from .feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
 from .files import HUB
 
 LAST = "last"
-FITS = ("crop", "stretch")
+RESIZE_MODES = ("crop", "stretch")
 
 
 class LastMap(NamedTuple):
@@ -72,15 +72,15 @@ class Backbone(nn.Module):
         known = self._sources[layer]
         return FeatureSource(**{**known.to_dict(), "pooled": pooled})
 
-    def frame(self, images: Tensor, fit: str = "crop") -> Tensor:
+    def preprocess(self, images: Tensor, resize_mode: str = "crop") -> Tensor:
         """Cuts and scales pictures [B, 3, h, w] in 0..1 to what the backbone reads, [B, 3, *input_size] in 0..1.
 
-        fit "crop": the largest centred region of the input's aspect, times timm's crop_pct, as in the model's own
+        resize_mode "crop": the largest centred region of the input's aspect, times timm's crop_pct, as in the model's own
         evaluation; "stretch": the whole picture. Antialiased, by the model's own interpolation.
         """
-        if fit not in FITS:
-            raise FeatInvError(f"fit {fit!r}: expected one of {FITS}")
-        if fit == "crop":
+        if resize_mode not in RESIZE_MODES:
+            raise FeatInvError(f"resize_mode {resize_mode!r}: expected one of {RESIZE_MODES}")
+        if resize_mode == "crop":
             height, width = images.shape[2:]
             scale = min(height / self.input_size[0], width / self.input_size[1]) * self.crop_pct
             h, w = (max(1, round(side * scale)) for side in self.input_size)
@@ -91,44 +91,44 @@ class Backbone(nn.Module):
         mode = "bicubic" if self.interpolation == "bicubic" else "bilinear"
         return F.interpolate(images.float(), self.input_size, mode=mode, antialias=True).clamp(0, 1)
 
-    def forward(self, framed: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
-        """Feature maps of framed pictures [B, 3, *input_size] in 0..1. Gradients reach the pictures if they ask."""
-        values, prefix = self._spatial(self._normalised(framed), layer)
+    def forward(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
+        """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1. Gradients reach the pictures if they ask."""
+        values, prefix = self._spatial(self._normalised(pixel_values), layer)
         found = FeatureMap(values.float(), self.source(layer), prefix)
         return found.pool() if pooled else found
 
-    def values(self, framed: Tensor, layer: str = LAST, pooled: bool = False) -> Tensor:
+    def values(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> Tensor:
         """The bare values [B, C, H, W] of forward's feature maps, unchecked: what training reads, without waiting for
         the device."""
-        values, _ = self._spatial(self._normalised(framed), layer)
+        values, _ = self._spatial(self._normalised(pixel_values), layer)
         return values.mean((2, 3), keepdim=True) if pooled else values
 
-    def several(self, framed: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
+    def several(self, pixel_values: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
         """The values [B, C, H, W] of several layers from one pass, as `values` gives them one by one."""
         named = [layer for layer in layers if layer != LAST]
         indices = [self._stages[layer] for layer in named] or 1  # timm cannot give none
-        last, found = self.model.forward_intermediates(self._normalised(framed), indices=indices, output_fmt="NCHW")
+        last, found = self.model.forward_intermediates(self._normalised(pixel_values), indices=indices, output_fmt="NCHW")
         maps = dict(zip(sorted(named, key=self._stages.__getitem__), found))
         return {layer: self._grid(last) if layer == LAST else maps[layer] for layer in layers}
 
-    def stages(self, framed: Tensor) -> list[Tensor]:
+    def stages(self, pixel_values: Tensor) -> list[Tensor]:
         """The maps [B, C, H, W] of every stage that timm names, from one pass."""
-        return self.model.forward_intermediates(self._normalised(framed), output_fmt="NCHW", intermediates_only=True)
+        return self.model.forward_intermediates(self._normalised(pixel_values), output_fmt="NCHW", intermediates_only=True)
 
-    def _normalised(self, framed: Tensor) -> Tensor:
-        return (framed.to(self._mean) - self._mean) / self._std
-
-    @torch.inference_mode()
-    def extract(self, framed: Tensor, layer: str = LAST, pooled: bool = False, batch: int = 64) -> FeatureMap:
-        """Feature maps of any number of framed pictures, `batch` at a time, without gradients."""
-        return concatenate([self(part, layer, pooled) for part in framed.split(batch)])
+    def _normalised(self, pixel_values: Tensor) -> Tensor:
+        return (pixel_values.to(self._mean) - self._mean) / self._std
 
     @torch.inference_mode()
-    def extract_several(self, framed: Tensor, layers: Collection[str], batch: int = 64) -> dict[str, FeatureMap]:
+    def extract(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False, batch: int = 64) -> FeatureMap:
+        """Feature maps of any number of preprocessed pictures, `batch` at a time, without gradients."""
+        return concatenate([self(part, layer, pooled) for part in pixel_values.split(batch)])
+
+    @torch.inference_mode()
+    def extract_several(self, pixel_values: Tensor, layers: Collection[str], batch: int = 64) -> dict[str, FeatureMap]:
         """What extract gives of several layers, without prefix tokens, from one pass."""
         if not layers:
             return {}
-        parts = [self.several(part, layers) for part in framed.split(batch)]
+        parts = [self.several(part, layers) for part in pixel_values.split(batch)]
         return {layer: FeatureMap(torch.cat([part[layer] for part in parts]).float(), self.source(layer)) for layer in layers}
 
     def logits(self, features: FeatureMap) -> Tensor:
@@ -164,8 +164,8 @@ class Backbone(nn.Module):
         for part in self.groups.values():
             probabilities = logits[:, part].softmax(1)
             best, numbers = probabilities.topk(min(k, probabilities.shape[1]), 1)
-            for row, values, places in zip(found, best.tolist(), (numbers + (part.start or 0)).tolist()):
-                row += [(self._class_name(n), v) for n, v in zip(places, values)]
+            for row, values, classes in zip(found, best.tolist(), (numbers + (part.start or 0)).tolist()):
+                row += [(self._class_name(n), v) for n, v in zip(classes, values)]
         return found
 
     def _class_name(self, number: int) -> str:

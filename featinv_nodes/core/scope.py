@@ -270,9 +270,9 @@ def fit_scope(maps: FeatureMap | Iterable[FeatureMap], seed: int = 0, centres: i
 
 def sampled(values: Tensor, picks: torch.Generator) -> tuple[Tensor, Tensor]:
     """Up to PER_MAP random vectors of each map [B, C, H, W] and the mean of their neighbours' unit vectors, [n, C] each."""
-    places = torch.rand(len(values), values[0, 0].numel(), generator=picks).argsort(1)[:, :PER_MAP]
-    means = neighbour_mean(F.normalize(values, dim=1)) if places.shape[1] > 1 else values
-    return tuple(v.flatten(2).gather(2, places[:, None].expand(-1, v.shape[1], -1)).transpose(1, 2).flatten(0, 1) for v in (values, means))
+    indices = torch.rand(len(values), values[0, 0].numel(), generator=picks).argsort(1)[:, :PER_MAP]
+    means = neighbour_mean(F.normalize(values, dim=1)) if indices.shape[1] > 1 else values
+    return tuple(v.flatten(2).gather(2, indices[:, None].expand(-1, v.shape[1], -1)).transpose(1, 2).flatten(0, 1) for v in (values, means))
 
 
 def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled: bool) -> dict:

@@ -25,12 +25,12 @@ from .unet import ldm_config, to_ldm
 #: What guidance pushes away from: the same features with the negative text (the paper), or zero features as well,
 #: the combination that training drops to. The node repeats the names: at start-up this module is too heavy for it.
 NEGATIVES = ("text and features", "text")
-PLACES = "featinv_places"
-AT_ONCE = 16  # maps that the encoder reads together
+AREAS = "featinv_areas"
+ENCODER_BATCH = 16  # maps that the encoder reads together
 NEGATIVE = "featinv_negative"
 
 
-def marked(options: dict, negative: bool) -> dict:
+def tag_negative(options: dict, negative: bool) -> dict:
     """A conditioning's options with a note of whether it is what guidance pushes away from.
 
     A guider numbers its conditionings as it likes, so the number does not tell. The note stands among the model's
@@ -39,16 +39,16 @@ def marked(options: dict, negative: bool) -> dict:
     return {**options, "model_conds": {**options.get("model_conds", {}), NEGATIVE: comfy.conds.CONDRegular(torch.tensor([negative]))}}
 
 
-def note_places(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):  # noqa: ANN001, ANN201
+def record_areas(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):  # noqa: ANN001, ANN201
     """A wrapper around the host's batching: writes down the whole latent's size and the area of each conditioning,
     which the host does not tell a ControlNet when it hands it a cut-out."""
     areas = {c["uuid"]: c.get("area") for group in conds if group for c in group}
-    model_options.setdefault("transformer_options", {})[PLACES] = {"size": tuple(x.shape[2:]), "areas": areas}
+    model_options.setdefault("transformer_options", {})[AREAS] = {"size": tuple(x.shape[2:]), "areas": areas}
     return executor(model, conds, x, timestep, model_options)
 
 
 def _hooks() -> comfy.hooks.HookGroup:
-    wrappers = {comfy.patcher_extension.WrappersMP.CALC_COND_BATCH: {PLACES: [note_places]}}
+    wrappers = {comfy.patcher_extension.WrappersMP.CALC_COND_BATCH: {AREAS: [record_areas]}}
     group = comfy.hooks.HookGroup()
     group.add(comfy.hooks.TransformerOptionsHook({"wrappers": wrappers}))
     return group
@@ -111,14 +111,14 @@ class FeatureControl(comfy.controlnet.ControlNet):
             raise FeatInvError(f"FeatInvControlNet and the sampler's model do not fit: {'; '.join(wrong)}. The weights were trained on {name}; connect {source}")
 
     def get_control(self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict) -> dict | None:
-        places = transformer_options.get(PLACES, {"size": tuple(x_noisy.shape[2:]), "areas": {}})
+        recorded = transformer_options.get(AREAS, {"size": tuple(x_noisy.shape[2:]), "areas": {}})
         per_chunk = x_noisy.shape[0] // batched_number
-        steered, null = self.hints(places["size"], per_chunk)
+        steered, null = self.hints(recorded["size"], per_chunk)
         negatives = cond[NEGATIVE].view(batched_number, -1)[:, 0].tolist() if NEGATIVE in cond else [False] * batched_number
         chunks = []
         for negative, uuid in zip(negatives, transformer_options["uuids"]):
             hint = null if null is not None and negative else steered
-            chunks.append(comfy.utils.repeat_to_batch_size(cut(hint, places["areas"].get(uuid)), per_chunk))
+            chunks.append(comfy.utils.repeat_to_batch_size(cut(hint, recorded["areas"].get(uuid)), per_chunk))
         dtype = self.manual_cast_dtype or self.control_model.dtype
         self.cond_hint = torch.cat(chunks).to(x_noisy.device, dtype)
         return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
@@ -130,7 +130,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
             values = self.features.values[:rows].to(self.encoder.load_device)
             encoder = self.encoder.model
             null = encoder(torch.zeros_like(values[:1]), size) if self.negative == NEGATIVES[0] else None
-            self.encoded[size, rows] = (torch.cat([encoder(part, size) for part in values.split(AT_ONCE)]), null)
+            self.encoded[size, rows] = (torch.cat([encoder(part, size) for part in values.split(ENCODER_BATCH)]), null)
         return self.encoded[size, rows]
 
     def get_models(self) -> list:
@@ -140,7 +140,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         """Bytes, an estimate: the ControlNet's activations are about half of the base model's, which the host knows;
         the encoder's are its widest layers on a 64 x 64 latent, float32."""
         widest = self.info.encoder["channels"] + 2 * self.info.encoder.get("width", 512)
-        return super().inference_memory_requirements(dtype) + 4 * 64 * 64 * widest * min(len(self.features), AT_ONCE)
+        return super().inference_memory_requirements(dtype) + 4 * 64 * 64 * widest * min(len(self.features), ENCODER_BATCH)
 
     def cleanup(self) -> None:
         self.encoded = {}

@@ -24,9 +24,9 @@ def find(backbone: ManagedBackbone, pictures: Pictures | Folder, layer: str, met
     def half(start: int) -> Callable[[int, int], None]:
         return lambda done, total: bar.update_absolute(start + STEPS * done // (2 * total))
 
-    def extract(framed: Tensor) -> FeatureMap:
-        management.load_models_gpu([backbone.patcher], memory_required=framed.numel() * 4 * 64)  # as ManagedBackbone does
-        return backbone.backbone.extract(framed.to(backbone.patcher.load_device), layer)
+    def extract(pixel_values: Tensor) -> FeatureMap:
+        management.load_models_gpu([backbone.patcher], memory_required=pixel_values.numel() * 4 * 64)  # as ManagedBackbone does
+        return backbone.backbone.extract(pixel_values.to(backbone.patcher.load_device), layer)
 
     collected = collect(pictures, extract, vectors, seed, half(0))
     weights = None if concepts else top_weights(backbone.backbone, collected.maps)

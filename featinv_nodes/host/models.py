@@ -46,11 +46,11 @@ class ManagedBackbone:
     def name(self) -> str:
         return self.backbone.name
 
-    def extract(self, framed: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
-        """Feature maps of framed pictures [B, 3, *input_size] in 0..1; float32, with the host's progress bar."""
-        bar = comfy.utils.ProgressBar(len(framed))
+    def extract(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
+        """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1; float32, with the host's progress bar."""
+        bar = comfy.utils.ProgressBar(len(pixel_values))
         parts = []
-        for part in framed.split(self.BATCH):
+        for part in pixel_values.split(self.BATCH):
             parts.append(self._run(lambda x: self.backbone(x, layer, pooled).to(management.intermediate_device()), part))
             bar.update(len(part))
         return concatenate(parts)

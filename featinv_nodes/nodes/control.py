@@ -35,7 +35,7 @@ class FeatInvControlNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, negative, control_net, features, strength, start_percent, end_percent, guide_away_from) -> io.NodeOutput:  # noqa: ANN001
-        from ..host.controlnet import marked
+        from ..host.controlnet import tag_negative
 
         control = control_net.applied(features, strength, (start_percent, end_percent), guide_away_from)
         scope = control.evaluate(features)
@@ -49,7 +49,7 @@ class FeatInvControlNet(io.ComfyNode):
                 before = options.get("control")
                 if before not in copies:
                     copies[before] = control.copy().set_previous_controlnet(before)
-                out.append([text, marked({**options, "control": copies[before], "control_apply_to_uncond": False}, away)])
+                out.append([text, tag_negative({**options, "control": copies[before], "control_apply_to_uncond": False}, away)])
             return out
 
         return io.NodeOutput(steered(positive), steered(negative, away=True), scope, steered(negative))

@@ -40,8 +40,8 @@ class ExtractFeatures(io.ComfyNode):
 
     @classmethod
     def execute(cls, backbone, image, layer, pooled, fit) -> io.NodeOutput:  # noqa: ANN001
-        framed = backbone.backbone.frame(channels_first(image).cpu(), fit)
-        return io.NodeOutput(backbone.extract(framed, layer.strip(), pooled), channels_last(framed))
+        pixel_values = backbone.backbone.preprocess(channels_first(image).cpu(), fit)
+        return io.NodeOutput(backbone.extract(pixel_values, layer.strip(), pooled), channels_last(pixel_values))
 
 
 class FeatureMix(io.ComfyNode):
@@ -88,7 +88,7 @@ class FeatureMix(io.ComfyNode):
         if mask is None:
             raise FeatInvError("Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor")
         if backbone is not None:
-            mask = backbone.backbone.frame(mask[:, None], "crop")[:, 0]
+            mask = backbone.backbone.preprocess(mask[:, None], "crop")[:, 0]
         return io.NodeOutput(compose(b, a, mask.to(a.values.device), soft_edge))
 
 

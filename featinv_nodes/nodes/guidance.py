@@ -58,7 +58,7 @@ class KeepMostSimilar(io.ComfyNode):
         from ..core.metrics import best_rows, cosine
 
         pictures, source = channels_first(image).cpu(), features.source
-        seen = backbone.extract(backbone.backbone.frame(pictures, "stretch"), source.layer, source.pooled)
+        seen = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled)
         scores = cosine(features.in_turn(len(pictures)), seen)
         rows = best_rows(scores, len(features), keep).tolist()
         lines = [f"number {row}: cosine {scores[row]:.3f}" for row in rows]

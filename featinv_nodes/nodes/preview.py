@@ -36,7 +36,7 @@ class FeatureSimilarity(io.ComfyNode):
         pictures = channels_first(image).cpu()
         features = features.in_turn(len(pictures))  # as the pictures were drawn
         source = features.source
-        again = backbone.extract(backbone.backbone.frame(pictures, "stretch"), source.layer, source.pooled)
+        again = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled)
         similarity = cosine_per_location(features, again)
         scores = similarity.mean((1, 2))
         shown = captioned(pictures, [f"cosine {score:.3f}" for score in scores.tolist()])
@@ -91,7 +91,7 @@ class ClassifyImage(io.ComfyNode):
         if backbone.backbone.model.num_classes == 0:
             raise FeatInvError(f"Classify Image: {backbone.name} has no classifier; choose weights that have one")
         pictures = channels_first(image).cpu()
-        logits = backbone.logits(backbone.extract(backbone.backbone.frame(pictures, fit)))
+        logits = backbone.logits(backbone.extract(backbone.backbone.preprocess(pictures, fit)))
         best = backbone.backbone.top_classes(logits, top)
         lines = ["; ".join(f"{name} {share:.0%}" for name, share in found) for found in best]
         firsts = [", ".join(name.split(": ")[-1] for name, _ in found) for found in backbone.backbone.top_classes(logits, 1)]

@@ -65,7 +65,7 @@ class FeatInvViz(io.ComfyNode):
 
         pictures, source = channels_first(pictures).cpu().float(), edit.original.source
         first, *others = edit.unpaired(pictures)
-        seen = backbone.extract(backbone.backbone.frame(pictures, "stretch"), source.layer, source.pooled).to("cpu")
+        seen = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled).to("cpu")
         slopes = viz.measure_slopes(edit, pictures, seen)
         distance = torch.stack([viz.difference(first, other) for other in others])
         masks = torch.stack([viz.affected(d, threshold) for d in distance])

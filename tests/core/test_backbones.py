@@ -124,7 +124,7 @@ def test_embedded_backbones_classify_held_out_scenes(short):
     scenes = draw(0, torch.arange(300), "held-out")
     single = scenes.count == 1
     with torch.inference_mode():
-        logits = backbone.logits(backbone(backbone.frame(scenes.image)))
+        logits = backbone.logits(backbone(backbone.preprocess(scenes.image)))
     right = (logits[:, :10].argmax(1) == scenes.shape[:, 0])[single].float().mean()
     assert right > {"tiny-cnn": 0.99, "tiny-vit": 0.97}[short]  # measured 1.00 and 0.99 on 2,000 scenes
     assert backbone.classes[0].startswith("shape: ")
@@ -134,11 +134,11 @@ def test_frame_crops_the_centre_or_takes_the_whole_picture():
     backbone = open_backbone("tiny-cnn")
     x = torch.zeros(1, 3, 64, 192)
     x[..., 64:128] = 1
-    assert backbone.frame(x, "crop").min() == 1
-    stretched = backbone.frame(x, "stretch")
+    assert backbone.preprocess(x, "crop").min() == 1
+    stretched = backbone.preprocess(x, "stretch")
     assert stretched.shape == (1, 3, 64, 64) and stretched[..., 0].max() < 0.1 and stretched[..., 32].min() > 0.9
     with pytest.raises(FeatInvError, match="expected one of"):
-        backbone.frame(x, "pad")
+        backbone.preprocess(x, "pad")
 
 
 def test_bad_names_layers_and_files_are_named(tmp_path):

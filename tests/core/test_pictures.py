@@ -14,11 +14,11 @@ SOURCE = FeatureSource("net.tag", "last", False, 6, (4, 4), (32, 32), (0.5, 0.5,
 def test_like_features_have_like_colours():
     """Two kinds of vectors give two colours, whatever their order; the sign does not depend on chance."""
     kinds = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
-    places = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]])
-    values = kinds[places].permute(2, 0, 1)[None]
+    indices = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]])
+    values = kinds[indices].permute(2, 0, 1)[None]
     colours = principal_components(FeatureMap(values, SOURCE))
     assert colours.shape == (1, 3, 4, 4) and 0 <= colours.min() and colours.max() <= 1
-    one, other = colours[0][:, places == 0], colours[0][:, places == 1]
+    one, other = colours[0][:, indices == 0], colours[0][:, indices == 1]
     assert one.std(1).max() < 1e-3 and other.std(1).max() < 1e-3 and (one[:, 0] - other[:, 0]).abs().max() > 0.9
     pooled = FeatureMap(values.mean((2, 3), keepdim=True), FeatureSource(**{**SOURCE.to_dict(), "pooled": True}))
     with pytest.raises(FeatInvError, match="pooled"):

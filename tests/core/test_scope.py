@@ -190,7 +190,7 @@ def test_shipped_models_know_held_out_scenes_from_noise(name):
     scope = load_scope(model_file(name))
     assert scope.maps >= 2000 and "cycle" in scope.quantiles and set(scope.statistics) <= set(STATISTICS)
     backbone = open_backbone(scope.source.backbone)
-    pictures = backbone.frame(draw(0, torch.arange(300_000, 300_200), "held-out").image)
+    pictures = backbone.preprocess(draw(0, torch.arange(300_000, 300_200), "held-out").image)
     features = backbone.extract(pictures, scope.source.layer, scope.source.pooled)
     counts = Counter(scope.evaluate(features).verdict)
     assert counts["inside"] >= 180 and counts["outside"] <= 8

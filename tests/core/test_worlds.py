@@ -48,10 +48,10 @@ def lite0():
 def test_the_packaged_network_knows_what_is_in_a_photograph(lite0):
     assert lite0.input_size == (224, 224) and lite0.crop_pct == timm.get_pretrained_cfg(LITE0.name).crop_pct
     for name, wanted in PHOTOGRAPHS.items():
-        framed = lite0.frame(photograph(name))
+        pixel_values = lite0.preprocess(photograph(name))
         with torch.inference_mode():
-            logits = lite0.logits(lite0(framed))
-            plain = lite0.model((framed - 0.5) / 0.5)  # the published network's normalisation
+            logits = lite0.logits(lite0(pixel_values))
+            plain = lite0.model((pixel_values - 0.5) / 0.5)  # the published network's normalisation
         assert (logits - plain).abs().max() <= 1e-5 * plain.abs().max()  # float32 rounding of the same operations
         (best, probability), *_ = lite0.top_classes(logits, 3)[0]
         assert wanted in best and probability > 0.3, (best, probability)
@@ -216,10 +216,10 @@ def test_frame_cuts_the_middle_by_the_backbones_own_share(crop_pct):
     backbone.crop_pct = crop_pct
     rows = torch.arange(336.0).view(1, 1, -1, 1).expand(1, 3, -1, 672) / 336
     cut = (1 - crop_pct) / 2 * 336
-    framed = backbone.frame(rows)
-    assert framed.shape == (1, 3, 64, 64)
+    pixel_values = backbone.preprocess(rows)
+    assert pixel_values.shape == (1, 3, 64, 64)
     step = 336 * crop_pct / 64  # of the picture's rows to one of the framed
-    assert abs(framed[0, 0, 8, 0] * 336 - (cut + 8.5 * step - 0.5)) < 0.5  # half a row of rounding
-    assert abs(framed[0, 0, -9, 0] * 336 - (336 - cut - 8.5 * step - 0.5)) < 0.5
+    assert abs(pixel_values[0, 0, 8, 0] * 336 - (cut + 8.5 * step - 0.5)) < 0.5  # half a row of rounding
+    assert abs(pixel_values[0, 0, -9, 0] * 336 - (336 - cut - 8.5 * step - 0.5)) < 0.5
     same = torch.rand(1, 3, 64, 64)
-    assert torch.equal(backbone.frame(same), same) == (crop_pct == 1) and torch.equal(backbone.frame(same, "stretch"), same)
+    assert torch.equal(backbone.preprocess(same), same) == (crop_pct == 1) and torch.equal(backbone.preprocess(same, "stretch"), same)

@@ -34,7 +34,7 @@ from training.models.pipeline import Inversion, noise, sample
 def parity(world: World) -> list[dict]:
     """The host's sampler against training/reconstruct.py's, same file, seed and steps."""
     opened = open_model("tiny_cnn_last")
-    features = opened.features(opened.backbone.frame(torch.from_numpy(run("FeatInv_TinyWorldScenes", first=0, count=3)[0].numpy()).movedim(-1, 1)))
+    features = opened.features(opened.backbone.preprocess(torch.from_numpy(run("FeatInv_TinyWorldScenes", first=0, count=3)[0].numpy()).movedim(-1, 1)))
     found = []
     for away, negative in (("text and features", "features"), ("text", "text")):
         for strength, guidance, end, size in ((0.6, 1.0, 1.0, (8, 8)), (1.0, 4.0, 1.0, (8, 8)), (0.6, 4.0, 0.5, (6, 12)), (1.0, 4.0, 0.5, (8, 8)), (1.0, 1.0, 1.0, (16, 12))):

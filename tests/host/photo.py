@@ -59,7 +59,7 @@ def parity(name: str) -> dict:
     (drawn,) = nodes.KSampler().sample(model, SEED, how.steps, how.guidance, "ddim", "simple", *conditioning[:2], latents)
     (pictures,) = nodes.VAEDecode().decode(vae, drawn)
 
-    own = opened.features(opened.backbone.frame(photographs().movedim(-1, 1)))
+    own = opened.features(opened.backbone.preprocess(photographs().movedim(-1, 1)))
     start = noise(opened.base, SEED, COUNT)
     theirs = sample(opened.base, opened.model, own, start, how, opened.info.prompt)
     unconditional = sample(opened.base, None, None, start, how, opened.info.prompt)

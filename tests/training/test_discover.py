@@ -59,10 +59,10 @@ def test_vectors_come_evenly_from_all_pictures(folder):
     backbone = open_backbone("tiny-cnn")
     seen, steps = [], []
 
-    def extract(framed):
-        values = torch.zeros(len(framed), 128, 8, 8) + torch.arange(len(seen), len(seen) + len(framed))[:, None, None, None]
+    def extract(pixel_values):
+        values = torch.zeros(len(pixel_values), 128, 8, 8) + torch.arange(len(seen), len(seen) + len(pixel_values))[:, None, None, None]
         values[:, 1] = torch.arange(64).view(8, 8)
-        seen.extend(framed)
+        seen.extend(pixel_values)
         return FeatureMap(values, backbone.source())
 
     pictures = Folder(folder, backbone, seed=3)

@@ -62,8 +62,8 @@ def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
     from training.models.inversion import open_model
 
     opened = open_model("tiny_cnn_last")
-    framed, counts = load_pictures(opened, "drawn", 8)
-    found, _ = evaluate_in_memory(opened, framed, opened.recommended(steps=1), counts == 1)
+    pixel_values, counts = load_pictures(opened, "drawn", 8)
+    found, _ = evaluate_in_memory(opened, pixel_values, opened.recommended(steps=1), counts == 1)
     kept = results(whole)
     for condition in found:
         for name, entry in found[condition].items():
@@ -173,7 +173,7 @@ def test_drawing_one_at_a_time_gives_the_same_pictures(negative, guidance):
     from training.speed.sampling import one_by_one
 
     opened = open_model("tiny_cnn_last")
-    features = opened.features(opened.backbone.frame(draw(0, torch.arange(2), "held-out").image))
+    features = opened.features(opened.backbone.preprocess(draw(0, torch.arange(2), "held-out").image))
     how, start = opened.recommended(steps=2, negative=negative, guidance=guidance, gradient=0.0), opened.noise(range(2))
     # 1e-4: float32 convolutions of one and of several pictures sum in another order
     assert (one_by_one(opened, features, how, start) - opened.draw(features, how, start)).abs().max() < 1e-4

@@ -112,13 +112,13 @@ def test_samples_depend_on_the_vector_and_the_noise():
 
 def test_the_vectors_are_those_that_it_was_trained_on():
     backbone = untrained_backbone("resnet10t", 64)
-    framed, model = torch.rand(2, 3, 64, 64), RCDM(512, SMALL, 32)
+    pixel_values, model = torch.rand(2, 3, 64, 64), RCDM(512, SMALL, 32)
     for mean, std in ((model.mean, model.std), (backbone.mean, backbone.std)):  # the published ones, and the backbone's own
         model.mean, model.std = mean, std
-        normalised = (framed - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        normalised = (pixel_values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
         with torch.inference_mode():
             wanted = backbone.model.forward_features(normalised).mean((2, 3))
-        assert torch.allclose(model.vectors(backbone, framed), wanted, rtol=1e-3, atol=1e-5)  # float32, scaled there and back
+        assert torch.allclose(model.vectors(backbone, pixel_values), wanted, rtol=1e-3, atol=1e-5)  # float32, scaled there and back
 
 
 def test_published_checkpoints_take_pictures_from_minus_one_to_one():

@@ -1,4 +1,4 @@
-"""Folders, tar shards and Hugging Face sets give the same pictures at the same places."""
+"""Folders, tar shards and Hugging Face sets give the same pictures at the same indices."""
 
 import json
 import sys
@@ -53,7 +53,7 @@ def test_tar_shards_hold_the_folders_pictures(photographs, shards, monkeypatch):
 def test_two_processes_read_each_picture_once(shards):
     listing, opened = open_listing(str(shards), None), []
     real = listing.open
-    listing.open = lambda place: opened.append(place) or real(place)
+    listing.open = lambda index: opened.append(index) or real(index)
     own = [loader(Photographs(listing, {"pictures": 16}, "none", 0), 0, 2, rank, 2, 0) for rank in range(2)]
     for _ in range(3):  # an epoch: twelve pictures, two at a time, on two processes
         for part in own:
@@ -121,7 +121,7 @@ def test_some_pictures_are_spread_over_all(photographs):
 
 def test_a_view_is_the_same_in_every_epoch_that_shows_it(photographs):
     source = Photographs(Folder(photographs), {"pictures": 16}, "both", 0, views=2)
-    epochs = [{source.place(n): source.__getitems__([n]).tensors["pictures"] for n in range(12 * e, 12 * e + 12)} for e in range(3)]
+    epochs = [{source.entry(n): source.__getitems__([n]).tensors["pictures"] for n in range(12 * e, 12 * e + 12)} for e in range(3)]
     assert epochs[0].keys() == epochs[2].keys() and not epochs[0].keys() & epochs[1].keys()
     assert all(torch.equal(epochs[0][k], epochs[2][k]) for k in epochs[0])
-    assert [source.place(n) for n in range(12)] != [source.place(n) for n in range(24, 36)]  # in another order
+    assert [source.entry(n) for n in range(12)] != [source.entry(n) for n in range(24, 36)]  # in another order

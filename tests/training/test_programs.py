@@ -66,8 +66,8 @@ def test_reconstruct_mixes_and_composes(scenes, tmp_path):
 @pytest.mark.parametrize("name", DRAWN.models)
 def test_shipped_models_are_far_above_their_floor(name):
     opened = open_model(name)
-    framed, counts = load_pictures(opened, "drawn", 32)
-    results, guided = (evaluate_in_memory(opened, framed, opened.recommended(gradient=step), counts == 1)[0] for step in (0.0, None))
+    pixel_values, counts = load_pictures(opened, "drawn", 32)
+    results, guided = (evaluate_in_memory(opened, pixel_values, opened.recommended(gradient=step), counts == 1)[0] for step in (0.0, None))
     # the smallest shipped gap is the pooled model's; 0.1 is well below every measured one and far above chance
     assert gap_closed(results) > (0.1 if opened.info.source.pooled else 0.6)
     assert results["round trip"]["cosine"]["value"] > results["reconstruction"]["cosine"]["value"]

@@ -30,7 +30,7 @@ def opened():
 
 @pytest.fixture(scope="module")
 def features(opened):
-    return opened.features(opened.backbone.frame(draw(0, torch.arange(2), "held-out").image))
+    return opened.features(opened.backbone.preprocess(draw(0, torch.arange(2), "held-out").image))
 
 
 def latents(opened, features, how):

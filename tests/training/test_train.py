@@ -112,8 +112,8 @@ def test_the_encoder_on_the_maps_own_grid_trains_and_opens(tmp_path):
     """A 4 x 4 map of pictures of half the size, for latents of 8 x 8."""
     opened = open_model(str(run(tmp_path, 16, encoder="conv_at_map", input_size="32")))
     assert opened.info.encoder["kind"] == "conv_at_map" and opened.info.source.grid == (4, 4)
-    framed = opened.backbone.frame(draw(0, torch.arange(1)).image)
-    assert opened.draw(opened.features(framed), opened.recommended(steps=1), opened.noise([0])).shape == (1, 3, 64, 64)
+    pixel_values = opened.backbone.preprocess(draw(0, torch.arange(1)).image)
+    assert opened.draw(opened.features(pixel_values), opened.recommended(steps=1), opened.noise([0])).shape == (1, 3, 64, 64)
 
 
 def test_cycle_consistency_counts_from_a_number_of_images_on(tmp_path):

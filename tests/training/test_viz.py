@@ -33,7 +33,7 @@ def concepts():
 
 @pytest.fixture(scope="module")
 def features(opened):
-    return opened.features(opened.backbone.frame(draw(0, torch.arange(1), "held-out").image))
+    return opened.features(opened.backbone.preprocess(draw(0, torch.arange(1), "held-out").image))
 
 
 def test_both_maps_are_drawn_with_the_same_seeds_and_read_again(opened, concepts, features):
@@ -98,7 +98,7 @@ def test_measures_of_a_heat_map():
 def test_other_maps_find_a_concept_that_is_there(opened, concepts):
     """On a scene with one object, each map of the object concept is hotter inside its true mask."""
     scene = draw(0, torch.arange(1), "held-out")
-    picture, mask = opened.backbone.frame(scene.image)[0], scene.masks[0].sum(0) > 0.5
+    picture, mask = opened.backbone.preprocess(scene.image)[0], scene.masks[0].sum(0) > 0.5
     features = opened.features(picture[None])
     active = localisation.activation(concepts, "object", features, (64, 64))
     logit = opened.backbone.logits(features)[0, opened.backbone.groups["shape"]].argmax()

@@ -51,13 +51,13 @@ def occlusion(backbone: Backbone, concepts: Concepts, name: str, picture: Tensor
     height, width = picture.shape[1:]
     tops = range(STRIDE - PATCH, height, STRIDE)
     lefts = range(STRIDE - PATCH, width, STRIDE)
-    places = torch.zeros(len(tops) * len(lefts), 1, height, width)
-    for place, (top, left) in zip(places, ((t, x) for t in tops for x in lefts)):
-        place[:, max(top, 0) : top + PATCH, max(left, 0) : left + PATCH] = 1
-    covered = torch.cat([picture[None], picture * (1 - places) + picture.mean((1, 2), keepdim=True) * places])
+    indices = torch.zeros(len(tops) * len(lefts), 1, height, width)
+    for index, (top, left) in zip(indices, ((t, x) for t in tops for x in lefts)):
+        index[:, max(top, 0) : top + PATCH, max(left, 0) : left + PATCH] = 1
+    covered = torch.cat([picture[None], picture * (1 - indices) + picture.mean((1, 2), keepdim=True) * indices])
     amount = concepts.part(backbone.extract(covered, layer), name).norm(dim=1).sum((1, 2))
     lost = amount[0] - amount[1:]
-    return (lost[:, None, None] * places[:, 0]).sum(0) / places[:, 0].sum(0).clamp(min=1)
+    return (lost[:, None, None] * indices[:, 0]).sum(0) / indices[:, 0].sum(0).clamp(min=1)
 
 
 def edges(picture: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ def random_subspace(concepts: Concepts, name: str, seed: int) -> Concepts:
 
 def auroc(heat: Tensor, mask: Tensor) -> float:
     """Chance that a pixel of the mask is hotter than one outside, ties counting half; both [H, W], the mask bool."""
-    _, place, count = heat.flatten().unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1) / 2.0)[place].double()
+    _, index, count = heat.flatten().unique(return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0) - (count - 1) / 2.0)[index].double()
     inside = mask.flatten()
     positive, negative = inside.sum().double(), (~inside).sum().double()
     return float((rank[inside].sum() - positive * (positive + 1) / 2) / (positive * negative))

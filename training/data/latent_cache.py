@@ -1,4 +1,4 @@
-"""Latents and features that training/cache.py computed once, read by place and view.
+"""Latents and features that training/cache.py computed once, read by index and view.
 
 A cache is a folder with one folder per part, "latents" and "features-BACKBONE-LAYER". A part has a manifest.json, which says
 what its rows are of, and shards of SHARD pictures of one view, whose names end with the digest of what is inside. One
@@ -58,7 +58,7 @@ class Part:
         self.open()
 
     def shards(self) -> list[tuple[int, int]]:
-        """(view, first place) of every shard there should be."""
+        """(view, first index) of every shard there should be."""
         return [(view, first) for view in range(self.views) for first in range(0, self.pictures, SHARD)]
 
     def file(self, view: int, first: int) -> Path | None:
@@ -66,7 +66,7 @@ class Part:
         return next(iter(sorted(self.folder.glob(f"view{view:04d}-{first:010d}-*.safetensors"))), None)
 
     def write(self, view: int, first: int, rows: Tensor, failed: dict[int, str]) -> Path:
-        """rows [n, ...] of the places from `first` on, kept in fp16; failed: row -> why its picture could not be read."""
+        """rows [n, ...] of the indices from `first` on, kept in fp16; failed: row -> why its picture could not be read."""
         content = save({self.name: rows.half().contiguous()}, {"failed": json.dumps(failed)})
         return write_checksummed(self.folder, f"view{view:04d}-{first:010d}", ".safetensors", lambda file: file.write(content))
 
@@ -80,11 +80,11 @@ class Part:
         if wrong:
             raise FeatInvError(f"the cache {self.folder} is not complete: {'; '.join(wrong[:5])}; {COMMAND} again")
 
-    def read(self, place: int, view: int) -> tuple[Tensor, str | None]:
+    def read(self, index: int, view: int) -> tuple[Tensor, str | None]:
         """The row of a picture's view in fp16, and why it is empty where the picture could not be read."""
-        first = place - place % SHARD
+        first = index - index % SHARD
         rows, failed = _opened(self.folder, self.name, view, first)
-        return rows[place - first], failed.get(str(place - first))
+        return rows[index - first], failed.get(str(index - first))
 
 
 @lru_cache(maxsize=4096)
@@ -126,13 +126,13 @@ class Cached(Dataset):
 
     def __init__(self, source: Scenes | Photographs, parts: list[Part]) -> None:
         self.source, self.parts = source, parts
-        self.name, self.place, self.fingerprint = source.name, source.place, source.fingerprint
+        self.name, self.entry, self.fingerprint = source.name, source.entry, source.fingerprint
         self._rest = len(parts) == 1  # the latents alone: features come from the pictures
 
     def render(self, entries: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[int, str]]:
         tensors, failed = self.source.render(entries) if self._rest else ({}, {})
         for part in self.parts:
-            rows, reasons = zip(*(part.read(place, view) for place, view in entries))
+            rows, reasons = zip(*(part.read(index, view) for index, view in entries))
             tensors[part.name] = torch.stack(rows)
             failed |= {row: reason for row, reason in enumerate(reasons) if reason}
         return tensors, failed

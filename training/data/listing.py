@@ -1,4 +1,4 @@
-"""Where the pictures for training are: each is addressed by its place in a list, and read when it is asked for."""
+"""Where the pictures for training are: each is addressed by its index in a list, and read when it is asked for."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ KEPT_BACK = 25
 
 
 class Listing(Protocol):
-    """Pictures in a fixed order. names: one per picture; open reads the one at a place, or raises whatever the
+    """Pictures in a fixed order. names: one per picture; open reads the one at an index, or raises whatever the
     decoder raises."""
 
     names: Sequence[str]
 
-    def open(self, place: int) -> Image.Image: ...
+    def open(self, index: int) -> Image.Image: ...
 
 
 class Folder:
@@ -40,8 +40,8 @@ class Folder:
         self.folder = folder
         self.names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
 
-    def open(self, place: int) -> Image.Image:
-        return Image.open(self.folder / self.names[place])
+    def open(self, index: int) -> Image.Image:
+        return Image.open(self.folder / self.names[index])
 
 
 class TarShards:
@@ -59,8 +59,8 @@ class TarShards:
                 self.names.append(f"{shard.name}/{name}")
                 self._where.append((shard, offset, size))
 
-    def open(self, place: int) -> Image.Image:
-        shard, offset, size = self._where[place]
+    def open(self, index: int) -> Image.Image:
+        shard, offset, size = self._where[index]
         with open(shard, "rb") as opened:
             opened.seek(offset)
             return Image.open(io.BytesIO(opened.read(size)))
@@ -125,13 +125,13 @@ class HuggingFace:
         """data: as hugging_face takes it."""
         library, found, self._column = hugging_face(data)
         self._set = found.select_columns([self._column])
-        self.names = [f"{data.removeprefix(HUGGING_FACE)}[{place}]" for place in range(len(found))]
+        self.names = [f"{data.removeprefix(HUGGING_FACE)}[{index}]" for index in range(len(found))]
         labels = [column for column, kind in found.features.items() if isinstance(kind, library.ClassLabel)]
         known = found.features[labels[0]].names if labels else []
         self.classes = [known[k] if k is not None and k >= 0 else None for k in found[labels[0]]] if labels else None
 
-    def open(self, place: int) -> Image.Image:
-        return self._set[place][self._column]
+    def open(self, index: int) -> Image.Image:
+        return self._set[index][self._column]
 
 
 def open_listing(data: str, images: int | None) -> Listing:
@@ -152,14 +152,14 @@ def open_listing(data: str, images: int | None) -> Listing:
 
 
 class Chosen:
-    """Some of a listing's pictures, by their places in it."""
+    """Some of a listing's pictures, by their indices in it."""
 
-    def __init__(self, whole: Listing, places: list[int]) -> None:
-        self._whole, self.places = whole, places
-        self.names = [whole.names[place] for place in places]
+    def __init__(self, whole: Listing, indices: list[int]) -> None:
+        self._whole, self.indices = whole, indices
+        self.names = [whole.names[index] for index in indices]
 
-    def open(self, place: int) -> Image.Image:
-        return self._whole.open(self.places[place])
+    def open(self, index: int) -> Image.Image:
+        return self._whole.open(self.indices[index])
 
 
 class Part(Chosen):
@@ -172,5 +172,5 @@ class Part(Chosen):
 
 
 def fingerprint(names: Sequence[str]) -> str:
-    """A digest of names in their order: the same pictures at the same places, as far as names tell."""
+    """A digest of names in their order: the same pictures at the same indices, as far as names tell."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

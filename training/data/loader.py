@@ -40,10 +40,10 @@ class Scenes(Dataset):
     def fingerprint(self) -> str:
         return f"scenes of seed {self.seed}"
 
-    def name(self, place: int) -> str:
-        return f"scene {place}"
+    def name(self, index: int) -> str:
+        return f"scene {index}"
 
-    def place(self, number: int) -> tuple[int, int]:
+    def entry(self, number: int) -> tuple[int, int]:
         """(scene, view) of image `number`; scenes have one view."""
         return (number % self.images if self.images else number), 0
 
@@ -51,7 +51,7 @@ class Scenes(Dataset):
         return {"pictures": self._draw([scene for scene, _ in entries])}, {}
 
     def __getitems__(self, numbers: list[int]) -> Batch:
-        return Batch(self.render([self.place(n) for n in numbers])[0], [])
+        return Batch(self.render([self.entry(n) for n in numbers])[0], [])
 
     def _draw(self, scenes: list[int]) -> Tensor:
         wanted = torch.tensor(scenes, device=self.device)
@@ -66,7 +66,7 @@ class Scenes(Dataset):
 class Photographs(Dataset):
     """A listing's pictures, a new order each epoch, cropped as in the paper: random resized crop and flips.
 
-    A view is one crop and its flips, a function of (seed, place in the listing, view). Epoch e shows view e of every
+    A view is one crop and its flips, a function of (seed, index in the listing, view). Epoch e shows view e of every
     picture, or e modulo `views`. Each tensor named in `sides` holds the same crop, scaled from the original to that
     many pixels a side.
     """
@@ -82,23 +82,23 @@ class Photographs(Dataset):
     def fingerprint(self) -> str:
         return fingerprint(self.listing.names)
 
-    def name(self, place: int) -> str:
-        return self.listing.names[place]
+    def name(self, index: int) -> str:
+        return self.listing.names[index]
 
-    def place(self, number: int) -> tuple[int, int]:
-        """(place, view) of image `number`."""
+    def entry(self, number: int) -> tuple[int, int]:
+        """(index, view) of image `number`."""
         epoch, position = divmod(number, len(self))
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self)))
         return int(self._order[1][position]), epoch % self.views if self.views else epoch
 
     def render(self, entries: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[int, str]]:
-        """Tensors of (place, view) entries, rows of zeros for pictures that cannot be read, and row -> reason of these."""
+        """Tensors of (index, view) entries, rows of zeros for pictures that cannot be read, and row -> reason of these."""
         rows = {name: torch.zeros(len(entries), 3, side, side) for name, side in self.sides.items()}
         failed = {}
-        for row, (place, view) in enumerate(entries):
+        for row, (index, view) in enumerate(entries):
             try:
-                for name, crop in self._crops(place, view).items():
+                for name, crop in self._crops(index, view).items():
                     rows[name][row] = crop
             except Unreadable as error:
                 failed[row] = str(error)
@@ -107,26 +107,26 @@ class Photographs(Dataset):
     def __getitems__(self, numbers: list[int]) -> Batch:
         return fill(self, numbers)
 
-    def _crops(self, place: int, view: int) -> dict[str, Tensor]:
-        return crops(lambda: self.listing.open(place), self.sides, self.flips, random.Random(f"{self.seed}/{place}/{view}"))
+    def _crops(self, index: int, view: int) -> dict[str, Tensor]:
+        return crops(lambda: self.listing.open(index), self.sides, self.flips, random.Random(f"{self.seed}/{index}/{view}"))
 
 
 def fill(source: Photographs, numbers: list[int]) -> Batch:
-    """The batch of image numbers from a source's place, render and name; a picture that cannot be read gives way to the next in its epoch's order, which is a
+    """The batch of image numbers from a source's entry, render and name; a picture that cannot be read gives way to the next in its epoch's order, which is a
     function of the number too. Raises FeatInvError after TRIES of them in a row."""
-    tensors, failed = source.render([source.place(n) for n in numbers])
+    tensors, failed = source.render([source.entry(n) for n in numbers])
     skipped = []
     for row, reason in failed.items():
         for other in range(numbers[row], numbers[row] + TRIES):
-            place, view = source.place(other)
+            index, view = source.entry(other)
             if other > numbers[row]:
-                again, wrong = source.render([(place, view)])
+                again, wrong = source.render([(index, view)])
                 if not wrong:
                     for name in tensors:
                         tensors[name][row] = again[name][0]
                     break
                 reason = wrong[0]
-            skipped.append((source.name(place), reason))
+            skipped.append((source.name(index), reason))
         else:
             raise FeatInvError(f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({skipped[-1][1]})")
     return Batch(tensors, skipped)

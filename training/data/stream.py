@@ -28,7 +28,7 @@ BLOCK = 512  # encoded pictures that a reader holds and shuffles
 AT_ONCE = 64  # rows asked of the library together
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a reader stands. file: files of its epoch that are behind it; row: where its block begins in the next one;
     used: pictures of the block that are used up."""
 
@@ -51,11 +51,11 @@ class Stream:
     def fingerprint(self) -> str:
         return f"{self.data}, {self.files} files"
 
-    def place(self, number: int) -> tuple[int, int]:
+    def entry(self, number: int) -> tuple[int, int]:
         return number, 0
 
-    def name(self, place: int) -> str:
-        return f"{self.data}, picture {place} of the run"
+    def name(self, position: int) -> str:
+        return f"{self.data}, picture {position} of the run"
 
     def rows(self, file: int, first: int = 0) -> Iterator[dict]:
         """A file's encoded pictures from row `first` on, {"bytes", "path"}."""
@@ -75,14 +75,14 @@ def decode(encoded: dict) -> Image.Image:
 
 
 class Reader:
-    """Reader `number` of several: the files number, number + readers, ... of a stream, without end, from a place on."""
+    """Reader `number` of several: the files number, number + readers, ... of a stream, without end, from a position on."""
 
-    def __init__(self, stream: Stream, number: int, readers: int, place: Place) -> None:
-        self.stream, self.number, self.readers, self.place = stream, number, readers, place
+    def __init__(self, stream: Stream, number: int, readers: int, position: Position) -> None:
+        self.stream, self.number, self.readers, self.position = stream, number, readers, position
 
-    def blocks(self) -> Iterator[tuple[Place, Place, list[tuple[str, dict]]]]:
+    def blocks(self) -> Iterator[tuple[Position, Position, list[tuple[str, dict]]]]:
         """(where a block begins, where the next one does, its pictures with their names). A block ends with its epoch."""
-        begin = self.place._replace(used=0)
+        begin = self.position._replace(used=0)
         while True:
             files = list(range(self.number, self.stream.files, self.readers))
             self._rng(begin.epoch).shuffle(files)
@@ -92,30 +92,30 @@ class Reader:
                 for row, encoded in enumerate(self.stream.rows(files[position], first), first):
                     block.append((f"file {files[position]}, row {row}", encoded))
                     if len(block) == BLOCK:
-                        after = Place(begin.epoch, position, row + 1)
+                        after = Position(begin.epoch, position, row + 1)
                         yield begin, after, block
                         begin, block = after, []
-            after = Place(begin.epoch + 1)
+            after = Position(begin.epoch + 1)
             if block:
                 yield begin, after, block
-            elif begin == Place(begin.epoch):
+            elif begin == Position(begin.epoch):
                 raise FeatInvError(f"data {self.stream.data}: the files {', '.join(map(str, sorted(files)))} hold no pictures")
             begin = after
 
-    def pictures(self) -> Iterator[tuple[str, dict, Place]]:
+    def pictures(self) -> Iterator[tuple[str, dict, Position]]:
         """(name, encoded picture, where the reader stands after it)."""
-        used = self.place.used
+        used = self.position.used
         for begin, after, block in self.blocks():
             self._rng(*begin).shuffle(block)
             for count, (name, encoded) in enumerate(block[used:], used + 1):
                 yield f"epoch {begin.epoch}, {name}", encoded, begin._replace(used=count) if count < len(block) else after
             used = 0
 
-    def batches(self, size: int) -> Iterator[tuple[Place, Batch]]:
+    def batches(self, size: int) -> Iterator[tuple[Position, Batch]]:
         """(where the reader stands after it, batch of `size` crops). Raises FeatInvError after TRIES pictures in a row that
         cannot be read."""
         stream, rows, skipped, failed = self.stream, [], [], 0
-        for name, encoded, place in self.pictures():
+        for name, encoded, position in self.pictures():
             try:
                 rng = random.Random(f"{stream.seed}/{name}")
                 rows.append(crops(lambda: decode(encoded), stream.sides, stream.flips, rng))  # noqa: B023 - called at once
@@ -126,7 +126,7 @@ class Reader:
                 if failed == TRIES:
                     raise FeatInvError(f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({error})") from error
             if len(rows) == size:
-                yield place, Batch({side: torch.stack([row[side] for row in rows]) for side in stream.sides}, skipped)
+                yield position, Batch({side: torch.stack([row[side] for row in rows]) for side in stream.sides}, skipped)
                 rows, skipped = [], []
 
     def _rng(self, *where: int) -> random.Random:
@@ -136,7 +136,7 @@ class Reader:
 class Readers(IterableDataset):
     """The readers of one process, which deal batches in turn, each in a worker of a loader, or one without workers.
 
-    turn: whose batch is the next; places: where each stands.
+    turn: whose batch is the next; positions: where each stands.
     """
 
     def __init__(self, stream: Stream, batch: int, rank: int, processes: int, workers: int) -> None:
@@ -147,14 +147,14 @@ class Readers(IterableDataset):
                 f"data {stream.data} has {stream.files} files, of which each of {self.all} readers ({processes} processes with {self.count} workers) "
                 "needs one of its own: give fewer --workers or processes, or download the set and write hf:"
             )
-        self.turn, self.places = 0, [Place()] * self.count
+        self.turn, self.positions = 0, [Position()] * self.count
 
-    def __iter__(self) -> Iterator[tuple[int, Place, Batch]]:
+    def __iter__(self) -> Iterator[tuple[int, Position, Batch]]:
         worker = get_worker_info()
         number = (self.turn + (worker.id if worker else 0)) % self.count  # a loader begins with its first worker
-        reader = Reader(self.stream, self.rank * self.count + number, self.all, self.places[number])
-        for place, batch in reader.batches(self.batch):
-            yield number, place, batch
+        reader = Reader(self.stream, self.rank * self.count + number, self.all, self.positions[number])
+        for position, batch in reader.batches(self.batch):
+            yield number, position, batch
 
 
 class Reading(Iterator[Batch]):
@@ -164,17 +164,17 @@ class Reading(Iterator[Batch]):
     def __init__(self, stream: Stream, batch: int, rank: int, processes: int, workers: int, pin: bool = False, state: dict | None = None) -> None:
         self._readers = readers = Readers(stream, batch, rank, processes, workers)
         if state is not None and (state["all"], len(state["places"])) == (readers.all, readers.count):
-            readers.turn, readers.places = state["turn"], [Place(*place) for place in state["places"]]
+            readers.turn, readers.positions = state["turn"], [Position(*position) for position in state["places"]]
         elif state is not None and rank == 0:
             tqdm.write(f"{stream.data} was read by {state['all']} readers, {len(state['places'])} each process, and now by {readers.all}: it begins anew")
-        self._turn, self._places = readers.turn, list(readers.places)
-        self._last: tuple[int, Place] | None = None
+        self._turn, self._positions = readers.turn, list(readers.positions)
+        self._last: tuple[int, Position] | None = None
         self._batches = plainly(DataLoader(readers, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals))
 
     def __next__(self) -> Batch:
         self._use_up()
-        number, place, batch = next(self._batches)
-        self._last = number, place
+        number, position, batch = next(self._batches)
+        self._last = number, position
         return batch
 
     def close(self) -> None:
@@ -182,14 +182,14 @@ class Reading(Iterator[Batch]):
 
     def _use_up(self) -> None:
         if self._last:
-            number, place = self._last
-            self._places[number], self._turn, self._last = place, (number + 1) % self._readers.count, None
+            number, position = self._last
+            self._positions[number], self._turn, self._last = position, (number + 1) % self._readers.count, None
 
     def state(self, in_hand: bool) -> dict:
         """in_hand: the batch that was handed out last is still to be used, and comes again."""
         if not in_hand:
             self._use_up()
-        return {"all": self._readers.all, "turn": self._turn, "places": [tuple(place) for place in self._places]}
+        return {"all": self._readers.all, "turn": self._turn, "places": [tuple(position) for position in self._positions]}
 
 
 def states(batches: Iterator[Batch], in_hand: bool) -> list[dict] | None:

@@ -111,16 +111,16 @@ class ModelUnderTest:
         """Starting noise, a picture's number its seed; `sample` further ones lie a million apart."""
         return self.context.open(self.spec).noise([n + self.context.seed + 1_000_000 * sample for n in originals.numbers])
 
-    def draw(self, framed: Tensor, how: Sampling, start: Tensor) -> Tensor:
-        """Pictures with the features of framed ones."""
+    def draw(self, pixel_values: Tensor, how: Sampling, start: Tensor) -> Tensor:
+        """Pictures with the features of preprocessed ones."""
         opened = self.context.open(self.spec)
-        return opened.draw(opened.features(framed), how, start, len(start))
+        return opened.draw(opened.features(pixel_values), how, start, len(start))
 
-    def measure(self, framed: Tensor, pictures: Tensor, single: Tensor | None) -> Columns:
-        """All evaluators' columns, and the vectors in all spaces, of pictures drawn for framed originals."""
+    def measure(self, pixel_values: Tensor, pictures: Tensor, single: Tensor | None) -> Columns:
+        """All evaluators' columns, and the vectors in all spaces, of pictures drawn for originals."""
         columns: Columns = {"pictures": pictures}
         for prefix, evaluator in self.evaluators.items():
-            found = evaluator.compare(evaluator.extract(framed), evaluator.extract(pictures), single)
+            found = evaluator.compare(evaluator.extract(pixel_values), evaluator.extract(pictures), single)
             columns |= {prefix + name: values for name, values in found.items()}
         return columns | self.vectors(pictures)
 
@@ -129,10 +129,10 @@ class ModelUnderTest:
 
     def original(self, originals: Originals) -> Columns:
         """The originals themselves: their vectors, and what the centres are made of."""
-        framed = originals.framed(self.backbone)
-        columns: Columns = {"pictures": framed} | self.vectors(framed)
+        pixel_values = originals.preprocess(self.backbone)
+        columns: Columns = {"pictures": pixel_values} | self.vectors(pixel_values)
         for prefix, evaluator in self.evaluators.items():
-            columns |= {f"mean/{prefix}{name}": values for name, values in evaluator.means(evaluator.extract(framed)).items()}
+            columns |= {f"mean/{prefix}{name}": values for name, values in evaluator.means(evaluator.extract(pixel_values)).items()}
         return columns
 
     def centre(self, originals: Table) -> None:
@@ -149,8 +149,8 @@ class ModelUnderTest:
             def start_of(attempt: int) -> Tensor:
                 return opened.noise([n + self.context.seed + ATTEMPT * attempt for n in originals.numbers])
 
-            drawn, _ = opened.best(opened.features(originals.framed(opened.backbone)), how, start_of, len(originals.numbers))
-            return self.measure(originals.framed(self.backbone), drawn, originals.single)
+            drawn, _ = opened.best(opened.features(originals.preprocess(opened.backbone)), how, start_of, len(originals.numbers))
+            return self.measure(originals.preprocess(self.backbone), drawn, originals.single)
 
         return condition
 
@@ -159,14 +159,14 @@ class ModelUnderTest:
 
         def condition(originals: Originals) -> Columns:
             pictures = self.context.open(self.spec).draw(None, how, self.start(originals), len(originals.numbers))
-            return self.measure(originals.framed(self.backbone), pictures, originals.single)
+            return self.measure(originals.preprocess(self.backbone), pictures, originals.single)
 
         return condition
 
     def round_trip(self, originals: Originals) -> Columns:
         """The autoencoder's round trip of the originals."""
-        framed = originals.framed(self.backbone)
-        return self.measure(framed, round_trip(self.context.open(self.spec).base, framed.to(self.context.device)).cpu(), originals.single)
+        pixel_values = originals.preprocess(self.backbone)
+        return self.measure(pixel_values, round_trip(self.context.open(self.spec).base, pixel_values.to(self.context.device)).cpu(), originals.single)
 
     def bounds(self, how: Sampling) -> dict[str, Condition]:
         """The conditions that every report carries beside its own. how: the unconditional baseline's sampling."""

@@ -38,9 +38,9 @@ class Evaluator:
 
     def extract(self, pictures: Tensor) -> Features:
         """Pictures [B, 3, h, w] in 0..1, scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
-        framed = self.backbone.frame(pictures, "stretch")
+        pixel_values = self.backbone.preprocess(pictures, "stretch")
         others = {layer for layer, _ in self.compared.values()} - {LAST}
-        layers = {LAST: self.backbone.extract(framed)} | self.backbone.extract_several(framed, sorted(others))
+        layers = {LAST: self.backbone.extract(pixel_values)} | self.backbone.extract_several(pixel_values, sorted(others))
         maps = {name: layers[layer].pool() if pooled else layers[layer] for name, (layer, pooled) in self.compared.items()}
         return Features(maps, self.backbone.logits(layers[LAST]))
 

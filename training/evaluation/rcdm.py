@@ -79,10 +79,10 @@ class RCDM(nn.Module):
         return self.unet(x, t, self.vector(vectors)).sample[:, :3]
 
     @torch.inference_mode()
-    def vectors(self, backbone: Backbone, framed: Tensor) -> Tensor:
-        """[B, C] what it is conditioned on: the backbone's averaged last map of framed pictures in 0..1."""
+    def vectors(self, backbone: Backbone, pixel_values: Tensor) -> Tensor:
+        """[B, C] what it is conditioned on: the backbone's averaged last map of preprocessed pictures in 0..1."""
         own, used = ([torch.tensor(v)[:, None, None] for v in (m.mean, m.std)] for m in (backbone, self))
-        return backbone.values((framed.cpu() - used[0]) / used[1] * own[1] + own[0], LAST, True).flatten(1)
+        return backbone.values((pixel_values.cpu() - used[0]) / used[1] * own[1] + own[0], LAST, True).flatten(1)
 
     @torch.inference_mode()
     def sample(self, vectors: Tensor, noise: Tensor, steps: int) -> Tensor:

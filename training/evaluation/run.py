@@ -38,22 +38,22 @@ IDLE = ("out", "batch", "device", "write_back")
 
 
 def load_pictures(opened: Opened, data: str, count: int) -> tuple[Tensor, Tensor | None]:
-    """(pictures framed for the backbone [N, 3, H, W], objects per scene [N] or None for photographs)."""
+    """(pictures preprocessed for the backbone [N, 3, H, W], objects per scene [N] or None for photographs)."""
     originals, _ = read(open_source(data, count), range(count))
-    return originals.framed(opened.backbone), draw(0, torch.arange(count), "held-out").count if drawing_world(data) else None
+    return originals.preprocess(opened.backbone), draw(0, torch.arange(count), "held-out").count if drawing_world(data) else None
 
 
-def evaluate_in_memory(opened: Opened, framed: Tensor, how: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
+def evaluate_in_memory(opened: Opened, pixel_values: Tensor, how: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
     """The suite quality for a few pictures in memory, without files: ({"reconstruction", "unconditional", "round trip"}, the pictures
     of each). Picture i is drawn with seed i; single [N]: scenes of one object, None for photographs."""
     source = opened.info.source
     evaluator, space = Evaluator(opened.backbone, {"cosine": (source.layer, source.pooled)}), TimmSpace(opened.backbone)
-    original, start = opened.features(framed), opened.noise(range(len(framed)))
-    with tqdm(total=2 * len(framed), desc="drawing", unit="picture") as bar:
+    original, start = opened.features(pixel_values), opened.noise(range(len(pixel_values)))
+    with tqdm(total=2 * len(pixel_values), desc="drawing", unit="picture") as bar:
         drawn = {"reconstruction": opened.draw(original, how, start, batch, bar.update)}
         drawn["unconditional"] = opened.draw(None, how, start, batch, bar.update)
-    drawn["round trip"] = torch.cat([round_trip(opened.base, part) for part in framed.split(64)])
-    wanted, vectors, results = evaluator.extract(framed), space(framed), {}
+    drawn["round trip"] = torch.cat([round_trip(opened.base, part) for part in pixel_values.split(64)])
+    wanted, vectors, results = evaluator.extract(pixel_values), space(pixel_values), {}
     evaluator.centres = {name: means.mean(0) for name, means in evaluator.means(wanted).items()}
     for name, pictures in drawn.items():
         columns = evaluator.compare(wanted, evaluator.extract(pictures), single)

@@ -1,6 +1,6 @@
 """Where the pictures come from that a model is evaluated on, and which of them are taken, in which order.
 
-The order is by name, and by class where --per-class asks for as many of each. A picture's number is its place in that
+The order is by name, and by class where --per-class asks for as many of each. A picture's number is its index in that
 order; it is the seed of everything random that is done for the picture.
 """
 
@@ -133,22 +133,22 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
         chosen = Chosen(listing, first_of_each(data, listing.names, classes, per_class))
     else:
         chosen = Part(listing, count or count_all)
-    return Pictures(chosen, [classes[place] for place in chosen.places])
+    return Pictures(chosen, [classes[index] for index in chosen.indices])
 
 
 def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None], count: int) -> list[int]:
-    """Places of the first `count` names of each class, the classes sorted. Raises FeatInvError where a class has fewer."""
-    places: dict[str, list[int]] = {}
-    for place in sorted(range(len(names)), key=lambda p: names[p]):
-        if classes[place]:
-            places.setdefault(classes[place], []).append(place)
-    if not places:
+    """Indices of the first `count` names of each class, the classes sorted. Raises FeatInvError where a class has fewer."""
+    indices: dict[str, list[int]] = {}
+    for index in sorted(range(len(names)), key=lambda p: names[p]):
+        if classes[index]:
+            indices.setdefault(classes[index], []).append(index)
+    if not indices:
         raise FeatInvError(f"--per-class {count}: {data} has no class folders or labels; use --count")
-    few = [f"{name} ({len(found)})" for name, found in sorted(places.items()) if len(found) < count]
+    few = [f"{name} ({len(found)})" for name, found in sorted(indices.items()) if len(found) < count]
     if few or count < 1:
         more = f" and {len(few) - 8} more" if len(few) > 8 else ""
         raise FeatInvError(f"--per-class {count}: expected at least 1, and as many images in each class folder of {data}; fewer in {', '.join(few[:8])}{more}")
-    return [place for name in sorted(places) for place in places[name][:count]]
+    return [index for name in sorted(indices) for index in indices[name][:count]]
 
 
 @dataclass
@@ -161,9 +161,9 @@ class Originals:
     classes: list[str | None]
     single: Tensor
 
-    def framed(self, backbone: Backbone) -> Tensor:
+    def preprocess(self, backbone: Backbone) -> Tensor:
         """[B, 3, *input_size] as the backbone's own evaluation cuts and scales them."""
-        return torch.cat([backbone.frame(picture[None]) for picture in self.pictures])
+        return torch.cat([backbone.preprocess(picture[None]) for picture in self.pictures])
 
 
 def read(source: Source, numbers: Sequence[int]) -> tuple[Originals, dict[str, str]]:

@@ -30,7 +30,7 @@ class TimmSpace:
         self.name, self._backbone = f"{backbone.name}, pooled", backbone
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        return self._backbone.extract(self._backbone.frame(pictures, "stretch"), pooled=True).values.flatten(1).cpu()
+        return self._backbone.extract(self._backbone.preprocess(pictures, "stretch"), pooled=True).values.flatten(1).cpu()
 
 
 class Scaled:

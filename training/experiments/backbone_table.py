@@ -159,7 +159,7 @@ def normalised(backbone: Backbone, pictures: Tensor) -> Tensor:
 
 
 def compared(backbone: Backbone, pictures: Tensor) -> tuple[float, float, float | None]:
-    """The differences of the table for framed pictures [2, 3, h, w]: head, pictures, map (None: not to be compared).
+    """The differences of the table for preprocessed pictures [2, 3, h, w]: head, pictures, map (None: not to be compared).
 
     Raises FeatInvError if the model's head reads no single spatial map.
     """

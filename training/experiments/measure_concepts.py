@@ -65,7 +65,7 @@ def true_track(opened: Opened, layer: str) -> Track:
 def discovered_track(opened: Opened, layer: str, method: str) -> Track:
     """Concepts of training scenes; each object and background gets the one whose |phi_c| ranks its cells best there."""
     scenes = draw(0, torch.arange(TRAINING_SCENES))
-    maps = opened.backbone.extract(opened.backbone.frame(scenes.image), layer)
+    maps = opened.backbone.extract(opened.backbone.preprocess(scenes.image), layer)
     vectors = maps.values.movedim(1, -1).flatten(0, 2)
     picked = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:VECTORS]
     concepts = discover(vectors[picked], maps.source, method, CONCEPTS)
@@ -81,14 +81,14 @@ def discovered_track(opened: Opened, layer: str, method: str) -> Track:
     return Track(DISCOVERED[method], concepts, chosen, notes)
 
 
-def trials(opened: Opened, scene: Scenes, framed: Tensor, track: Track, how: Sampling, request: VizSettings) -> Iterator[Trial]:
+def trials(opened: Opened, scene: Scenes, pixel_values: Tensor, track: Track, how: Sampling, request: VizSettings) -> Iterator[Trial]:
     """The object and the background of one scene, framed [3, H, W], with every heat map."""
-    features, layer = opened.features(framed[None]), opened.info.source.layer
+    features, layer = opened.features(pixel_values[None]), opened.info.source.layer
     covered = scene.masks[0].sum(0).clamp(max=1) > 0.5
     names = {"object": track.stands_for[OBJECT], "background": track.stands_for[BACKGROUNDS[scene.background[0]]]}
     asked = visualize(opened, features, track.concepts, [[n] for n in names.values()], replace(request, closed=False), how)
     for (kind, name), shown in zip(names.items(), asked):
-        trial = Trial(kind, name, framed, covered if kind == "object" else ~covered, shown={VIZ: shown})
+        trial = Trial(kind, name, pixel_values, covered if kind == "object" else ~covered, shown={VIZ: shown})
         if track.name == TRUE:
             trial.shown[CLOSED] = shown if shown.slope.passed else visualize(opened, features, track.concepts, [[name]], replace(request, closed=True), how)[0]
             random = localisation.random_subspace(track.concepts, name, int(scene.centre.sum() * 1000))
@@ -96,9 +96,9 @@ def trials(opened: Opened, scene: Scenes, framed: Tensor, track: Track, how: Sam
         trial.heats |= {method: one.distance for method, one in trial.shown.items()}
         if (null := null_difference(shown.original)) is not None:
             trial.heats["seeds alone"] = null
-        trial.heats |= _other_maps(opened, track.concepts, name, features, framed, GROUPS[kind])
+        trial.heats |= _other_maps(opened, track.concepts, name, features, pixel_values, GROUPS[kind])
         trial.logit = {m: _logit_change(opened, s, features, GROUPS[kind]) for m, s in trial.shown.items()}
-        trial.curves = {m: localisation.deletion(opened.backbone, track.concepts, name, framed, heat, layer) for m, heat in trial.heats.items()}
+        trial.curves = {m: localisation.deletion(opened.backbone, track.concepts, name, pixel_values, heat, layer) for m, heat in trial.heats.items()}
         trial.shown = {m: replace(s, original=s.original[:1], changed=s.changed[:1]) for m, s in trial.shown.items()}  # enough to look at
         yield trial
 
@@ -144,8 +144,8 @@ def open_in_worker(args: argparse.Namespace, tracks: Sequence[Track]) -> None:
 def trials_of_scene(row: int) -> bytes:
     """All trials of a held-out scene per track, pickled by value: shared memory would take a file handle for each tensor."""
     opened, scenes = _mine["opened"], draw(0, torch.tensor([row]), "held-out")
-    framed = opened.backbone.frame(scenes.image)[0]
-    return pickle.dumps({t.name: list(trials(opened, scenes, framed, t, _mine["how"], _mine["request"])) for t in _mine["tracks"]})
+    pixel_values = opened.backbone.preprocess(scenes.image)[0]
+    return pickle.dumps({t.name: list(trials(opened, scenes, pixel_values, t, _mine["how"], _mine["request"])) for t in _mine["tracks"]})
 
 
 def in_workers(args: argparse.Namespace, tracks: Sequence[Track], rows: Sequence[int]) -> Iterator[bytes]:

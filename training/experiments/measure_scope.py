@@ -58,8 +58,8 @@ def spliced(maps: FeatureMap, random: torch.Generator) -> FeatureMap:
 
 def shuffled_locations(maps: FeatureMap, random: torch.Generator) -> FeatureMap:
     flat = maps.values.flatten(2)
-    places = torch.rand(len(flat), 1, flat.shape[2], generator=random).argsort(2).expand_as(flat)
-    return maps.with_values(flat.gather(2, places).view_as(maps.values))
+    indices = torch.rand(len(flat), 1, flat.shape[2], generator=random).argsort(2).expand_as(flat)
+    return maps.with_values(flat.gather(2, indices).view_as(maps.values))
 
 
 def shuffled_channels(maps: FeatureMap, random: torch.Generator) -> FeatureMap:

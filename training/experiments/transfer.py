@@ -37,7 +37,7 @@ def held_out_cosine(file: Path) -> float:
     """Mean cosine similarity of the features of held-out scenes and of their reconstructions, at the file's
     settings without guidance by the gradient: what the weights have learned."""
     opened = open_model(str(file))
-    features = opened.features(opened.backbone.frame(draw(0, torch.arange(SCENES), "held-out").image))
+    features = opened.features(opened.backbone.preprocess(draw(0, torch.arange(SCENES), "held-out").image))
     return opened.score(features, opened.draw(features, opened.recommended(gradient=0.0), opened.noise(range(SCENES)))).mean().item()
 
 

@@ -69,7 +69,7 @@ class FaultTracker:
     def _explain(self, first: int, more: str) -> FeatInvError:
         file, numbers = self.output / f"not_finite_{first:012d}.json", range(first, first + self.per_step)
         if self.accelerator.is_main_process:
-            names = [self.source.name(self.source.place(number)[0]) for number in numbers]
+            names = [self.source.name(self.source.entry(number)[0]) for number in numbers]
             write_json(file, {"first_image": first, "images": self.per_step, "pictures": names, "config": asdict(self.config)})
         return FeatInvError(
             f"the loss or its gradients are not finite in the step from image {first} on{more} (its pictures and the configuration: {file}). The last "

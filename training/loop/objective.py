@@ -63,7 +63,7 @@ def observed_features(backbone: Backbone, seen: dict[str, Tensor], config: Train
     """The second of what observe gives."""
     if "features" in seen:
         return seen["features"].float()
-    return backbone.values(backbone.frame(seen["pictures"], "stretch"), config.layer, config.pooled).float()
+    return backbone.values(backbone.preprocess(seen["pictures"], "stretch"), config.layer, config.pooled).float()
 
 
 def observe(base: BaseModel, backbone: Backbone, seen: dict[str, Tensor], config: TrainConfig) -> tuple[Tensor, Tensor]:

@@ -35,15 +35,15 @@ def held_out(config: TrainConfig) -> Tensor:
     else:
         listing = open_listing(config.data, None)
         chosen = Part(listing, min(COUNT, len(listing.names)))
-        found = [x for place in range(len(chosen.names)) if (x := _read(chosen, place)) is not None]
+        found = [x for index in range(len(chosen.names)) if (x := _read(chosen, index)) is not None]
     if not found:
         raise FeatInvError(f"data {config.data}: no picture to show could be read")
     return torch.stack(found)
 
 
-def _read(listing: Part, place: int) -> Tensor | None:
+def _read(listing: Part, index: int) -> Tensor | None:
     try:
-        with listing.open(place) as opened:
+        with listing.open(index) as opened:
             return _square(as_seen(opened))
     except Exception:  # decoders raise whatever they stumble over; training names the picture
         return None
@@ -60,12 +60,12 @@ def sample_panel(base: BaseModel, backbone: Backbone, model: Inversion, config: 
     gradient, whatever is recommended: it would hide what the weights have learned."""
     learning = model.training
     model.eval()
-    framed = backbone.frame(held_out(config).to(base.unet.device))
-    features = backbone(framed, config.layer, config.pooled)
+    pixel_values = backbone.preprocess(held_out(config).to(base.unet.device))
+    features = backbone(pixel_values, config.layer, config.pooled)
     how = Sampling.chosen(config.recommended, {"gradient": 0.0})
-    start = torch.cat([noise(base, seed) for seed in range(len(framed))])
+    start = torch.cat([noise(base, seed) for seed in range(len(pixel_values))])
     pictures = base.decode(sample(base, model, features, start, how, config.prompt))
     model.train(learning)
-    score = cosine(features, backbone(backbone.frame(pictures, "stretch"), config.layer, config.pooled))
-    rows = [[(x, "") for x in framed], [(x, f"cos {c:.2f}") for x, c in zip(pictures, score.tolist())]]
+    score = cosine(features, backbone(backbone.preprocess(pictures, "stretch"), config.layer, config.pooled))
+    rows = [[(x, "") for x in pixel_values], [(x, f"cos {c:.2f}") for x, c in zip(pictures, score.tolist())]]
     return panel(rows, ["original", "reconstruction"], f"{config.name}, mean cosine {score.mean():.3f}"), score.mean().item()

@@ -142,9 +142,9 @@ class Run:
     def _open_step(self, stack: ExitStack) -> None:
         """The batches, the logs, and the step itself, which reads tensors that keep their place."""
         config = self.config
-        place = self._stream and self._stream[self.rank % len(self._stream)]
+        state = self._stream and self._stream[self.rank % len(self._stream)]
         pin = self.device.type == "cuda" and config.workers > 0
-        batches = loader(self.pictures, self.seen, self.per_process, self.rank, self.processes, config.workers, pin, place)
+        batches = loader(self.pictures, self.seen, self.per_process, self.rank, self.processes, config.workers, pin, state)
         self.batches = stack.enter_context(closing(batches))
         self._log = open_log(self.output / "stats.jsonl", self.seen) if self.main else None
         start_trackers(self.accelerator, asdict(config))

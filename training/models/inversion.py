@@ -36,13 +36,13 @@ class Opened:
         """The drawn world that the model belongs to, if any."""
         return find_world(self.info.base["name"])
 
-    def features(self, framed: Tensor) -> FeatureMap:
+    def features(self, pixel_values: Tensor) -> FeatureMap:
         """Feature maps of pictures [B, 3, *input_size] at the model's own layer and pooling."""
-        return self.backbone.extract(framed, self.info.source.layer, self.info.source.pooled)
+        return self.backbone.extract(pixel_values, self.info.source.layer, self.info.source.pooled)
 
     def extract(self, pictures: Tensor) -> FeatureMap:
         """Feature maps of drawn pictures: scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
-        return self.features(self.backbone.frame(pictures, "stretch"))
+        return self.features(self.backbone.preprocess(pictures, "stretch"))
 
     def recommended(self, **changes) -> Sampling:
         """The weights file's own sampling settings with the given ones replaced; None leaves a setting alone."""

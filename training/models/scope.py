@@ -27,17 +27,17 @@ DRAWN = 256  # reconstructions for the cycle cosine
 
 
 def pictures(opened: Opened, data: str, count: int, batch: int, first: int = FIRST) -> Iterator[Tensor]:
-    """Batches of framed pictures: held-out scenes from number `first` on, or `count` of a folder in a random order that
+    """Batches of preprocessed pictures: held-out scenes from number `first` on, or `count` of a folder in a random order that
     is always the same, those that cannot be read left out and named. Raises FeatInvError for a folder with fewer."""
     if world := drawing_world(data):
         for numbers in torch.arange(first, first + count).split(batch):
-            yield opened.backbone.frame(world.draw(numbers))
+            yield opened.backbone.preprocess(world.draw(numbers))
         return
     files, read, some = find_images(data), 0, []
     random.Random(0).shuffle(files)
     for file in files:
         try:
-            some.append(opened.backbone.frame(read_image(file)))
+            some.append(opened.backbone.preprocess(read_image(file)))
         except FeatInvError as error:
             tqdm.write(f"left out: {error}")
             continue
@@ -57,8 +57,8 @@ def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centre
 
     def maps() -> Iterator[FeatureMap]:
         with tqdm(total=count, desc="reading", unit="picture") as bar:
-            for framed in pictures(opened, data, count, batch):
-                features = opened.features(framed).to("cpu")
+            for pixel_values in pictures(opened, data, count, batch):
+                features = opened.features(pixel_values).to("cpu")
                 if sum(len(m) for m in some) < drawn:
                     some.append(features)
                 bar.update(len(features))

@@ -73,7 +73,7 @@ def released_step(parts: Parts, pictures: Tensor) -> Callable[[], Tensor]:
     tokens = empty_text(device)
 
     def step() -> Tensor:
-        maps = [p.backbone.values(p.backbone.frame(x[None], "stretch"), p.config.layer, p.config.pooled).cpu().numpy() for x in pictures]
+        maps = [p.backbone.values(p.backbone.preprocess(x[None], "stretch"), p.config.layer, p.config.pooled).cpu().numpy() for x in pictures]
         features = torch.cat([torch.from_numpy(m) for m in maps]).to(device)
         with torch.no_grad():
             moments = moments_of(p.base, F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True))
@@ -169,7 +169,7 @@ def costs(config: TrainConfig) -> dict[str, tuple[float, float]]:
     p = build(config, "meta")
     with torch.device("meta"):
         x, pictures, side = torch.zeros(1, 4, 32, 32), torch.zeros(1, 3, 256, 256), p.backbone.input_size
-        t, context, framed = torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, CLIP["hidden_size"]), torch.zeros(1, 3, *side)
+        t, context, pixel_values = torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, CLIP["hidden_size"]), torch.zeros(1, 3, *side)
         values = torch.zeros(1, p.model.source.channels, *((1, 1) if config.pooled else p.model.source.grid))
         hint, tokens = torch.zeros(1, 320, 32, 32), torch.zeros(1, 77, dtype=torch.long)
     runs = {
@@ -179,7 +179,7 @@ def costs(config: TrainConfig) -> dict[str, tuple[float, float]]:
         "autoencoder, encode": (p.base.vae.encoder, lambda: p.base.vae.encode(pictures)),
         "autoencoder, decode": (p.base.vae.decoder, lambda: p.base.vae.decode(x)),
         "text encoder": (p.text_encoder, lambda: p.text_encoder(tokens)),
-        f"backbone at {side[0]} x {side[1]}": (p.backbone.model, lambda: p.backbone.values(framed, config.layer)),
+        f"backbone at {side[0]} x {side[1]}": (p.backbone.model, lambda: p.backbone.values(pixel_values, config.layer)),
     }
     return {name: (sum(w.numel() for w in module.parameters()) / 1e6, _gmac(run)) for name, (module, run) in runs.items()}
 

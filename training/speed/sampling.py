@@ -57,11 +57,11 @@ def sampling(args: argparse.Namespace, count: int = 32) -> None:
         parts = real_size.build(args.config, args.device)
         info = InversionInfo(parts.model.source, {}, {"name": "random"}, args.config.prompt)
         opened = Opened(info, parts.base, parts.backbone, parts.model.eval().requires_grad_(False))
-        framed, how = torch.rand(count, 3, *parts.backbone.input_size), Sampling()
+        pixel_values, how = torch.rand(count, 3, *parts.backbone.input_size), Sampling()
     else:
         opened = open_model("tiny_cnn_last")
-        framed, how = opened.backbone.frame(draw(0, torch.arange(count), "held-out").image), opened.recommended(gradient=0.0)
-    found = compare(opened, opened.features(framed), how, count)
+        pixel_values, how = opened.backbone.preprocess(draw(0, torch.arange(count), "held-out").image), opened.recommended(gradient=0.0)
+    found = compare(opened, opened.features(pixel_values), how, count)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{count} pictures, {how.steps} steps, guidance {how.guidance}, {where}: one at a time {found['loop']:.3g} images/s, in one batch "
           f"{found['batched']:.3g} images/s, {found['times']:.2f} times")  # fmt: skip

@@ -49,14 +49,14 @@ def entry(result: dict, percent: bool = False) -> str:
     )
 
 
-def second_opinion(opened: Opened, framed: Tensor, drawn: dict[str, Tensor], single: Tensor) -> dict[str, tuple[str, str]]:
+def second_opinion(opened: Opened, pixel_values: Tensor, drawn: dict[str, Tensor], single: Tensor) -> dict[str, tuple[str, str]]:
     """How faithful pictures are to the embedded backbone that took no part in the model's training: its last layer's
     cosine, and the match of its top-1 shape on scenes of one object. A model that only fools its own backbone fails here."""
     backbone = open_backbone(DRAWN.independent[opened.info.source.backbone])
-    original, found = backbone.extract(framed), {}
+    original, found = backbone.extract(pixel_values), {}
     part = backbone.groups["shape"]
     for what, pictures in drawn.items():
-        again = backbone.extract(backbone.frame(pictures, "stretch"))
+        again = backbone.extract(backbone.preprocess(pictures, "stretch"))
         match = top_k_match(backbone.logits(original)[:, part], backbone.logits(again)[:, part], 1).float()[single]
         found[what] = (entry(bootstrap(cosine(original, again))), entry(bootstrap(match), percent=True))
     return found
@@ -71,10 +71,10 @@ def model_rows() -> list[str]:
     ]
     for name in DRAWN.models:
         opened = open_model(name)
-        framed, counts = load_pictures(opened, "drawn", COUNT)
+        pixel_values, counts = load_pictures(opened, "drawn", COUNT)
         for row, how in ((name, opened.recommended()), (f"{name}, without the gradient", opened.recommended(gradient=0.0))):
-            results, drawn = evaluate_in_memory(opened, framed, how, counts == 1)
-            other = second_opinion(opened, framed, drawn, counts == 1)
+            results, drawn = evaluate_in_memory(opened, pixel_values, how, counts == 1)
+            other = second_opinion(opened, pixel_values, drawn, counts == 1)
             r = results["reconstruction"]
             matches = [entry(r[f"{group}_match_single"], percent=True) for group in ("shape", "colour", "texture", "background")]
             cells = [entry(r["cosine"]), f"{results['unconditional']['cosine']['value']:.3f}", f"{results['round trip']['cosine']['value']:.3f}",

@@ -28,7 +28,7 @@ def fit_concepts(backbone: Backbone, layer: str = "last", seed: int = 0, dimensi
     contrasts, grounds = [], [[] for _ in BACKGROUNDS]
     for start in range(0, SCENES, 500):
         scenes = draw(seed, torch.arange(start, start + 500))
-        values = backbone(backbone.frame(scenes.image), layer).values.movedim(1, -1)  # [B, H, W, C]
+        values = backbone(backbone.preprocess(scenes.image), layer).values.movedim(1, -1)  # [B, H, W, C]
         cover = F.interpolate(scenes.masks.sum(1, keepdim=True), source.grid, mode="area")[:, 0]
         for number, found in enumerate(grounds):
             found.append(values[(cover <= 1 - COVER) & (scenes.background == number)[:, None, None]])

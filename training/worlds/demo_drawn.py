@@ -27,35 +27,35 @@ def captions(pictures: Tensor, scores: Tensor) -> list[Cell]:
 
 def inverted(opened: Opened, own: list[tuple[str, Tensor]], how: Sampling) -> list[list[Cell]]:
     """Rows of the user's pictures, each beside its reconstruction."""
-    framed = torch.cat([opened.backbone.frame(picture) for _, picture in own])
-    wanted = opened.features(framed)
-    drawn = opened.draw(wanted, how, opened.noise(range(len(framed))))
-    originals = [(picture, name[:18]) for picture, (name, _) in zip(framed, own)]
+    pixel_values = torch.cat([opened.backbone.preprocess(picture) for _, picture in own])
+    wanted = opened.features(pixel_values)
+    drawn = opened.draw(wanted, how, opened.noise(range(len(pixel_values))))
+    originals = [(picture, name[:18]) for picture, (name, _) in zip(pixel_values, own)]
     cells = [cell for pair in zip(originals, captions(drawn, opened.score(wanted, drawn))) for cell in pair]
     return [cells[i : i + SHOWN] for i in range(0, len(cells), SHOWN)]
 
 
-def mixed(opened: Opened, framed: Tensor, how: Sampling) -> tuple[list[Cell], list[dict]]:
+def mixed(opened: Opened, pixel_values: Tensor, how: Sampling) -> tuple[list[Cell], list[dict]]:
     """Reconstructions of convex combinations of two pictures' feature maps (paper Fig. 7), one seed."""
-    features = opened.features(framed[:2])
+    features = opened.features(pixel_values[:2])
     maps = [interpolate([features.select(0), features.select(1)], [1 - w, w]) for w in WEIGHTS]
     drawn = [opened.draw(m, how, opened.noise([0])) for m in maps]
     scores = torch.cat([opened.score(m, x) for m, x in zip(maps, drawn)])
-    cells = [(framed[0], "first"), *captions(torch.cat(drawn), scores), (framed[1], "second")]
+    cells = [(pixel_values[0], "first"), *captions(torch.cat(drawn), scores), (pixel_values[1], "second")]
     return cells, [{"weight": w, "cosine": c} for w, c in zip(WEIGHTS, scores.tolist())]
 
 
-def composed(opened: Opened, framed: Tensor, how: Sampling) -> tuple[list[Cell], dict]:
+def composed(opened: Opened, pixel_values: Tensor, how: Sampling) -> tuple[list[Cell], dict]:
     """The left half of one picture's map beside the right half of another's (paper Fig. 8), and how well each half
     of the drawn picture agrees with the map it was given."""
-    features = opened.features(framed[:2])
-    mask = torch.zeros(1, *framed.shape[2:])
-    mask[:, :, : framed.shape[3] // 2] = 1
+    features = opened.features(pixel_values[:2])
+    mask = torch.zeros(1, *pixel_values.shape[2:])
+    mask[:, :, : pixel_values.shape[3] // 2] = 1
     wanted = compose(features.select(0), features.select(1), mask)
     drawn = opened.draw(wanted, how, opened.noise([0]))
     agreement = cosine_per_location(wanted, opened.extract(drawn))
     inside = at_grid(mask, wanted.source.grid)[:, 0].bool()
-    cells = [(framed[0], "left half from"), (framed[1], "right half from"), *captions(drawn, agreement.mean((1, 2)))]
+    cells = [(pixel_values[0], "left half from"), (pixel_values[1], "right half from"), *captions(drawn, agreement.mean((1, 2)))]
     return cells, {"cosine_inside": agreement[inside].mean().item(), "cosine_outside": agreement[~inside].mean().item()}
 
 
@@ -67,11 +67,11 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
     say("opening the embedded backbone, diffusion model and inversion model")
     opened = open_model(model)
     how = opened.recommended(steps=steps)
-    framed, objects = load_pictures(opened, "drawn", count)
+    pixel_values, objects = load_pictures(opened, "drawn", count)
     say(f"inverting {count} held-out pictures, then drawing as many without features for comparison ({how.steps} steps each)")
-    results, drawn = evaluate_in_memory(opened, framed, how, objects == 1)
-    scores = opened.score(opened.features(framed[:SHOWN]), drawn["reconstruction"][:SHOWN])
-    rows = [[(x, "") for x in framed[:SHOWN]], captions(drawn["reconstruction"][:SHOWN], scores), [(x, "") for x in drawn["unconditional"][:SHOWN]]]
+    results, drawn = evaluate_in_memory(opened, pixel_values, how, objects == 1)
+    scores = opened.score(opened.features(pixel_values[:SHOWN]), drawn["reconstruction"][:SHOWN])
+    rows = [[(x, "") for x in pixel_values[:SHOWN]], captions(drawn["reconstruction"][:SHOWN], scores), [(x, "") for x in drawn["unconditional"][:SHOWN]]]
     titles = ["original", "reconstruction\nfrom features", "drawn without\nfeatures"]
     notes = [opened.world.outside] if own else []
     if own:
@@ -79,10 +79,10 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
         rows += inverted(opened, own, how)
         titles += ["your pictures,\nas seen"] + [""] * (len(rows) - len(titles) - 1)
     say("interpolating between two feature maps")
-    cells, interpolation = mixed(opened, framed, how)
+    cells, interpolation = mixed(opened, pixel_values, how)
     rows.append(cells)
     say("composing two feature maps")
-    cells, composition = composed(opened, framed[[5, 4]], how)
+    cells, composition = composed(opened, pixel_values[[5, 4]], how)
     rows.append(cells)
     sheet = panel(rows, [*titles, "interpolation", "composition"], f"FeatInv on the embedded world: {opened.info.source.describe()}", "\n".join(notes))
     summary, figures = figures_of(results, count)

@@ -52,9 +52,9 @@ class Seen:
         return own | {"classes": [{"name": label, "probability": probability} for label, probability in self.classes]}
 
 
-def look(backbone: Backbone, framed: Tensor) -> list[list[tuple[str, float]]]:
+def look(backbone: Backbone, pixel_values: Tensor) -> list[list[tuple[str, float]]]:
     """The most probable classes of each framed picture, by the first of their names."""
-    found = backbone.top_classes(backbone.logits(backbone.extract(framed)), CLASSES)
+    found = backbone.top_classes(backbone.logits(backbone.extract(pixel_values)), CLASSES)
     return [[(name.split(",")[0], probability) for name, probability in row] for row in found]
 
 
@@ -76,7 +76,7 @@ class Depths:
         """A picture for each feature map, all from the same noise."""
         opened = self.models[depth]
         drawn = opened.draw(wanted, self.how[depth], opened.noise([seed] * len(wanted)))
-        classes, cosines = look(self.backbone, self.backbone.frame(drawn, "stretch")), opened.score(wanted, drawn).tolist()
+        classes, cosines = look(self.backbone, self.backbone.preprocess(drawn, "stretch")), opened.score(wanted, drawn).tolist()
         return [Seen(*one) for one in zip(drawn, classes, cosines)]
 
     def legend(self) -> str:
@@ -92,11 +92,11 @@ def sample_photographs() -> list[tuple[str, Tensor]]:
     return [(name, torch.from_numpy(load_sample_image(name) / 255).float().permute(2, 0, 1)[None]) for name in SAMPLES]
 
 
-def inverted(depths: Depths, framed: Tensor, names: list[str]) -> tuple[list[list[Cell]], list[dict]]:
+def inverted(depths: Depths, pixel_values: Tensor, names: list[str]) -> tuple[list[list[Cell]], list[dict]]:
     """A row for each picture: the original, what is drawn from its map at each depth, and another seed at the middle one."""
-    originals = [Seen(*one) for one in zip(framed, look(depths.backbone, framed))]
-    drawn = {depth: depths.draw(depth, opened.features(framed)) for depth, opened in depths.models.items()}
-    again = depths.draw(MIDDLE, depths.middle.features(framed), seed=1)
+    originals = [Seen(*one) for one in zip(pixel_values, look(depths.backbone, pixel_values))]
+    drawn = {depth: depths.draw(depth, opened.features(pixel_values)) for depth, opened in depths.models.items()}
+    again = depths.draw(MIDDLE, depths.middle.features(pixel_values), seed=1)
     rows, entries = [], []
     for i, (name, original) in enumerate(zip(names, originals)):
         row = [original.cell("original")]
@@ -116,11 +116,11 @@ def interpolated(depths: Depths, features: FeatureMap) -> tuple[list[Cell], list
     return cells, [{"weight": weight, **seen.entry()} for weight, seen in zip(WEIGHTS, drawn)]
 
 
-def composed(depths: Depths, features: FeatureMap, framed: Tensor) -> tuple[list[Cell], list[dict]]:
+def composed(depths: Depths, features: FeatureMap, pixel_values: Tensor) -> tuple[list[Cell], list[dict]]:
     """The left half of one picture's map beside the right half of the other's (paper Fig. 8), both ways round, and how
     well each half of what is drawn agrees with the map it was given."""
-    left = torch.zeros(1, *framed.shape[2:])
-    left[:, :, : framed.shape[3] // 2] = 1
+    left = torch.zeros(1, *pixel_values.shape[2:])
+    left[:, :, : pixel_values.shape[3] // 2] = 1
     ways = [(0, 1), (1, 0)]
     wanted = concatenate([compose(features.select(a), features.select(b), left) for a, b in ways])
     drawn = depths.draw(MIDDLE, wanted)
@@ -128,7 +128,7 @@ def composed(depths: Depths, features: FeatureMap, framed: Tensor) -> tuple[list
     inside = at_grid(left, wanted.source.grid)[0, 0].bool()
     cells, entries = [], []
     for (a, b), seen, agrees in zip(ways, drawn, agreement):
-        cells += [(spotlight(framed[a], left[0]), "left half"), (spotlight(framed[b], 1 - left[0]), "right half"), seen.cell("together")]
+        cells += [(spotlight(pixel_values[a], left[0]), "left half"), (spotlight(pixel_values[b], 1 - left[0]), "right half"), seen.cell("together")]
         entries.append({"cosine_left": agrees[inside].mean().item(), "cosine_right": agrees[~inside].mean().item(), **seen.entry()})
     return cells, entries
 
@@ -156,7 +156,7 @@ def pairs(depths: Depths, original: FeatureMap, shown: Visualization) -> tuple[l
     """The drawings of the original map and of the changed one, with the same seeds."""
     pictures = torch.cat([shown.original, shown.changed])
     wanted = concatenate([original.repeat(SEEDS), shown.change.changed.repeat(SEEDS)])
-    classes, cosines = look(depths.backbone, depths.backbone.frame(pictures, "stretch")), depths.middle.score(wanted, pictures).tolist()
+    classes, cosines = look(depths.backbone, depths.backbone.preprocess(pictures, "stretch")), depths.middle.score(wanted, pictures).tolist()
     seen = [Seen(*one) for one in zip(pictures, classes, cosines)]
     return seen[:SEEDS], seen[SEEDS:]
 
@@ -168,18 +168,18 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
     depths = Depths(steps)
     pictures = own + sample_photographs()
     names = [name for name, _ in pictures]
-    framed = torch.cat([depths.backbone.frame(picture) for _, picture in pictures])
-    say(f"inverting {len(framed)} photographs at the depths {', '.join(depths.models)}")
-    rows, inversions = inverted(depths, framed, names)
-    titles, features = [name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in names], depths.middle.features(framed[:2])
+    pixel_values = torch.cat([depths.backbone.preprocess(picture) for _, picture in pictures])
+    say(f"inverting {len(pixel_values)} photographs at the depths {', '.join(depths.models)}")
+    rows, inversions = inverted(depths, pixel_values, names)
+    titles, features = [name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in names], depths.middle.features(pixel_values[:2])
     say("interpolating between two feature maps, composing two")
     cells, interpolation = interpolated(depths, features)
-    others, composition = composed(depths, features, framed)
+    others, composition = composed(depths, features, pixel_values)
     rows, titles = [*rows, cells, others], [*titles, f"from {titles[0]}\nto {titles[1]}", "one half\nof each"]
     say("finding concepts, turning the strongest down")
     notes, concept = [], None
     try:
-        cells, concept = turned_down(depths, features, framed[0])
+        cells, concept = turned_down(depths, features, pixel_values[0])
         rows, titles = [*rows, cells], [*titles, f"a concept of\n{titles[0]}\nturned down"]
     except FeatInvError as error:
         notes = [f"No concept was found: {error}"]

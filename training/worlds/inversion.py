@@ -48,7 +48,7 @@ def fresh(photographs: Photographs, base: BaseModel, backbone: Backbone, depth: 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         pictures = photographs.random(count)
         latents = base.encode(scaled(pictures, base.resolution).contiguous(memory_format=torch.channels_last))
-        return latents.float(), backbone.values(backbone.frame(pictures, "stretch"), layer, pooled).float()
+        return latents.float(), backbone.values(backbone.preprocess(pictures, "stretch"), layer, pooled).float()
 
     return draw
 
@@ -88,9 +88,9 @@ class Kept:
             for first in range(manifest["done"], count, PART):
                 for rows in torch.arange(first, min(first + PART, count)).split(BATCH):
                     seen = photographs.crops(*(part.to(device) for part in (rows % pictures, top[rows], left[rows], mirrored[rows])))
-                    framed = backbone.frame(seen, "stretch").contiguous(memory_format=torch.channels_last)
+                    pixel_values = backbone.preprocess(seen, "stretch").contiguous(memory_format=torch.channels_last)
                     self.rows["latents"][rows] = base.encode(scaled(seen, base.resolution)).half().cpu().numpy()
-                    for layer, values in backbone.several(framed, layers).items():
+                    for layer, values in backbone.several(pixel_values, layers).items():
                         self.rows[layer][rows] = values.half().cpu().numpy()
                     bar.update(len(rows))
                 for part in self.rows.values():

@@ -162,7 +162,7 @@ class Maker:
             vae.start_from_patches(some)
             standardise(vae, some)
             self.write(None, vae)
-        maps_of = lambda x: self.backbone.stages(self.backbone.frame(x / 2 + 0.5, "stretch"))  # noqa: E731
+        maps_of = lambda x: self.backbone.stages(self.backbone.preprocess(x / 2 + 0.5, "stretch"))  # noqa: E731
         batch = min(self.batch, 128)
         vae = train_decoder(
             self.work, vae, lambda numbers: self.targets(self.photographs.random(len(numbers))), maps_of, self.device, batch=batch,
@@ -209,9 +209,9 @@ class Maker:
         train_inversion(config, self.work, base, self.backbone, draw, self.file(depth), self.device, **self.how, **length)
         model, _ = Inversion.load(self.file(depth), base)
         originals = self.photographs.held_out(SHOWN)
-        features = self.backbone(self.backbone.frame(originals, "stretch"), layer, pooled)
+        features = self.backbone(self.backbone.preprocess(originals, "stretch"), layer, pooled)
         drawn = base.decode(sample(base, model.to(self.device), features, self.noise(base, len(originals)), Sampling(**RECOMMENDED), PHOTO.prompt, self.backbone))
-        scores = cosine(features, self.backbone(self.backbone.frame(drawn, "stretch"), layer, pooled))
+        scores = cosine(features, self.backbone(self.backbone.preprocess(drawn, "stretch"), layer, pooled))
         self.show(depth, "reconstruction", drawn, scores)
 
     def earlier(self, depth: str) -> Path:

@@ -71,22 +71,22 @@ def read_photographs(folders: Sequence[str], crop: int, device: str = "cpu") -> 
     for folder in folders:
         listing = open_listing(folder, None)
 
-        def read(place: int, listing: Listing = listing) -> np.ndarray | str:
+        def read(index: int, listing: Listing = listing) -> np.ndarray | str:
             """The square picture, or what was wrong with it."""
             try:
-                with listing.open(place) as opened:
+                with listing.open(index) as opened:
                     return np.asarray(ImageOps.fit(as_seen(opened), (side, side), Image.Resampling.BICUBIC))
             except Exception as error:  # decoders raise whatever they stumble over
-                return f"{listing.names[place]} ({type(error).__name__})"
+                return f"{listing.names[index]} ({type(error).__name__})"
 
-        places = range(len(listing.names))
+        indices = range(len(listing.names))
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # decoders let other threads run
-            for place, read_one in tqdm(zip(places, pool.map(read, places)), f"reading {folder}", len(places), unit="img", mininterval=5):
+            for index, read_one in tqdm(zip(indices, pool.map(read, indices)), f"reading {folder}", len(indices), unit="img", mininterval=5):
                 if isinstance(read_one, str):
                     wrong.append(read_one)
                 else:
                     rows.append(read_one)
-                    back.append(place % KEPT_BACK == 0)  # by its place in the folder, as evaluate.py --kept-back counts
+                    back.append(index % KEPT_BACK == 0)  # by its index in the folder, as evaluate.py --kept-back counts
     if wrong:
         print(f"left out {len(wrong)} that cannot be read: {', '.join(wrong[:5])}{' and others' if len(wrong) > 5 else ''}")
     if len(rows) < FEWEST:

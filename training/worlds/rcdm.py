@@ -37,7 +37,7 @@ def train_rcdm(work: Path, backbone: Backbone, images: int, device: str = "cpu",
         pictures = draw(seed, numbers).image
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
-                vectors = backbone.values(backbone.frame(pictures, "stretch"), LAST, True).flatten(1)
+                vectors = backbone.values(backbone.preprocess(pictures, "stretch"), LAST, True).flatten(1)
             x = 2 * F.interpolate(pictures, (RESOLUTION,) * 2, mode="bilinear", antialias=True) - 1
             t, noise = torch.randint(1000, (len(x),), device=device), torch.randn_like(x)
             found = forward(scheduler.add_noise(x, noise, t).to(memory_format=torch.channels_last), t, vectors)

@@ -48,17 +48,17 @@ def neighbour_affinity(points: Tensor, progress: Progress) -> csr_array:
     """
     from scipy.sparse import csr_array
 
-    total, weights, places = len(points), [], []
+    total, weights, columns = len(points), [], []
     for start in range(0, total, CHUNK):
         cosine = (points[start : start + CHUNK] @ points.T).abs()
         cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = 0
         largest, where = cosine.topk(min(NEIGHBOURS, total - 1))
         weights.append(torch.exp(-2 * torch.arccos(largest.clamp(max=1))))
-        places.append(where)
+        columns.append(where)
         progress(start + len(cosine), total)
-    weight, place = torch.cat(weights), torch.cat(places)
+    weight, column = torch.cat(weights), torch.cat(columns)
     ends = range(0, weight.numel() + 1, weight.shape[1])
-    return csr_array((weight.flatten().double().numpy(), place.flatten().numpy(), list(ends)), shape=(total, total))
+    return csr_array((weight.flatten().double().numpy(), column.flatten().numpy(), list(ends)), shape=(total, total))
 
 
 def elastic_net(points: Tensor, progress: Progress) -> csr_array:

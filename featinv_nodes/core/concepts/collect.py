@@ -15,7 +15,7 @@ from ..images import find_images, read_image
 from .clustering import Progress
 
 JUDGED, BATCH = 128, 16
-Batch = tuple[list[str], Tensor]  # names and framed pictures [b, 3, h, w] in 0..1
+Batch = tuple[list[str], Tensor]  # names and preprocessed pictures [b, 3, h, w] in 0..1
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Collected:
 
 @dataclass
 class Pictures:
-    """Pictures [B, 3, h, w] in 0..1 that are there already, called NAME 0, NAME 1, ... Iterated: batches of 16, framed."""
+    """Pictures [B, 3, h, w] in 0..1 that are there already, called NAME 0, NAME 1, ... Iterated: batches of 16, preprocessed."""
 
     images: Tensor
     backbone: Backbone
-    fit: str = "crop"
+    resize_mode: str = "crop"
     name: str = "picture"
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class Pictures:
 
     def __iter__(self) -> Iterator[Batch]:
         for numbers in torch.arange(len(self.images)).split(BATCH):
-            yield [f"{self.name} {n}" for n in numbers.tolist()], self.backbone.frame(self.images[numbers].cpu(), self.fit)
+            yield [f"{self.name} {n}" for n in numbers.tolist()], self.backbone.preprocess(self.images[numbers].cpu(), self.resize_mode)
 
     def skipped(self) -> str:
         return ""
@@ -58,12 +58,12 @@ class Pictures:
 
 @dataclass
 class Folder:
-    """The pictures below a folder in a random order, `most` of them at most. Iterated: batches of 16, framed; why files
+    """The pictures below a folder in a random order, `most` of them at most. Iterated: batches of 16, preprocessed; why files
     could not be read gathers in `unreadable`."""
 
     folder: Path
     backbone: Backbone
-    fit: str = "crop"
+    resize_mode: str = "crop"
     most: int = 10**9
     seed: int = 0
     unreadable: list[str] = field(default_factory=list)
@@ -78,15 +78,15 @@ class Folder:
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.files), BATCH):
-            names, framed = [], []
+            names, pixel_values = [], []
             for file in self.files[start : start + BATCH]:
                 try:
-                    framed.append(self.backbone.frame(read_image(file), self.fit))
+                    pixel_values.append(self.backbone.preprocess(read_image(file), self.resize_mode))
                     names.append(file.relative_to(self.folder).as_posix())
                 except FeatInvError as error:
                     self.unreadable.append(str(error))
-            if framed:
-                yield names, torch.cat(framed)
+            if pixel_values:
+                yield names, torch.cat(pixel_values)
         if len(self.unreadable) == len(self.files):
             raise FeatInvError(f"none of the {len(self.files)} pictures below {self.folder} can be read; the first: {self.unreadable[0]}")
 
@@ -102,15 +102,15 @@ def collect(
 ) -> Collected:
     """Up to `count` feature vectors of all pictures, as many from each, at places drawn with the seed.
 
-    extract: framed pictures [b, 3, h, w] to their feature maps. progress: called with pictures done, of how many.
+    extract: preprocessed pictures [b, 3, h, w] to their feature maps. progress: called with pictures done, of how many.
     The first 128 pictures and their maps are kept to judge the concepts by. Memory: 2 count C numbers, those maps and
     pictures (the latter as bytes), and what a batch of 16 takes.
     """
     generator = torch.Generator().manual_seed(seed)
     vectors, maps, shown, names, classes, read = [], [], [], [], set(), 0
     total = len(pictures)
-    for labels, framed in pictures:
-        found = extract(framed).to("cpu")
+    for labels, pixel_values in pictures:
+        found = extract(pixel_values).to("cpu")
         for cells in found.values.flatten(2).transpose(1, 2):  # [H * W, C]
             share = (read + 1) * count // total - read * count // total
             vectors.append(cells[torch.randperm(len(cells), generator=generator)[:share]])
@@ -119,7 +119,7 @@ def collect(
         room = JUDGED - len(names)
         if room > 0:
             maps.append(found.select(slice(0, room)))
-            shown.append((framed[:room].cpu() * 255).round().byte())
+            shown.append((pixel_values[:room].cpu() * 255).round().byte())
             names += labels[:room]
         progress(read, total)
     return Collected(torch.cat(vectors), concatenate(maps), torch.cat(shown), names, read, len(classes))

@@ -58,16 +58,16 @@ class Baseline(Suite):
 
     def named(self, originals: Originals) -> Columns:
         opened = self.context.open(self.spec)
-        base, framed = opened.base, originals.framed(self.tested.backbone)
+        base, pixel_values = opened.base, originals.preprocess(self.tested.backbone)
         own = torch.cat([self.text(c) for c in originals.classes]).to(base.unet.device)
         known, base.text = base.text, base.text | {NAMED: own}
         latents = sample(base, None, None, self.tested.start(originals), self.sampling[NAMED], NAMED)
         base.text = known
         drawn = base.decode(latents).cpu()
-        logits = self.tested.backbone.logits(self.tested.backbone.extract(self.tested.backbone.frame(drawn, "stretch"), LAST)).cpu()
+        logits = self.tested.backbone.logits(self.tested.backbone.extract(self.tested.backbone.preprocess(drawn, "stretch"), LAST)).cpu()
         wanted = torch.nn.functional.one_hot(torch.tensor([self.numbers[c] for c in originals.classes]), logits.shape[1])
         accuracy = {f"top{k}_accuracy": top_k_match(wanted, logits, k).float() for k in (1, 5)}
-        return self.tested.measure(framed, drawn, originals.single) | accuracy
+        return self.tested.measure(pixel_values, drawn, originals.single) | accuracy
 
     def conditions(self) -> dict[str, Condition]:
         return {NAMED: self.named, **self.tested.bounds(self.sampling[UNCONDITIONAL])}

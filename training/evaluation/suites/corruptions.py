@@ -54,8 +54,8 @@ class Corruptions(Suite):
         name, level = self.kinds[kind]
 
         def condition(originals: Originals) -> Columns:
-            framed = originals.framed(self.tested.backbone)
-            spoilt = torch.stack([corrupt(self.library, x, name, level, n + self.context.seed) for x, n in zip(framed, originals.numbers)])
+            pixel_values = originals.preprocess(self.tested.backbone)
+            spoilt = torch.stack([corrupt(self.library, x, name, level, n + self.context.seed) for x, n in zip(pixel_values, originals.numbers)])
             drawn = self.tested.draw(spoilt, self.sampling[kind], self.tested.start(originals))
             columns = self.tested.measure(spoilt, drawn, originals.single)
             reference = {key.replace("vectors/", "reference/"): values for key, values in self.tested.vectors(spoilt).items()}

@@ -57,7 +57,7 @@ class Mixing(Suite):
 
         def condition(originals: Originals) -> Columns:
             opened = self.context.open(self.spec)
-            first, second = (opened.features(o.framed(self.tested.backbone)) for o in (originals, self.partners(originals)))
+            first, second = (opened.features(o.preprocess(self.tested.backbone)) for o in (originals, self.partners(originals)))
             wanted = interpolate([first, second], [1 - weight, weight])
             drawn = opened.draw(wanted, self.sampling[f"weight={weight:g}"], self.tested.start(originals), len(wanted))
             return {"cosine": opened.score(wanted, drawn).cpu(), "pictures": drawn}
@@ -68,9 +68,9 @@ class Mixing(Suite):
         """The partner's map in the middle quarter, the picture's own around it. Columns: cosine with the composed map, in
         the whole and by region; and with the other picture's map in each region, for comparison."""
         opened = self.context.open(self.spec)
-        framed, others = originals.framed(self.tested.backbone), self.partners(originals).framed(self.tested.backbone)
-        outer, inner, mask = opened.features(framed), opened.features(others), middle(framed)
-        drawn = opened.draw(compose(inner, outer, mask), self.sampling[COMPOSED], self.tested.start(originals), len(framed))
+        pixel_values, others = originals.preprocess(self.tested.backbone), self.partners(originals).preprocess(self.tested.backbone)
+        outer, inner, mask = opened.features(pixel_values), opened.features(others), middle(pixel_values)
+        drawn = opened.draw(compose(inner, outer, mask), self.sampling[COMPOSED], self.tested.start(originals), len(pixel_values))
         seen, inside = opened.extract(drawn), at_grid(mask, outer.source.grid)[0, 0].bool()
         to_inner, to_outer = (cosine_per_location(other, seen).cpu() for other in (inner, outer))
         whole = to_inner.where(inside, to_outer)
@@ -96,9 +96,9 @@ class Mixing(Suite):
         return Report(self.title(), figures, grids, lines, panels={"panel.png": shown(tables, rows, self.title())})
 
 
-def middle(framed: Tensor) -> Tensor:
+def middle(pixel_values: Tensor) -> Tensor:
     """[1, h, w] the middle quarter of pictures [B, 3, h, w]."""
-    mask = torch.zeros(1, *framed.shape[2:])
-    height, width = framed.shape[2:]
+    mask = torch.zeros(1, *pixel_values.shape[2:])
+    height, width = pixel_values.shape[2:]
     mask[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = 1
     return mask

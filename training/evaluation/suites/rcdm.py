@@ -74,11 +74,11 @@ class BesideRCDM(Several):
         return super().files() | {"rcdm": self.file}
 
     def competitor(self, originals: Originals) -> Columns:
-        framed, side = originals.framed(self.first.backbone), self.rcdm.resolution
+        pixel_values, side = originals.preprocess(self.first.backbone), self.rcdm.resolution
         seeds = [torch.Generator().manual_seed(n + self.context.seed) for n in originals.numbers]
         noise = torch.cat([torch.randn(1, 3, side, side, generator=seed) for seed in seeds])
-        drawn = self.rcdm.sample(self.rcdm.vectors(self.first.backbone, framed), noise, self.sampling[COMPETITOR].steps)
-        return self.first.measure(framed, drawn, originals.single)
+        drawn = self.rcdm.sample(self.rcdm.vectors(self.first.backbone, pixel_values), noise, self.sampling[COMPETITOR].steps)
+        return self.first.measure(pixel_values, drawn, originals.single)
 
     def conditions(self) -> dict[str, Condition]:
         return {COMPETITOR: self.competitor} | super().conditions()

@@ -50,21 +50,21 @@ class Variability(Suite):
 
         def condition(originals: Originals) -> Columns:
             tested, opened = self.tested, self.context.open(self.spec)
-            framed = originals.framed(tested.backbone)
-            wanted = opened.features(framed) if steered else None
+            pixel_values = originals.preprocess(tested.backbone)
+            wanted = opened.features(pixel_values) if steered else None
             layer = opened.info.source.layer
 
             def values(pictures: Tensor) -> Tensor:
-                return tested.backbone.extract(tested.backbone.frame(pictures, "stretch"), layer).values.cpu()
+                return tested.backbone.extract(tested.backbone.preprocess(pictures, "stretch"), layer).values.cpu()
 
             drawn, found, maps = [], [], []
             for sample in range(self.args.samples):
                 start = tested.start(originals, sample)
                 drawn.append(opened.draw(wanted, how, start, len(start)))
-                found.append(tested.measure(framed, drawn[-1], originals.single))
+                found.append(tested.measure(pixel_values, drawn[-1], originals.single))
                 maps.append(values(drawn[-1]))
             columns = {name: torch.stack([f[name] for f in found]).mean(0) for name in found[0] if found[0][name].ndim == 1}
-            length = values(framed).square().sum(1).mean((1, 2))
+            length = values(pixel_values).square().sum(1).mean((1, 2))
             columns["pixel_variance"] = torch.stack(drawn).var(0).mean((1, 2, 3))
             columns["feature_variance"] = torch.stack(maps).var(0).sum(1).mean((1, 2)) / length
             return columns | {"pictures": torch.stack(drawn, 1)}
