@@ -34,18 +34,18 @@ from training.speed.sampling import sampling
 def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
     """Seconds from feature maps to pictures of a batch of 16, after one run that is not counted."""
     from featinv_nodes.worlds.drawn.scenes import draw
-    from training.models.inversion import open_model
+    from training.models.pipeline import load_pipeline
 
-    opened = open_model("tiny_cnn_last")
-    pixel_values = opened.backbone.preprocess(draw(0, torch.arange(16), "held-out").image)
-    how, start = opened.recommended(steps=20, guidance=2.0, gradient=0.0), opened.noise(range(16))
+    pipeline = load_pipeline("tiny_cnn_last")
+    pixel_values = pipeline.backbone.preprocess(draw(0, torch.arange(16), "held-out").image)
+    settings, start = pipeline.recommended(steps=20, guidance=2.0, gradient=0.0), pipeline.noise(range(16))
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        opened.draw(opened.features(pixel_values), how, start)
+        pipeline.draw(pipeline.features(pixel_values), settings, start)
         times.append(time.perf_counter() - began)
     times = sorted(times[1:])
-    print(f"16 pictures, 20 steps, guidance {how.guidance}: {times[len(times) // 2]:.2f} s (median of {repeats}, {times[0]:.2f} to {times[-1]:.2f})")
+    print(f"16 pictures, 20 steps, guidance {settings.guidance}: {times[len(times) // 2]:.2f} s (median of {repeats}, {times[0]:.2f} to {times[-1]:.2f})")
     print(f"peak memory {peak_memory():.2f} GB, {torch.get_num_threads()} threads")
 
 
@@ -72,7 +72,7 @@ def model(args: argparse.Namespace) -> None:
         hint = parts.model.hint(parts.backbone.values(picture, config.layer, config.pooled), (32, 32))
         x, t = torch.randn(args.batch, 4, 32, 32, device=device), torch.zeros(args.batch, dtype=torch.long, device=device)
         context = parts.base.text[""].expand(args.batch, -1, -1)
-        seconds = real_size.seconds(lambda: parts.model.steer(parts.base.unet, x, t, context, hint), 1, 1)
+        seconds = real_size.seconds(lambda: parts.model.predict(parts.base.unet, x, t, context, hint), 1, 1)
     print(f"sampling step, float32, batch {args.batch}: {seconds:.2f} s, peak memory {peak_memory():.1f} GB")
     step = real_size.our_step(parts, picture, ("moments",), args.graph)
     report(args, least_gmac(config)[0], "training step, latents cached", real_size.seconds(step, args.repeats, 1))

@@ -17,7 +17,7 @@ from featinv_nodes.core.guidance import NEGATIVES
 from featinv_nodes.core.sampling import SOLVERS, Sampling
 from featinv_nodes.worlds import MODELS
 
-from .models.inversion import Opened, open_model
+from .models.pipeline import InversionPipeline, load_pipeline
 
 #: the settings of Sampling that are options of every program; without one the weights file's own holds
 SAMPLING = ("steps", "strength", "guidance", "negative", "solver", "text_guidance", "gradient", "gradient_steps", "best_of")
@@ -47,7 +47,7 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     return parser
 
 
-def open_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Opened, Sampling]:
+def pipeline_from(args: argparse.Namespace, chooses: bool = False) -> tuple[InversionPipeline, Sampling]:
     """The model that the arguments name, and its sampling settings with theirs. chooses: the program keeps the best of
     several pictures; others refuse --best-of."""
     if args.batch < 1:
@@ -55,8 +55,8 @@ def open_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Opened, 
     if not chooses and args.best_of not in (None, 1):
         raise FeatInvError(f"--best-of {args.best_of}: this program draws each picture once; reconstruct.py and evaluate.py choose among several")
     require_device(args.device)
-    opened = open_model(args.model, args.base, args.backbone_weights, args.backbone, args.device)
-    return opened, opened.recommended(**{name: getattr(args, name) for name in SAMPLING})
+    pipeline = load_pipeline(args.model, args.base, args.backbone_weights, args.backbone, args.device)
+    return pipeline, pipeline.recommended(**{name: getattr(args, name) for name in SAMPLING})
 
 
 def require_device(name: str) -> None:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import save_scope
 from featinv_nodes.worlds import model_file
-from training.cli import model_parser, open_from, require_weights_name, run
+from training.cli import model_parser, pipeline_from, require_weights_name, run
 from training.files import make_folder
 from training.models.scope import CENTRES, DRAWN, TINY_CENTRES, centres_for, fit
 
@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         require_weights_name(args.out)
         make_folder(args.out.parent)
-    opened, how = open_from(args)
-    scope = fit(opened, how, args.data, args.count, args.drawn, args.centres or centres_for(args.data), args.batch)
+    pipeline, sampling = pipeline_from(args)
+    scope = fit(pipeline, sampling, args.data, args.count, args.drawn, args.centres or centres_for(args.data), args.batch)
     out = args.out or model_file(args.model)
     save_scope(model_file(args.model), scope, out)
     print(f"wrote the scope of {scope.source.describe()}, from {scope.maps:,} pictures, {sum(t.nbytes for t in scope.tensors().values()):,} bytes, to {out}")

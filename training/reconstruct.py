@@ -28,10 +28,10 @@ from featinv_nodes.core.images import read_image
 from featinv_nodes.core.mixing import compose, interpolate
 from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.worlds import model_file
-from training.cli import model_parser, open_from, run
+from training.cli import model_parser, pipeline_from, run
 from training.files import make_folder, write_json
-from training.models.inversion import ATTEMPT, Opened
-from training.models.pipeline import noise
+from training.models.pipeline import ATTEMPT, InversionPipeline
+from training.models.sampling import noise
 from training.models.scope import scope_entries
 from training.report import panel, save_image, to_image
 
@@ -50,16 +50,16 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def wanted_maps(opened: Opened, args: argparse.Namespace, pixel_values: Tensor) -> list[tuple[str, FeatureMap]]:
+def wanted_maps(pipeline: InversionPipeline, args: argparse.Namespace, pixel_values: Tensor) -> list[tuple[str, FeatureMap]]:
     """The feature maps to invert, each with a name: one per picture, per weight, or the composition."""
-    features = opened.features(pixel_values)
+    features = pipeline.features(pixel_values)
     if args.mix is None and args.mask is None:
         return [(Path(file).stem, features.select(i)) for i, file in enumerate(args.image)]
     if len(args.image) != 2:
         raise FeatInvError(f"--mix and --mask take exactly two pictures, got {len(args.image)}")
     first, second = features.select(0), features.select(1)
     if args.mask is not None:
-        mask = opened.backbone.preprocess(read_image(args.mask), args.resize_mode).mean(1)
+        mask = pipeline.backbone.preprocess(read_image(args.mask), args.resize_mode).mean(1)
         return [("composed", compose(first, second, mask, args.soft))]
     if not all(0 <= w <= 1 for w in args.mix):
         raise FeatInvError(f"--mix {args.mix}: expected shares between 0 and 1")
@@ -72,18 +72,18 @@ def main(argv: list[str] | None = None) -> None:
         raise FeatInvError(f"--samples {args.samples}: expected at least 1")
     make_folder(args.out)
     pictures = [read_image(file) for file in args.image]
-    opened, how = open_from(args, chooses=True)
-    pixel_values = torch.cat([opened.backbone.preprocess(x, args.resize_mode) for x in pictures])
-    maps = wanted_maps(opened, args, pixel_values)
+    pipeline, sampling = pipeline_from(args, chooses=True)
+    pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
+    maps = wanted_maps(pipeline, args, pixel_values)
     wanted = concatenate([m for _, m in maps]).repeat(args.samples)
 
     def start_of(attempt: int) -> Tensor:
-        return noise(opened.base, args.seed + ATTEMPT * attempt, args.samples).repeat(len(maps), 1, 1, 1)
+        return noise(pipeline.base, args.seed + ATTEMPT * attempt, args.samples).repeat(len(maps), 1, 1, 1)
 
-    with tqdm(total=len(wanted) * how.best_of, desc="drawing", unit="picture") as bar:
-        drawn, attempts = opened.best(wanted, how, start_of, args.batch, bar.update)
-    scores = opened.score(wanted, drawn).tolist()
-    scopes = scope_entries(model_file(args.model), wanted, scores, how)
+    with tqdm(total=len(wanted) * sampling.best_of, desc="drawing", unit="picture") as bar:
+        drawn, attempts = pipeline.best(wanted, sampling, start_of, args.batch, bar.update)
+    scores = pipeline.score(wanted, drawn).tolist()
+    scopes = scope_entries(model_file(args.model), wanted, scores, sampling)
     off = [f"{name}: {scopes[m * args.samples]['line']}" for m, (name, _) in enumerate(maps) if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]]
 
     rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(pixel_values, args.image)]], []
@@ -94,13 +94,13 @@ def main(argv: list[str] | None = None) -> None:
             file = args.out / f"{m:03d}_{name}_{s}.png"
             save_image(to_image(drawn[i]), file)
             entries.append({"file": file.name, "map": name, "sample": s, "seed": args.seed, "attempt": attempts[i].item(), "cosine": scores[i], "scope": scopes[i]})
-    chosen = [f"Each picture is the one of the highest cosine among {how.best_of}."] if how.best_of > 1 else []
-    note = "\n".join([*([opened.world.outside] if opened.world and opened.world.outside else []), *chosen, *off])
+    chosen = [f"Each picture is the one of the highest cosine among {sampling.best_of}."] if sampling.best_of > 1 else []
+    note = "\n".join([*([pipeline.world.outside] if pipeline.world and pipeline.world.outside else []), *chosen, *off])
     titles = ["original", *(name[:18] for name, _ in maps)]
-    save_image(panel(rows, titles, opened.info.source.describe(), note), args.out / "panel.png")
+    save_image(panel(rows, titles, pipeline.info.source.describe(), note), args.out / "panel.png")
     write_json(args.out / "results.json", {
-        "model": args.model, "source": opened.info.source.to_dict(), "images": [str(f) for f in args.image],
-        "sampling": asdict(how), "note": note, "pictures": entries,
+        "model": args.model, "source": pipeline.info.source.to_dict(), "images": [str(f) for f in args.image],
+        "sampling": asdict(sampling), "note": note, "pictures": entries,
     })
     print(f"wrote {len(entries)} pictures, panel.png and results.json to {args.out}")
 

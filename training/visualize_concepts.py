@@ -39,7 +39,7 @@ from featinv_nodes.core.viz import (
     signed_difference,
 )
 from featinv_nodes.worlds import concepts_file, model_file
-from training.cli import model_parser, open_from, run
+from training.cli import model_parser, pipeline_from, run
 from training.concepts.viz import visualize
 from training.files import make_folder, write_json
 from training.models.scope import scope_entries
@@ -91,29 +91,29 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(args.out)
     concepts, groups = load_concepts(args.concepts), parse_groups(args.names)
     pictures = [read_image(file) for file in args.image]
-    opened, how = open_from(args)
-    pixel_values = torch.cat([opened.backbone.preprocess(x, args.resize_mode) for x in pictures])
-    features = opened.features(pixel_values)
+    pipeline, sampling = pipeline_from(args)
+    pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
+    features = pipeline.features(pixel_values)
     request = VizSettings(args.factor, args.seeds, args.seed, args.keep_length, args.closed_loop)
     rows = []
     with tqdm(desc="drawing", unit="picture") as bar:
         for i in range(len(pixel_values)):
-            rows.append(visualize(opened, features.select(i), concepts, groups, request, how, args.batch, bar.update))
+            rows.append(visualize(pipeline, features.select(i), concepts, groups, request, sampling, args.batch, bar.update))
     stems = [f"{i:03d}_{Path(file).stem}" for i, file in enumerate(args.image)]
     details = [(Path(file).name[:18], shown) for file, row in zip(args.image, rows) for shown in row]
     edited = concatenate([shown.change.changed for _, shown in details])
-    scores = [opened.score(s.change.changed.repeat(args.seeds), s.changed).mean().item() for _, s in details]
-    scopes = scope_entries(model_file(args.model), edited, scores, how)
+    scores = [pipeline.score(s.change.changed.repeat(args.seeds), s.changed).mean().item() for _, s in details]
+    scopes = scope_entries(model_file(args.model), edited, scores, sampling)
     entries = [save(args, stem, number, shown) for stem, row in zip(stems, rows) for number, shown in enumerate(row)]
     entries = [entry | {"cosine": cosine, "scope": scope} for entry, cosine, scope in zip(entries, scores, scopes)]
-    heading = f"{opened.info.source.describe()}; concepts x{args.factor:g}, {args.seeds} seeds"
+    heading = f"{pipeline.info.source.describe()}; concepts x{args.factor:g}, {args.seeds} seeds"
     names = [Path(file).name[:18] for file in args.image]
     grid = [grid_row(x, row, args.threshold) for x, row in zip(pixel_values, rows)]
     columns = "   ".join(f"{n + 1}: {title(shown)}" for n, shown in enumerate(rows[0]))
     save_image(panel(grid, names, heading, columns), args.out / "grid.png")
     save_image(panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading), args.out / "details.png")
     write_json(args.out / "results.json", {
-        "model": args.model, "concepts": str(args.concepts), "images": [str(f) for f in args.image], "sampling": asdict(how), "request": asdict(request), "maps": entries,
+        "model": args.model, "concepts": str(args.concepts), "images": [str(f) for f in args.image], "sampling": asdict(sampling), "request": asdict(request), "maps": entries,
     })
     for (name, shown), scope in zip(details, scopes):
         print(f"{name}, {title(shown)}: {shown.slope.describe()}; scope: {scope.get('line', 'unknown')}")

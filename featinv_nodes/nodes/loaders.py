@@ -89,10 +89,10 @@ class LoadFeatInvControlNet(io.ComfyNode):
         file: Path = model_file(weights.removesuffix(EMBEDDED)) if embedded else folders.path(folders.CONTROLS, weights)
         control = load_feature_control(file)
         info = control.info
-        how = dict(info.recommended)
-        gradient, last = how.pop("gradient", 0.0), how.pop("gradient_steps", 10) / how["steps"]  # 10: InversionInfo's
+        settings = dict(info.recommended)
+        gradient, last = settings.pop("gradient", 0.0), settings.pop("gradient_steps", 10) / settings["steps"]  # 10: InversionInfo's
         guided = f"\nFeature Guidance: step {gradient:g}, last {min(last, 1):g}" if gradient else ""
-        words = ", ".join(f"{name} {value}" for name, value in how.items())
+        words = ", ".join(f"{name} {value}" for name, value in settings.items())
         about = f"inverts {info.source.describe()}\nbase model: {info.base['name']}\nprompt: {info.prompt}\nrecommended: {words}{guided}\ntrained on {info.images_seen:,} images"
         return io.NodeOutput(control, about)
 

@@ -10,8 +10,8 @@ from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from opening import SEED, STEPS, World, error_of, relative, run
 
 from featinv_nodes.core.sampling import Sampling
-from training.models.inversion import open_model
-from training.models.pipeline import noise, sample
+from training.models.pipeline import load_pipeline
+from training.models.sampling import noise, sample
 
 BATCH = 3
 
@@ -54,13 +54,13 @@ def guiders(world: World) -> dict:
 
 def two_scales(world: World) -> list[dict]:
     """Dual CFG Guider against training/reconstruct.py's two guidances, same file, seed and steps."""
-    opened = open_model("tiny_cnn_last")
+    pipeline = load_pipeline("tiny_cnn_last")
     positive, negative, _, features_only = world.outputs()
     found = []
     for features, text in ((2.0, 1.0), (3.0, 0.0), (1.5, 4.0)):
         ours = by(world, Guider_DualCFG, [positive, features_only, negative], text, features)
-        how = Sampling(STEPS, 1.0, features, "features", text_guidance=text)
-        theirs = sample(opened.base, opened.model, world.features, noise(opened.base, SEED, BATCH), how, opened.info.prompt)
+        sampling = Sampling(STEPS, 1.0, features, "features", text_guidance=text)
+        theirs = sample(pipeline.base, pipeline.model, world.features, noise(pipeline.base, SEED, BATCH), sampling, pipeline.info.prompt)
         found.append({"case": [features, text], "difference": relative(ours, theirs)})
     return found
 
@@ -104,9 +104,9 @@ def gradient(world: World) -> dict:
     moved = world.draw(world.apply())
     dual = by(world, Guider_DualCFG, [(t := world.outputs())[0], t[3], t[1]], 3.0, 3.0)
     with torch.inference_mode(False):  # as the command line loads it
-        opened = open_model("tiny_cnn_last")
-    how = Sampling(STEPS, 1.0, 3.0, "features", gradient=0.05, gradient_steps=STEPS // 2)
-    theirs = sample(opened.base, opened.model, world.features, noise(opened.base, SEED, BATCH), how, opened.info.prompt, opened.backbone)
+        pipeline = load_pipeline("tiny_cnn_last")
+    sampling = Sampling(STEPS, 1.0, 3.0, "features", gradient=0.05, gradient_steps=STEPS // 2)
+    theirs = sample(pipeline.base, pipeline.model, world.features, noise(pipeline.base, SEED, BATCH), sampling, pipeline.info.prompt, pipeline.backbone)
     world.model = guided(world, model=before, features=world.features.select(0))
     one = world.draw(world.apply(features=world.features.select(0)))
     world.model = before

@@ -27,23 +27,24 @@ from PIL import Image
 from featinv_nodes.core import viz
 from featinv_nodes.core.sampling import Sampling
 from training.concepts.viz import visualize
-from training.models.inversion import open_model
-from training.models.pipeline import Inversion, noise, sample
+from training.models.controlnet import FeatureControlNet
+from training.models.pipeline import load_pipeline
+from training.models.sampling import noise, sample
 
 
 def parity(world: World) -> list[dict]:
     """The host's sampler against training/reconstruct.py's, same file, seed and steps."""
-    opened = open_model("tiny_cnn_last")
-    features = opened.features(opened.backbone.preprocess(torch.from_numpy(run("FeatInv_TinyWorldScenes", first=0, count=3)[0].numpy()).movedim(-1, 1)))
+    pipeline = load_pipeline("tiny_cnn_last")
+    features = pipeline.features(pipeline.backbone.preprocess(torch.from_numpy(run("FeatInv_TinyWorldScenes", first=0, count=3)[0].numpy()).movedim(-1, 1)))
     found = []
     for away, negative in (("text and features", "features"), ("text", "text")):
         for strength, guidance, end, size in ((0.6, 1.0, 1.0, (8, 8)), (1.0, 4.0, 1.0, (8, 8)), (0.6, 4.0, 0.5, (6, 12)), (1.0, 4.0, 0.5, (8, 8)), (1.0, 1.0, 1.0, (16, 12))):
             ours = world.draw(world.apply(strength=strength, end_percent=end, guide_away_from=away), guidance, size=size)
-            how = Sampling(STEPS, strength, guidance, negative, 0.0, end)
-            theirs = sample(opened.base, opened.model, features, noise(opened.base, SEED, 3, size), how, opened.info.prompt)
+            sampling = Sampling(STEPS, strength, guidance, negative, 0.0, end)
+            theirs = sample(pipeline.base, pipeline.model, features, noise(pipeline.base, SEED, 3, size), sampling, pipeline.info.prompt)
             found.append({"case": [away, strength, guidance, end, size], "difference": relative(ours, theirs)})
     halves = world.apply(*world.apply(strength=0.3), strength=0.3)  # residuals add up, so two halves are one whole
-    theirs = sample(opened.base, opened.model, features, noise(opened.base, SEED, 3), Sampling(STEPS, 0.6, 4.0, "features"), opened.info.prompt)
+    theirs = sample(pipeline.base, pipeline.model, features, noise(pipeline.base, SEED, 3), Sampling(STEPS, 0.6, 4.0, "features"), pipeline.info.prompt)
     found.append({"case": "stacked", "difference": relative(world.draw(halves, 4.0), theirs)})
     return found
 
@@ -127,7 +128,7 @@ def edited(world: World, names: str, factor: float = 0.25, **changes) -> tuple:
 
 def paired(world: World) -> dict:
     """FeatInv-Viz by nodes around one run of the stock sampler, against training/concepts/viz.py, and what else the nodes say."""
-    opened, seeds, groups, guidance = open_model("tiny_cnn_last"), 3, [["object"], ["sky", "night"]], 3.0
+    pipeline, seeds, groups, guidance = load_pipeline("tiny_cnn_last"), 3, [["object"], ["sky", "night"]], 3.0
     found = {}
     for factor in (0.25, 2.0):
         _, change, _ = edited(world, "object; sky, night", factor)
@@ -135,8 +136,8 @@ def paired(world: World) -> dict:
         (sampled,) = nodes.KSampler().sample(world.model, SEED, STEPS, guidance, "ddim", "simple", *world.apply(features=maps), latent)
         (pictures,) = nodes.VAEDecode().decode(world.vae, sampled)
         shown = run("FeatInv_Viz", pictures=pictures, edit=change, backbone=world.backbone, threshold=0.33)
-        how = Sampling(STEPS, 1.0, guidance, "features")
-        theirs = visualize(opened, change.original, change.concepts, groups, viz.VizSettings(factor, seeds, SEED, keep_length=True), how)
+        sampling = Sampling(STEPS, 1.0, guidance, "features")
+        theirs = visualize(pipeline, change.original, change.concepts, groups, viz.VizSettings(factor, seeds, SEED, keep_length=True), sampling)
         drawn = torch.cat([theirs[0].original, *(one.changed for one in theirs)]).movedim(1, -1)
         found[str(factor)] = {
             "pictures": float((pictures - drawn).abs().max()), "slope": shown[5] - sum(one.slope.own for one in theirs) / 2,
@@ -146,7 +147,7 @@ def paired(world: World) -> dict:
     starts = comfy.sample.prepare_noise(torch.zeros(9, 24, 8, 8), SEED, latent["batch_index"])
     cut = nodes.LatentFromBatch().frombatch(nodes.EmptyLatentImage().generate(64, 64, 8)[0], 2, 2)[0] | {"noise_mask": torch.rand(2, 1, 8, 8)}
     _, again = run("FeatInv_PairedLatents", edit=change, latent=cut)
-    found |= {"noise": torch.equal(starts, noise(opened.base, SEED, seeds).repeat(3, 1, 1, 1)), "batch_index": again["batch_index"], "masks": torch.equal(again["noise_mask"], cut["noise_mask"].repeat(3, 1, 1, 1))}
+    found |= {"noise": torch.equal(starts, noise(pipeline.base, SEED, seeds).repeat(3, 1, 1, 1)), "batch_index": again["batch_index"], "masks": torch.equal(again["noise_mask"], cut["noise_mask"].repeat(3, 1, 1, 1))}
     found["order"] = [relative(maps.values[i : i + 1], m.values) for i, m in ((0, change.original), (2, change.original), (3, change.changed.select(0)), (8, change.changed.select(1)))]
     judged = {"control_net": world.control, "keep_length": False}
     found["scope"] = [edited(world, "object")[2], edited(world, "object", 1.0, **judged)[2], edited(world, "object; sky", 4.0, **judged)[2]]
@@ -293,7 +294,7 @@ def real_size(folder: Path) -> dict:
     from featinv_nodes.core.encoders import build_encoder
 
     settings = {"kind": "conv", "channels": 1024, "out_channels": 320, "width": 512}
-    model = Inversion(ControlNetModel.from_unet(unet), build_encoder(settings), source).eval().requires_grad_(False)
+    model = FeatureControlNet(ControlNetModel.from_unet(unet), build_encoder(settings), source).eval().requires_grad_(False)
     del unet
     for name, p in model.named_parameters():
         if p.abs().max() == 0 and "norm" not in name:

@@ -31,7 +31,7 @@ ORIGINAL = "Original, as the model saw it"
 SECOND = "flower.png"
 
 
-def steer(world: World, features: Ref, control: Node, settings: dict) -> Node:
+def add_control(world: World, features: Ref, control: Node, settings: dict) -> Node:
     """The conditionings of the steered sampler."""
     away = {"text": "text", "features": "text and features"}[settings["negative"]]
     return world.graph.add(
@@ -52,7 +52,7 @@ def draw(world: World, features: Ref, control: Node, batch: int = 1, kind: str =
     """Feature maps -> pictures, by the stock sampler; latent: what it starts from if not from empty latents; model: if
     not the world's own."""
     g, settings = world.graph, world.settings(kind or world.kind)
-    steered = steer(world, features, control, settings)
+    steered = add_control(world, features, control, settings)
     latent = latent or world.empty(batch)
     sampled = g.add(
         "KSampler", model=model or world.model, positive=steered[0], negative=steered[1], latent_image=latent, seed=7, steps=settings["steps"],
@@ -199,7 +199,7 @@ def two_guidances(world: World) -> str:
     g = world.graph
     backbone, control = start(world)
     picture, features = extract(world, backbone, 3)
-    steered = steer(world, features[0], control, world.settings(world.kind) | {"negative": "features"})
+    steered = add_control(world, features[0], control, world.settings(world.kind) | {"negative": "features"})
     guider = g.add("DualCFGGuider", model=world.model, cond1=steered[0], cond2=steered[3], negative=steered[1], cfg_conds=1.0, cfg_cond2_negative=2.0, style="regular")
     noise, sampler = g.add("RandomNoise", noise_seed=7), g.add("KSamplerSelect", sampler_name="ddim")
     schedule = g.add("BasicScheduler", model=world.model, scheduler="simple", steps=world.settings(world.kind)["steps"], denoise=1.0)
@@ -217,8 +217,8 @@ def faithful(world: World) -> str:
     g = world.graph
     backbone, control = start(world)
     picture, features = extract(world, backbone, 1)
-    how = world.settings(world.kind) | {"gradient": 0.05, "gradient_steps": world.settings(world.kind)["steps"] // 2}
-    pictures = draw(world, features[0], control, batch=4, model=guided(world, features[0], backbone, how))
+    settings = world.settings(world.kind) | {"gradient": 0.05, "gradient_steps": world.settings(world.kind)["steps"] // 2}
+    pictures = draw(world, features[0], control, batch=4, model=guided(world, features[0], backbone, settings))
     kept = g.add("FeatInv_KeepMostSimilar", image=pictures[0], features=features[0], backbone=backbone[0], keep=1)
     compare(world, features[0], backbone, kept)
     g.add("PreviewAny", title="The best, and the range of all", source=kept[1])

@@ -19,22 +19,22 @@ from sklearn.datasets import load_sample_image
 from featinv_nodes.core.files import is_in_8_bits
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import WORLDS, model_file
-from training.models.inversion import Opened, open_model
-from training.models.pipeline import noise, sample
+from training.models.pipeline import InversionPipeline, load_pipeline
+from training.models.sampling import noise, sample
 
 FOLDER = Path(BASE, "models", "featinv")
 COUNT = 2  # pictures
 
 
-def with_control(name: str) -> Opened:
+def with_control(name: str) -> InversionPipeline:
     """A shipped model, small random numbers where it has zeros alone, as an untrained one has in its last layers."""
-    opened = open_model(name)
+    pipeline = load_pipeline(name)
     torch.manual_seed(0)
-    for key, p in opened.model.named_parameters():
+    for key, p in pipeline.model.named_parameters():
         if not p.any() and "norm" not in key:
             torch.nn.init.normal_(p, std=0.02)
-    opened.model.save(FOLDER / f"{name}.safetensors", opened.info)
-    return open_model(str(FOLDER / f"{name}.safetensors"))
+    pipeline.model.save(FOLDER / f"{name}.safetensors", pipeline.info)
+    return load_pipeline(str(FOLDER / f"{name}.safetensors"))
 
 
 def photographs() -> torch.Tensor:
@@ -44,28 +44,28 @@ def photographs() -> torch.Tensor:
 
 def parity(name: str) -> dict:
     """The workflow's nodes against training/reconstruct.py's: features, latents and pictures of one seed."""
-    opened = with_control(name)
-    source = opened.info.source
+    pipeline = with_control(name)
+    source = pipeline.info.source
     model, positive, negative, vae, latent = run("FeatInv_LoadTinyWorld", world="photo")
     backbone, _ = run("FeatInv_LoadBackbone", weights=f"{source.backbone} (embedded)", timm_name="", input_size=0)
     control, _ = run("FeatInv_LoadFeatInvControlNet", weights=f"{name}.safetensors")
     features, seen = run("FeatInv_ExtractFeatures", backbone=backbone, image=photographs(), layer=source.layer, pooled=source.pooled, fit="crop")
-    how: Sampling = replace(opened.recommended(), steps=STEPS, gradient=0.0, text_guidance=None)
+    sampling: Sampling = replace(pipeline.recommended(), steps=STEPS, gradient=0.0, text_guidance=None)
     conditioning = run(
-        "FeatInvControlNet", positive=positive, negative=negative, control_net=control, features=features, strength=how.strength, start_percent=how.start,
-        end_percent=how.end, guide_away_from={"text": "text", "features": "text and features"}[how.negative],
+        "FeatInvControlNet", positive=positive, negative=negative, control_net=control, features=features, strength=sampling.strength, start_percent=sampling.start,
+        end_percent=sampling.end, guide_away_from={"text": "text", "features": "text and features"}[sampling.negative],
     )  # fmt: skip
     (latents,) = nodes.RepeatLatentBatch().repeat(latent, COUNT)
-    (drawn,) = nodes.KSampler().sample(model, SEED, how.steps, how.guidance, "ddim", "simple", *conditioning[:2], latents)
+    (drawn,) = nodes.KSampler().sample(model, SEED, sampling.steps, sampling.guidance, "ddim", "simple", *conditioning[:2], latents)
     (pictures,) = nodes.VAEDecode().decode(vae, drawn)
 
-    own = opened.features(opened.backbone.preprocess(photographs().movedim(-1, 1)))
-    start = noise(opened.base, SEED, COUNT)
-    theirs = sample(opened.base, opened.model, own, start, how, opened.info.prompt)
-    unconditional = sample(opened.base, None, None, start, how, opened.info.prompt)
+    own = pipeline.features(pipeline.backbone.preprocess(photographs().movedim(-1, 1)))
+    start = noise(pipeline.base, SEED, COUNT)
+    theirs = sample(pipeline.base, pipeline.model, own, start, sampling, pipeline.info.prompt)
+    unconditional = sample(pipeline.base, None, None, start, sampling, pipeline.info.prompt)
     return {
         "features": relative(features.values, own.values), "latents": relative(drawn["samples"], theirs),
-        "pictures": relative(pictures.movedim(-1, 1), opened.base.decode(theirs)), "control matters": relative(theirs, unconditional),
+        "pictures": relative(pictures.movedim(-1, 1), pipeline.base.decode(theirs)), "control matters": relative(theirs, unconditional),
         "seen": list(seen.shape), "drawn": list(pictures.shape),
     }  # fmt: skip
 
@@ -79,13 +79,13 @@ def latents(world: str) -> dict:
 
 def eight_bits() -> dict:
     """The drawn world's model as shipped and stored in 8 bits: how alike their pictures are to the features asked for."""
-    opened, world = open_model("tiny_cnn_last"), World()
+    pipeline, world = load_pipeline("tiny_cnn_last"), World()
     shipped, file = model_file("tiny_cnn_last"), FOLDER / "eight.safetensors"
-    opened.model.save(file, opened.info, torch.int8)
+    pipeline.model.save(file, pipeline.info, torch.int8)
     control, about = run("FeatInv_LoadFeatInvControlNet", weights=file.name)
     cosine, pictures = {}, {}
     for name, one in (("shipped", world.control), ("8 bits", control)):
-        drawn = world.draw(world.apply(control_net=one), opened.recommended().guidance)
+        drawn = world.draw(world.apply(control_net=one), pipeline.recommended().guidance)
         (pictures[name],) = nodes.VAEDecode().decode(world.vae, {"samples": drawn})
         cosine[name] = run("FeatInv_FeatureSimilarity", features=world.features, backbone=world.backbone, image=pictures[name])[2]
     return {

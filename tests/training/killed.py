@@ -15,7 +15,7 @@ from training.loop import checkpoints, log
 from training.loop import run as running
 from training.loop.ema import update_average
 from training.loop.training import train
-from training.models.pipeline import Inversion
+from training.models.controlnet import FeatureControlNet
 
 SMALL = {
     "batch": "2", "cycle": "0.0", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "warmup": "0", "ema": "0.9",
@@ -82,7 +82,7 @@ def in_the_middle_of_a_line_of_the_log(folder):
 
 
 def before_the_weights_are_written(folder):
-    die_at(Inversion, "save", 1)
+    die_at(FeatureControlNet, "save", 1)
 
 
 def never(folder):

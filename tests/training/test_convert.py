@@ -15,7 +15,8 @@ from featinv_nodes.core.encoders import ConvEncoder
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import ENCODER_PREFIX, load_inversion, read_info, save_inversion
 from training import convert
-from training.models.pipeline import BaseModel, Inversion
+from training.models.base_model import BaseModel
+from training.models.controlnet import FeatureControlNet
 
 BACKBONE = "resnet10t"
 CHANNELS, HIDDEN, CONTEXT, HEADS = 64, 24, 48, 8  # layer1 of that backbone has 64 channels
@@ -199,7 +200,7 @@ def residuals(controlnet, x, t, context, hint):
 @torch.inference_mode()
 def test_same_residuals_and_same_steered_prediction_as_the_official_code(state, converted, base, inputs):
     x, t, context, features = inputs
-    wanted, model = Reference(state)(*inputs), Inversion.load(converted, base)[0]
+    wanted, model = Reference(state)(*inputs), FeatureControlNet.load(converted, base)[0]
     found = residuals(model.controlnet, x, t, context, model.hint(features, x.shape[2:]))
     assert len(wanted) == len(found) == 13
     assert max(difference(f, w) for f, w in zip(found, wanted)) <= 1e-5
@@ -209,7 +210,7 @@ def test_same_residuals_and_same_steered_prediction_as_the_official_code(state, 
         scaled = [w * strength for w in wanted]  # the official control_scales
         steered = base.unet(x, t, context, down_block_additional_residuals=scaled[:-1], mid_block_additional_residual=scaled[-1]).sample
         assert difference(steered, free) > 0.1
-        assert difference(model.steer(base.unet, x, t, context, model.hint(features, x.shape[2:]), strength), steered) <= 1e-5
+        assert difference(model.predict(base.unet, x, t, context, model.hint(features, x.shape[2:]), strength), steered) <= 1e-5
 
 
 def test_what_the_weights_file_says_of_itself(converted, checkpoint):
@@ -277,7 +278,7 @@ def test_the_diffusers_folder_opens_and_its_readme_runs(converted, base, inputs,
     names = {}
     exec(code, names)
     assert not caplog.records
-    model, _ = Inversion.load(converted, base)
+    model, _ = FeatureControlNet.load(converted, base)
     wanted = residuals(model.controlnet, x, t, context, model.hint(features, x.shape[2:]))
     found = residuals(names["controlnet"].eval(), x, t, context, names["encode"](features, x.shape[2:]))
     assert all(torch.equal(f, w) for f, w in zip(found, wanted))

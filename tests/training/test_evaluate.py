@@ -17,7 +17,7 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from training import evaluate
 from training.evaluation import shards
 from training.evaluation.run import evaluate_in_memory, load_pictures
-from training.models.inversion import Opened
+from training.models.pipeline import InversionPipeline
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["training.evaluate"])
@@ -59,11 +59,11 @@ def test_every_figure_has_its_count_interval_seeds_and_settings(whole):
 
 
 def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
-    from training.models.inversion import open_model
+    from training.models.pipeline import load_pipeline
 
-    opened = open_model("tiny_cnn_last")
-    pixel_values, counts = load_pictures(opened, "drawn", 8)
-    found, _ = evaluate_in_memory(opened, pixel_values, opened.recommended(steps=1), counts == 1)
+    pipeline = load_pipeline("tiny_cnn_last")
+    pixel_values, counts = load_pictures(pipeline, "drawn", 8)
+    found, _ = evaluate_in_memory(pipeline, pixel_values, pipeline.recommended(steps=1), counts == 1)
     kept = results(whole)
     for condition in found:
         for name, entry in found[condition].items():
@@ -85,8 +85,8 @@ def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, m
     assert not (tmp_path / "results.json").exists()
     monkeypatch.setattr(shards, "write_checksummed", real)
     (damaged := next(written[-1].iterdir())).write_bytes(damaged.read_bytes()[:-1])
-    drawn, real_draw = [], Opened.draw
-    monkeypatch.setattr(Opened, "draw", lambda self, features, *rest: drawn.append(0 if features is None else len(features)) or real_draw(self, features, *rest))
+    drawn, real_draw = [], InversionPipeline.draw
+    monkeypatch.setattr(InversionPipeline, "draw", lambda self, features, *rest: drawn.append(0 if features is None else len(features)) or real_draw(self, features, *rest))
     evaluate.main([*SMALL, "--out", str(tmp_path)])
     assert sum(drawn) == 6  # of 8 reconstructions two shards were there, one of them damaged
     assert results(tmp_path) == results(whole)
@@ -169,11 +169,11 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, options, message):
 
 @pytest.mark.parametrize("negative, guidance", [("features", 2.0), ("text", 1.0)])
 def test_drawing_one_at_a_time_gives_the_same_pictures(negative, guidance):
-    from training.models.inversion import open_model
+    from training.models.pipeline import load_pipeline
     from training.speed.sampling import one_by_one
 
-    opened = open_model("tiny_cnn_last")
-    features = opened.features(opened.backbone.preprocess(draw(0, torch.arange(2), "held-out").image))
-    how, start = opened.recommended(steps=2, negative=negative, guidance=guidance, gradient=0.0), opened.noise(range(2))
+    pipeline = load_pipeline("tiny_cnn_last")
+    features = pipeline.features(pipeline.backbone.preprocess(draw(0, torch.arange(2), "held-out").image))
+    sampling, start = pipeline.recommended(steps=2, negative=negative, guidance=guidance, gradient=0.0), pipeline.noise(range(2))
     # 1e-4: float32 convolutions of one and of several pictures sum in another order
-    assert (one_by_one(opened, features, how, start) - opened.draw(features, how, start)).abs().max() < 1e-4
+    assert (one_by_one(pipeline, features, sampling, start) - pipeline.draw(features, sampling, start)).abs().max() < 1e-4

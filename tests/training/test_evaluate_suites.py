@@ -26,7 +26,7 @@ from training.evaluation.sources import open_source
 from training.evaluation.suites import baseline
 from training.evaluation.suites.corruptions import CORRUPTIONS, SEEDED, corrupt, library
 from training.models.base_model import load_base
-from training.models.pipeline import Inversion
+from training.models.controlnet import FeatureControlNet
 
 
 def run(tmp_path, suite, *options, count=4):
@@ -124,7 +124,7 @@ def photographic(stable_diffusion, tmp_path):
     backbone = untrained_backbone("resnet10t", 64)
     save_file(backbone.model.state_dict(), tmp_path / "backbone.safetensors")
     base = load_base(stable_diffusion, PROMPT)
-    model = Inversion.start(base, backbone.source(), 16)
+    model = FeatureControlNet.start(base, backbone.source(), 16)
     model.save(tmp_path / "model.safetensors", InversionInfo(backbone.source(), model.encoder.settings, base.describe(), PROMPT))
     for synset, picture in zip(("n01440764", "n01484850"), draw(0, torch.arange(2), "held-out").image):
         (tmp_path / "val" / synset).mkdir(parents=True)

@@ -25,8 +25,8 @@ from featinv_nodes.worlds import model_file, open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import cli, make_world
 from training.models.base_model import load_base
-from training.models.inversion import open_model
-from training.models.pipeline import Inversion
+from training.models.controlnet import FeatureControlNet
+from training.models.pipeline import load_pipeline
 from training.worlds import inversion, loop, make_photo
 from training.worlds.inversion import Kept
 from training.worlds.loop import images_seen
@@ -135,11 +135,11 @@ def test_a_whole_world_opens_and_draws(made, network):
     assert (base.latent_size, base.downscale, base.resolution, base.describe()["latent_channels"]) == (4, 8, 32, 8)
     backbone = open_backbone(str(network))
     for depth, name in zip(DEPTHS, MODELS):
-        opened = open_model(str(out / name), backbone=str(network))
-        assert is_in_8_bits(out / name) and opened.info.images_seen == SEEN[name.removesuffix(".safetensors")]
-        assert opened.info.source == backbone.source("last" if depth == "pooled" else depth, depth == "pooled")
-        assert opened.recommended().steps == 20 and opened.recommended().negative == "features"
-        drawn = opened.draw(opened.extract(torch.rand(2, 3, 80, 80)), opened.recommended(steps=2), opened.noise([0, 1]))
+        pipeline = load_pipeline(str(out / name), backbone=str(network))
+        assert is_in_8_bits(out / name) and pipeline.info.images_seen == SEEN[name.removesuffix(".safetensors")]
+        assert pipeline.info.source == backbone.source("last" if depth == "pooled" else depth, depth == "pooled")
+        assert pipeline.recommended().steps == 20 and pipeline.recommended().negative == "features"
+        drawn = pipeline.draw(pipeline.extract(torch.rand(2, 3, 80, 80)), pipeline.recommended(steps=2), pipeline.noise([0, 1]))
         assert drawn.shape == (2, 3, 32, 32) and drawn.std() > 0.01
 
 
@@ -478,13 +478,13 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(copy, make, capsys
 
 def test_an_inversion_model_in_8_bits_draws_the_same_pictures(tmp_path):
     """A trained one: each picture within 1/50 of the whole range of what it is in 16 bits, on average over its pixels."""
-    opened = open_model("tiny_cnn_last")
-    features = opened.extract(draw(0, torch.arange(4), "held-out").image)
-    how, start = opened.recommended(steps=10, gradient=0.0), opened.noise(range(4))
-    wanted = opened.draw(features, how, start)
-    opened.model.save(tmp_path / "small.safetensors", opened.info, torch.int8)
-    opened.model, info = Inversion.load(tmp_path / "small.safetensors", opened.base)
-    found = opened.draw(features, how, start)
-    assert info == opened.info and (tmp_path / "small.safetensors").stat().st_size < 0.6 * model_file("tiny_cnn_last").stat().st_size
+    pipeline = load_pipeline("tiny_cnn_last")
+    features = pipeline.extract(draw(0, torch.arange(4), "held-out").image)
+    sampling, start = pipeline.recommended(steps=10, gradient=0.0), pipeline.noise(range(4))
+    wanted = pipeline.draw(features, sampling, start)
+    pipeline.model.save(tmp_path / "small.safetensors", pipeline.info, torch.int8)
+    pipeline.model, info = FeatureControlNet.load(tmp_path / "small.safetensors", pipeline.base)
+    found = pipeline.draw(features, sampling, start)
+    assert info == pipeline.info and (tmp_path / "small.safetensors").stat().st_size < 0.6 * model_file("tiny_cnn_last").stat().st_size
     assert 0 < (found - wanted).abs().mean((1, 2, 3)).max() < 0.02
     assert (wanted[0] - wanted[1]).abs().mean() > 0.1  # as far as two pictures are apart

@@ -21,7 +21,7 @@ from training.config import CONFIGS, DEFAULT, read_config
 from training.loop.flops import step_gmac
 from training.loop.training import train
 from training.models.base_model import load_base
-from training.models.pipeline import Inversion
+from training.models.controlnet import FeatureControlNet
 
 SMALL = killed.SMALL | {"max_images": "40", "save_every": "1000"}
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -114,7 +114,7 @@ def test_the_log_says_what_a_step_costs(whole):
     assert {"images", "loss", "rate", "images_per_second", "gflops", "data_wait", "memory_gb"} == line.keys()  # the share of a CPU's peak is not known
     assert 0 <= line["data_wait"] <= 1 and line["memory_gb"] > 0.1
     base, backbone = load_base("tiny", "a drawing of the small world"), open_backbone("tiny-cnn")
-    model = Inversion.start(base, backbone.source(), 16)
+    model = FeatureControlNet.start(base, backbone.source(), 16)
     config = read_config(DEFAULT, SMALL)
     assert line["gflops"] == pytest.approx(2 * step_gmac(base, backbone, model, config) * line["images_per_second"])
     counter = FlopCounterMode(display=False)

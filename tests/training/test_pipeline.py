@@ -15,7 +15,8 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import DEFAULT, read_config
 from training.loop.objective import cycle_distance, training_loss
 from training.models.base_model import load_base
-from training.models.pipeline import Inversion, noise, round_trip, sample
+from training.models.controlnet import FeatureControlNet
+from training.models.sampling import noise, round_trip, sample
 
 PROMPT = "a drawing of the small world"
 
@@ -34,7 +35,7 @@ def backbone():
 def steering(base, backbone):
     """An untrained model whose zero convolutions are filled, so that control matters."""
     torch.manual_seed(0)
-    model = Inversion.start(base, backbone.source(), width=32).eval().requires_grad_(False)
+    model = FeatureControlNet.start(base, backbone.source(), width=32).eval().requires_grad_(False)
     for p in model.parameters():
         if p.abs().max() == 0:
             torch.nn.init.normal_(p, std=0.05)
@@ -48,9 +49,9 @@ def features(backbone):
 
 
 def test_at_first_the_output_is_exactly_the_base_models(base, backbone, features):
-    model = Inversion.start(base, backbone.source(), width=32).eval()
-    how, start = Sampling(steps=3, guidance=2.0), noise(base, 0, 2)
-    assert torch.equal(sample(base, model, features, start, how, PROMPT), sample(base, None, None, start, how, PROMPT))
+    model = FeatureControlNet.start(base, backbone.source(), width=32).eval()
+    sampling, start = Sampling(steps=3, guidance=2.0), noise(base, 0, 2)
+    assert torch.equal(sample(base, model, features, start, sampling, PROMPT), sample(base, None, None, start, sampling, PROMPT))
 
 
 def test_a_cast_base_model_is_not_taken_back_to_float32_by_autocast(base, steering, features):
@@ -84,16 +85,16 @@ def test_guidance_follows_its_formula(base, steering, features):
             null = torch.zeros_like(features.values) if negative == "features" else features.values
             context = [base.text[p].expand(2, -1, -1) for p in (PROMPT, "")]
             out = [
-                steering.steer(base.unet, start, t, c, steering.hint(v, (8, 8)), 0.7) for v, c in zip((features.values, null), context)
+                steering.predict(base.unet, start, t, c, steering.hint(v, (8, 8)), 0.7) for v, c in zip((features.values, null), context)
             ]
             wanted = scheduler.step(out[1] + 3.0 * (out[0] - out[1]), t, start).prev_sample
             assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()  # float32, batches of 4 against 2
 
 
 def test_rows_of_a_batch_do_not_touch_each_other(base, steering, features):
-    start, how = noise(base, 0, 2), Sampling(steps=3, guidance=2.0, negative="features")
-    both = sample(base, steering, features, start, how, PROMPT)
-    second = sample(base, steering, features.select(1), start[1:], how, PROMPT)
+    start, sampling = noise(base, 0, 2), Sampling(steps=3, guidance=2.0, negative="features")
+    both = sample(base, steering, features, start, sampling, PROMPT)
+    second = sample(base, steering, features.select(1), start[1:], sampling, PROMPT)
     assert (both[1:] - second).abs().max() <= 1e-4 * both.abs().max()  # float32, batches of another size
 
 
@@ -104,16 +105,16 @@ def test_noise_is_the_hosts(base):
 def test_weights_file_gives_the_same_pictures(base, steering, features, tmp_path):
     info = InversionInfo(steering.source, steering.encoder.settings, base.describe(), PROMPT)
     steering.save(tmp_path / "m.safetensors", info)
-    again, _ = Inversion.load(tmp_path / "m.safetensors", base)
-    how, start = Sampling(steps=2, guidance=2.0), noise(base, 0, 2)
-    assert torch.equal(sample(base, steering, features, start, how, PROMPT), sample(base, again, features, start, how, PROMPT))
+    again, _ = FeatureControlNet.load(tmp_path / "m.safetensors", base)
+    sampling, start = Sampling(steps=2, guidance=2.0), noise(base, 0, 2)
+    assert torch.equal(sample(base, steering, features, start, sampling, PROMPT), sample(base, again, features, start, sampling, PROMPT))
 
 
 def test_what_does_not_fit_is_refused(base, backbone, steering, features, tmp_path):
     other = {**base.describe(), "width": 320}
     steering.save(tmp_path / "m.safetensors", InversionInfo(steering.source, steering.encoder.settings, other, PROMPT))
     with pytest.raises(FeatInvError, match="width: 320 in the weights file, 64"):
-        Inversion.load(tmp_path / "m.safetensors", base)
+        FeatureControlNet.load(tmp_path / "m.safetensors", base)
     with pytest.raises(FeatInvError, match="layer2"):
         sample(base, steering, backbone(torch.rand(1, 3, 64, 64), "layer2"), noise(base, 0), Sampling(), PROMPT)
     with pytest.raises(FeatInvError, match="prompt"):

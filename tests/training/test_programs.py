@@ -23,7 +23,7 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from training import cli, demo, evaluate, reconstruct
 from training.data.batch import crops
 from training.evaluation.run import evaluate_in_memory, gap_closed, load_pictures
-from training.models.inversion import open_model
+from training.models.pipeline import load_pipeline
 from training.report import LINE, panel, shortened, to_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,11 +65,11 @@ def test_reconstruct_mixes_and_composes(scenes, tmp_path):
 
 @pytest.mark.parametrize("name", DRAWN.models)
 def test_shipped_models_are_far_above_their_floor(name):
-    opened = open_model(name)
-    pixel_values, counts = load_pictures(opened, "drawn", 32)
-    results, guided = (evaluate_in_memory(opened, pixel_values, opened.recommended(gradient=step), counts == 1)[0] for step in (0.0, None))
+    pipeline = load_pipeline(name)
+    pixel_values, counts = load_pictures(pipeline, "drawn", 32)
+    results, guided = (evaluate_in_memory(pipeline, pixel_values, pipeline.recommended(gradient=step), counts == 1)[0] for step in (0.0, None))
     # the smallest shipped gap is the pooled model's; 0.1 is well below every measured one and far above chance
-    assert gap_closed(results) > (0.1 if opened.info.source.pooled else 0.6)
+    assert gap_closed(results) > (0.1 if pipeline.info.source.pooled else 0.6)
     assert results["round trip"]["cosine"]["value"] > results["reconstruction"]["cosine"]["value"]
     assert guided["reconstruction"]["cosine"]["value"] > results["reconstruction"]["cosine"]["value"]  # by .006 and more, measured on 256
 

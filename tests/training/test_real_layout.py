@@ -12,8 +12,8 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import DEFAULT, read_config
 from training.loop.training import train
 from training.models.base_model import load_base
-from training.models.inversion import open_model
-from training.models.pipeline import round_trip
+from training.models.pipeline import load_pipeline
+from training.models.sampling import round_trip
 
 PROMPT = "a b"
 
@@ -66,6 +66,6 @@ def test_train_and_open_on_a_real_layout(stable_diffusion, tmp_path):
         "recommended": "{strength: 1.0, guidance: 1.75, negative: text, steps: 2}",
     }  # fmt: skip
     file = train(read_config(DEFAULT, changes), tmp_path / "run")
-    opened = open_model(str(file))
-    pictures = opened.draw(opened.features(torch.rand(1, 3, 64, 64)), opened.recommended(), opened.noise([0]))
-    assert pictures.shape == (1, 3, 64, 64) and opened.info.prompt == PROMPT
+    pipeline = load_pipeline(str(file))
+    pictures = pipeline.draw(pipeline.features(torch.rand(1, 3, 64, 64)), pipeline.recommended(), pipeline.noise([0]))
+    assert pictures.shape == (1, 3, 64, 64) and pipeline.info.prompt == PROMPT

@@ -15,42 +15,42 @@ from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import evaluate, fit_scope, reconstruct, visualize_concepts
-from training.cli import model_parser, open_from
+from training.cli import model_parser, pipeline_from
 from training.evaluation.suites.cost import choose
-from training.models.inversion import ATTEMPT, open_model
-from training.models.pipeline import sample, solver_of
+from training.models.pipeline import ATTEMPT, load_pipeline
+from training.models.sampling import sample, solver_of
 
 APART = Sampling(steps=4, guidance=3.0, negative="features", text_guidance=1.5)
 
 
 @pytest.fixture(scope="module")
-def opened():
-    return open_model("tiny_cnn_last")
+def pipeline():
+    return load_pipeline("tiny_cnn_last")
 
 
 @pytest.fixture(scope="module")
-def features(opened):
-    return opened.features(opened.backbone.preprocess(draw(0, torch.arange(2), "held-out").image))
+def features(pipeline):
+    return pipeline.features(pipeline.backbone.preprocess(draw(0, torch.arange(2), "held-out").image))
 
 
-def latents(opened, features, how):
-    return sample(opened.base, opened.model, features, opened.noise([0, 1]), how, opened.info.prompt, opened.backbone)
+def latents(pipeline, features, sampling):
+    return sample(pipeline.base, pipeline.model, features, pipeline.noise([0, 1]), sampling, pipeline.info.prompt, pipeline.backbone)
 
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_equal_guidances_are_the_joint_one(opened, features):
+def test_equal_guidances_are_the_joint_one(pipeline, features):
     equal = replace(APART, text_guidance=3.0)
-    assert torch.equal(latents(opened, features, equal), latents(opened, features, replace(APART, text_guidance=None)))
-    assert not torch.allclose(latents(opened, features, APART), latents(opened, features, equal), rtol=0.01)
+    assert torch.equal(latents(pipeline, features, equal), latents(pipeline, features, replace(APART, text_guidance=None)))
+    assert not torch.allclose(latents(pipeline, features, APART), latents(pipeline, features, equal), rtol=0.01)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_every_number_of_steps_is_taken_from_the_first_timestep_to_none_below_zero(opened, solver):
+def test_every_number_of_steps_is_taken_from_the_first_timestep_to_none_below_zero(pipeline, solver):
     for steps in (*range(1, 130), 998, 1000):
-        made = solver_of(opened.base, Sampling(steps=steps, solver=solver))
+        made = solver_of(pipeline.base, Sampling(steps=steps, solver=solver))
         set_timesteps(made, steps)
         assert len(made.timesteps) == steps and made.timesteps[0] == 999 and made.timesteps.min() >= 0, steps
         if solver != "ddim":
@@ -59,40 +59,40 @@ def test_every_number_of_steps_is_taken_from_the_first_timestep_to_none_below_ze
         set_timesteps(made, 1001)
 
 
-def test_a_number_of_steps_that_does_not_divide_the_timesteps_draws_as_its_neighbours_do(opened, features):
-    scores = [opened.score(features, opened.draw(features, opened.recommended(steps=n, gradient=0.0), opened.noise([0, 1]))).mean() for n in (60, 61)]
+def test_a_number_of_steps_that_does_not_divide_the_timesteps_draws_as_its_neighbours_do(pipeline, features):
+    scores = [pipeline.score(features, pipeline.draw(features, pipeline.recommended(steps=n, gradient=0.0), pipeline.noise([0, 1]))).mean() for n in (60, 61)]
     assert abs(scores[0] - scores[1]) < 0.02 and scores[1] > 0.9
 
 
 @pytest.mark.parametrize(("guidance", "text", "evaluations"), [(3.0, 1.5, 3), (3.0, 0.0, 2), (1.0, 2.0, 2), (0.0, 2.0, 3), (1.0, 1.0, 1)])
-def test_two_guidances_follow_their_formula(opened, features, guidance, text, evaluations):
+def test_two_guidances_follow_their_formula(pipeline, features, guidance, text, evaluations):
     """Against a loop that evaluates all three one after another (Brooks et al. 2023, Eq. 3); what has no share is left out."""
-    how, base, model = replace(APART, guidance=guidance, text_guidance=text), opened.base, opened.model
-    x, scheduler = opened.noise([0, 1]), DDIMScheduler.from_config(opened.base.scheduler.config)
-    scheduler.set_timesteps(how.steps)
+    sampling, base, model = replace(APART, guidance=guidance, text_guidance=text), pipeline.base, pipeline.model
+    x, scheduler = pipeline.noise([0, 1]), DDIMScheduler.from_config(pipeline.base.scheduler.config)
+    scheduler.set_timesteps(sampling.steps)
     with torch.inference_mode():
         for t in scheduler.timesteps:
             one = lambda values, prompt: model(base.unet, x, t, base.text[prompt].expand(2, -1, -1), values)  # noqa: B023, E731
-            none, shown, both = one(features.values * 0, ""), one(features.values, ""), one(features.values, opened.info.prompt)
+            none, shown, both = one(features.values * 0, ""), one(features.values, ""), one(features.values, pipeline.info.prompt)
             x = scheduler.step(none + guidance * (shown - none) + text * (both - shown), t, x).prev_sample
-    assert relative(latents(opened, features, how), x) < 1e-4  # float32, batches of another size
-    assert len(how.weights()) == evaluations and how.evaluations == 4 * evaluations
+    assert relative(latents(pipeline, features, sampling), x) < 1e-4  # float32, batches of another size
+    assert len(sampling.weights()) == evaluations and sampling.evaluations == 4 * evaluations
 
 
-def test_without_a_model_only_the_texts_guidance_is_left(opened):
-    start = opened.noise([0])
-    apart = sample(opened.base, None, None, start, APART, opened.info.prompt)
-    joint = sample(opened.base, None, None, start, Sampling(steps=4, guidance=1.5), opened.info.prompt)
+def test_without_a_model_only_the_texts_guidance_is_left(pipeline):
+    start = pipeline.noise([0])
+    apart = sample(pipeline.base, None, None, start, APART, pipeline.info.prompt)
+    joint = sample(pipeline.base, None, None, start, Sampling(steps=4, guidance=1.5), pipeline.info.prompt)
     assert relative(apart, joint) < 1e-4
 
 
-def test_solvers_agree_where_steps_are_many_and_are_nearer_where_they_are_few(opened, features):
+def test_solvers_agree_where_steps_are_many_and_are_nearer_where_they_are_few(pipeline, features):
     """All solve the same equation. The reference is DDIM of 100 steps, itself of first order: the tolerance is about half
     of what ten steps are off (0.07 to 0.09)."""
     one = features.select(slice(0, 1))
 
     def drawn(solver, steps):
-        return sample(opened.base, opened.model, one, opened.noise([0]), Sampling(steps, guidance=1.0, solver=solver), opened.info.prompt)
+        return sample(pipeline.base, pipeline.model, one, pipeline.noise([0]), Sampling(steps, guidance=1.0, solver=solver), pipeline.info.prompt)
 
     reference = drawn("ddim", 100)
     errors = {solver: relative(drawn(solver, 10), reference) for solver in SOLVERS}
@@ -100,17 +100,17 @@ def test_solvers_agree_where_steps_are_many_and_are_nearer_where_they_are_few(op
     assert relative(drawn("dpmpp_2m", 40), reference) < 0.05
 
 
-def test_dpmpp_2m_is_the_hosts_formula(opened, features):
+def test_dpmpp_2m_is_the_hosts_formula(pipeline, features):
     """Against k-diffusion's loop over sigma = sqrt((1 - a) / a) at KSampler's scheduler "simple"."""
-    how = Sampling(steps=10, guidance=1.0, solver="dpmpp_2m")
-    base, kept = opened.base, opened.base.scheduler.alphas_cumprod
-    times = [999 - int(k * 1000 / how.steps) for k in range(how.steps)]
+    sampling = Sampling(steps=10, guidance=1.0, solver="dpmpp_2m")
+    base, kept = pipeline.base, pipeline.base.scheduler.alphas_cumprod
+    times = [999 - int(k * 1000 / sampling.steps) for k in range(sampling.steps)]
     sigmas = [((1 - kept[t]) / kept[t]).sqrt() for t in times] + [torch.tensor(0.0)]
-    x, old = opened.noise([0, 1]) / kept[times[0]].sqrt(), None
+    x, old = pipeline.noise([0, 1]) / kept[times[0]].sqrt(), None
     with torch.inference_mode():
         for i, t in enumerate(times):
             noisy = x * kept[t].sqrt()
-            found = opened.model(base.unet, noisy, torch.tensor(t), base.text[opened.info.prompt].expand(2, -1, -1), features.values)
+            found = pipeline.model(base.unet, noisy, torch.tensor(t), base.text[pipeline.info.prompt].expand(2, -1, -1), features.values)
             clean = predicted_clean(base.scheduler, noisy, found, torch.tensor(t))
             if old is None or sigmas[i + 1] == 0:
                 mixed = clean
@@ -119,22 +119,22 @@ def test_dpmpp_2m_is_the_hosts_formula(opened, features):
                 mixed = clean + (clean - old) * h / (2 * last)
             ratio = sigmas[i + 1] / sigmas[i]
             x, old = ratio * x + (1 - ratio) * mixed, clean
-    assert relative(latents(opened, features, how), x) < 1e-4  # float32, in other units
+    assert relative(latents(pipeline, features, sampling), x) < 1e-4  # float32, in other units
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_solver_remembers_nothing_between_calls(opened, features, solver):
-    how = Sampling(steps=4, guidance=1.0, solver=solver)
-    before = dict(opened.base.scheduler.config), opened.base.scheduler.timesteps.clone()
-    first = latents(opened, features, how)
-    latents(opened, features, replace(how, steps=3))
-    assert torch.equal(latents(opened, features, how), first) and solver_of(opened.base, how) is not solver_of(opened.base, how)
-    assert dict(opened.base.scheduler.config) == before[0] and torch.equal(opened.base.scheduler.timesteps, before[1])
+def test_a_solver_remembers_nothing_between_calls(pipeline, features, solver):
+    sampling = Sampling(steps=4, guidance=1.0, solver=solver)
+    before = dict(pipeline.base.scheduler.config), pipeline.base.scheduler.timesteps.clone()
+    first = latents(pipeline, features, sampling)
+    latents(pipeline, features, replace(sampling, steps=3))
+    assert torch.equal(latents(pipeline, features, sampling), first) and solver_of(pipeline.base, sampling) is not solver_of(pipeline.base, sampling)
+    assert dict(pipeline.base.scheduler.config) == before[0] and torch.equal(pipeline.base.scheduler.timesteps, before[1])
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
-def test_clean_latents_and_prediction_are_each_others_inverse(opened, kind):
-    base = replace(opened.base, scheduler=DDIMScheduler.from_config(opened.base.scheduler.config, prediction_type=kind))
+def test_clean_latents_and_prediction_are_each_others_inverse(pipeline, kind):
+    base = replace(pipeline.base, scheduler=DDIMScheduler.from_config(pipeline.base.scheduler.config, prediction_type=kind))
     clean, noise, t = torch.randn(2, 24, 8, 8), torch.randn(2, 24, 8, 8), torch.tensor(300)
     noisy = base.scheduler.add_noise(clean, noise, t)
     found = base.scheduler.get_velocity(clean, noise, t[None]) if kind == "v_prediction" else noise
@@ -143,37 +143,37 @@ def test_clean_latents_and_prediction_are_each_others_inverse(opened, kind):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_gradient_raises_the_cosine_and_leaves_no_gradients(opened, features, solver):
-    how = Sampling(steps=6, guidance=1.0, solver=solver, gradient_steps=2)
-    start = opened.noise([0, 1])
-    plain, guided = (opened.draw(features, replace(how, gradient=step), start) for step in (0.0, 0.05))
-    assert (opened.score(features, guided) > opened.score(features, plain)).all()
-    parts = opened.base.unet, opened.base.vae, opened.model, opened.backbone
+def test_the_gradient_raises_the_cosine_and_leaves_no_gradients(pipeline, features, solver):
+    sampling = Sampling(steps=6, guidance=1.0, solver=solver, gradient_steps=2)
+    start = pipeline.noise([0, 1])
+    plain, guided = (pipeline.draw(features, replace(sampling, gradient=step), start) for step in (0.0, 0.05))
+    assert (pipeline.score(features, guided) > pipeline.score(features, plain)).all()
+    parts = pipeline.base.unet, pipeline.base.vae, pipeline.model, pipeline.backbone
     assert all(p.grad is None and not p.requires_grad for part in parts for p in part.parameters())
-    assert torch.equal(opened.draw(features, replace(how, gradient=0.05, gradient_steps=0), start), plain)
+    assert torch.equal(pipeline.draw(features, replace(sampling, gradient=0.05, gradient_steps=0), start), plain)
     with pytest.raises(FeatInvError, match="needs the backbone"):
-        sample(opened.base, opened.model, features, start, replace(how, gradient=0.05), opened.info.prompt)
+        sample(pipeline.base, pipeline.model, features, start, replace(sampling, gradient=0.05), pipeline.info.prompt)
 
 
-def test_best_of_n_is_never_worse_and_one_is_a_plain_draw(opened, features):
-    how, maps = Sampling(steps=2, guidance=1.0), features.repeat(2)
+def test_best_of_n_is_never_worse_and_one_is_a_plain_draw(pipeline, features):
+    sampling, maps = Sampling(steps=2, guidance=1.0), features.repeat(2)
 
     def start_of(attempt):
-        return opened.noise([n + ATTEMPT * attempt for n in range(4)])
+        return pipeline.noise([n + ATTEMPT * attempt for n in range(4)])
 
-    plain = opened.draw(maps, how, start_of(0))
-    one, first = opened.best(maps, how, start_of)
+    plain = pipeline.draw(maps, sampling, start_of(0))
+    one, first = pipeline.best(maps, sampling, start_of)
     assert torch.equal(one, plain) and first.tolist() == [0] * 4
-    best, attempts = opened.best(maps, replace(how, best_of=3), start_of, batch=2)
-    drawn = torch.stack([opened.draw(maps, how, start_of(k)) for k in range(3)])
-    scores = torch.stack([opened.score(maps, x) for x in drawn])
-    assert torch.allclose(opened.score(maps, best), scores.max(0).values, atol=1e-5) and attempts.max() > 0
+    best, attempts = pipeline.best(maps, replace(sampling, best_of=3), start_of, batch=2)
+    drawn = torch.stack([pipeline.draw(maps, sampling, start_of(k)) for k in range(3)])
+    scores = torch.stack([pipeline.score(maps, x) for x in drawn])
+    assert torch.allclose(pipeline.score(maps, best), scores.max(0).values, atol=1e-5) and attempts.max() > 0
     for row, attempt in enumerate(attempts):
         assert torch.allclose(best[row], drawn[attempt, row], atol=1e-4)  # batches of another size
-    assert replace(how, best_of=3).evaluations == 6
+    assert replace(sampling, best_of=3).evaluations == 6
 
 
-def test_reconstruct_keeps_the_best_and_says_so(opened, tmp_path):
+def test_reconstruct_keeps_the_best_and_says_so(pipeline, tmp_path):
 
     from training.report import save_image, to_image
 
@@ -188,21 +188,21 @@ def test_reconstruct_keeps_the_best_and_says_so(opened, tmp_path):
 
 def test_a_program_that_draws_once_refuses_best_of():
     with pytest.raises(FeatInvError, match="draws each picture once"):
-        open_from(model_parser("").parse_args(["--best-of", "4"]))
+        pipeline_from(model_parser("").parse_args(["--best-of", "4"]))
 
 
-def test_options_reach_the_sampling(opened):
+def test_options_reach_the_sampling(pipeline):
     args = model_parser("").parse_args("--solver unipc --text-guidance 0.5 --negative features --gradient 0.1 --gradient-steps 3 --device cpu".split())
-    _, how = open_from(args)
-    assert (how.solver, how.text_guidance, how.negative, how.gradient, how.gradient_steps) == ("unipc", 0.5, "features", 0.1, 3)
-    assert how.steps == opened.info.recommended["steps"]
+    _, sampling = pipeline_from(args)
+    assert (sampling.solver, sampling.text_guidance, sampling.negative, sampling.gradient, sampling.gradient_steps) == ("unipc", 0.5, "features", 0.1, 3)
+    assert sampling.steps == pipeline.info.recommended["steps"]
 
 
-def test_edited_maps_are_drawn_without_the_gradient_that_the_files_recommend(opened):
-    assert opened.recommended().gradient > 0 and open_from(model_parser("").parse_args([]))[1] == opened.recommended()
+def test_edited_maps_are_drawn_without_the_gradient_that_the_files_recommend(pipeline):
+    assert pipeline.recommended().gradient > 0 and pipeline_from(model_parser("").parse_args([]))[1] == pipeline.recommended()
     for program in (visualize_concepts.arguments(), fit_scope.arguments()):
         wanted = [word for action in program._actions if action.required for word in (action.option_strings[0], "drawn")]
-        assert open_from(program.parse_args(wanted))[1] == opened.recommended(gradient=0.0)
+        assert pipeline_from(program.parse_args(wanted))[1] == pipeline.recommended(gradient=0.0)
 
 
 def test_settings_that_make_no_sense_are_refused():
@@ -231,5 +231,5 @@ def test_the_cost_suite_tries_steps_and_the_gradient_and_writes_the_cheapest_goo
     assert found[guided]["cosine"]["value"] > found["ddim, 10 steps"]["cosine"]["value"] > found[plain]["cosine"]["value"]
     assert found["costs"][plain]["gmac"] < found["costs"]["ddim, 10 steps"]["gmac"] < found["costs"][guided]["gmac"] < found["costs"]["the paper's sampling"]["gmac"]
     assert Image.open(tmp_path / "out" / "cost.png").width > 600
-    how, chosen = read_info(file).recommended, found["settings"]["sampling"][found["recommended"]]
-    assert {name: how.get(name, asdict(Sampling())[name]) for name in chosen} == chosen
+    sampling, chosen = read_info(file).recommended, found["settings"]["sampling"][found["recommended"]]
+    assert {name: sampling.get(name, asdict(Sampling())[name]) for name in chosen} == chosen

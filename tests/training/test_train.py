@@ -20,8 +20,8 @@ from training.loop.objective import observed_features, training_loss
 from training.loop.schedule import rate_at
 from training.loop.training import train
 from training.models.base_model import load_base
-from training.models.inversion import open_model
-from training.models.pipeline import Inversion
+from training.models.controlnet import FeatureControlNet
+from training.models.pipeline import load_pipeline
 
 SMALL = {"batch": "8", "cycle": "0.0", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "panel_every": "1000", "save_every": "16", "warmup": "0"}
 
@@ -42,7 +42,7 @@ def test_a_resumed_run_equals_one_never_stopped(tmp_path):
 def test_starting_from_a_model_of_the_same_or_of_other_features(tmp_path):
     first = load_file(run(tmp_path / "first", 16))
     same = run(tmp_path / "same", 16, init_from=str(tmp_path / "first" / "tiny_cnn_last.safetensors"), rate="0.0", weight_decay="0.0", ema="0.0")
-    assert all(torch.equal(first[k], v) for k, v in load_file(same).items()) and open_model(str(same)).info.images_seen == 32
+    assert all(torch.equal(first[k], v) for k, v in load_file(same).items()) and load_pipeline(str(same)).info.images_seen == 32
     other = run(tmp_path / "other", 8, init_from=str(same), layer="layer2", rate="0.0", weight_decay="0.0", ema="0.0")
     kept = load_file(other)
     assert all(torch.equal(first[k], v) for k, v in kept.items() if not k.startswith("controlnet_cond_embedding"))
@@ -52,7 +52,7 @@ def test_starting_from_a_model_of_the_same_or_of_other_features(tmp_path):
 def test_a_taken_over_encoder_keeps_its_own_statistics(tmp_path, monkeypatch):
     """Whatever its file says of the images it has seen: a converted one says none."""
     base, file = load_base("tiny", ""), tmp_path / "converted.safetensors"
-    model, info = Inversion.load(model_file("tiny_cnn_last"), base)
+    model, info = FeatureControlNet.load(model_file("tiny_cnn_last"), base)
     model.save(file, replace(info, images_seen=0))
     mean, given, observed = model.encoder.mean.clone(), {"rate": "0.0", "weight_decay": "0.0", "ema": "0.0", "standardise": "true"}, []
 
@@ -82,38 +82,38 @@ def test_another_models_run_is_not_continued(tmp_path, capsys):
 
 def test_the_result_opens_as_a_model_and_states_how_it_was_made(tmp_path):
     file = run(tmp_path, 16, pooled="true", name="mine", panel_every="16")
-    opened = open_model(str(file))
-    assert opened.info.images_seen == 16 and opened.info.source.pooled and opened.info.config["batch"] == 8
+    pipeline = load_pipeline(str(file))
+    assert pipeline.info.images_seen == 16 and pipeline.info.source.pooled and pipeline.info.config["batch"] == 8
     assert (tmp_path / "panel_000000016.png").exists() and (tmp_path / "config.yaml").exists()
     assert read_config(tmp_path / "config.yaml").pooled
 
 
 def test_training_helps_on_scenes_it_never_saw(tmp_path):
     """100 steps lower the loss on held-out scenes, at equal noise and timesteps: by 0.7 and 1.1 % with two seeds."""
-    opened = open_model(str(run(tmp_path, 1600, batch="16", rate="2e-3", encoder_width="64", save_every="4000", panel_every="4000")))
+    pipeline = load_pipeline(str(run(tmp_path, 1600, batch="16", rate="2e-3", encoder_width="64", save_every="4000", panel_every="4000")))
     scenes = draw(0, torch.arange(256), "held-out").image
-    latents, features = opened.base.encode(scenes), opened.features(scenes)
+    latents, features = pipeline.base.encode(scenes), pipeline.features(scenes)
     config = read_config(DEFAULT, {"dropout": "0.0", "cycle": "0.0"})
     losses = []
-    for model in (Inversion.start(opened.base, features.source, 64), opened.model):
+    for model in (FeatureControlNet.start(pipeline.base, features.source, 64), pipeline.model):
         torch.manual_seed(0)
         with torch.inference_mode():
-            losses.append(training_loss(opened.base, opened.backbone, model, latents, features.values, config).item())
+            losses.append(training_loss(pipeline.base, pipeline.backbone, model, latents, features.values, config).item())
     assert losses[1] < losses[0] * 0.997
 
 
 def test_the_perceiver_encoder_trains_and_opens(tmp_path):
-    opened = open_model(str(run(tmp_path, 16, encoder="perceiver")))
-    assert opened.info.encoder["kind"] == "perceiver" and opened.info.encoder["tokens"] == [8, 8] and opened.info.encoder["queries"] == [8, 8]
-    assert opened.draw(opened.features(draw(0, torch.arange(1)).image), opened.recommended(steps=1), opened.noise([0])).shape == (1, 3, 64, 64)
+    pipeline = load_pipeline(str(run(tmp_path, 16, encoder="perceiver")))
+    assert pipeline.info.encoder["kind"] == "perceiver" and pipeline.info.encoder["tokens"] == [8, 8] and pipeline.info.encoder["queries"] == [8, 8]
+    assert pipeline.draw(pipeline.features(draw(0, torch.arange(1)).image), pipeline.recommended(steps=1), pipeline.noise([0])).shape == (1, 3, 64, 64)
 
 
 def test_the_encoder_on_the_maps_own_grid_trains_and_opens(tmp_path):
     """A 4 x 4 map of pictures of half the size, for latents of 8 x 8."""
-    opened = open_model(str(run(tmp_path, 16, encoder="conv_at_map", input_size="32")))
-    assert opened.info.encoder["kind"] == "conv_at_map" and opened.info.source.grid == (4, 4)
-    pixel_values = opened.backbone.preprocess(draw(0, torch.arange(1)).image)
-    assert opened.draw(opened.features(pixel_values), opened.recommended(steps=1), opened.noise([0])).shape == (1, 3, 64, 64)
+    pipeline = load_pipeline(str(run(tmp_path, 16, encoder="conv_at_map", input_size="32")))
+    assert pipeline.info.encoder["kind"] == "conv_at_map" and pipeline.info.source.grid == (4, 4)
+    pixel_values = pipeline.backbone.preprocess(draw(0, torch.arange(1)).image)
+    assert pipeline.draw(pipeline.features(pixel_values), pipeline.recommended(steps=1), pipeline.noise([0])).shape == (1, 3, 64, 64)
 
 
 def test_cycle_consistency_counts_from_a_number_of_images_on(tmp_path):
@@ -144,7 +144,7 @@ def test_a_run_can_end_with_scope_statistics(tmp_path, monkeypatch):
     monkeypatch.setattr("training.models.scope.DRAWN", 2)
     file = run(tmp_path, 16, scope="200", recommended="{strength: 1.0, guidance: 1.0, negative: text, steps: 1}")
     scope = load_scope(file)
-    assert scope.maps == 200 and "cycle" in scope.quantiles and open_model(str(file)).info.images_seen == 16
+    assert scope.maps == 200 and "cycle" in scope.quantiles and load_pipeline(str(file)).info.images_seen == 16
     (tmp_path / "own").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "own" / "one.png")
     with pytest.raises(FeatInvError, match="holds 1 images; asked for 200"):

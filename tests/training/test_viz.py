@@ -16,14 +16,14 @@ from training import visualize_concepts
 from training.concepts import localisation
 from training.concepts.viz import visualize
 from training.experiments import measure_concepts
-from training.models.inversion import open_model
-from training.models.pipeline import noise
+from training.models.pipeline import load_pipeline
+from training.models.sampling import noise
 from training.worlds import concepts as tiny_concepts
 
 
 @pytest.fixture(scope="module")
-def opened():
-    return open_model("tiny_cnn_last")
+def pipeline():
+    return load_pipeline("tiny_cnn_last")
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +32,30 @@ def concepts():
 
 
 @pytest.fixture(scope="module")
-def features(opened):
-    return opened.features(opened.backbone.preprocess(draw(0, torch.arange(1), "held-out").image))
+def features(pipeline):
+    return pipeline.features(pipeline.backbone.preprocess(draw(0, torch.arange(1), "held-out").image))
 
 
-def test_both_maps_are_drawn_with_the_same_seeds_and_read_again(opened, concepts, features):
-    how = opened.recommended(steps=3)
-    (shown,) = visualize(opened, features, concepts, [["object"]], VizSettings(0.25, seeds=2, seed=5), how)
-    start = noise(opened.base, 5, 2)
+def test_both_maps_are_drawn_with_the_same_seeds_and_read_again(pipeline, concepts, features):
+    sampling = pipeline.recommended(steps=3)
+    (shown,) = visualize(pipeline, features, concepts, [["object"]], VizSettings(0.25, seeds=2, seed=5), sampling)
+    start = noise(pipeline.base, 5, 2)
     changed = edit(features, concepts, [["object"]], 0.25).changed
-    original, attenuated = (opened.draw(m.repeat(2), how, start) for m in (features, changed))
+    original, attenuated = (pipeline.draw(m.repeat(2), sampling, start) for m in (features, changed))
     for found, expected in ((shown.original, original), (shown.changed, attenuated)):
         assert (found - expected).abs().max() < 1e-4  # float32, other batch sizes
     assert torch.allclose(shown.distance, difference(original, attenuated), atol=1e-4)
-    assert shown.slope.own == pytest.approx(slope(concepts, [concepts.index("object")], features, opened.extract(attenuated)), abs=1e-3)
+    assert shown.slope.own == pytest.approx(slope(concepts, [concepts.index("object")], features, pipeline.extract(attenuated)), abs=1e-3)
 
 
-def test_a_factor_of_one_changes_nothing(opened, concepts, features):
-    (shown,) = visualize(opened, features, concepts, [["object"]], VizSettings(1.0, seeds=2), opened.recommended(steps=2))
+def test_a_factor_of_one_changes_nothing(pipeline, concepts, features):
+    (shown,) = visualize(pipeline, features, concepts, [["object"]], VizSettings(1.0, seeds=2), pipeline.recommended(steps=2))
     assert shown.distance.abs().max() < 1e-4 and shown.slope.passed and shown.slope.own == pytest.approx(shown.slope.untouched, abs=1e-3)
 
 
-def test_the_closed_loop_comes_nearer_to_what_was_asked(opened, concepts, features):
-    how = opened.recommended(steps=4)
-    asked, closed = (visualize(opened, features, concepts, [["object"]], VizSettings(0.25, seeds=1, closed=c), how)[0] for c in (False, True))
+def test_the_closed_loop_comes_nearer_to_what_was_asked(pipeline, concepts, features):
+    sampling = pipeline.recommended(steps=4)
+    asked, closed = (visualize(pipeline, features, concepts, [["object"]], VizSettings(0.25, seeds=1, closed=c), sampling)[0] for c in (False, True))
     assert not asked.slope.passed and asked.commanded == 0.25
     assert abs(closed.slope.own - 0.25) < abs(asked.slope.own - 0.25) and closed.commanded != 0.25 and closed.slope.asked == 0.25
 
@@ -95,21 +95,21 @@ def test_measures_of_a_heat_map():
     assert 0.55 < localisation.best_threshold([graded], [mask], localisation.iou) < 0.7  # the lowest that leaves nothing outside
 
 
-def test_other_maps_find_a_concept_that_is_there(opened, concepts):
+def test_other_maps_find_a_concept_that_is_there(pipeline, concepts):
     """On a scene with one object, each map of the object concept is hotter inside its true mask."""
     scene = draw(0, torch.arange(1), "held-out")
-    picture, mask = opened.backbone.preprocess(scene.image)[0], scene.masks[0].sum(0) > 0.5
-    features = opened.features(picture[None])
+    picture, mask = pipeline.backbone.preprocess(scene.image)[0], scene.masks[0].sum(0) > 0.5
+    features = pipeline.features(picture[None])
     active = localisation.activation(concepts, "object", features, (64, 64))
-    logit = opened.backbone.logits(features)[0, opened.backbone.groups["shape"]].argmax()
+    logit = pipeline.backbone.logits(features)[0, pipeline.backbone.groups["shape"]].argmax()
     maps = {
         "activation": active, "guided": localisation.guided(active, picture),
-        "GradCAM": localisation.grad_cam(opened.backbone, features, int(logit), (64, 64)),
-        "occlusion": localisation.occlusion(opened.backbone, concepts, "object", picture, "last"),
+        "GradCAM": localisation.grad_cam(pipeline.backbone, features, int(logit), (64, 64)),
+        "occlusion": localisation.occlusion(pipeline.backbone, concepts, "object", picture, "last"),
     }  # fmt: skip
     assert {name for name, heat in maps.items() if localisation.auroc(heat, mask) < 0.7} == set()
-    low, high = localisation.deletion(opened.backbone, concepts, "object", picture, mask.float(), "last")
-    worse = localisation.deletion(opened.backbone, concepts, "object", picture, 1 - mask.float(), "last")
+    low, high = localisation.deletion(pipeline.backbone, concepts, "object", picture, mask.float(), "last")
+    worse = localisation.deletion(pipeline.backbone, concepts, "object", picture, 1 - mask.float(), "last")
     assert low < worse[0] and high > worse[1]
 
 

@@ -136,9 +136,9 @@ def overlay(picture: Tensor, values: Tensor) -> Tensor:
 
 def _picture(picture: Tensor, name: str) -> str:
     image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    how = Image.Resampling.LANCZOS if max(image.size) > SIDE else Image.Resampling.NEAREST
+    resample = Image.Resampling.LANCZOS if max(image.size) > SIDE else Image.Resampling.NEAREST
     scale = SIDE / max(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), how)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()

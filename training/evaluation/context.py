@@ -13,8 +13,8 @@ from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.worlds import model_file, open_backbone
 
-from ..models.inversion import ATTEMPT, Opened, open_model
-from ..models.pipeline import round_trip
+from ..models.pipeline import ATTEMPT, InversionPipeline, load_pipeline
+from ..models.sampling import round_trip
 from .evaluator import Columns, Evaluator
 from .shards import Condition, Table
 from .sources import Originals, Source
@@ -25,7 +25,7 @@ ORIGINAL, UNCONDITIONAL, ROUND_TRIP = "original", "unconditional", "round trip" 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, on what: as open_model's arguments."""
+    """Which model, on what: as load_pipeline's arguments."""
 
     model: str
     base: str | None = None
@@ -49,16 +49,16 @@ class EvalContext:
     space_weights: str | None = None
 
     def __post_init__(self) -> None:
-        self._opened: tuple[ModelSpec, Opened] | None = None
+        self._pipeline: tuple[ModelSpec, InversionPipeline] | None = None
         self._backbones: dict[tuple, Backbone] = {}
         self._space: Backbone | None = None
 
-    def open(self, spec: ModelSpec) -> Opened:
-        if self._opened is None or self._opened[0] != spec:
-            self._opened = None  # let go before the next is read
-            opened = open_model(spec.model, spec.base, spec.backbone_weights, spec.backbone, self.device)
-            self._opened = spec, replace(opened, backbone=self.backbone(spec))  # the evaluators' own: in memory once
-        return self._opened[1]
+    def open(self, spec: ModelSpec) -> InversionPipeline:
+        if self._pipeline is None or self._pipeline[0] != spec:
+            self._pipeline = None  # let go before the next is read
+            pipeline = load_pipeline(spec.model, spec.base, spec.backbone_weights, spec.backbone, self.device)
+            self._pipeline = spec, replace(pipeline, backbone=self.backbone(spec))  # the evaluators' own: in memory once
+        return self._pipeline[1]
 
     def backbone(self, spec: ModelSpec) -> Backbone:
         """A spec's backbone without its model."""
@@ -66,8 +66,8 @@ class EvalContext:
         key = spec.backbone or source.backbone, spec.backbone_weights, source.input_size
         if key not in self._backbones:
             height, width = source.input_size
-            opened = open_backbone(key[0], spec.backbone_weights, height if height == width else None)
-            self._backbones[key] = opened.to(self.device, memory_format=torch.channels_last)
+            backbone = open_backbone(key[0], spec.backbone_weights, height if height == width else None)
+            self._backbones[key] = backbone.to(self.device, memory_format=torch.channels_last)
         return self._backbones[key]
 
     def named(self, name: str) -> Backbone:
@@ -111,10 +111,10 @@ class ModelUnderTest:
         """Starting noise, a picture's number its seed; `sample` further ones lie a million apart."""
         return self.context.open(self.spec).noise([n + self.context.seed + 1_000_000 * sample for n in originals.numbers])
 
-    def draw(self, pixel_values: Tensor, how: Sampling, start: Tensor) -> Tensor:
+    def draw(self, pixel_values: Tensor, sampling: Sampling, start: Tensor) -> Tensor:
         """Pictures with the features of preprocessed ones."""
-        opened = self.context.open(self.spec)
-        return opened.draw(opened.features(pixel_values), how, start, len(start))
+        pipeline = self.context.open(self.spec)
+        return pipeline.draw(pipeline.features(pixel_values), sampling, start, len(start))
 
     def measure(self, pixel_values: Tensor, pictures: Tensor, single: Tensor | None) -> Columns:
         """All evaluators' columns, and the vectors in all spaces, of pictures drawn for originals."""
@@ -140,25 +140,25 @@ class ModelUnderTest:
         for prefix, evaluator in self.evaluators.items():
             evaluator.centres = {name: originals.columns[f"mean/{prefix}{name}"].mean(0) for name in evaluator.compared}
 
-    def reconstruction(self, how: Sampling, by: ModelSpec | None = None) -> Condition:
+    def reconstruction(self, sampling: Sampling, by: ModelSpec | None = None) -> Condition:
         """Pictures with the originals' features. by: another model that draws them, from maps of its own input size."""
 
         def condition(originals: Originals) -> Columns:
-            opened = self.context.open(by or self.spec)
+            pipeline = self.context.open(by or self.spec)
 
             def start_of(attempt: int) -> Tensor:
-                return opened.noise([n + self.context.seed + ATTEMPT * attempt for n in originals.numbers])
+                return pipeline.noise([n + self.context.seed + ATTEMPT * attempt for n in originals.numbers])
 
-            drawn, _ = opened.best(opened.features(originals.preprocess(opened.backbone)), how, start_of, len(originals.numbers))
+            drawn, _ = pipeline.best(pipeline.features(originals.preprocess(pipeline.backbone)), sampling, start_of, len(originals.numbers))
             return self.measure(originals.preprocess(self.backbone), drawn, originals.single)
 
         return condition
 
-    def unconditional(self, how: Sampling) -> Condition:
+    def unconditional(self, sampling: Sampling) -> Condition:
         """What the base model draws without features, from the same noise."""
 
         def condition(originals: Originals) -> Columns:
-            pictures = self.context.open(self.spec).draw(None, how, self.start(originals), len(originals.numbers))
+            pictures = self.context.open(self.spec).draw(None, sampling, self.start(originals), len(originals.numbers))
             return self.measure(originals.preprocess(self.backbone), pictures, originals.single)
 
         return condition
@@ -168,9 +168,9 @@ class ModelUnderTest:
         pixel_values = originals.preprocess(self.backbone)
         return self.measure(pixel_values, round_trip(self.context.open(self.spec).base, pixel_values.to(self.context.device)).cpu(), originals.single)
 
-    def bounds(self, how: Sampling) -> dict[str, Condition]:
-        """The conditions that every report carries beside its own. how: the unconditional baseline's sampling."""
-        return {UNCONDITIONAL: self.unconditional(how), ROUND_TRIP: self.round_trip}
+    def bounds(self, sampling: Sampling) -> dict[str, Condition]:
+        """The conditions that every report carries beside its own. sampling: the unconditional baseline's sampling."""
+        return {UNCONDITIONAL: self.unconditional(sampling), ROUND_TRIP: self.round_trip}
 
 
 def own_evaluator(context: EvalContext, spec: ModelSpec, subset: list[int] | None = None) -> Evaluator:

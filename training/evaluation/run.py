@@ -20,8 +20,8 @@ from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..cli import SAMPLING, model_parser, require_device
 from ..files import make_folder
-from ..models.inversion import Opened
-from ..models.pipeline import round_trip
+from ..models.pipeline import InversionPipeline
+from ..models.sampling import round_trip
 from .context import ORIGINAL, EvalContext
 from .evaluator import Evaluator
 from .metrics import mean_entry, set_entries
@@ -37,22 +37,22 @@ from .suites.quality import gap_closed as gap_closed
 IDLE = ("out", "batch", "device", "write_back")
 
 
-def load_pictures(opened: Opened, data: str, count: int) -> tuple[Tensor, Tensor | None]:
+def load_pictures(pipeline: InversionPipeline, data: str, count: int) -> tuple[Tensor, Tensor | None]:
     """(pictures preprocessed for the backbone [N, 3, H, W], objects per scene [N] or None for photographs)."""
     originals, _ = read(open_source(data, count), range(count))
-    return originals.preprocess(opened.backbone), draw(0, torch.arange(count), "held-out").count if drawing_world(data) else None
+    return originals.preprocess(pipeline.backbone), draw(0, torch.arange(count), "held-out").count if drawing_world(data) else None
 
 
-def evaluate_in_memory(opened: Opened, pixel_values: Tensor, how: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
+def evaluate_in_memory(pipeline: InversionPipeline, pixel_values: Tensor, sampling: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
     """The suite quality for a few pictures in memory, without files: ({"reconstruction", "unconditional", "round trip"}, the pictures
     of each). Picture i is drawn with seed i; single [N]: scenes of one object, None for photographs."""
-    source = opened.info.source
-    evaluator, space = Evaluator(opened.backbone, {"cosine": (source.layer, source.pooled)}), TimmSpace(opened.backbone)
-    original, start = opened.features(pixel_values), opened.noise(range(len(pixel_values)))
+    source = pipeline.info.source
+    evaluator, space = Evaluator(pipeline.backbone, {"cosine": (source.layer, source.pooled)}), TimmSpace(pipeline.backbone)
+    original, start = pipeline.features(pixel_values), pipeline.noise(range(len(pixel_values)))
     with tqdm(total=2 * len(pixel_values), desc="drawing", unit="picture") as bar:
-        drawn = {"reconstruction": opened.draw(original, how, start, batch, bar.update)}
-        drawn["unconditional"] = opened.draw(None, how, start, batch, bar.update)
-    drawn["round trip"] = torch.cat([round_trip(opened.base, part) for part in pixel_values.split(64)])
+        drawn = {"reconstruction": pipeline.draw(original, sampling, start, batch, bar.update)}
+        drawn["unconditional"] = pipeline.draw(None, sampling, start, batch, bar.update)
+    drawn["round trip"] = torch.cat([round_trip(pipeline.base, part) for part in pixel_values.split(64)])
     wanted, vectors, results = evaluator.extract(pixel_values), space(pixel_values), {}
     evaluator.centres = {name: means.mean(0) for name, means in evaluator.means(wanted).items()}
     for name, pictures in drawn.items():

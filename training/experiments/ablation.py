@@ -45,7 +45,7 @@ from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
 from training.experiments.ablation_rows import PAPER_SAMPLING, RECOMMENDED, Row, all_rows, chosen_rows, config_of, sampling_of, weights_of
 from training.files import make_folder, write_text
 from training.loop.training import train
-from training.models.inversion import open_model
+from training.models.pipeline import load_pipeline
 from training.report import save_image
 
 OWN, INDEPENDENT = "tiny-cnn", "tiny-vit"
@@ -93,20 +93,20 @@ def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], ar
     tested.centre(tables[ORIGINAL])
     fill("bounds", tested.bounds(Sampling(**PAPER_SAMPLING)), {"sampling": PAPER_SAMPLING})
     for row in chosen:
-        file, how = files[row.name], sampling_of(rows, row)
-        fill(row.name, {row.name: tested.reconstruction(how, ModelSpec(str(file)))}, {"sampling": asdict(how), "weights": digest(file)})
+        file, sampling = files[row.name], sampling_of(rows, row)
+        fill(row.name, {row.name: tested.reconstruction(sampling, ModelSpec(str(file)))}, {"sampling": asdict(sampling), "weights": digest(file)})
     return tables
 
 
 def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table]) -> Report:
     figures = {condition: figures_of(table, tables[ORIGINAL]) for condition, table in tables.items() if condition != ORIGINAL}
     kid_names = [name for name in figures[UNCONDITIONAL] if name.startswith("kid")]
-    first, second, extra, opened = [], [], {}, open_model("tiny_cnn_last")  # all rows' architecture but the smaller maps'
+    first, second, extra, pipeline = [], [], {}, load_pipeline("tiny_cnn_last")  # all rows' architecture but the smaller maps'
     for row in chosen:
         own = figures[row.name]
         gain = mean_entry(tables[row.name].columns["cosine"] - tables[row.base].columns["cosine"]) if row.base in tables else None
         way = gap_closed({UNCONDITIONAL: figures[UNCONDITIONAL], RECONSTRUCTION: own, ROUND_TRIP: figures[ROUND_TRIP]})
-        extra[row.name] = {"change": row.change, "from": row.base, "gain": gain, "gap_closed": way, "evaluations": (how := sampling_of(rows, row)).evaluations, "gmac": drawing_gmac(opened, how)}
+        extra[row.name] = {"change": row.change, "from": row.base, "gain": gain, "gap_closed": way, "evaluations": (sampling := sampling_of(rows, row)).evaluations, "gmac": drawing_gmac(pipeline, sampling)}
         begins = [row.name, row.change, row.base or ""]
         first.append([*begins, cell(own, "cosine"), _signed(gain), f"{way:.1%}", cell(own, "cosine_centred"), cell(own, "top1_match")])
         second.append([row.name, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kid_names), str(extra[row.name]["evaluations"]), f"{extra[row.name]['gmac']:.1f}"])

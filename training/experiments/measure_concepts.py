@@ -34,12 +34,12 @@ from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.viz import Visualization, VizSettings, null_difference
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import BACKGROUNDS, Scenes, draw
-from training.cli import model_parser, open_from, run
+from training.cli import model_parser, pipeline_from, run
 from training.concepts import localisation
 from training.concepts.report import CLOSED, VIZ, Trial, write_report
 from training.concepts.viz import visualize
 from training.files import make_folder
-from training.models.inversion import Opened
+from training.models.pipeline import InversionPipeline
 from training.worlds.concepts import OBJECT, fit_concepts
 
 TRUE, DISCOVERED = "true masks", {"mcd": "discovered by MCD", "kmeans": "discovered by k-means"}
@@ -57,15 +57,15 @@ class Track:
     notes: list[str] = field(default_factory=list)
 
 
-def true_track(opened: Opened, layer: str) -> Track:
-    concepts = fit_concepts(opened.backbone, layer)
+def true_track(pipeline: InversionPipeline, layer: str) -> Track:
+    concepts = fit_concepts(pipeline.backbone, layer)
     return Track(TRUE, concepts, {name: name for name in concepts.labels})
 
 
-def discovered_track(opened: Opened, layer: str, method: str) -> Track:
+def discovered_track(pipeline: InversionPipeline, layer: str, method: str) -> Track:
     """Concepts of training scenes; each object and background gets the one whose |phi_c| ranks its cells best there."""
     scenes = draw(0, torch.arange(TRAINING_SCENES))
-    maps = opened.backbone.extract(opened.backbone.preprocess(scenes.image), layer)
+    maps = pipeline.backbone.extract(pipeline.backbone.preprocess(scenes.image), layer)
     vectors = maps.values.movedim(1, -1).flatten(0, 2)
     picked = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:VECTORS]
     concepts = discover(vectors[picked], maps.source, method, CONCEPTS)
@@ -81,53 +81,53 @@ def discovered_track(opened: Opened, layer: str, method: str) -> Track:
     return Track(DISCOVERED[method], concepts, chosen, notes)
 
 
-def trials(opened: Opened, scene: Scenes, pixel_values: Tensor, track: Track, how: Sampling, request: VizSettings) -> Iterator[Trial]:
+def trials(pipeline: InversionPipeline, scene: Scenes, pixel_values: Tensor, track: Track, sampling: Sampling, request: VizSettings) -> Iterator[Trial]:
     """The object and the background of one scene, framed [3, H, W], with every heat map."""
-    features, layer = opened.features(pixel_values[None]), opened.info.source.layer
+    features, layer = pipeline.features(pixel_values[None]), pipeline.info.source.layer
     covered = scene.masks[0].sum(0).clamp(max=1) > 0.5
     names = {"object": track.stands_for[OBJECT], "background": track.stands_for[BACKGROUNDS[scene.background[0]]]}
-    asked = visualize(opened, features, track.concepts, [[n] for n in names.values()], replace(request, closed=False), how)
+    asked = visualize(pipeline, features, track.concepts, [[n] for n in names.values()], replace(request, closed=False), sampling)
     for (kind, name), shown in zip(names.items(), asked):
         trial = Trial(kind, name, pixel_values, covered if kind == "object" else ~covered, shown={VIZ: shown})
         if track.name == TRUE:
-            trial.shown[CLOSED] = shown if shown.slope.passed else visualize(opened, features, track.concepts, [[name]], replace(request, closed=True), how)[0]
+            trial.shown[CLOSED] = shown if shown.slope.passed else visualize(pipeline, features, track.concepts, [[name]], replace(request, closed=True), sampling)[0]
             random = localisation.random_subspace(track.concepts, name, int(scene.centre.sum() * 1000))
-            trial.heats["random subspace"] = visualize(opened, features, random, [["random"]], replace(request, closed=False), how)[0].distance
+            trial.heats["random subspace"] = visualize(pipeline, features, random, [["random"]], replace(request, closed=False), sampling)[0].distance
         trial.heats |= {method: one.distance for method, one in trial.shown.items()}
         if (null := null_difference(shown.original)) is not None:
             trial.heats["seeds alone"] = null
-        trial.heats |= _other_maps(opened, track.concepts, name, features, pixel_values, GROUPS[kind])
-        trial.logit = {m: _logit_change(opened, s, features, GROUPS[kind]) for m, s in trial.shown.items()}
-        trial.curves = {m: localisation.deletion(opened.backbone, track.concepts, name, pixel_values, heat, layer) for m, heat in trial.heats.items()}
+        trial.heats |= _other_maps(pipeline, track.concepts, name, features, pixel_values, GROUPS[kind])
+        trial.logit = {m: _logit_change(pipeline, s, features, GROUPS[kind]) for m, s in trial.shown.items()}
+        trial.curves = {m: localisation.deletion(pipeline.backbone, track.concepts, name, pixel_values, heat, layer) for m, heat in trial.heats.items()}
         trial.shown = {m: replace(s, original=s.original[:1], changed=s.changed[:1]) for m, s in trial.shown.items()}  # enough to look at
         yield trial
 
 
-def _other_maps(opened: Opened, concepts: Concepts, name: str, features: FeatureMap, picture: Tensor, group: str) -> dict[str, Tensor]:
+def _other_maps(pipeline: InversionPipeline, concepts: Concepts, name: str, features: FeatureMap, picture: Tensor, group: str) -> dict[str, Tensor]:
     size = picture.shape[1:]
     active = localisation.activation(concepts, name, features, size)
     return {
         "activation, enlarged": active,
         "activation, guided filter": localisation.guided(active, picture),
-        "GradCAM": localisation.grad_cam(opened.backbone, features, _top(opened, features, group), size),
-        "occlusion of the concept": localisation.occlusion(opened.backbone, concepts, name, picture, features.source.layer),
+        "GradCAM": localisation.grad_cam(pipeline.backbone, features, _top(pipeline, features, group), size),
+        "occlusion of the concept": localisation.occlusion(pipeline.backbone, concepts, name, picture, features.source.layer),
         "edges": localisation.edges(picture),
     }
 
 
-def _top(opened: Opened, features: FeatureMap, group: str) -> int:
+def _top(pipeline: InversionPipeline, features: FeatureMap, group: str) -> int:
     """The number of the label group's top logit."""
-    part = opened.backbone.groups[group]
-    return part.start + int(opened.backbone.logits(features)[0, part].argmax())
+    part = pipeline.backbone.groups[group]
+    return part.start + int(pipeline.backbone.logits(features)[0, part].argmax())
 
 
-def _logit_change(opened: Opened, shown: Visualization, features: FeatureMap, group: str) -> tuple[float, float]:
+def _logit_change(pipeline: InversionPipeline, shown: Visualization, features: FeatureMap, group: str) -> tuple[float, float]:
     """(predicted, actual) change of the top logit of a label group: (factor - 1) times the concepts' relevance, and what
     the head makes of the reconstructions, read again, of the changed and of the original map."""
-    top, change = _top(opened, features, group), shown.change
-    contributions, _ = relevance(opened.backbone, change.concepts, features)
+    top, change = _top(pipeline, features, group), shown.change
+    contributions, _ = relevance(pipeline.backbone, change.concepts, features)
     concept = sum(contributions[change.concepts.index(name), 0, top] for name in change.groups[0])
-    again, before = (opened.backbone.logits(opened.extract(pictures))[:, top].mean() for pictures in (shown.changed, shown.original))
+    again, before = (pipeline.backbone.logits(pipeline.extract(pictures))[:, top].mean() for pictures in (shown.changed, shown.original))
     return float((shown.slope.asked - 1) * concept), float(again - before)
 
 
@@ -137,15 +137,15 @@ _mine: dict[str, object] = {}  # what a worker process keeps
 def open_in_worker(args: argparse.Namespace, tracks: Sequence[Track]) -> None:
     if args.workers > 1:
         torch.set_num_threads(1)
-    opened, how = open_from(args)
-    _mine.update(opened=opened, how=how, tracks=tracks, request=VizSettings(args.factor, args.seeds))
+    pipeline, sampling = pipeline_from(args)
+    _mine.update(pipeline=pipeline, sampling=sampling, tracks=tracks, request=VizSettings(args.factor, args.seeds))
 
 
 def trials_of_scene(row: int) -> bytes:
     """All trials of a held-out scene per track, pickled by value: shared memory would take a file handle for each tensor."""
-    opened, scenes = _mine["opened"], draw(0, torch.tensor([row]), "held-out")
-    pixel_values = opened.backbone.preprocess(scenes.image)[0]
-    return pickle.dumps({t.name: list(trials(opened, scenes, pixel_values, t, _mine["how"], _mine["request"])) for t in _mine["tracks"]})
+    pipeline, scenes = _mine["pipeline"], draw(0, torch.tensor([row]), "held-out")
+    pixel_values = pipeline.backbone.preprocess(scenes.image)[0]
+    return pickle.dumps({t.name: list(trials(pipeline, scenes, pixel_values, t, _mine["sampling"], _mine["request"])) for t in _mine["tracks"]})
 
 
 def in_workers(args: argparse.Namespace, tracks: Sequence[Track], rows: Sequence[int]) -> Iterator[bytes]:
@@ -168,23 +168,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/concepts"))
     args = parser.parse_args(argv)
     make_folder(args.out)
-    opened, how = open_from(args)
-    _require_world(opened, args)
-    layer = opened.info.source.layer
-    tracks = [true_track(opened, layer), *(discovered_track(opened, layer, method) for method in DISCOVERED)]
+    pipeline, sampling = pipeline_from(args)
+    _require_world(pipeline, args)
+    layer = pipeline.info.source.layer
+    tracks = [true_track(pipeline, layer), *(discovered_track(pipeline, layer, method) for method in DISCOVERED)]
     found: dict[str, list[Trial]] = {track.name: [] for track in tracks}
     rows = range(args.count + args.validation)
     for pickled in tqdm(in_workers(args, tracks, rows), total=len(rows), desc="scenes"):
         for name, own in pickle.loads(pickled).items():
             found[name] += own
-    about = {"model": args.model, "source": opened.info.source.describe(), "count": args.count, "validation": args.validation,
-             "seeds": args.seeds, "factor": args.factor, "sampling": asdict(how), "notes": {t.name: t.notes for t in tracks}}  # fmt: skip
+    about = {"model": args.model, "source": pipeline.info.source.describe(), "count": args.count, "validation": args.validation,
+             "seeds": args.seeds, "factor": args.factor, "sampling": asdict(sampling), "notes": {t.name: t.notes for t in tracks}}  # fmt: skip
     print(write_report(args.out, about, found))
 
 
-def _require_world(opened: Opened, args: argparse.Namespace) -> None:
-    if opened.world is not DRAWN or opened.info.source.pooled or opened.info.source.layer != "last":
-        raise FeatInvError(f"{args.model} inverts {opened.info.source.describe()}; true masks are known for the drawn world, the head for its last layer alone")
+def _require_world(pipeline: InversionPipeline, args: argparse.Namespace) -> None:
+    if pipeline.world is not DRAWN or pipeline.info.source.pooled or pipeline.info.source.layer != "last":
+        raise FeatInvError(f"{args.model} inverts {pipeline.info.source.describe()}; true masks are known for the drawn world, the head for its last layer alone")
     if args.count < 2 or args.validation < 2 or args.seeds < 1 or args.workers < 1:
         raise FeatInvError(f"--count {args.count} --validation {args.validation} --seeds {args.seeds} --workers {args.workers}: expected at least 2, 2, 1 and 1")
 

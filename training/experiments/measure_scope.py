@@ -32,9 +32,9 @@ from featinv_nodes.core.scope import VERDICTS, Scope, ScopeReport
 from featinv_nodes.core.viz import edit
 from featinv_nodes.core.weights import load_scope
 from featinv_nodes.worlds import concepts_file, model_file
-from training.cli import model_parser, open_from, run
+from training.cli import model_parser, pipeline_from, run
 from training.files import make_folder, write_json, write_text
-from training.models.inversion import Opened
+from training.models.pipeline import InversionPipeline
 from training.models.scope import pictures
 from training.report import panel, save_image
 
@@ -101,13 +101,13 @@ def concept_edits(maps: FeatureMap) -> dict[str, Edit]:
     return found | {"object x2, length kept": kept}
 
 
-def edits(opened: Opened, maps: FeatureMap) -> dict[str, Edit]:
+def edits(pipeline: InversionPipeline, maps: FeatureMap) -> dict[str, Edit]:
     """label -> what is done to held-out maps."""
-    side = opened.info.source.input_size
+    side = pipeline.info.source.input_size
 
     def noise_pictures(maps: FeatureMap, random: torch.Generator) -> FeatureMap:
         coarse = torch.randn(len(maps), 3, 6, 6, generator=random)
-        return opened.features(torch.sigmoid(2.5 * F.interpolate(coarse, side, mode="bicubic"))).to("cpu")
+        return pipeline.features(torch.sigmoid(2.5 * F.interpolate(coarse, side, mode="bicubic"))).to("cpu")
 
     found: dict[str, Edit] = concept_edits(maps)
     found |= {f"all x{factor:g}": lambda maps, random, factor=factor: maps.with_values(factor * maps.values) for factor in (0.5, 0.8, 1.25, 1.5)}
@@ -164,13 +164,13 @@ def separation(scope: Scope, maps: dict[str, FeatureMap]) -> dict:
     return found
 
 
-def drawings(opened: Opened, scope: Scope, how: Sampling, maps: dict[str, FeatureMap], each: int, unedited: int) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+def drawings(pipeline: InversionPipeline, scope: Scope, sampling: Sampling, maps: dict[str, FeatureMap], each: int, unedited: int) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
     """What the score says before rendering against the cycle cosine after it: (figures, label -> pictures [n, 3, h, w], label -> cosines [n])."""
     some = {label: batch.select(slice(0, unedited if label == UNEDITED else each)) for label, batch in maps.items()}
     wanted = concatenate([batch.with_values(batch.values) for batch in some.values()])
     with tqdm(total=len(wanted), desc="drawing", unit="picture") as bar:
-        drawn = opened.draw(wanted, how, opened.noise([0]).expand(len(wanted), -1, -1, -1), 32, bar.update)
-    agreement = cosine(wanted, opened.extract(drawn).to("cpu"))
+        drawn = pipeline.draw(wanted, sampling, pipeline.noise([0]).expand(len(wanted), -1, -1, -1), 32, bar.update)
+    agreement = cosine(wanted, pipeline.extract(drawn).to("cpu"))
     score = scope.evaluate(wanted).score
     sizes = [len(batch) for batch in some.values()]
     directed = torch.cat([torch.full((n,), not label.startswith("all x")) for label, n in zip(some, sizes)])
@@ -251,16 +251,16 @@ def main(argv: list[str] | None = None) -> None:
     if scope is None:
         raise FeatInvError(f"{args.model} holds no scope statistics; fit them with training/fit_scope.py")
     make_folder(args.out)
-    opened, how = open_from(args)
-    held_out = concatenate([opened.features(x).to("cpu") for x in pictures(opened, args.data, args.count, args.batch, FIRST)])
+    pipeline, sampling = pipeline_from(args)
+    held_out = concatenate([pipeline.features(x).to("cpu") for x in pictures(pipeline, args.data, args.count, args.batch, FIRST)])
     held_out = held_out.with_values(held_out.values)  # without the class token, which no edit keeps
     random = torch.Generator().manual_seed(0)
     maps = {UNEDITED: held_out}
-    for label, change in tqdm(edits(opened, held_out).items(), desc="editing"):
+    for label, change in tqdm(edits(pipeline, held_out).items(), desc="editing"):
         changed = change(held_out, random)
         maps[label] = changed.with_values(changed.values)
     found = separation(scope, maps)
-    figures, drawn, cosines = drawings(opened, scope, how, maps, args.drawn, args.unedited)
+    figures, drawn, cosines = drawings(pipeline, scope, sampling, maps, args.drawn, args.unedited)
     results = {"model": args.model, "features": scope.source.describe(), "count": args.count, "separation": found, **figures}
 
     shown = [label for label in SHOWN if label in maps]

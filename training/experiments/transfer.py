@@ -27,7 +27,7 @@ from training.cli import run
 from training.config import CONFIGS, TrainConfig, read_config
 from training.files import make_folder, write_json
 from training.loop.training import train
-from training.models.inversion import open_model
+from training.models.pipeline import load_pipeline
 
 SCENES = 64
 SHARE = 0.95
@@ -36,9 +36,9 @@ SHARE = 0.95
 def held_out_cosine(file: Path) -> float:
     """Mean cosine similarity of the features of held-out scenes and of their reconstructions, at the file's
     settings without guidance by the gradient: what the weights have learned."""
-    opened = open_model(str(file))
-    features = opened.features(opened.backbone.preprocess(draw(0, torch.arange(SCENES), "held-out").image))
-    return opened.score(features, opened.draw(features, opened.recommended(gradient=0.0), opened.noise(range(SCENES)))).mean().item()
+    pipeline = load_pipeline(str(file))
+    features = pipeline.features(pipeline.backbone.preprocess(draw(0, torch.arange(SCENES), "held-out").image))
+    return pipeline.score(features, pipeline.draw(features, pipeline.recommended(gradient=0.0), pipeline.noise(range(SCENES)))).mean().item()
 
 
 def curve(config: TrainConfig, folder: Path, images: int, every: int) -> list[tuple[int, float]]:

@@ -12,11 +12,11 @@ from featinv_nodes.core.backbones import Backbone
 
 from ..config import TrainConfig
 from ..models.base_model import BaseModel
-from ..models.pipeline import Inversion
+from ..models.controlnet import FeatureControlNet
 from .objective import training_loss
 
 
-def step_gmac(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> float:
+def step_gmac(base: BaseModel, backbone: Backbone, model: FeatureControlNet, config: TrainConfig) -> float:
     """Multiply-accumulates (10^9) per image of a step, forward and backward, with latents and features there already
     and the base model frozen, by torch's counter: 262 for Stable Diffusion 1.x and ConvNeXt-Base's last layer."""
     on_meta = base_without_storage(base, "meta", torch.float32)

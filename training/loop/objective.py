@@ -81,7 +81,7 @@ def training_loss(
 ) -> Tensor:
     """core.objective.training_loss of latents [B, C, H, W] and features [B, C_f, h, w] with the run's settings.
 
-    model: called with (unet, noisy, t, context, values) as Inversion is. noise: drawn here if None.
+    model: called with (unet, noisy, t, context, values) as FeatureControlNet is. noise: drawn here if None.
     """
 
     def predict(noisy: Tensor, t: Tensor, context: Tensor, values: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from torch.optim import AdamW, Optimizer
 from featinv_nodes.core.feature_map import FeatInvError
 
 from ..config import TrainConfig
-from ..models.pipeline import Inversion
+from ..models.controlnet import FeatureControlNet
 
 LARGEST_NORM = 1.0
 
 
-def build_optimizer(model: Inversion, config: TrainConfig) -> Optimizer:
+def build_optimizer(model: FeatureControlNet, config: TrainConfig) -> Optimizer:
     """The configuration's optimizer over two groups, the encoder and the ControlNet.
 
     Raises FeatInvError if bitsandbytes is wanted and missing.

@@ -19,7 +19,8 @@ from ..config import STREAM, TrainConfig
 from ..data.listing import Part, open_listing
 from ..data.stream import first_pictures
 from ..models.base_model import BaseModel
-from ..models.pipeline import Inversion, noise, sample
+from ..models.controlnet import FeatureControlNet
+from ..models.sampling import noise, sample
 from ..report import panel
 
 COUNT, SIDE = 8, 512  # pictures, and the pixels a side that their centre is scaled to
@@ -55,16 +56,16 @@ def _square(picture: Image.Image) -> Tensor:
 
 
 @torch.inference_mode()
-def sample_panel(base: BaseModel, backbone: Backbone, model: Inversion, config: TrainConfig) -> tuple[Image.Image, float]:
+def sample_panel(base: BaseModel, backbone: Backbone, model: FeatureControlNet, config: TrainConfig) -> tuple[Image.Image, float]:
     """Draws held-out pictures from their features with fixed noise; the panel and the mean cosine. Without guidance by the
     gradient, whatever is recommended: it would hide what the weights have learned."""
     learning = model.training
     model.eval()
     pixel_values = backbone.preprocess(held_out(config).to(base.unet.device))
     features = backbone(pixel_values, config.layer, config.pooled)
-    how = Sampling.chosen(config.recommended, {"gradient": 0.0})
+    sampling = Sampling.chosen(config.recommended, {"gradient": 0.0})
     start = torch.cat([noise(base, seed) for seed in range(len(pixel_values))])
-    pictures = base.decode(sample(base, model, features, start, how, config.prompt))
+    pictures = base.decode(sample(base, model, features, start, sampling, config.prompt))
     model.train(learning)
     score = cosine(features, backbone(backbone.preprocess(pictures, "stretch"), config.layer, config.pooled))
     rows = [[(x, "") for x in pixel_values], [(x, f"cos {c:.2f}") for x, c in zip(pictures, score.tolist())]]

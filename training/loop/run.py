@@ -25,7 +25,7 @@ from ..config import TrainConfig
 from ..data.latent_cache import open_pictures
 from ..data.loader import loader
 from ..data.stream import states
-from ..models.pipeline import Inversion
+from ..models.controlnet import FeatureControlNet
 from . import checkpoints, memory
 from .ema import update_average
 from .faults import FaultTracker
@@ -82,9 +82,9 @@ class Run:
         self._memory = self.device, self.model, frozen, bool(config.ema), memory.MOMENTS[config.optimizer], self.processes if self.shares_weights else 1
         memory.require(*self._memory)
 
-    def _untrained(self) -> Inversion:
+    def _untrained(self) -> FeatureControlNet:
         source = self.backbone.source(self.config.layer, self.config.pooled)
-        return Inversion.start(self.base, source, self.config.encoder_width, self.config.encoder)
+        return FeatureControlNet.start(self.base, source, self.config.encoder_width, self.config.encoder)
 
     def _parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
@@ -260,7 +260,7 @@ class Run:
         self.accelerator.end_training()
         return file
 
-    def _latest(self) -> Inversion:
+    def _latest(self) -> FeatureControlNet:
         """What is saved and sampled from: the average where there is one, whole on the main process."""
         return checkpoints.whole(self.average if self.average is not None else self.model, lambda: self._untrained().to(self.device))
 

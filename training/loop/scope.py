@@ -13,7 +13,7 @@ from featinv_nodes.worlds import drawing_world
 
 from ..config import TrainConfig
 from ..models import scope
-from ..models.inversion import open_model
+from ..models.pipeline import load_pipeline
 
 
 def check_scope_data(config: TrainConfig) -> None:
@@ -25,5 +25,5 @@ def check_scope_data(config: TrainConfig) -> None:
 def end_with_scope(file: Path, config: TrainConfig, device: torch.device | str) -> None:
     """What train.py ends with: the statistics that a configuration asks for, written into its weights file."""
     data = config.scope_data or config.data
-    opened = open_model(str(file), config.base, config.backbone_weights, config.backbone, str(device))
-    save_scope(file, scope.fit(opened, opened.recommended(gradient=0.0), data, config.scope, min(scope.DRAWN, config.scope), scope.centres_for(data)))
+    pipeline = load_pipeline(str(file), config.base, config.backbone_weights, config.backbone, str(device))
+    save_scope(file, scope.fit(pipeline, pipeline.recommended(gradient=0.0), data, config.scope, min(scope.DRAWN, config.scope), scope.centres_for(data)))

@@ -10,7 +10,7 @@ from featinv_nodes.worlds import open_backbone
 
 from ..config import TrainConfig
 from ..models.base_model import BaseModel, load_base
-from ..models.pipeline import Inversion
+from ..models.controlnet import FeatureControlNet
 from .objective import observed_features
 
 
@@ -20,10 +20,10 @@ def open_frozen(config: TrainConfig, device: torch.device) -> tuple[BaseModel, B
     return base, open_backbone(config.backbone, config.backbone_weights, config.input_size).to(device, memory_format=torch.channels_last)
 
 
-def start_from(model: Inversion, file: str, base: BaseModel) -> int | None:
+def start_from(model: FeatureControlNet, file: str, base: BaseModel) -> int | None:
     """Copies the ControlNet of a weights file, and its encoder if it inverts the same features; returns the images
     that such a model has seen, None for other features."""
-    other, info = Inversion.load(file, base)
+    other, info = FeatureControlNet.load(file, base)
     model.controlnet.load_state_dict(other.controlnet.state_dict())
     if info.source != model.source or other.encoder.settings != model.encoder.settings:
         return None
@@ -31,7 +31,7 @@ def start_from(model: Inversion, file: str, base: BaseModel) -> int | None:
     return info.images_seen
 
 
-def standardise(model: Inversion, seen: dict[str, Tensor], backbone: Backbone, config: TrainConfig, device: torch.device) -> None:
+def standardise(model: FeatureControlNet, seen: dict[str, Tensor], backbone: Backbone, config: TrainConfig, device: torch.device) -> None:
     """Sets the encoder's mean and deviation to those of what it is to be shown; seen: as observe takes it, any number of
     rows, of which config.batch are observed at once."""
     parts = zip(*(rows.split(config.batch) for rows in seen.values()))

@@ -1,127 +1,110 @@
-"""The diffusion side of the method in diffusers' classes: the steered model and sampling."""
+"""An inversion model ready to use: weights file, base model and backbone opened together."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel, UniPCMultistepScheduler
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.encoders import build_encoder
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from featinv_nodes.core.guidance import leave_inference, toward_features
-from featinv_nodes.core.prediction import controlled_prediction
-from featinv_nodes.core.sampling import SOLVERS, Sampling, sample_latents, starting_noise
-from featinv_nodes.core.weights import InversionInfo, load_inversion, save_inversion
+from featinv_nodes.core.feature_map import FeatureMap
+from featinv_nodes.core.metrics import cosine
+from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.weights import InversionInfo, read_info
+from featinv_nodes.worlds import World, find_world, model_file, open_backbone
 
-from .base_model import BaseModel
+from .base_model import BaseModel, load_base
+from .controlnet import FeatureControlNet
+from .sampling import noise, sample
 
-Solver = DDIMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler
-#: sampling.SOLVERS in diffusers' classes
-SOLVER_CLASSES = {
-    "ddim": (DDIMScheduler, {}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}),
-    "unipc": (UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}),
-}
-assert set(SOLVER_CLASSES) == set(SOLVERS)
+ATTEMPT = 1_000_000_000  # how far apart the seeds of best-of-N's attempts lie
 
 
-class Inversion(nn.Module):
-    """ControlNet and conditional encoder for one FeatureSource; what training trains."""
+@dataclass
+class InversionPipeline:
+    """Everything that inverting needs; see load_pipeline."""
 
-    def __init__(self, controlnet: ControlNetModel, encoder: nn.Module, source: FeatureSource) -> None:
-        super().__init__()
-        controlnet.controlnet_cond_embedding = nn.Identity()  # the hint is encoded once per run, outside
-        self.controlnet, self.encoder, self.source = controlnet, encoder, source
+    info: InversionInfo
+    base: BaseModel
+    backbone: Backbone
+    model: FeatureControlNet
 
-    @classmethod
-    def start(cls, base: BaseModel, source: FeatureSource, width: int = 512, kind: str = "conv") -> Inversion:
-        """A copy of the base model's encoder with zero convolutions: at first the output equals the base model's."""
-        controlnet = ControlNetModel.from_unet(base.unet)
-        settings = {"kind": kind, "channels": source.channels, "out_channels": base.describe()["width"], "width": width}
-        if kind == "conv_at_map" and source.pooled:
-            settings |= {"kernel": 1}  # of a 1 x 1 map, a larger one sees the padding
-        if kind == "perceiver":
-            settings |= {"tokens": [1, 1] if source.pooled else list(source.grid), "queries": [base.latent_size] * 2}
-        model = cls(controlnet, build_encoder(settings), source)
-        return model.train().requires_grad_(True)
+    @property
+    def world(self) -> World | None:
+        """The drawn world that the model belongs to, if any."""
+        return find_world(self.info.base["name"])
 
-    @classmethod
-    def load(cls, file: str | Path, base: BaseModel) -> tuple[Inversion, InversionInfo]:
-        """Reads a weights file for a base model. Raises FeatInvError if the base model is another or keys differ."""
-        info, tensors, encoder = load_inversion(file)
-        found = base.describe()
-        wrong = [f"{k}: {info.base[k]} in the weights file, {found[k]} in the base model" for k in found if k != "name" and info.base[k] != found[k]]
-        if wrong:
-            raise FeatInvError(f"{file} was trained on {info.base['name']} and does not fit {base.name}. {'; '.join(wrong)}")
-        model = cls(ControlNetModel.from_unet(base.unet, load_weights_from_unet=False), encoder, info.source)
-        try:
-            model.controlnet.load_state_dict(tensors, strict=True)
-        except RuntimeError as error:
-            raise FeatInvError(f"{file}: ControlNet tensors do not fit the base model. {error}") from error
-        return model.eval().requires_grad_(False), info
+    def features(self, pixel_values: Tensor) -> FeatureMap:
+        """Feature maps of pictures [B, 3, *input_size] at the model's own layer and pooling."""
+        return self.backbone.extract(pixel_values, self.info.source.layer, self.info.source.pooled)
 
-    def save(self, file: str | Path, info: InversionInfo, dtype: torch.dtype = torch.float32) -> None:
-        save_inversion(file, info, self.controlnet.state_dict(), self.encoder, dtype)
+    def extract(self, pictures: Tensor) -> FeatureMap:
+        """Feature maps of drawn pictures: scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
+        return self.features(self.backbone.preprocess(pictures, "stretch"))
 
-    def hint(self, values: Tensor, size: tuple[int, int]) -> Tensor:
-        """Feature values [B, C, h, w] -> hint for latents of grid `size`."""
-        return self.encoder(values, size)
+    def recommended(self, **changes) -> Sampling:
+        """The weights file's own sampling settings with the given ones replaced; None leaves a setting alone."""
+        return Sampling.chosen(self.info.recommended, changes)
 
-    def forward(self, unet: UNet2DConditionModel, noisy: Tensor, t: Tensor, context: Tensor, values: Tensor) -> Tensor:
-        """The steered base model's prediction from feature values [B, C_f, h, w], as training calls it."""
-        return self.steer(unet, noisy, t, context, self.hint(values, noisy.shape[2:]))
+    @torch.inference_mode()
+    def draw(
+        self, features: FeatureMap | None, sampling: Sampling, start: Tensor, batch: int = 16, report: Callable[[int], object] = lambda n: None
+    ) -> Tensor:
+        """Pictures [B, 3, h, w] in 0..1 from starting noise [B, ...] and a feature map per row, or from the base
+        model alone where features is None. `batch` bounds the memory; report is called with each batch's size."""
+        parts = []
+        for first in range(0, len(start), batch):
+            rows = slice(first, first + batch)
+            model = self.model if features is not None else None
+            own = features.select(rows) if features is not None else None
+            latents = sample(self.base, model, own, start[rows], sampling, self.info.prompt, self.backbone)
+            parts.append(self.base.decode(latents).cpu())
+            report(len(latents))
+        return torch.cat(parts)
 
-    def steer(self, unet: UNet2DConditionModel, noisy: Tensor, t: Tensor, context: Tensor, hint: Tensor, strength: float = 1.0) -> Tensor:
-        """The steered base model's prediction [B, C, H, W] for noisy latents at timesteps t, the hint encoded before."""
-        return controlled_prediction(unet, self.controlnet, noisy, t, context, hint, strength)
+    @torch.inference_mode()
+    def best(
+        self, features: FeatureMap, sampling: Sampling, start_of: Callable[[int], Tensor], batch: int = 16, report: Callable[[int], object] = lambda n: None
+    ) -> tuple[Tensor, Tensor]:
+        """Best of N by the cosine: of sampling.best_of pictures of each map the one that score puts highest, the first among
+        equals. Returns the pictures [B, 3, h, w] and which attempt each is [B].
 
+        start_of: attempt, from 0 -> starting noise of all rows. Attempt 0 alone is what draw gives; only the best
+        pictures and one attempt are kept at a time.
+        """
+        pictures = self.draw(features, sampling, start_of(0), batch, report)
+        attempt = torch.zeros(len(pictures), dtype=torch.int64)
+        if sampling.best_of > 1:
+            highest = self.score(features, pictures)
+        for number in range(1, sampling.best_of):
+            others = self.draw(features, sampling, start_of(number), batch, report)
+            scores = self.score(features, others)
+            better = scores > highest
+            highest = torch.where(better, scores, highest)
+            pictures[better.cpu()], attempt[better.cpu()] = others[better.cpu()], number
+        return pictures, attempt
 
-def noise(base: BaseModel, seed: int, samples: int = 1, size: tuple[int, int] | None = None) -> Tensor:
-    """[samples, C, H, W] starting noise, the same numbers that ComfyUI draws for a batch with this seed."""
-    return starting_noise((samples, base.unet.config.in_channels, *(size or (base.latent_size,) * 2)), seed)
+    def score(self, wanted: FeatureMap, pictures: Tensor) -> Tensor:
+        """[B] cosine similarity of the pictures' features with the wanted ones."""
+        return cosine(wanted, self.extract(pictures))
 
-
-@torch.inference_mode()
-def sample(
-    base: BaseModel, model: Inversion | None, features: FeatureMap | None, start_noise: Tensor, how: Sampling, prompt: str, backbone: Backbone | None = None
-) -> Tensor:
-    """Latents [B, C, H, W] drawn from starting noise, a feature map per row: core.sampling.sample_latents.
-
-    Without a model the base model draws alone (the unconditional baseline of every table). backbone: where the features come from, for
-    how.gradient. Each call has a solver of its own. Raises FeatInvError if the features are not of the model's source,
-    or the backbone that the gradient needs is missing.
-    """
-    x, text = start_noise.to(base.unet.device), {True: base.text[prompt], False: base.text[""]}
-    if model is None:
-        return sample_latents(base.unet, None, {}, solver_of(base, how), x, text, how)
-    if how.gradient and backbone is None:
-        raise FeatInvError(f"gradient {how.gradient:g}: guidance by the gradient needs the backbone of the features")
-    features.source.require(model.source, "the feature map", "the inversion model")
-    features = features.to(x.device)
-    given = {True: features.values, False: torch.zeros_like(features.values)}
-    hints = {cond: model.hint(given[cond], x.shape[2:]) for cond in dict.fromkeys(cond for cond, _ in how.weights())}
-    toward = partial(toward_features, picture_of=base.decode, backbone=backbone, target=features, step=how.gradient) if how.gradient else None
-    if how.gradient:
-        leave_inference(base.vae)
-    return sample_latents(base.unet, model.controlnet, hints, solver_of(base, how), x, text, how, toward)
+    def noise(self, seeds: range | list[int]) -> Tensor:
+        """Starting noise [len(seeds), ...], one picture per seed."""
+        return torch.cat([noise(self.base, seed) for seed in seeds])
 
 
-def solver_of(base: BaseModel, how: Sampling) -> Solver:
-    """A new solver with the base model's noise schedule, prediction and spacing of timesteps; multistep ones remember
-    earlier steps, so none is used twice."""
-    kind, settings = SOLVER_CLASSES[how.solver]
-    return kind.from_config(base.scheduler.config, **settings)
-
-
-@torch.inference_mode()
-def round_trip(base: BaseModel, pictures: Tensor) -> Tensor:
-    """The autoencoder's reconstruction at the base model's resolution: what every table sets beside the reconstructions."""
-    side = (base.resolution,) * 2
-    if tuple(pictures.shape[2:]) != side:
-        pictures = F.interpolate(pictures, side, mode="bilinear", antialias=True)
-    return base.decode(base.encode(pictures))
+def load_pipeline(name: str, base: str | None = None, backbone_weights: str | None = None, backbone: str | None = None, device: str = "cpu") -> InversionPipeline:
+    """Opens a shipped model or a weights file. base: a base model other than the one the file names; backbone,
+    backbone_weights: where the file's backbone is. Raises FeatInvError where a part is missing or does not fit."""
+    file: Path = model_file(name)
+    info = read_info(file)
+    height, width = info.source.input_size
+    side = height if height == width else None  # what it reads where that is not its own default
+    source = open_backbone(backbone or info.source.backbone, backbone_weights, side).to(device, memory_format=torch.channels_last)
+    info.source.require(source.source(info.source.layer, info.source.pooled), f"{file.name}", "the backbone")
+    frozen = load_base(base or info.base["name"], info.prompt).to(device)
+    model, _ = FeatureControlNet.load(file, frozen)
+    return InversionPipeline(info, frozen, source, model.to(device, memory_format=torch.channels_last))

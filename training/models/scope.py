@@ -19,25 +19,25 @@ from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
 from featinv_nodes.core.weights import load_scope, read_info, save_scope
 from featinv_nodes.worlds import drawing_world, model_file
 
-from .inversion import Opened, open_model
+from .pipeline import InversionPipeline, load_pipeline
 
 FIRST = 100_000  # the first held-out scene for the fit; reports use those from 0 on
 TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels each
 DRAWN = 256  # reconstructions for the cycle cosine
 
 
-def pictures(opened: Opened, data: str, count: int, batch: int, first: int = FIRST) -> Iterator[Tensor]:
+def pictures(pipeline: InversionPipeline, data: str, count: int, batch: int, first: int = FIRST) -> Iterator[Tensor]:
     """Batches of preprocessed pictures: held-out scenes from number `first` on, or `count` of a folder in a random order that
     is always the same, those that cannot be read left out and named. Raises FeatInvError for a folder with fewer."""
     if world := drawing_world(data):
         for numbers in torch.arange(first, first + count).split(batch):
-            yield opened.backbone.preprocess(world.draw(numbers))
+            yield pipeline.backbone.preprocess(world.draw(numbers))
         return
     files, read, some = find_images(data), 0, []
     random.Random(0).shuffle(files)
     for file in files:
         try:
-            some.append(opened.backbone.preprocess(read_image(file)))
+            some.append(pipeline.backbone.preprocess(read_image(file)))
         except FeatInvError as error:
             tqdm.write(f"left out: {error}")
             continue
@@ -50,15 +50,15 @@ def pictures(opened: Opened, data: str, count: int, batch: int, first: int = FIR
     raise FeatInvError(f"{data} holds {read} readable images; asked for {count}. Give a folder with more, or a smaller --count")
 
 
-def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centres: int, batch: int = 32) -> Scope:
-    """The statistics of `count` pictures and the quantiles of `drawn` reconstructions' cycle cosines (0: none). how: without
+def fit(pipeline: InversionPipeline, sampling: Sampling, data: str, count: int, drawn: int, centres: int, batch: int = 32) -> Scope:
+    """The statistics of `count` pictures and the quantiles of `drawn` reconstructions' cycle cosines (0: none). sampling: without
     guidance by the gradient, which raises the cosine of whatever map it is given."""
     some: list[FeatureMap] = []
 
     def maps() -> Iterator[FeatureMap]:
         with tqdm(total=count, desc="reading", unit="picture") as bar:
-            for pixel_values in pictures(opened, data, count, batch):
-                features = opened.features(pixel_values).to("cpu")
+            for pixel_values in pictures(pipeline, data, count, batch):
+                features = pipeline.features(pixel_values).to("cpu")
                 if sum(len(m) for m in some) < drawn:
                     some.append(features)
                 bar.update(len(features))
@@ -69,21 +69,21 @@ def fit(opened: Opened, how: Sampling, data: str, count: int, drawn: int, centre
         return scope
     wanted = concatenate(some).select(slice(0, drawn))
     with tqdm(total=len(wanted), desc="drawing", unit="picture") as bar:
-        redrawn = opened.draw(wanted, how, opened.noise(range(len(wanted))), batch, bar.update)
-    return replace(scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(wanted, opened.extract(redrawn).to("cpu")))})
+        redrawn = pipeline.draw(wanted, sampling, pipeline.noise(range(len(wanted))), batch, bar.update)
+    return replace(scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(wanted, pipeline.extract(redrawn).to("cpu")))})
 
 
 def ship_scope(name: str) -> None:
     """The statistics of a model of the drawn world, written into its file."""
-    opened = open_model(name)
-    save_scope(model_file(name), fit(opened, opened.recommended(gradient=0.0), "drawn", 4000, 1000, TINY_CENTRES))
+    pipeline = load_pipeline(name)
+    save_scope(model_file(name), fit(pipeline, pipeline.recommended(gradient=0.0), "drawn", 4000, 1000, TINY_CENTRES))
 
 
 def centres_for(data: str) -> int:
     return TINY_CENTRES if drawing_world(data) else CENTRES
 
 
-def scope_entries(file: Path, maps: FeatureMap, scores: list[float], how: Sampling) -> list[dict]:
+def scope_entries(file: Path, maps: FeatureMap, scores: list[float], sampling: Sampling) -> list[dict]:
     """For each map what the scope statistics of the weights file say of it; {} without any. And of its reconstruction by
     its score, where it was drawn as those behind the statistics were: as the file recommends, but without guidance by the
     gradient."""
@@ -95,8 +95,8 @@ def scope_entries(file: Path, maps: FeatureMap, scores: list[float], how: Sampli
         {"verdict": verdict, "off": off, "line": line, "less_unusual": {name: share[i].item() for name, share in report.share.items()}}
         for i, (verdict, off, line) in enumerate(zip(report.verdict, report.off, report.lines()))
     ]
-    usual = Sampling.chosen(read_info(file).recommended, {"gradient": 0.0, "gradient_steps": how.gradient_steps, "best_of": 1})
-    if "cycle" in scope.quantiles and how == usual:
+    usual = Sampling.chosen(read_info(file).recommended, {"gradient": 0.0, "gradient_steps": sampling.gradient_steps, "best_of": 1})
+    if "cycle" in scope.quantiles and sampling == usual:
         shares, verdicts = scope.evaluate_cycle(torch.tensor(scores))
         found = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(found, verdicts, shares.tolist())]
     return found

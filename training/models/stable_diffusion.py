@@ -41,7 +41,7 @@ def build_text_encoder() -> nn.Module:
 class Tokens:
     """CLIP's tokenizer where a single file brings none: the hub's cache has it, or the texts are KNOWN."""
 
-    def __call__(self, texts: list[str], **how) -> SimpleNamespace:
+    def __call__(self, texts: list[str], **kwargs) -> SimpleNamespace:
         """-> input_ids [N, 77]. Raises FeatInvError for an unknown text without a tokenizer."""
         if all(text in KNOWN for text in texts):
             start, end = CLIP["bos_token_id"], CLIP["eos_token_id"]
@@ -52,7 +52,7 @@ class Tokens:
         cached = try_to_load_from_cache(TOKENIZER, "vocab.json")  # transformers would go on without a vocabulary
         if not isinstance(cached, str):
             raise FeatInvError(f"a single file has no tokenizer, and {TOKENIZER} is not in the hub's cache; without it the prompt is {PROMPT!r}")
-        return CLIPTokenizer.from_pretrained(Path(cached).parent)(texts, **how)
+        return CLIPTokenizer.from_pretrained(Path(cached).parent)(texts, **kwargs)
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from ..loop.graph import training_step
 from ..loop.objective import cast_frozen, moments_of, observe, sample_noise, training_loss
 from ..loop.optimizer import LARGEST_NORM, build_optimizer, fused_step, weights_layout
 from ..models.base_model import BaseModel
-from ..models.pipeline import Inversion
+from ..models.controlnet import FeatureControlNet
 from ..models.stable_diffusion import CLIP, SCHEDULE, UNET, VAE, build_text_encoder
 
 
@@ -37,7 +37,7 @@ class Parts:
     config: TrainConfig
     base: BaseModel
     backbone: Backbone
-    model: Inversion
+    model: FeatureControlNet
     text_encoder: torch.nn.Module
 
 
@@ -58,7 +58,7 @@ def build(config: TrainConfig, device: str) -> Parts:
         for module in (unet, vae, text):
             module.requires_grad_(False)
         backbone.to(device)
-        model = Inversion.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder).to(device)
+        model = FeatureControlNet.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder).to(device)
     return Parts(config, base, backbone, model, text)
 
 

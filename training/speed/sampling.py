@@ -14,34 +14,34 @@ from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..loop.log import peak_memory
-from ..models.inversion import Opened, open_model
+from ..models.pipeline import InversionPipeline, load_pipeline
 from . import real_size
 
 
 @torch.inference_mode()
-def one_by_one(opened: Opened, features: FeatureMap, how: Sampling, start: Tensor) -> Tensor:
-    """The pictures [B, 3, h, w] of Opened.draw, drawn as the paper's released script does: one at a time, the features
+def one_by_one(pipeline: InversionPipeline, features: FeatureMap, settings: Sampling, start: Tensor) -> Tensor:
+    """The pictures [B, 3, h, w] of InversionPipeline.draw, drawn as the paper's released script does: one at a time, the features
     encoded again at every step, with guidance in two passes."""
-    base, model, prompt = opened.base, opened.model, opened.info.prompt
+    base, model, prompt = pipeline.base, pipeline.model, pipeline.info.prompt
     pictures = []
     for row in range(len(start)):
         x, own = start[row : row + 1].to(base.unet.device), features.select(row).values.to(base.unet.device)
-        passes = [(prompt, own, how.guidance)]
-        if how.guidance != 1:
-            passes.append(("", torch.zeros_like(own) if how.negative == "features" else own, 1 - how.guidance))
-        set_timesteps(base.scheduler, how.steps)
+        passes = [(prompt, own, settings.guidance)]
+        if settings.guidance != 1:
+            passes.append(("", torch.zeros_like(own) if settings.negative == "features" else own, 1 - settings.guidance))
+        set_timesteps(base.scheduler, settings.steps)
         for t in base.scheduler.timesteps:
-            out = sum(share * model.steer(base.unet, x, t, base.text[text], model.hint(values, x.shape[2:]), how.strength) for text, values, share in passes)
+            out = sum(share * model.predict(base.unet, x, t, base.text[text], model.hint(values, x.shape[2:]), settings.strength) for text, values, share in passes)
             x = base.scheduler.step(out, t, x).prev_sample
         pictures.append(base.decode(x).cpu())
     return torch.cat(pictures)
 
 
-def compare(opened: Opened, features: FeatureMap, how: Sampling, batch: int) -> dict[str, float]:
+def compare(pipeline: InversionPipeline, features: FeatureMap, settings: Sampling, batch: int) -> dict[str, float]:
     """Images per second of both ways over the same maps, after a picture each that is not counted, and the largest
     difference of their pixels in 0..1: {"loop", "batched", "times", "difference"}."""
-    start = opened.noise(range(len(features)))
-    ways = {"loop": lambda f, x: one_by_one(opened, f, how, x), "batched": lambda f, x: opened.draw(f, how, x, batch)}
+    start = pipeline.noise(range(len(features)))
+    ways = {"loop": lambda f, x: one_by_one(pipeline, f, settings, x), "batched": lambda f, x: pipeline.draw(f, settings, x, batch)}
     rates, drawn = {}, {}
     for name, way in ways.items():
         way(features.select(slice(0, 1)), start[:1])
@@ -56,13 +56,13 @@ def sampling(args: argparse.Namespace, count: int = 32) -> None:
     if args.device == "cuda":
         parts = real_size.build(args.config, args.device)
         info = InversionInfo(parts.model.source, {}, {"name": "random"}, args.config.prompt)
-        opened = Opened(info, parts.base, parts.backbone, parts.model.eval().requires_grad_(False))
-        pixel_values, how = torch.rand(count, 3, *parts.backbone.input_size), Sampling()
+        pipeline = InversionPipeline(info, parts.base, parts.backbone, parts.model.eval().requires_grad_(False))
+        pixel_values, settings = torch.rand(count, 3, *parts.backbone.input_size), Sampling()
     else:
-        opened = open_model("tiny_cnn_last")
-        pixel_values, how = opened.backbone.preprocess(draw(0, torch.arange(count), "held-out").image), opened.recommended(gradient=0.0)
-    found = compare(opened, opened.features(pixel_values), how, count)
+        pipeline = load_pipeline("tiny_cnn_last")
+        pixel_values, settings = pipeline.backbone.preprocess(draw(0, torch.arange(count), "held-out").image), pipeline.recommended(gradient=0.0)
+    found = compare(pipeline, pipeline.features(pixel_values), settings, count)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{count} pictures, {how.steps} steps, guidance {how.guidance}, {where}: one at a time {found['loop']:.3g} images/s, in one batch "
+    print(f"{count} pictures, {settings.steps} steps, guidance {settings.guidance}, {where}: one at a time {found['loop']:.3g} images/s, in one batch "
           f"{found['batched']:.3g} images/s, {found['times']:.2f} times")  # fmt: skip
     print(f"largest difference of a pixel {found['difference']:.1e}; peak memory {peak_memory():.1f} GB")

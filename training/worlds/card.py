@@ -11,7 +11,7 @@ from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 
 from ..evaluation.run import evaluate_in_memory, gap_closed, load_pictures
-from ..models.inversion import Opened, open_model
+from ..models.pipeline import InversionPipeline, load_pipeline
 from . import autoencoder, backbones, base
 
 COUNT = 500
@@ -49,10 +49,10 @@ def entry(result: dict, percent: bool = False) -> str:
     )
 
 
-def second_opinion(opened: Opened, pixel_values: Tensor, drawn: dict[str, Tensor], single: Tensor) -> dict[str, tuple[str, str]]:
+def second_opinion(pipeline: InversionPipeline, pixel_values: Tensor, drawn: dict[str, Tensor], single: Tensor) -> dict[str, tuple[str, str]]:
     """How faithful pictures are to the embedded backbone that took no part in the model's training: its last layer's
     cosine, and the match of its top-1 shape on scenes of one object. A model that only fools its own backbone fails here."""
-    backbone = open_backbone(DRAWN.independent[opened.info.source.backbone])
+    backbone = open_backbone(DRAWN.independent[pipeline.info.source.backbone])
     original, found = backbone.extract(pixel_values), {}
     part = backbone.groups["shape"]
     for what, pictures in drawn.items():
@@ -70,11 +70,11 @@ def model_rows() -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in DRAWN.models:
-        opened = open_model(name)
-        pixel_values, counts = load_pictures(opened, "drawn", COUNT)
-        for row, how in ((name, opened.recommended()), (f"{name}, without the gradient", opened.recommended(gradient=0.0))):
-            results, drawn = evaluate_in_memory(opened, pixel_values, how, counts == 1)
-            other = second_opinion(opened, pixel_values, drawn, counts == 1)
+        pipeline = load_pipeline(name)
+        pixel_values, counts = load_pictures(pipeline, "drawn", COUNT)
+        for row, sampling in ((name, pipeline.recommended()), (f"{name}, without the gradient", pipeline.recommended(gradient=0.0))):
+            results, drawn = evaluate_in_memory(pipeline, pixel_values, sampling, counts == 1)
+            other = second_opinion(pipeline, pixel_values, drawn, counts == 1)
             r = results["reconstruction"]
             matches = [entry(r[f"{group}_match_single"], percent=True) for group in ("shape", "colour", "texture", "background")]
             cells = [entry(r["cosine"]), f"{results['unconditional']['cosine']['value']:.3f}", f"{results['round trip']['cosine']['value']:.3f}",
@@ -107,7 +107,7 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         f"| base | diffusers `UNet2DConditionModel` {base.WIDTHS}, velocity, SD 1.x schedule | {BASE_SEEN:,} | 0 | - |",
     ]
     for name in DRAWN.models:
-        info = open_model(name).info
+        info = load_pipeline(name).info
         lines.append(f"| {name} | ControlNet and encoder for {info.source.describe()} | {info.images_seen:,} | {info.config['seed']} | see below |")
     lines += [
         HISTORY, f"## Reconstruction of {COUNT} held-out scenes", "",
@@ -116,6 +116,6 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         "that. Matches: the backbone's own top-1 class on scenes of one object.", "",
         *model_rows(), "",
     ]
-    lines += ["Recommended settings: " + "; ".join(f"{n} {open_model(n).info.recommended}" for n in DRAWN.models) + ".", ""]
+    lines += ["Recommended settings: " + "; ".join(f"{n} {load_pipeline(n).info.recommended}" for n in DRAWN.models) + ".", ""]
     file.write_text("\n".join(lines))
     print(f"wrote {file}")

@@ -14,7 +14,7 @@ from featinv_nodes.core.mixing import at_grid, compose, interpolate
 from featinv_nodes.core.sampling import Sampling
 
 from ..evaluation.run import evaluate_in_memory, gap_closed, load_pictures
-from ..models.inversion import Opened, open_model
+from ..models.pipeline import InversionPipeline, load_pipeline
 from ..report import Cell, panel
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -25,35 +25,35 @@ def captions(pictures: Tensor, scores: Tensor) -> list[Cell]:
     return [(x, f"cos {c:.2f}") for x, c in zip(pictures, scores.tolist())]
 
 
-def inverted(opened: Opened, own: list[tuple[str, Tensor]], how: Sampling) -> list[list[Cell]]:
+def inverted(pipeline: InversionPipeline, own: list[tuple[str, Tensor]], sampling: Sampling) -> list[list[Cell]]:
     """Rows of the user's pictures, each beside its reconstruction."""
-    pixel_values = torch.cat([opened.backbone.preprocess(picture) for _, picture in own])
-    wanted = opened.features(pixel_values)
-    drawn = opened.draw(wanted, how, opened.noise(range(len(pixel_values))))
+    pixel_values = torch.cat([pipeline.backbone.preprocess(picture) for _, picture in own])
+    wanted = pipeline.features(pixel_values)
+    drawn = pipeline.draw(wanted, sampling, pipeline.noise(range(len(pixel_values))))
     originals = [(picture, name[:18]) for picture, (name, _) in zip(pixel_values, own)]
-    cells = [cell for pair in zip(originals, captions(drawn, opened.score(wanted, drawn))) for cell in pair]
+    cells = [cell for pair in zip(originals, captions(drawn, pipeline.score(wanted, drawn))) for cell in pair]
     return [cells[i : i + SHOWN] for i in range(0, len(cells), SHOWN)]
 
 
-def mixed(opened: Opened, pixel_values: Tensor, how: Sampling) -> tuple[list[Cell], list[dict]]:
+def mixed(pipeline: InversionPipeline, pixel_values: Tensor, sampling: Sampling) -> tuple[list[Cell], list[dict]]:
     """Reconstructions of convex combinations of two pictures' feature maps (paper Fig. 7), one seed."""
-    features = opened.features(pixel_values[:2])
+    features = pipeline.features(pixel_values[:2])
     maps = [interpolate([features.select(0), features.select(1)], [1 - w, w]) for w in WEIGHTS]
-    drawn = [opened.draw(m, how, opened.noise([0])) for m in maps]
-    scores = torch.cat([opened.score(m, x) for m, x in zip(maps, drawn)])
+    drawn = [pipeline.draw(m, sampling, pipeline.noise([0])) for m in maps]
+    scores = torch.cat([pipeline.score(m, x) for m, x in zip(maps, drawn)])
     cells = [(pixel_values[0], "first"), *captions(torch.cat(drawn), scores), (pixel_values[1], "second")]
     return cells, [{"weight": w, "cosine": c} for w, c in zip(WEIGHTS, scores.tolist())]
 
 
-def composed(opened: Opened, pixel_values: Tensor, how: Sampling) -> tuple[list[Cell], dict]:
+def composed(pipeline: InversionPipeline, pixel_values: Tensor, sampling: Sampling) -> tuple[list[Cell], dict]:
     """The left half of one picture's map beside the right half of another's (paper Fig. 8), and how well each half
     of the drawn picture agrees with the map it was given."""
-    features = opened.features(pixel_values[:2])
+    features = pipeline.features(pixel_values[:2])
     mask = torch.zeros(1, *pixel_values.shape[2:])
     mask[:, :, : pixel_values.shape[3] // 2] = 1
     wanted = compose(features.select(0), features.select(1), mask)
-    drawn = opened.draw(wanted, how, opened.noise([0]))
-    agreement = cosine_per_location(wanted, opened.extract(drawn))
+    drawn = pipeline.draw(wanted, sampling, pipeline.noise([0]))
+    agreement = cosine_per_location(wanted, pipeline.extract(drawn))
     inside = at_grid(mask, wanted.source.grid)[:, 0].bool()
     cells = [(pixel_values[0], "left half from"), (pixel_values[1], "right half from"), *captions(drawn, agreement.mean((1, 2)))]
     return cells, {"cosine_inside": agreement[inside].mean().item(), "cosine_outside": agreement[~inside].mean().item()}
@@ -65,26 +65,26 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
     if count < LEAST:
         raise FeatInvError(f"--count {count}: the demo shows {LEAST} pictures; give at least as many")
     say("opening the embedded backbone, diffusion model and inversion model")
-    opened = open_model(model)
-    how = opened.recommended(steps=steps)
-    pixel_values, objects = load_pictures(opened, "drawn", count)
-    say(f"inverting {count} held-out pictures, then drawing as many without features for comparison ({how.steps} steps each)")
-    results, drawn = evaluate_in_memory(opened, pixel_values, how, objects == 1)
-    scores = opened.score(opened.features(pixel_values[:SHOWN]), drawn["reconstruction"][:SHOWN])
+    pipeline = load_pipeline(model)
+    sampling = pipeline.recommended(steps=steps)
+    pixel_values, objects = load_pictures(pipeline, "drawn", count)
+    say(f"inverting {count} held-out pictures, then drawing as many without features for comparison ({sampling.steps} steps each)")
+    results, drawn = evaluate_in_memory(pipeline, pixel_values, sampling, objects == 1)
+    scores = pipeline.score(pipeline.features(pixel_values[:SHOWN]), drawn["reconstruction"][:SHOWN])
     rows = [[(x, "") for x in pixel_values[:SHOWN]], captions(drawn["reconstruction"][:SHOWN], scores), [(x, "") for x in drawn["unconditional"][:SHOWN]]]
     titles = ["original", "reconstruction\nfrom features", "drawn without\nfeatures"]
-    notes = [opened.world.outside] if own else []
+    notes = [pipeline.world.outside] if own else []
     if own:
         say(f"inverting your {len(own)} picture(s)")
-        rows += inverted(opened, own, how)
+        rows += inverted(pipeline, own, sampling)
         titles += ["your pictures,\nas seen"] + [""] * (len(rows) - len(titles) - 1)
     say("interpolating between two feature maps")
-    cells, interpolation = mixed(opened, pixel_values, how)
+    cells, interpolation = mixed(pipeline, pixel_values, sampling)
     rows.append(cells)
     say("composing two feature maps")
-    cells, composition = composed(opened, pixel_values[[5, 4]], how)
+    cells, composition = composed(pipeline, pixel_values[[5, 4]], sampling)
     rows.append(cells)
-    sheet = panel(rows, [*titles, "interpolation", "composition"], f"FeatInv on the embedded world: {opened.info.source.describe()}", "\n".join(notes))
+    sheet = panel(rows, [*titles, "interpolation", "composition"], f"FeatInv on the embedded world: {pipeline.info.source.describe()}", "\n".join(notes))
     summary, figures = figures_of(results, count)
     return sheet, [summary, *notes], {"model": model, "reconstruction": figures, "interpolation": interpolation, "composition": composition, "notes": notes}
 

@@ -21,7 +21,7 @@ from featinv_nodes.core.viz import FACTOR, Visualization, VizSettings, normalise
 from featinv_nodes.worlds.photo import PHOTO
 
 from ..concepts.viz import visualize
-from ..models.inversion import Opened, open_model
+from ..models.pipeline import InversionPipeline, load_pipeline
 from ..report import Cell, panel
 from .inversion import POOLED
 
@@ -33,7 +33,7 @@ CONCEPTS, SEEDS = 4, 2  # clusters in the maps of two pictures; drawings of each
 
 
 @dataclass(frozen=True)
-class Seen:
+class Reconstruction:
     """A picture and what the network makes of it. classes: the most probable ones, with probability. cosine: of its
     features with those it was drawn from, None for an original."""
 
@@ -63,21 +63,21 @@ class Depths:
 
     def __init__(self, steps: int | None) -> None:
         """steps: of the solver, None for each model's own."""
-        opened = [open_model(name) for name in PHOTO.models]
-        self.models = {o.info.source.layer if not o.info.source.pooled else POOLED: o for o in opened}
-        self.how = {depth: o.recommended(steps=steps) for depth, o in self.models.items()}
-        self.backbone: Backbone = opened[0].backbone
+        pipelines = [load_pipeline(name) for name in PHOTO.models]
+        self.models = {o.info.source.layer if not o.info.source.pooled else POOLED: o for o in pipelines}
+        self.sampling = {depth: o.recommended(steps=steps) for depth, o in self.models.items()}
+        self.backbone: Backbone = pipelines[0].backbone
 
     @property
-    def middle(self) -> Opened:
+    def middle(self) -> InversionPipeline:
         return self.models[MIDDLE]
 
-    def draw(self, depth: str, wanted: FeatureMap, seed: int = 0) -> list[Seen]:
+    def draw(self, depth: str, wanted: FeatureMap, seed: int = 0) -> list[Reconstruction]:
         """A picture for each feature map, all from the same noise."""
-        opened = self.models[depth]
-        drawn = opened.draw(wanted, self.how[depth], opened.noise([seed] * len(wanted)))
-        classes, cosines = look(self.backbone, self.backbone.preprocess(drawn, "stretch")), opened.score(wanted, drawn).tolist()
-        return [Seen(*one) for one in zip(drawn, classes, cosines)]
+        pipeline = self.models[depth]
+        drawn = pipeline.draw(wanted, self.sampling[depth], pipeline.noise([seed] * len(wanted)))
+        classes, cosines = look(self.backbone, self.backbone.preprocess(drawn, "stretch")), pipeline.score(wanted, drawn).tolist()
+        return [Reconstruction(*one) for one in zip(drawn, classes, cosines)]
 
     def legend(self) -> str:
         """What the names of the depths mean, in a line."""
@@ -94,8 +94,8 @@ def sample_photographs() -> list[tuple[str, Tensor]]:
 
 def inverted(depths: Depths, pixel_values: Tensor, names: list[str]) -> tuple[list[list[Cell]], list[dict]]:
     """A row for each picture: the original, what is drawn from its map at each depth, and another seed at the middle one."""
-    originals = [Seen(*one) for one in zip(pixel_values, look(depths.backbone, pixel_values))]
-    drawn = {depth: depths.draw(depth, opened.features(pixel_values)) for depth, opened in depths.models.items()}
+    originals = [Reconstruction(*one) for one in zip(pixel_values, look(depths.backbone, pixel_values))]
+    drawn = {depth: depths.draw(depth, pipeline.features(pixel_values)) for depth, pipeline in depths.models.items()}
     again = depths.draw(MIDDLE, depths.middle.features(pixel_values), seed=1)
     rows, entries = [], []
     for i, (name, original) in enumerate(zip(names, originals)):
@@ -141,7 +141,7 @@ def turned_down(depths: Depths, features: FeatureMap, picture: Tensor) -> tuple[
     lengths = concepts.lengths(first)[:-1, 0]  # without the rest
     strongest = int(lengths.sum((1, 2)).argmax())
     name, share = concepts.names[strongest], float(lengths[strongest].sum() / first.values.norm(dim=1).sum())
-    [shown] = visualize(depths.middle, first, concepts, [[name]], VizSettings(FACTOR, SEEDS), depths.how[MIDDLE])
+    [shown] = visualize(depths.middle, first, concepts, [[name]], VizSettings(FACTOR, SEEDS), depths.sampling[MIDDLE])
     where = F.interpolate(normalised(lengths[strongest])[None, None], picture.shape[1:], mode="bilinear")[0, 0]
     kept, changed = pairs(depths, first, shown)
     cells = [(spotlight(picture, where), "where it is")]
@@ -152,12 +152,12 @@ def turned_down(depths: Depths, features: FeatureMap, picture: Tensor) -> tuple[
     return cells, entry | {"as_it_is": [seen.entry() for seen in kept], "turned_down": [seen.entry() for seen in changed]}
 
 
-def pairs(depths: Depths, original: FeatureMap, shown: Visualization) -> tuple[list[Seen], list[Seen]]:
+def pairs(depths: Depths, original: FeatureMap, shown: Visualization) -> tuple[list[Reconstruction], list[Reconstruction]]:
     """The drawings of the original map and of the changed one, with the same seeds."""
     pictures = torch.cat([shown.original, shown.changed])
     wanted = concatenate([original.repeat(SEEDS), shown.change.changed.repeat(SEEDS)])
     classes, cosines = look(depths.backbone, depths.backbone.preprocess(pictures, "stretch")), depths.middle.score(wanted, pictures).tolist()
-    seen = [Seen(*one) for one in zip(pictures, classes, cosines)]
+    seen = [Reconstruction(*one) for one in zip(pictures, classes, cosines)]
     return seen[:SEEDS], seen[SEEDS:]
 
 

@@ -22,7 +22,7 @@ from training.files import write_json
 from training.loop.objective import training_loss
 from training.loop.setup import start_from
 from training.models.base_model import BaseModel
-from training.models.pipeline import Inversion
+from training.models.controlnet import FeatureControlNet
 
 from .loop import images_seen, train_stage
 from .photographs import Photographs, scaled
@@ -139,7 +139,7 @@ def train_inversion(
     """One inversion model, written to `file` after each minute and at the end. config.init_from: a weights file whose
     ControlNet it starts from. The encoder standardises its features."""
     torch.manual_seed(config.seed)
-    model = Inversion.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder)
+    model = FeatureControlNet.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder)
     model = model.to(device, memory_format=torch.channels_last)
     before = start_from(model, config.init_from, base) if config.init_from else None  # None: an encoder of its own, a new one
     if before is None:
@@ -151,7 +151,7 @@ def train_inversion(
         with torch.autocast(device, torch.bfloat16):
             return training_loss(base, backbone, forward, latents, features, config)
 
-    def keep(average: Inversion) -> None:
+    def keep(average: FeatureControlNet) -> None:
         seen = (before or 0) + images_seen(work, config.name)
         info = InversionInfo(
             model.source, model.encoder.settings, base.describe(), config.prompt, config.recommended, seen, {"name": config.name, "seed": config.seed}

@@ -27,7 +27,8 @@ from featinv_nodes.worlds.photo import PHOTO
 from training.config import TrainConfig
 from training.files import make_folder
 from training.models.base_model import BaseModel, load_base, load_vae
-from training.models.pipeline import Inversion, noise, sample
+from training.models.controlnet import FeatureControlNet
+from training.models.sampling import noise, sample
 from training.report import panel, save_image
 
 from .autoencoder import standardise, train_decoder
@@ -207,7 +208,7 @@ class Maker:
         else:
             draw = fresh(self.photographs, base, self.backbone, depth)
         train_inversion(config, self.work, base, self.backbone, draw, self.file(depth), self.device, **self.how, **length)
-        model, _ = Inversion.load(self.file(depth), base)
+        model, _ = FeatureControlNet.load(self.file(depth), base)
         originals = self.photographs.held_out(SHOWN)
         features = self.backbone(self.backbone.preprocess(originals, "stretch"), layer, pooled)
         drawn = base.decode(sample(base, model.to(self.device), features, self.noise(base, len(originals)), Sampling(**RECOMMENDED), PHOTO.prompt, self.backbone))

@@ -42,7 +42,7 @@ class Suite:
     def conditions(self) -> dict[str, Condition]:
         """A reconstruction for each sampling, and the bounds; other suites say otherwise."""
         tested = self.tested_models[ORIGINAL]
-        return {condition: tested.reconstruction(how) for condition, how in self.sampling.items() if condition != UNCONDITIONAL} | tested.bounds(self.sampling[UNCONDITIONAL])
+        return {condition: tested.reconstruction(sampling) for condition, sampling in self.sampling.items() if condition != UNCONDITIONAL} | tested.bounds(self.sampling[UNCONDITIONAL])
 
     def report(self, tables: dict[str, Table]) -> Report:
         raise NotImplementedError
@@ -63,7 +63,7 @@ class Suite:
         return {tested.spec.model: model_file(tested.spec.model) for tested in self.tested_models.values()}
 
     def settings(self) -> dict:
-        return {condition: asdict(how) for condition, how in self.sampling.items()}
+        return {condition: asdict(sampling) for condition, sampling in self.sampling.items()}
 
     @property
     def spec(self) -> ModelSpec:

@@ -15,7 +15,7 @@ from featinv_nodes.core.metrics import top_k_match
 from featinv_nodes.worlds import find_world
 
 from ...models import base_model, stable_diffusion
-from ...models.pipeline import sample
+from ...models.sampling import sample
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..evaluator import Columns
 from ..report import Report, by_measure, figures_of, shown
@@ -57,8 +57,8 @@ class Baseline(Suite):
         return self._text[synset]
 
     def named(self, originals: Originals) -> Columns:
-        opened = self.context.open(self.spec)
-        base, pixel_values = opened.base, originals.preprocess(self.tested.backbone)
+        pipeline = self.context.open(self.spec)
+        base, pixel_values = pipeline.base, originals.preprocess(self.tested.backbone)
         own = torch.cat([self.text(c) for c in originals.classes]).to(base.unet.device)
         known, base.text = base.text, base.text | {NAMED: own}
         latents = sample(base, None, None, self.tested.start(originals), self.sampling[NAMED], NAMED)

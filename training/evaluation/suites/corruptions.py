@@ -39,11 +39,11 @@ class Corruptions(Suite):
     def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
         super().__init__(context, args)
         self.library = library()
-        self.tested, how = self.one_model(), context.sampling(self.spec)
+        self.tested, sampling = self.one_model(), context.sampling(self.spec)
         if min(self.tested.backbone.input_size) < SMALLEST:
             raise FeatInvError(f"suite corruptions needs pictures of {SMALLEST} pixels a side or more; the backbone reads {self.tested.backbone.input_size}")
         self.kinds = {f"{name} {level}": (name, level) for name, level in product(args.corruptions, sorted(set(args.levels)))}
-        self.sampling = dict.fromkeys([CLEAN, *self.kinds, UNCONDITIONAL], how)
+        self.sampling = dict.fromkeys([CLEAN, *self.kinds, UNCONDITIONAL], sampling)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.sampling import SOLVERS, Sampling
 from featinv_nodes.worlds import model_file
 
-from ...models.inversion import Opened
+from ...models.pipeline import InversionPipeline
 from ...speed.real_size import gmac_of
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..report import Figures, Grid, Report, cell, figures_of, shown
@@ -55,8 +55,8 @@ class Cost(Suite):
     def report(self, tables: dict[str, Table]) -> Report:
         figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (*self.sampling, ROUND_TRIP)}
         drawn = [*self.tried, PAPER]
-        opened = self.context.open(self.spec)
-        costs = {condition: {"evaluations": self.sampling[condition].evaluations, "gmac": drawing_gmac(opened, self.sampling[condition])} for condition in drawn}
+        pipeline = self.context.open(self.spec)
+        costs = {condition: {"evaluations": self.sampling[condition].evaluations, "gmac": drawing_gmac(pipeline, self.sampling[condition])} for condition in drawn}
         best, cheapest = choose({condition: figures[condition][self.score] for condition in self.tried}, {condition: cost["gmac"] for condition, cost in costs.items()})
         measures = [self.score, *extra_measures(figures[PAPER])]
         rows = [[condition, str(costs[condition]["evaluations"]), f"{costs[condition]['gmac']:.1f}", *(cell(figures[condition], name) for name in measures)] for condition in drawn]
@@ -77,22 +77,22 @@ class Cost(Suite):
     def afterwards(self) -> None:
         """Makes the cheapest condition's sampling the recommended one, where it differs from it."""
         if self.args.write_back:
-            recommended, chosen = (asdict(how) for how in (Sampling(**self.context.info(self.spec).recommended), self.sampling[self.cheapest]))
+            recommended, chosen = (asdict(sampling) for sampling in (Sampling(**self.context.info(self.spec).recommended), self.sampling[self.cheapest]))
             recommend(model_file(self.args.model), **{name: value for name, value in chosen.items() if value != recommended[name]})
 
     def curve(self, figures: dict[str, Figures], costs: dict[str, dict]) -> Image.Image:
         """Cosine with its interval against GMAC, a line per solver, and one for the gradient."""
         lines: dict[str, list] = {name: [] for name in COLOURS}
-        for condition, how in self.tried.items():
-            lines[GUIDED if how.gradient else how.solver].append((costs[condition]["gmac"], figures[condition][self.score]))
+        for condition, sampling in self.tried.items():
+            lines[GUIDED if sampling.gradient else sampling.solver].append((costs[condition]["gmac"], figures[condition][self.score]))
         return curves(lines, (costs[PAPER]["gmac"], figures[PAPER][self.score]), f"{self.score} against cost, {self.args.model}")
 
 
-def drawing_gmac(opened: Opened, how: Sampling) -> float:
+def drawing_gmac(pipeline: InversionPipeline, sampling: Sampling) -> float:
     """Multiply-accumulates (10^9) of drawing a picture, decoding and the gradient's way back included, by torch's counter."""
-    source = opened.info.source
+    source = pipeline.info.source
     blank = FeatureMap(torch.zeros(1, source.channels, *((1, 1) if source.pooled else source.grid)), source)
-    return gmac_of(lambda: opened.draw(blank, how, opened.noise([0]), 1)) * how.best_of
+    return gmac_of(lambda: pipeline.draw(blank, sampling, pipeline.noise([0]), 1)) * sampling.best_of
 
 
 def choose(scores: dict[str, dict], costs: dict[str, float]) -> tuple[str, str]:

@@ -32,10 +32,10 @@ class Mixing(Suite):
         super().__init__(context, args)
         if not all(0 <= w <= 1 for w in args.weights):
             raise FeatInvError(f"--weights {args.weights}: expected shares between 0 and 1")
-        self.tested, how = self.one_model(), context.sampling(self.spec)
+        self.tested, sampling = self.one_model(), context.sampling(self.spec)
         self.weights = {f"weight={w:g}": w for w in sorted(set(args.weights))}
         self.pooled = context.info(self.spec).source.pooled
-        self.sampling = dict.fromkeys([*self.weights, *([] if self.pooled else [COMPOSED]), UNCONDITIONAL], how)
+        self.sampling = dict.fromkeys([*self.weights, *([] if self.pooled else [COMPOSED]), UNCONDITIONAL], sampling)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,22 +56,22 @@ class Mixing(Suite):
         """Column "cosine": of the picture's map with the combined one that it was drawn from."""
 
         def condition(originals: Originals) -> Columns:
-            opened = self.context.open(self.spec)
-            first, second = (opened.features(o.preprocess(self.tested.backbone)) for o in (originals, self.partners(originals)))
+            pipeline = self.context.open(self.spec)
+            first, second = (pipeline.features(o.preprocess(self.tested.backbone)) for o in (originals, self.partners(originals)))
             wanted = interpolate([first, second], [1 - weight, weight])
-            drawn = opened.draw(wanted, self.sampling[f"weight={weight:g}"], self.tested.start(originals), len(wanted))
-            return {"cosine": opened.score(wanted, drawn).cpu(), "pictures": drawn}
+            drawn = pipeline.draw(wanted, self.sampling[f"weight={weight:g}"], self.tested.start(originals), len(wanted))
+            return {"cosine": pipeline.score(wanted, drawn).cpu(), "pictures": drawn}
 
         return condition
 
     def composed(self, originals: Originals) -> Columns:
         """The partner's map in the middle quarter, the picture's own around it. Columns: cosine with the composed map, in
         the whole and by region; and with the other picture's map in each region, for comparison."""
-        opened = self.context.open(self.spec)
+        pipeline = self.context.open(self.spec)
         pixel_values, others = originals.preprocess(self.tested.backbone), self.partners(originals).preprocess(self.tested.backbone)
-        outer, inner, mask = opened.features(pixel_values), opened.features(others), middle(pixel_values)
-        drawn = opened.draw(compose(inner, outer, mask), self.sampling[COMPOSED], self.tested.start(originals), len(pixel_values))
-        seen, inside = opened.extract(drawn), at_grid(mask, outer.source.grid)[0, 0].bool()
+        outer, inner, mask = pipeline.features(pixel_values), pipeline.features(others), middle(pixel_values)
+        drawn = pipeline.draw(compose(inner, outer, mask), self.sampling[COMPOSED], self.tested.start(originals), len(pixel_values))
+        seen, inside = pipeline.extract(drawn), at_grid(mask, outer.source.grid)[0, 0].bool()
         to_inner, to_outer = (cosine_per_location(other, seen).cpu() for other in (inner, outer))
         whole = to_inner.where(inside, to_outer)
         found = {

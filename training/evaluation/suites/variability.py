@@ -40,7 +40,7 @@ class Variability(Suite):
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--samples", type=int, default=4, help="reconstructions of each map")
 
-    def varied(self, how: Sampling, steered: bool) -> Condition:
+    def varied(self, sampling: Sampling, steered: bool) -> Condition:
         """A condition with --samples pictures of each original, or of none: its mean columns, and
 
         pixel_variance: over the samples, averaged over pixels and colours, of pictures in 0..1; feature_variance: over
@@ -49,10 +49,10 @@ class Variability(Suite):
         """
 
         def condition(originals: Originals) -> Columns:
-            tested, opened = self.tested, self.context.open(self.spec)
+            tested, pipeline = self.tested, self.context.open(self.spec)
             pixel_values = originals.preprocess(tested.backbone)
-            wanted = opened.features(pixel_values) if steered else None
-            layer = opened.info.source.layer
+            wanted = pipeline.features(pixel_values) if steered else None
+            layer = pipeline.info.source.layer
 
             def values(pictures: Tensor) -> Tensor:
                 return tested.backbone.extract(tested.backbone.preprocess(pictures, "stretch"), layer).values.cpu()
@@ -60,7 +60,7 @@ class Variability(Suite):
             drawn, found, maps = [], [], []
             for sample in range(self.args.samples):
                 start = tested.start(originals, sample)
-                drawn.append(opened.draw(wanted, how, start, len(start)))
+                drawn.append(pipeline.draw(wanted, sampling, start, len(start)))
                 found.append(tested.measure(pixel_values, drawn[-1], originals.single))
                 maps.append(values(drawn[-1]))
             columns = {name: torch.stack([f[name] for f in found]).mean(0) for name in found[0] if found[0][name].ndim == 1}

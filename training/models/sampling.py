@@ -1,0 +1,73 @@
+"""Sampling with diffusers' solvers: core.sampling on a base model and an inversion model."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from torch import Tensor
+from torch.nn import functional as F
+
+from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.guidance import leave_inference, toward_features
+from featinv_nodes.core.sampling import SOLVERS, Sampling, sample_latents, starting_noise
+
+from .base_model import BaseModel
+from .controlnet import FeatureControlNet
+
+Solver = DDIMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler
+#: sampling.SOLVERS in diffusers' classes
+SOLVER_CLASSES = {
+    "ddim": (DDIMScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}),
+}
+assert set(SOLVER_CLASSES) == set(SOLVERS)
+
+
+def noise(base: BaseModel, seed: int, samples: int = 1, size: tuple[int, int] | None = None) -> Tensor:
+    """[samples, C, H, W] starting noise, the same numbers that ComfyUI draws for a batch with this seed."""
+    return starting_noise((samples, base.unet.config.in_channels, *(size or (base.latent_size,) * 2)), seed)
+
+
+@torch.inference_mode()
+def sample(
+    base: BaseModel, model: FeatureControlNet | None, features: FeatureMap | None, start_noise: Tensor, sampling: Sampling, prompt: str, backbone: Backbone | None = None
+) -> Tensor:
+    """Latents [B, C, H, W] drawn from starting noise, a feature map per row: core.sampling.sample_latents.
+
+    Without a model the base model draws alone (the unconditional baseline of every table). backbone: where the features come from, for
+    sampling.gradient. Each call has a solver of its own. Raises FeatInvError if the features are not of the model's source,
+    or the backbone that the gradient needs is missing.
+    """
+    x, text = start_noise.to(base.unet.device), {True: base.text[prompt], False: base.text[""]}
+    if model is None:
+        return sample_latents(base.unet, None, {}, solver_of(base, sampling), x, text, sampling)
+    if sampling.gradient and backbone is None:
+        raise FeatInvError(f"gradient {sampling.gradient:g}: guidance by the gradient needs the backbone of the features")
+    features.source.require(model.source, "the feature map", "the inversion model")
+    features = features.to(x.device)
+    given = {True: features.values, False: torch.zeros_like(features.values)}
+    hints = {cond: model.hint(given[cond], x.shape[2:]) for cond in dict.fromkeys(cond for cond, _ in sampling.weights())}
+    toward = partial(toward_features, picture_of=base.decode, backbone=backbone, target=features, step=sampling.gradient) if sampling.gradient else None
+    if sampling.gradient:
+        leave_inference(base.vae)
+    return sample_latents(base.unet, model.controlnet, hints, solver_of(base, sampling), x, text, sampling, toward)
+
+
+def solver_of(base: BaseModel, sampling: Sampling) -> Solver:
+    """A new solver with the base model's noise schedule, prediction and spacing of timesteps; multistep ones remember
+    earlier steps, so none is used twice."""
+    kind, settings = SOLVER_CLASSES[sampling.solver]
+    return kind.from_config(base.scheduler.config, **settings)
+
+
+@torch.inference_mode()
+def round_trip(base: BaseModel, pictures: Tensor) -> Tensor:
+    """The autoencoder's reconstruction at the base model's resolution: what every table sets beside the reconstructions."""
+    side = (base.resolution,) * 2
+    if tuple(pictures.shape[2:]) != side:
+        pictures = F.interpolate(pictures, side, mode="bilinear", antialias=True)
+    return base.decode(base.encode(pictures))
