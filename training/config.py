@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
-from dataclasses import asdict, dataclass, field, fields
+from copy import deepcopy
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -34,92 +35,72 @@ CHOICES = {
 #: least and largest values
 RANGES = {
     **dict.fromkeys(("batch", "accumulate", "keep", "panel_every", "save_every", "max_images", "images", "input_size", "encoder_width"), (1, math.inf)),
-    **dict.fromkeys(("rate", "warmup", "weight_decay", "cycle", "cycle_after", "min_snr", "encoder_first", "workers", "views"), (0, math.inf)),
+    **dict.fromkeys(("lr", "warmup", "weight_decay", "cycle", "cycle_after", "min_snr", "encoder_first", "workers", "views"), (0, math.inf)),
     "dropout": (0, 1), "ema": (0, 0.999999), "cycle_below": (0, 1000),
 }  # fmt: skip
 
 
+def option(help: str, default: object = MISSING) -> Any:  # noqa: ANN401 - of whatever type the field has
+    """A field with its line in --help."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: deepcopy(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class TrainConfig:
-    """Everything that decides a run. Counts are in images unless said otherwise.
+    """Everything that decides a run. Counts are in images unless said otherwise. Each field is an option of train.py."""
 
-    backbone: an embedded one ("tiny-cnn"), a timm name or a timm-hub folder; backbone_weights: its .safetensors file.
-    input_size: side of the pictures it reads, where that is not timm's default. layer, pooled: what is inverted.
-    base: an embedded world's ("tiny"), a diffusers folder, a single file of Stable Diffusion 1.x, or owner/name in the hub's cache.
-    data: "drawn", a folder of images or of plain tar files (webdataset), or "hf:" and a Hugging Face data set (a folder
-    of save_to_disk, or a name with its split after a colon), or "stream:" and one that is read as it comes; images: only so many of them, evenly spread. flips: "none",
-    "horizontal" or "both". views: crops and flips of each picture, one per epoch in turn, 0 for new ones without end.
-    cache: folder of latents that training/cache.py wrote for these views; cache_features: the features are there too.
-    encoder: "conv" (the paper), "conv_at_map" (it upsamples last) or "perceiver"; encoder_width: its hidden channels (the
-    paper: 512). standardise: per-channel mean and deviation, of the first 256 pictures. dropout: share of samples that
-    lose features and text together.
-    cycle: weight of the cycle consistency, 1 - cos of the features of the predicted picture, 0 for none (the paper);
-    cycle_below: timesteps, of the base model's 1000, below which it counts; cycle_after: images after which it counts,
-    and before which it costs nothing: fine-tuning at the end, as in ControlNet++ (Li et al. 2024).
-    min_snr: gamma of the min-SNR weighting of timesteps (Hang et al. 2023: 5), 0 for none (the paper).
-    batch: images per process and pass; accumulate: passes per step, so that a step counts batch x accumulate x
-    processes images. rate: learning rate; schedule: "constant" (the paper) or "cosine" to zero, both after `warmup`
-    images. ema: decay per step of the moving average that is saved, 0 for none.
-    optimizer: "adamw", or "adamw8bit" with a quarter of its memory for moments (needs bitsandbytes). checkpointing:
-    activations are computed again for the gradient, which saves memory and costs time. nan: what happens to a step whose
-    loss or gradients are not finite: "stop" or "skip".
-    precision: "fp32", "bf16" (the frozen parts are kept in it) or "fp16". compile: torch.compile, worth its minute on
-    long runs. graph: the whole step as one CUDA graph, for small models on one GPU.
-    init_from: a weights file to start from: its ControlNet, and its encoder too where that inverts the same features;
-    encoder_first: images during which the encoder alone learns.
-    workers: data loading processes. panel_every, save_every: images between sample panels and checkpoints; keep:
-    checkpoints kept. trackers: of accelerate, [tensorboard] and others.
-    recommended: sampling settings written into the weights file. scope: pictures from which the file's scope statistics
-    are fitted at the end (training/fit_scope.py), 0 for none; scope_data: a folder of them, which training does not see.
-    """
-
-    name: str
-    backbone: str
-    base: str
-    data: str
-    prompt: str
-    max_images: int
-    backbone_weights: str | None = None
-    input_size: int | None = None
-    layer: str = "last"
-    pooled: bool = False
-    encoder: str = "conv"
-    encoder_width: int = 512
-    standardise: bool = False
-    dropout: float = 0.15
-    cycle: float = 0.0
-    cycle_below: int = 1000
-    cycle_after: int = 0
-    batch: int = 8
-    rate: float = 1e-5
-    schedule: str = "constant"
-    warmup: int = 1000
-    weight_decay: float = 0.01
-    ema: float = 0.0
-    min_snr: float = 0.0
-    accumulate: int = 1
-    checkpointing: bool = False
-    optimizer: str = "adamw"
-    nan: str = "stop"
-    precision: str = "bf16"
-    compile: bool = False
-    graph: bool = False
-    init_from: str | None = None
-    encoder_first: int = 0
-    workers: int = 0
-    images: int | None = None
-    views: int = 0
-    cache: str | None = None
-    cache_features: bool = False
-    flips: str = "none"
-    seed: int = 0
-    panel_every: int = 20_000
-    save_every: int = 10_000
-    keep: int = 2
-    trackers: list = field(default_factory=list)
-    recommended: dict = field(default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50})
-    scope: int = 0
-    scope_data: str | None = None
+    name: str = option("name of the run and of its weights file")
+    backbone: str = option('network to invert: an embedded one ("tiny-cnn"), a timm name or a timm-hub folder')
+    base: str = option("base model: an embedded world's (tiny), a diffusers folder, a file of Stable Diffusion 1.x, or owner/name in the hub's cache")
+    data: str = option(
+        'pictures: "drawn", a folder of images or of plain tar files (webdataset), "hf:" and a Hugging Face data set (a folder of '
+        'save_to_disk, or a name with its split after a colon), or "stream:" and one that is read as it comes'
+    )
+    prompt: str = option("text of the positive prompt")
+    max_images: int = option("images after which the run ends")
+    backbone_weights: str | None = option("the backbone's .safetensors file", None)
+    input_size: int | None = option("side in pixels of the pictures that the backbone reads, where that is not timm's default", None)
+    layer: str = option("layer that is inverted: last, or a name from timm's feature_info", "last")
+    pooled: bool = option("invert the mean over the layer's locations", False)
+    encoder: str = option("conditional encoder: conv (the paper), conv_at_map (it upsamples last) or perceiver", "conv")
+    encoder_width: int = option("hidden channels of the encoder (the paper: 512)", 512)
+    standardise: bool = option("take out each channel's mean and standard deviation, of the first 256 pictures", False)
+    dropout: float = option("share of the samples that lose features and text together", 0.15)
+    cycle: float = option("weight of the cycle consistency, 1 - cos of the features of the predicted picture; 0 for none (the paper)", 0.0)
+    cycle_below: int = option("timesteps, of the base model's 1000, below which the cycle consistency counts", 1000)
+    cycle_after: int = option("images before the cycle consistency counts and costs anything: fine-tuning at the end, as in ControlNet++", 0)
+    batch: int = option("images per process and pass", 8)
+    lr: float = option("learning rate of AdamW", 1e-5)
+    schedule: str = option("learning rate after the warm-up: constant (the paper), or cosine to zero", "constant")
+    warmup: int = option("images in which the learning rate grows from zero", 1000)
+    weight_decay: float = option("weight decay of AdamW", 0.01)
+    ema: float = option("decay per step of the moving average that is saved, 0 for none", 0.0)
+    min_snr: float = option("gamma of the min-SNR weighting of timesteps (Hang et al. 2023: 5), 0 for none (the paper)", 0.0)
+    accumulate: int = option("passes per step, so that a step counts batch x accumulate x processes images", 1)
+    checkpointing: bool = option("compute activations again for the gradient, which saves memory and costs time", False)
+    optimizer: str = option("adamw, or adamw8bit whose moments take a quarter of the memory (needs bitsandbytes)", "adamw")
+    nan: str = option("what happens to a step whose loss or gradients are not finite: stop or skip", "stop")
+    precision: str = option("fp32, bf16 (also for the frozen weights) or fp16", "bf16")
+    compile: bool = option("use torch.compile, worth its minute on long runs", False)
+    graph: bool = option("run the whole step as one CUDA graph, for small models on one GPU", False)
+    init_from: str | None = option("weights file to start from: its ControlNet, and its encoder too where that inverts the same features", None)
+    encoder_first: int = option("images during which the encoder alone learns", 0)
+    workers: int = option("data loading processes", 0)
+    images: int | None = option("only so many of the data's pictures, evenly spread", None)
+    views: int = option("crops and flips of each picture, one per epoch in turn; 0 for new ones without end", 0)
+    cache: str | None = option("folder of latents that training/cache.py wrote for these views", None)
+    cache_features: bool = option("the cache holds the features too", False)
+    flips: str = option("random flips of the crops: none, horizontal or both", "none")
+    seed: int = option("seed of all random numbers", 0)
+    panel_every: int = option("images between sample panels", 20_000)
+    save_every: int = option("images between checkpoints", 10_000)
+    keep: int = option("checkpoints kept", 2)
+    trackers: list = option("accelerate's trackers, such as [tensorboard]", [])
+    recommended: dict = option("sampling settings written into the weights file", {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50})
+    scope: int = option("pictures from which the file's scope statistics are fitted at the end (see fit_scope.py), 0 for none", 0)
+    scope_data: str | None = option("folder of these pictures, which training does not see", None)
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -227,8 +208,7 @@ def _typed(file: Path, name: str, value: object, wanted: str) -> object:
 
 def parse_arguments(description: str) -> tuple[TrainConfig, Path]:
     """Command line of train.py: --config FILE, --output DIR and --FIELD VALUE for every field."""
-    text = f"{description}\nFields, each an option, and what they are:\n\n{inspect.getdoc(TrainConfig)}"
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=DEFAULT, help="YAML file (default: the drawn world's CNN)")
     parser.add_argument("--output", type=Path, help="folder of the run (default: out/train/NAME)")
     add_fields(parser)
@@ -238,9 +218,12 @@ def parse_arguments(description: str) -> tuple[TrainConfig, Path]:
 
 
 def add_fields(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of the configuration."""
+    """An option for every field of the configuration, each with its help."""
+    group = parser.add_argument_group("fields of the configuration, which replace the file's", "Defaults hold where the file has no such field.")
     for f in fields(TrainConfig):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, metavar=str(f.type).upper())
+        unset = "" if f.default in (MISSING, None) else f" (default: {f.default})"
+        names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
+        group.add_argument(*names, dest=f.name, metavar=str(f.type).removesuffix(" | None").upper(), help=(f.metadata["help"] + unset).replace("%", "%%"))
 
 
 def given_fields(args: argparse.Namespace) -> dict[str, str]:

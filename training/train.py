@@ -1,7 +1,7 @@
 """Trains an inversion model: a ControlNet and its conditional encoder on a frozen diffusion model.
 
     accelerate launch training/train.py                                    the drawn world's CNN
-    accelerate launch training/train.py --config FILE --rate 1e-4 --output DIR
+    accelerate launch training/train.py --config FILE --lr 1e-4 --output DIR
 
 Stopped at any moment, the same command goes on where it was; SIGTERM and Ctrl-C save first and end with status 143 or
 130. --help lists every field of the configuration, training/README.md tells the rest.

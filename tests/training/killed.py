@@ -40,7 +40,7 @@ def die_at(owner, name, count, after=False):
 
 
 def between_steps(folder):
-    die_at(running, "set_rate", 8)
+    die_at(running, "set_lr", 8)
 
 
 def in_the_middle_of_a_checkpoint(folder):

@@ -35,7 +35,7 @@ def test_each_row_is_one_change_from_the_row_it_builds_on():
         changed = {field for field in made[0] if made[0][field] != made[-1][field]}
         assert changed == (set(row.config) if row.base else set()), name
     paper = config_of(rows, rows["paper_1e-5"], 1000)
-    assert (paper.batch, paper.rate, paper.dropout, paper.schedule, paper.warmup, paper.ema, paper.cycle, paper.standardise) == (8, 1e-5, 0.15, "constant", 0, 0, 0, False)
+    assert (paper.batch, paper.lr, paper.dropout, paper.schedule, paper.warmup, paper.ema, paper.cycle, paper.standardise) == (8, 1e-5, 0.15, "constant", 0, 0, 0, False)
     assert all(vars(sampling_of(rows, row)).items() >= PAPER_SAMPLING.items() for row in rows.values() if row.config)
     assert config_of(rows, rows["cycle_late"], 1000).cycle_after == 750
     assert weights_of(rows, rows[RECOMMENDED]).name == "batch_8" and sampling_of(rows, rows[RECOMMENDED]) == Sampling(**(PAPER_SAMPLING | GUIDED))
@@ -98,6 +98,6 @@ def test_a_finished_run_of_before_a_field_existed_is_taken_as_it_is(quick, monke
     before = file.read_bytes()
     monkeypatch.setattr(ablation, "train", None)
     assert ablation.trained(config, folder) == file and file.read_bytes() == before
-    (folder / "config.yaml").write_text(yaml.safe_dump(known | {"rate": 0.5}))
-    with pytest.raises(FeatInvError, match="rate: 0.5 there, 1e-05 now"):
+    (folder / "config.yaml").write_text(yaml.safe_dump(known | {"lr": 0.5}))
+    with pytest.raises(FeatInvError, match="lr: 0.5 there, 1e-05 now"):
         ablation.trained(config, folder)

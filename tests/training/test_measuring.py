@@ -94,5 +94,5 @@ def test_a_curve_that_was_stopped_goes_on_with_the_points_it_has(tmp_path, monke
     assert transfer.curve(config, tmp_path / "run", 40, 10) == [(10, 0.1), (20, 0.2), (30, 0.3), (40, 0.4)]
     assert measured == [10, 20, 30, 40]
     assert transfer.curve(config, tmp_path / "run", 20, 10) == [(10, 0.1), (20, 0.2)]
-    with pytest.raises(FeatInvError, match=r"another run \(rate differ\)"):
-        transfer.curve(replace(config, rate=1.0), tmp_path / "run", 20, 10)
+    with pytest.raises(FeatInvError, match=r"another run \(lr differ\)"):
+        transfer.curve(replace(config, lr=1.0), tmp_path / "run", 20, 10)

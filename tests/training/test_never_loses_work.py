@@ -171,7 +171,7 @@ def test_the_log_goes_on_where_the_checkpoint_does(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(straight, tmp_path, monkeypatch, capsys, number):
-    real, calls = running.set_rate, []
+    real, calls = running.set_lr, []
 
     def interrupted(*args):
         calls.append(0)
@@ -180,7 +180,7 @@ def test_a_signal_saves_first(straight, tmp_path, monkeypatch, capsys, number):
         real(*args)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(running, "set_rate", interrupted)
+    monkeypatch.setattr(running, "set_lr", interrupted)
     with pytest.raises(SystemExit) as ended:
         here(tmp_path)
     assert ended.value.code == 128 + number and saved(tmp_path) == [6, 8]
@@ -229,7 +229,7 @@ def poisoned(monkeypatch, call):
 
 def test_a_signal_to_the_whole_group_saves_first(photographs, tmp_path, monkeypatch, capsys):
     """As a terminal's Ctrl-C and a cluster's SIGTERM come: to the workers, too."""
-    real, calls = running.set_rate, []
+    real, calls = running.set_lr, []
 
     def interrupted(*args):
         calls.append(0)
@@ -240,7 +240,7 @@ def test_a_signal_to_the_whole_group_saves_first(photographs, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGINT)
         real(*args)
 
-    monkeypatch.setattr(running, "set_rate", interrupted)
+    monkeypatch.setattr(running, "set_lr", interrupted)
     with pytest.raises(SystemExit) as ended:
         here(tmp_path / "run", data=str(photographs), workers="2", save_every="1000")
     assert ended.value.code == 130 and saved(tmp_path / "run") == [6]
@@ -253,14 +253,14 @@ def test_a_signal_to_the_whole_group_saves_first(photographs, tmp_path, monkeypa
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_what_was_learned_is_saved_where_the_pictures_go_away(photographs, tmp_path, monkeypatch, workers):
-    real = running.set_rate
+    real = running.set_lr
 
     def vanishing(*args):
         for file in photographs.glob("*.png"):
             file.unlink()
         real(*args)
 
-    monkeypatch.setattr(running, "set_rate", vanishing)
+    monkeypatch.setattr(running, "set_lr", vanishing)
     with pytest.raises(FeatInvError, match="^100 pictures in a row could not be read"):
         here(tmp_path / "run", data=str(photographs), workers=workers, save_every="1000")
     assert len(saved(tmp_path / "run")) == 1

@@ -72,7 +72,7 @@ def test_two_processes_follow_the_loss_curve_of_one(whole, tmp_path):
         process.join()
     assert [p.exitcode for p in own] == [0, 0]
     first, second = lines(whole[0]), lines(tmp_path)
-    assert [(a["images"], a["rate"]) for a in first] == [(b["images"], b["rate"]) for b in second]
+    assert [(a["images"], a["lr"]) for a in first] == [(b["images"], b["lr"]) for b in second]
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in zip(first, second))
     assert close(load_file(tmp_path / "tiny_cnn_last.safetensors"), whole[1])
 
@@ -111,7 +111,7 @@ def test_min_snr_lowers_the_weight_of_small_noise(whole, tmp_path):
 
 def test_the_log_says_what_a_step_costs(whole):
     (line,) = lines(whole[0])
-    assert {"images", "loss", "rate", "images_per_second", "gflops", "data_wait", "memory_gb"} == line.keys()  # the share of a CPU's peak is not known
+    assert {"images", "loss", "lr", "images_per_second", "gflops", "data_wait", "memory_gb"} == line.keys()  # the share of a CPU's peak is not known
     assert 0 <= line["data_wait"] <= 1 and line["memory_gb"] > 0.1
     base, backbone = load_base("tiny", "a drawing of the small world"), open_backbone("tiny-cnn")
     model = FeatureControlNet.start(base, backbone.source(), 16)

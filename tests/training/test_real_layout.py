@@ -62,7 +62,7 @@ def test_train_and_open_on_a_real_layout(stable_diffusion, tmp_path):
         Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).resize((90, 70)).save(images / f"{i}.png")
     changes = {
         "base": str(stable_diffusion), "data": str(images), "prompt": PROMPT, "max_images": "8", "batch": "2", "encoder_width": "16",
-        "precision": "fp32", "flips": "both", "panel_every": "8", "ema": "0", "schedule": "constant", "rate": "1e-5", "workers": "0",
+        "precision": "fp32", "flips": "both", "panel_every": "8", "ema": "0", "schedule": "constant", "lr": "1e-5", "workers": "0",
         "recommended": "{strength: 1.0, guidance: 1.75, negative: text, steps: 2}",
     }  # fmt: skip
     file = train(read_config(DEFAULT, changes), tmp_path / "run")

@@ -26,7 +26,7 @@ def regress(work, **changes):
         x = torch.randn(len(indices), 1)
         return (model(x) - 3 * x - 1).square().mean()
 
-    return train_stage("line", model, loss_of, **{"images": 640, "batch": 8, "rate": 0.1, "work": work} | changes)
+    return train_stage("line", model, loss_of, **{"images": 640, "batch": 8, "lr": 0.1, "work": work} | changes)
 
 
 def test_a_stopped_stage_goes_on_as_if_never_stopped(tmp_path):
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     regress(tmp_path, images=80)
     before = (tmp_path / "line.pt").read_bytes()
     with pytest.raises(FeatInvError, match=r"line.pt is of a model of other sizes.*--work"):
-        train_stage("line", torch.nn.Linear(2, 1), lambda indices: None, images=640, batch=8, rate=0.1, work=tmp_path)
+        train_stage("line", torch.nn.Linear(2, 1), lambda indices: None, images=640, batch=8, lr=0.1, work=tmp_path)
     assert (tmp_path / "line.pt").read_bytes() == before
 
 

@@ -17,7 +17,7 @@ from training.data.listing import Folder, open_listing
 from training.data.loader import Photographs, Scenes, loader
 from training.loop import memory
 from training.loop.objective import observed_features, training_loss
-from training.loop.schedule import rate_at
+from training.loop.schedule import lr_at
 from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
@@ -41,9 +41,9 @@ def test_a_resumed_run_equals_one_never_stopped(tmp_path):
 
 def test_starting_from_a_model_of_the_same_or_of_other_features(tmp_path):
     first = load_file(run(tmp_path / "first", 16))
-    same = run(tmp_path / "same", 16, init_from=str(tmp_path / "first" / "tiny_cnn_last.safetensors"), rate="0.0", weight_decay="0.0", ema="0.0")
+    same = run(tmp_path / "same", 16, init_from=str(tmp_path / "first" / "tiny_cnn_last.safetensors"), lr="0.0", weight_decay="0.0", ema="0.0")
     assert all(torch.equal(first[k], v) for k, v in load_file(same).items()) and load_pipeline(str(same)).info.images_seen == 32
-    other = run(tmp_path / "other", 8, init_from=str(same), layer="layer2", rate="0.0", weight_decay="0.0", ema="0.0")
+    other = run(tmp_path / "other", 8, init_from=str(same), layer="layer2", lr="0.0", weight_decay="0.0", ema="0.0")
     kept = load_file(other)
     assert all(torch.equal(first[k], v) for k, v in kept.items() if not k.startswith("controlnet_cond_embedding"))
     assert kept["controlnet_cond_embedding.block.0.weight"].shape[1] == 64
@@ -54,7 +54,7 @@ def test_a_taken_over_encoder_keeps_its_own_statistics(tmp_path, monkeypatch):
     base, file = load_base("tiny", ""), tmp_path / "converted.safetensors"
     model, info = FeatureControlNet.load(model_file("tiny_cnn_last"), base)
     model.save(file, replace(info, images_seen=0))
-    mean, given, observed = model.encoder.mean.clone(), {"rate": "0.0", "weight_decay": "0.0", "ema": "0.0", "standardise": "true"}, []
+    mean, given, observed = model.encoder.mean.clone(), {"lr": "0.0", "weight_decay": "0.0", "ema": "0.0", "standardise": "true"}, []
 
     def observing(backbone, seen, config):
         observed.append(len(seen["pictures"]))
@@ -90,7 +90,7 @@ def test_the_result_opens_as_a_model_and_states_how_it_was_made(tmp_path):
 
 def test_training_helps_on_scenes_it_never_saw(tmp_path):
     """100 steps lower the loss on held-out scenes, at equal noise and timesteps: by 0.7 and 1.1 % with two seeds."""
-    pipeline = load_pipeline(str(run(tmp_path, 1600, batch="16", rate="2e-3", encoder_width="64", save_every="4000", panel_every="4000")))
+    pipeline = load_pipeline(str(run(tmp_path, 1600, batch="16", lr="2e-3", encoder_width="64", save_every="4000", panel_every="4000")))
     scenes = draw(0, torch.arange(256), "held-out").image
     latents, features = pipeline.base.encode(scenes), pipeline.features(scenes)
     config = read_config(DEFAULT, {"dropout": "0.0", "cycle": "0.0"})
@@ -205,7 +205,7 @@ def test_a_configuration_for_every_row_of_the_paper():
     for name, row in PAPER.items():
         c = read_config(CONFIGS / f"{name}.yaml")
         assert (c.backbone, c.input_size, c.layer, c.pooled, c.encoder, c.max_images) == row
-        assert (c.batch, c.rate, c.dropout, c.schedule, c.ema, c.cycle, c.standardise, c.encoder_width) == (8, 1e-5, 0.15, "constant", 0, 0, False, 512)
+        assert (c.batch, c.lr, c.dropout, c.schedule, c.ema, c.cycle, c.standardise, c.encoder_width) == (8, 1e-5, 0.15, "constant", 0, 0, False, 512)
         assert (c.recommended["strength"], c.recommended["guidance"]) == ((1.5, 8.0) if c.pooled else (1.0, 1.75))
         fast = read_config(CONFIGS / f"{name}_fast.yaml")
         assert (fast.backbone, fast.layer, fast.pooled, fast.encoder, fast.prompt) == (c.backbone, c.layer, c.pooled, c.encoder, c.prompt) and fast.batch > c.batch
@@ -217,7 +217,7 @@ def test_shipped_configurations_are_valid_and_overrides_are_typed(tmp_path):
     (tmp_path / "mine.yaml").write_text("extends: nothing.yaml\nname: mine\n")
     with pytest.raises(FeatInvError, match="extends nothing.yaml"):
         read_config(tmp_path / "mine.yaml")
-    assert read_config(DEFAULT, {"rate": "1e-5"}).rate == 1e-5
+    assert read_config(DEFAULT, {"lr": "1e-5"}).lr == 1e-5
     for field, value in {"nonsense": "1", "batch": "many", "schedule": "square", "pooled": "3"}.items():
         with pytest.raises(FeatInvError, match=field):
             read_config(DEFAULT, {field: value})
@@ -231,7 +231,7 @@ def test_shipped_configurations_are_valid_and_overrides_are_typed(tmp_path):
     "field, value, message",
     [
         ("dropout", "2", "dropout 2.0: expected 0 to 1"), ("ema", "1.5", "ema 1.5: expected 0 to"), ("ema", "true", "ema is True; expected float"),
-        ("min_snr", "-1", "min_snr -1.0: expected at least 0"), ("rate", "-1", "rate -1.0"), ("images", "0", "images 0: expected at least 1"),
+        ("min_snr", "-1", "min_snr -1.0: expected at least 0"), ("lr", "-1", "lr -1.0"), ("images", "0", "images 0: expected at least 1"),
         ("cycle_below", "5000", "cycle_below 5000: expected 0 to 1000"), ("recommended", "{foo: 2}", "recommended .*foo"),
         ("recommended", "{steps: 0}", "steps >= 1"), ("recommended", "{a: [", "recommended is"),
     ],
@@ -249,9 +249,9 @@ def test_files_that_are_no_configuration_are_refused(tmp_path):
 
 
 def test_learning_rate_warms_up_and_falls():
-    config = read_config(DEFAULT, {"warmup": "1000", "max_images": "10000", "rate": "1.0"})
-    assert rate_at(0, config, 128) == 128 / 1000
-    assert 0.9 < rate_at(1000, config, 128) <= 1.0 and rate_at(10_000, config, 128) < 1e-6
+    config = read_config(DEFAULT, {"warmup": "1000", "max_images": "10000", "lr": "1.0"})
+    assert lr_at(0, config, 128) == 128 / 1000
+    assert 0.9 < lr_at(1000, config, 128) <= 1.0 and lr_at(10_000, config, 128) < 1e-6
 
 
 def test_image_folder_is_a_function_of_seed_and_number(tmp_path):

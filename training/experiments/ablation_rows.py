@@ -14,7 +14,7 @@ PAPER_SAMPLING = {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps"
 #: what all trainings share beside the images: they can be compared, and their speed is not of interest
 SHARED = {"seed": "1", "compile": "true", "save_every": "12800", "panel_every": "12800", "scope": "0"}
 PAPER = {
-    "standardise": "false", "cycle": "0", "batch": "8", "schedule": "constant", "ema": "0", "rate": "1e-5", "warmup": "0",
+    "standardise": "false", "cycle": "0", "batch": "8", "schedule": "constant", "ema": "0", "lr": "1e-5", "warmup": "0",
     "recommended": str(PAPER_SAMPLING),
 }  # fmt: skip
 RECOMMENDED = "gradient"  # the row that is set beside the paper's
@@ -38,17 +38,17 @@ def all_rows(images: int) -> dict[str, Row]:
     """name -> row, each after the one it builds on."""
     rows = [
         Row("paper_1e-5", "the paper's recipe: batch 8, rate 1e-5", None, PAPER),
-        Row("paper_1e-4", "rate 1e-4", "paper_1e-5", {"rate": "1e-4"}),
-        Row("paper_3e-4", "rate 3e-4", "paper_1e-5", {"rate": "3e-4"}),
-        Row("paper_1e-3", "rate 1e-3", "paper_1e-5", {"rate": "1e-3"}),
-        Row("batch", "batch 64, rate 1.5e-3 after a warm-up, falling to 0", "paper_1e-5", {"batch": "64", "rate": "1.5e-3", "schedule": "cosine", "warmup": "1000"}),
+        Row("paper_1e-4", "rate 1e-4", "paper_1e-5", {"lr": "1e-4"}),
+        Row("paper_3e-4", "rate 3e-4", "paper_1e-5", {"lr": "3e-4"}),
+        Row("paper_1e-3", "rate 1e-3", "paper_1e-5", {"lr": "1e-3"}),
+        Row("batch", "batch 64, rate 1.5e-3 after a warm-up, falling to 0", "paper_1e-5", {"batch": "64", "lr": "1.5e-3", "schedule": "cosine", "warmup": "1000"}),
         Row("ema", "moving average, 0.999 a step", "batch", {"ema": "0.999"}),
         Row("standardise", "features standardised per channel", "ema", {"standardise": "true"}),
         Row("min_snr", "min-SNR weighting, gamma 5", "standardise", {"min_snr": "5"}),
         Row("small", "pictures of 32 pixels, maps of 4 x 4", "standardise", {"input_size": "32"}),
         Row("small_at_map", "convolutions before the upsampling", "small", {"encoder": "conv_at_map"}),
-        Row("batch_16", "batch 16, rate 8e-4", "standardise", {"batch": "16", "rate": "8e-4"}),
-        Row("batch_8", "batch 8, rate 5e-4", "standardise", {"batch": "8", "rate": "5e-4"}),
+        Row("batch_16", "batch 16, rate 8e-4", "standardise", {"batch": "16", "lr": "8e-4"}),
+        Row("batch_8", "batch 8, rate 5e-4", "standardise", {"batch": "8", "lr": "5e-4"}),
         Row("cycle", "cycle consistency, weight 2", "batch_16", {"cycle": "2.0"}),
         Row("cycle_200", "at timesteps below 200 only", "cycle", {"cycle_below": "200"}),
         Row("cycle_late", "in the last quarter only", "cycle", {"cycle_after": str(images * 3 // 4)}),

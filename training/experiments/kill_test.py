@@ -60,7 +60,7 @@ def differences(one: Path, two: Path) -> list[str]:
     logs = []
     for folder in (one, two):
         lines = map(json.loads, (folder / "stats.jsonl").read_text().splitlines())
-        logs.append([{k: line.get(k) for k in ("images", "loss", "rate", "cosine")} for line in lines])
+        logs.append([{k: line.get(k) for k in ("images", "loss", "lr", "cosine")} for line in lines])
     return found + (["stats.jsonl"] if logs[0] != logs[1] else [])
 
 

@@ -73,7 +73,7 @@ class FaultTracker:
             write_json(file, {"first_image": first, "images": self.per_step, "pictures": names, "config": asdict(self.config)})
         return FeatInvError(
             f"the loss or its gradients are not finite in the step from image {first} on{more} (its pictures and the configuration: {file}). The last "
-            f"checkpoint is from before: a lower --rate{'' if more else ', --nan skip, which leaves such steps out,'} or --precision fp32 may take the run past it"
+            f"checkpoint is from before: a lower --lr{'' if more else ', --nan skip, which leaves such steps out,'} or --precision fp32 may take the run past it"
         )
 
     def state(self) -> dict:

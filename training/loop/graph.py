@@ -19,14 +19,14 @@ def check_device(device: torch.device | str) -> None:
         raise FeatInvError(f"a step can become a CUDA graph on a CUDA device only, not on {device}; leave --graph out")
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float, groups: int | None = None) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, groups: int | None = None) -> None:
     """The learning rate of the first `groups` groups (default: all), 0 for the others; a captured one keeps its tensor."""
     for number, group in enumerate(optimizer.param_groups):
-        rate = rate if groups is None or number < groups else 0.0
+        lr = lr if groups is None or number < groups else 0.0
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(lr)
         else:
-            group["lr"] = rate
+            group["lr"] = lr
 
 
 def make_plain(optimizer: torch.optim.Optimizer) -> None:
@@ -84,14 +84,14 @@ def _prepare(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
     if optimizer.state:
         return
-    rates = [group["lr"].clone() for group in optimizer.param_groups]
+    lrs = [group["lr"].clone() for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"].zero_()
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates):
-        group["lr"].copy_(rate)
+    for group, lr in zip(optimizer.param_groups, lrs):
+        group["lr"].copy_(lr)
         for p in group["params"]:
             p.grad = None
             optimizer.state[p]["step"].zero_()

@@ -22,12 +22,12 @@ def build_optimizer(model: FeatureControlNet, config: TrainConfig) -> Optimizer:
     """
     groups = [{"params": list(model.encoder.parameters())}, {"params": list(model.controlnet.parameters())}]
     if config.optimizer == "adamw":
-        return AdamW(groups, lr=config.rate, weight_decay=config.weight_decay, fused=True)
+        return AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise FeatInvError("optimizer 'adamw8bit' needs the package bitsandbytes: pip install bitsandbytes, or take 'adamw'") from error
-    return AdamW8bit(groups, lr=config.rate, weight_decay=config.weight_decay)
+    return AdamW8bit(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def weights_layout(config: TrainConfig, device: torch.device | str) -> torch.memory_format:

@@ -31,12 +31,12 @@ from .ema import update_average
 from .faults import FaultTracker
 from .flops import step_gmac
 from .folder import check_room
-from .graph import check_device, make_plain, set_rate, training_step
+from .graph import check_device, make_plain, set_lr, training_step
 from .log import Pace, check_trackers, device_peak, open_log, show, start_trackers, write_line
 from .objective import at_stage, cast_frozen, observe, sample_noise, training_loss
 from .optimizer import build_optimizer, clip_and_step, weights_layout
 from .panel import sample_panel
-from .schedule import rate_at
+from .schedule import lr_at
 from .scope import check_scope_data, end_with_scope
 from .setup import open_frozen, standardise, start_from
 
@@ -175,7 +175,7 @@ class Run:
         """Gradients and update on the batch at hand; random numbers depend on the seed and the images seen alone."""
         config = self.config
         torch.manual_seed(hash((config.seed, self.seen)) % 2**63)
-        set_rate(self.optimizer, rate_at(self.seen, config, self.per_step), 1 if self.seen < config.encoder_first else None)
+        set_lr(self.optimizer, lr_at(self.seen, config, self.per_step), 1 if self.seen < config.encoder_first else None)
         try:
             self.losses.append(self._take_step().clone())
         except torch.OutOfMemoryError as error:
@@ -207,7 +207,7 @@ class Run:
         values, stop = self.faults.check(self.losses, self.seen, signal)
         self.losses, finite = [] if full else self.losses, [value for value in values if math.isfinite(value)]
         mean = {"loss": fmean(finite)} if finite else {}
-        self._record(**mean, rate=rate_at(self.seen - self.per_step, self.config, self.per_step), **self.pace.report())
+        self._record(**mean, lr=lr_at(self.seen - self.per_step, self.config, self.per_step), **self.pace.report())
         self._progress.set_postfix({name: f"{value:.4f}" for name, value in mean.items()})
         return stop
 

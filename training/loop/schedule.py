@@ -7,11 +7,11 @@ import math
 from ..config import TrainConfig
 
 
-def rate_at(seen: int, config: TrainConfig, per_step: int) -> float:
+def lr_at(seen: int, config: TrainConfig, per_step: int) -> float:
     """Learning rate of the step after `seen` images: linear warm-up, then constant or a half cosine to zero."""
     ramp = min(1.0, (seen + per_step) / max(config.warmup, 1))
     falling = 0.5 + 0.5 * math.cos(math.pi * seen / config.max_images) if config.schedule == "cosine" else 1.0
-    return config.rate * ramp * falling
+    return config.lr * ramp * falling
 
 
 def due(every: int, seen: int, per_step: int) -> bool:

@@ -16,7 +16,7 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from .backbones import normalise
 from .loop import train_stage
 
-IMAGES, BATCH, RATE = 240_000, 64, 2e-3
+IMAGES, BATCH, LR = 240_000, 64, 2e-3
 STOP = 54_528  # it ends early on its schedule: by then it is better than the rest needs
 DECODER_IMAGES = 112_000
 DECODER_NOISE = (0.6, 0.8)  # largest deviation in the first quarter, and after it
@@ -75,7 +75,7 @@ def train_autoencoder(work: Path, backbone: nn.Module, device: str = "cpu", seed
         return loss
 
     average = train_stage(
-        "autoencoder", model, loss_of, images=IMAGES, stop=STOP, batch=BATCH, rate=RATE, work=work, ema=0.998, decay=0.01, device=device
+        "autoencoder", model, loss_of, images=IMAGES, stop=STOP, batch=BATCH, lr=LR, work=work, ema=0.998, decay=0.01, device=device
     )
     return standardise(average.vae.cpu(), normalise(draw(seed, torch.arange(500)).image))
 
@@ -113,7 +113,7 @@ def train_decoder(
             y = decode(z + level * torch.randn_like(z)).float()
             return pixel_loss(y, x) + 0.3 * feature_loss(maps_of, y, x)
 
-    return train_stage("decoder", vae, loss_of, batch=batch, rate=RATE, work=work, ema=0.998, decay=0.01, device=device, **stage).cpu()
+    return train_stage("decoder", vae, loss_of, batch=batch, lr=LR, work=work, ema=0.998, decay=0.01, device=device, **stage).cpu()
 
 
 @torch.no_grad()

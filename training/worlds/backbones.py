@@ -70,7 +70,7 @@ def token_targets(scenes: Scenes) -> Tensor:
 def train_cnn(work: Path, device: str = "cpu", seed: int = 0) -> nn.Module:
     """Trains the CNN on training scenes drawn on the fly; returns its moving average."""
     torch.manual_seed(seed)
-    images, batch, rate = RECIPES["cnn"]
+    images, batch, lr = RECIPES["cnn"]
     model = build("cnn").to(device, memory_format=torch.channels_last)
 
     def loss_of(indices: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def train_cnn(work: Path, device: str = "cpu", seed: int = 0) -> nn.Module:
             logits = model(normalise(scenes.image).to(memory_format=torch.channels_last))
         return group_losses(logits, scenes.targets())
 
-    return train_stage("backbone_cnn", model, loss_of, images=images, batch=batch, rate=rate, work=work, device=device)
+    return train_stage("backbone_cnn", model, loss_of, images=images, batch=batch, lr=lr, work=work, device=device)
 
 
 class Student(nn.Module):
@@ -100,7 +100,7 @@ def train_vit(work: Path, cnn: nn.Module, device: str = "cpu", seed: int = 0) ->
     """Trains the transformer: labels of the scene and of each cell, then the CNN's feature vectors as well (a small
     transformer learns shapes slowly from labels alone). Returns its moving average."""
     torch.manual_seed(seed)
-    images, batch, rate = RECIPES["vit"]
+    images, batch, lr = RECIPES["vit"]
     model, cnn = Student(build("vit")).to(device), cnn.eval().to(device, memory_format=torch.channels_last)
 
     def loss_of(indices: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def train_vit(work: Path, cnn: nn.Module, device: str = "cpu", seed: int = 0) ->
             loss = loss + 4 * (1 - F.cosine_similarity(vectors.float(), wanted.float(), dim=-1).mean())
         return loss
 
-    return train_stage("backbone_vit", model, loss_of, images=images, batch=batch, rate=rate, work=work, device=device).vit
+    return train_stage("backbone_vit", model, loss_of, images=images, batch=batch, lr=lr, work=work, device=device).vit
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from .loop import train_stage
 
 WIDTHS, TOKENS, CONTEXT = (64, 96), 4, 64
 PROMPT = DRAWN.prompt
-IMAGES, BATCH, RATE = 1_000_000, 64, 1.5e-3
+IMAGES, BATCH, LR = 1_000_000, 64, 1.5e-3
 CACHED, PART = 2_000_000, 10_000  # scenes whose latents are kept at most; else each is used about three times
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
@@ -76,7 +76,7 @@ def train_base(
     latents: Callable[[int], Tensor],
     device: str = "cpu",
     batch: int = BATCH,
-    rate: float = RATE,
+    lr: float = LR,
     compile: bool = True,
     **stage,  # noqa: ANN003 - of train_stage
 ) -> UNet2DConditionModel:
@@ -95,7 +95,7 @@ def train_base(
             found = forward(noisy.to(memory_format=torch.channels_last), t, context).sample
         return F.mse_loss(found.float(), wanted)
 
-    return train_stage("base", unet, loss_of, batch=batch, rate=rate, work=work, ema=0.9995, decay=0.01, device=device, **stage)
+    return train_stage("base", unet, loss_of, batch=batch, lr=lr, work=work, ema=0.9995, decay=0.01, device=device, **stage)
 
 
 def write_base(folder: Path, unet: UNet2DConditionModel | None, vae: PatchAutoencoder, prompt: str, dtype: torch.dtype = torch.float16) -> None:

@@ -27,9 +27,9 @@ Guidance scales were chosen on 150 held-out scenes other than those reported, th
 
 The backbones and the autoencoder were trained on two processor cores, the rest on one NVIDIA H100:
 
-    python training/make_world.py drawn --stage base --images 14000000 --batch 512 --rate 2e-3 --graph            5 min
+    python training/make_world.py drawn --stage base --images 14000000 --batch 512 --lr 2e-3 --graph            5 min
     python training/make_world.py drawn --stage MODEL --images 2345472 --batch 256 --graph                        7 min
-    python training/make_world.py drawn --stage tiny_cnn_stage --further --images 5263616 --batch 256 --rate 1e-3 --graph   5 min
+    python training/make_world.py drawn --stage tiny_cnn_stage --further --images 5263616 --batch 256 --lr 1e-3 --graph   5 min
 
 The second line for the three models of spatial maps, side by side with tiny_cnn_pooled (529,664 pictures).
 

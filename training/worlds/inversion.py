@@ -158,5 +158,5 @@ def train_inversion(
         )
         average.save(file, info, dtype)
 
-    train_stage(config.name, model, loss_of, batch=config.batch, rate=config.rate, work=work, ema=config.ema, decay=config.weight_decay,
+    train_stage(config.name, model, loss_of, batch=config.batch, lr=config.lr, work=work, ema=config.ema, decay=config.weight_decay,
                 seed=config.seed, device=device, keep=keep, **stage)  # fmt: skip

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
 from training.loop.ema import update_average
-from training.loop.graph import check_device, make_plain, set_rate, training_step
+from training.loop.graph import check_device, make_plain, set_lr, training_step
 
 CHECKPOINT_SECONDS = 60
 
@@ -27,7 +27,7 @@ def train_stage(
     loss_of: Callable[[Tensor], Tensor],
     *,
     batch: int,
-    rate: float,
+    lr: float,
     work: Path,
     images: int | None = None,
     minutes: float | None = None,
@@ -43,7 +43,7 @@ def train_stage(
 
     loss_of: picture indices [batch] -> scalar loss; it draws or looks up the pictures itself.
     images: pictures seen in all, or minutes: of training in all, of this call and those before. stop: end earlier, after
-    so many images, on the same schedule. rate: peak of a cosine schedule with 2 % warm-up (AdamW). work: folder of the
+    so many images, on the same schedule. lr: peak of a cosine schedule with 2 % warm-up (AdamW). work: folder of the
     checkpoint `name.pt`, written whole or not at all every minute; a later call goes on from it, and a larger `images` or
     `minutes` continues a finished stage. keep: called with the average after each checkpoint, and for a finished stage.
     device: where `model` is and the indices are made. Random numbers depend on (seed, images seen) alone. graph: the step
@@ -54,7 +54,7 @@ def train_stage(
     model.train()
     average = deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=decay, betas=(0.9, 0.99), fused=True)
     seen, spent, file = 0, 0.0, work / f"{name}.pt"
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -89,7 +89,7 @@ def train_stage(
         keep(average)
     progress = tqdm(total=images, initial=seen, desc=name, unit="img", smoothing=0.02, mininterval=5)
     while done < 1 and seen < (stop or math.inf):
-        set_rate(optimizer, rate * min(1, done / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done))))
+        set_lr(optimizer, lr * min(1, done / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done))))
         torch.manual_seed(seed * 1_000_003 + seen)
         loss = take_step()
         seen += batch

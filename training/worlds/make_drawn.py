@@ -107,13 +107,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--further", action="store_true", help="train the shipped base or inversion models further instead of new ones")
     parser.add_argument("--images", type=int, help="pictures seen by the base, inversion model or RCDM (default: what two processor cores do in hours)")
     parser.add_argument("--batch", type=int, help="pictures per step of these")
-    parser.add_argument("--rate", type=float, help="peak learning rate of these")
+    parser.add_argument("--lr", type=float, help="peak learning rate of these")
     parser.add_argument("--graph", action="store_true", help="one CUDA graph per step instead of torch.compile, for these")
 
 
 def make(args: argparse.Namespace) -> None:
     """All stages in order, or the one asked for."""
-    scale = {k: v for k, v in {"images": args.images, "batch": args.batch, "rate": args.rate}.items() if v is not None}
+    scale = {k: v for k, v in {"images": args.images, "batch": args.batch, "lr": args.lr}.items() if v is not None}
     scale |= {"graph": True, "compile": False} if args.graph else {}
     if args.graph:
         check_device(args.device)

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, help="folder of the checkpoints (default: OUT/work)")
     parser.add_argument("--views", type=int, help="crops of each photograph that are kept with their features; 0: new crops in every step (default: 1 on a processor, 0 on a GPU)")
     parser.add_argument("--batch", type=int, help="images per step (default: 64 on a processor, 512 on a GPU)")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the base and the inversion models")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate of the base and the inversion models")
     parser.add_argument("--side", type=int, default=Sizes.side, help="side of the pictures that are drawn, in pixels")
     parser.add_argument("--patch", type=int, default=Sizes.patch, help="pixels per latent cell")
     parser.add_argument("--latents", type=int, default=Sizes.latents, help="channels of a latent cell")
@@ -187,7 +187,7 @@ class Maker:
         torch.manual_seed(0)
         made = self.args.further and (self.folder / "unet" / "config.json").exists()
         start = self.opened().unet.requires_grad_(True) if made else build_unet(self.sizes)
-        unet = train_base(self.work, start, latents, self.device, self.batch, self.args.rate, self.args.compile, keep=keep, **self.how, **length)
+        unet = train_base(self.work, start, latents, self.device, self.batch, self.args.lr, self.args.compile, keep=keep, **self.how, **length)
         self.write(unet, vae)
         base = self.opened()
         drawn = base.decode(sample(base, None, None, self.noise(base, SHOWN), Sampling(steps=50, guidance=1.0), PHOTO.prompt))
@@ -201,7 +201,7 @@ class Maker:
         start = next((str(file) for file in reversed(before) if file.exists()), self.args.init_from)
         config = TrainConfig(
             name, self.backbone.name, base.name, self.args.data[0], PHOTO.prompt, 1, layer=layer, pooled=pooled, encoder="conv_at_map", encoder_width=self.sizes.widths[0],
-            batch=self.batch, rate=self.args.rate, ema=0.999, compile=self.args.compile, **CYCLE, init_from=start, recommended=RECOMMENDED,
+            batch=self.batch, lr=self.args.lr, ema=0.999, compile=self.args.compile, **CYCLE, init_from=start, recommended=RECOMMENDED,
         )  # fmt: skip
         if self.views:
             draw = Kept(self.work / "kept", self.photographs, base, self.backbone, list(self.args.depths), self.views).draw(depth, self.device)

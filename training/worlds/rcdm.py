@@ -17,7 +17,7 @@ from .loop import train_stage
 
 #: as large beside the backbone's 64 pixels as the published 128 beside 224
 RESOLUTION, WIDTHS = 32, (32, 64, 96)
-BATCH, RATE, STEPS = 64, 1e-3, 50
+BATCH, LR, STEPS = 64, 1e-3, 50
 #: multiply-accumulates per picture in training, in units of 10^9: three times the network's for its step, and what it is
 #: conditioned on. The inversion model of pooled features: control net, frozen base, autoencoder and backbone
 COST, INVERSION_COST, INVERSION_IMAGES = 1.513 + 0.047, 0.584 + 0.127, 529_664
@@ -43,4 +43,4 @@ def train_rcdm(work: Path, backbone: Backbone, images: int, device: str = "cpu",
             found = forward(scheduler.add_noise(x, noise, t).to(memory_format=torch.channels_last), t, vectors)
         return F.mse_loss(found.float(), noise)
 
-    return train_stage("rcdm", model, loss_of, images=images, batch=BATCH, rate=RATE, work=work, decay=0.01, device=device)
+    return train_stage("rcdm", model, loss_of, images=images, batch=BATCH, lr=LR, work=work, decay=0.01, device=device)
