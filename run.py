@@ -40,14 +40,14 @@ def environment(files: list[str], use_running: bool) -> str:
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         step("make the virtual environment .venv", [sys.executable, "-m", "venv", str(folder)])
-    wanted = hashlib.sha256(b"".join((ROOT / f).read_bytes() for f in files)).hexdigest()
+    expected = hashlib.sha256(b"".join((ROOT / f).read_bytes() for f in files)).hexdigest()
     stamp = folder / f"installed-{len(files)}"
-    if not stamp.exists() or stamp.read_text() != wanted:
+    if not stamp.exists() or stamp.read_text() != expected:
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
         # torch and torchvision together, so that a matching pair is chosen before anything else asks for one of them
         step("install torch and torchvision (several GB on Linux with their GPU libraries)", [*pip, "torch", "torchvision"])
         step("install the other requirements", [*pip, "--quiet", *(part for f in files for part in ("-r", f))])
-        stamp.write_text(wanted)
+        stamp.write_text(expected)
     return str(python)
 
 

@@ -124,8 +124,8 @@ def memory(args: argparse.Namespace) -> None:
     activations = {again: [step_memory.activation_gigabytes(parts, batch, again) for batch in BATCHES] for again in (False, True)}
     for optimizer, ema in (("adamw", 0.9995), ("adamw", 0.0), ("adamw8bit", 0.0)):
         others = step_memory.needed(parts, bool(ema), MOMENTS[optimizer])
-        for again, found in activations.items():
-            print(f"| {optimizer} | {ema or 'none'} | {'yes' if again else 'no'} | " + " | ".join(f"{others + gb:.1f}" for gb in found) + " |")
+        for again, row in activations.items():
+            print(f"| {optimizer} | {ema or 'none'} | {'yes' if again else 'no'} | " + " | ".join(f"{others + gb:.1f}" for gb in row) + " |")
 
 
 def least_gmac(config: TrainConfig) -> tuple[float, tuple[int, int]]:

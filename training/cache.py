@@ -46,15 +46,15 @@ class Entries(Dataset):
 
 def missing(parts: list[Part], view: int, first: int) -> list[Part]:
     """The parts whose shard has to be made; damaged ones are named and removed."""
-    wanted = []
+    todo = []
     for part in parts:
         file = part.file(view, first)
         if file is not None and not is_whole(file):
             tqdm.write(f"{file} is damaged and made again")
             file.unlink()
         if part.file(view, first) is None:
-            wanted.append(part)
-    return wanted
+            todo.append(part)
+    return todo
 
 
 def batches(shards: list[Entry], pictures: int, size: int) -> Iterator[list[Entry]]:
@@ -74,14 +74,14 @@ def fill(config: TrainConfig) -> None:
     device, main = accelerator.device, accelerator.is_main_process
     base, backbone = open_frozen(config, device)
     cast_frozen(config, base, backbone)
-    wanted = sides(base, backbone) if config.cache_features else {"target": base.resolution}
-    source = open_source(config, wanted, device if config.workers == 0 else "cpu")
+    crop_sides = sides(base, backbone) if config.cache_features else {"target": base.resolution}
+    source = open_source(config, crop_sides, device if config.workers == 0 else "cpu")
     parts = parts_of(config, source, base, backbone)
     with accelerator.main_process_first():
         for part in parts:
             part.begin()
     own = parts[0].shards()[accelerator.process_index :: accelerator.num_processes]
-    missed = {shard: found for shard in tqdm(own, "reading back", unit="shard", disable=not main) if (found := missing(parts, *shard))}
+    missed = {shard: todo for shard in tqdm(own, "reading back", unit="shard", disable=not main) if (todo := missing(parts, *shard))}
     loader = DataLoader(
         Entries(source), batch_sampler=list(batches(list(missed), len(source), config.batch)), num_workers=config.workers,
         collate_fn=as_it_is, pin_memory=device.type == "cuda" and config.workers > 0,
@@ -90,11 +90,11 @@ def fill(config: TrainConfig) -> None:
     failed: dict[int, str] = {}
     for entries, tensors, wrong in tqdm(loader, "caching", unit="batch", disable=not main):
         with accelerator.autocast():
-            seen = {name: x.to(device) for name, x in tensors.items()}
-            found = {"moments": observed_moments(base, seen)} | ({"features": observed_features(backbone, seen, config)} if config.cache_features else {})
+            batch = {name: x.to(device) for name, x in tensors.items()}
+            computed = {"moments": observed_moments(base, batch)} | ({"features": observed_features(backbone, batch, config)} if config.cache_features else {})
         done = sum(map(len, rows[parts[0].name]))
         failed |= {done + row: reason for row, reason in wrong.items()}
-        for name, values in found.items():
+        for name, values in computed.items():
             rows[name].append(values.half().cpu())
         (index, view), end = entries[-1], done + len(entries)
         if end == SHARD or index == len(source) - 1:

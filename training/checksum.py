@@ -49,10 +49,10 @@ def write_checksummed(folder: Path, stem: str, suffix: str, write: Callable[[Bin
             except RuntimeError as error:
                 raise digesting.failed or error from error
             os.fsync(opened.fileno())
-        wanted = digesting.digest.hexdigest()[:DIGITS]
-        if _digest(part) != wanted:
+        expected = digesting.digest.hexdigest()[:DIGITS]
+        if _digest(part) != expected:
             raise OSError(f"{part} does not hold what was written to it")
-        whole = folder / f"{stem}-{wanted}{suffix}"
+        whole = folder / f"{stem}-{expected}{suffix}"
         os.replace(part, whole)
         return whole
     finally:

@@ -183,9 +183,9 @@ def _values(file: Path) -> dict:
     return values | own
 
 
-def _parsed(text: str, wanted: str) -> object:
+def _parsed(text: str, expected: str) -> object:
     """An override's text as YAML; what is to be text stays as it is, whatever else YAML might take it for."""
-    words = wanted.split(" | ")
+    words = expected.split(" | ")
     if "str" not in words:
         try:
             return yaml.safe_load(text)
@@ -194,16 +194,16 @@ def _parsed(text: str, wanted: str) -> object:
     return None if "None" in words and text.lower() in ("", "~", "null", "none") else text
 
 
-def _typed(file: Path, name: str, value: object, wanted: str) -> object:
+def _typed(file: Path, name: str, value: object, expected: str) -> object:
     """The value if it is of the wanted type (a dataclass annotation), numbers for floats converted."""
     try:
-        if wanted == "float" and not isinstance(value, bool):
+        if expected == "float" and not isinstance(value, bool):
             return float(value)  # YAML reads 1e-5 as text
     except (TypeError, ValueError):
         pass
-    if type(value).__name__ in wanted or (value is None and "None" in wanted):
+    if type(value).__name__ in expected or (value is None and "None" in expected):
         return value
-    raise FeatInvError(f"{file}: {name} is {value!r}; expected {wanted}")
+    raise FeatInvError(f"{file}: {name} is {value!r}; expected {expected}")
 
 
 def parse_arguments(description: str) -> tuple[TrainConfig, Path]:

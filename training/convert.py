@@ -147,10 +147,10 @@ def skeleton(config: dict, encoder: dict) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def require_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: str | Path) -> None:
+def require_fit(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: str | Path) -> None:
     """Raises FeatInvError, listing up to eight of each, for missing, unexpected and misshapen tensors."""
-    shapes = [f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}" for k in found if k in expected and found[k].shape != expected[k].shape]
-    groups = {"missing": [k for k in expected if k not in found], "unexpected": [k for k in found if k not in expected], "misshapen": shapes}
+    shapes = [f"{k} {tuple(actual[k].shape)} instead of {tuple(expected[k].shape)}" for k in actual if k in expected and actual[k].shape != expected[k].shape]
+    groups = {"missing": [k for k in expected if k not in actual], "unexpected": [k for k in actual if k not in expected], "misshapen": shapes}
     texts = [f"{name}: {', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}" for name, keys in groups.items() if keys]
     if texts:
         raise FeatInvError(f"{file} does not fit the ControlNet that its blocks describe. {'; '.join(texts)}. Is it a complete FeatInv checkpoint of the SD 1.x kind?")
@@ -200,11 +200,11 @@ def read_official(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise FeatInvError(f"checkpoint {file} does not exist")
     state = _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-    found = {k.removeprefix(CONTROL): v for k, v in state.items() if str(k).startswith(CONTROL) and isinstance(v, Tensor)}
-    if not found:
+    control = {k.removeprefix(CONTROL): v for k, v in state.items() if str(k).startswith(CONTROL) and isinstance(v, Tensor)}
+    if not control:
         parts = sorted({".".join(str(k).split(".")[:2]) for k in state})
         raise FeatInvError(f"{file} has no tensors {CONTROL}*; it has {', '.join(parts[:8]) or 'none at all'}. Give a checkpoint of the ControlNet, not of the base model")
-    return found
+    return control
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -213,8 +213,8 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
             if "featinv" in (opened.metadata() or {}):
                 raise FeatInvError(f"{file} is a FeatInv weights file already; to convert it, give --to official or --to diffusers")
             keys = list(opened.keys())
-            wanted = [key for key in keys if key.startswith(CONTROL)]
-            return {key: opened.get_tensor(key) for key in wanted} or dict.fromkeys(keys)
+            chosen = [key for key in keys if key.startswith(CONTROL)]
+            return {key: opened.get_tensor(key) for key in chosen} or dict.fromkeys(keys)
     except (SafetensorError, OSError) as error:
         raise FeatInvError(f"{file} is not a complete safetensors file ({error}); download or copy it again") from error
 

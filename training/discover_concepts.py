@@ -68,9 +68,9 @@ def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
     else:
         raise FeatInvError(f"data {args.data!r} is neither 'drawn' nor a folder")
     with tqdm(total=len(pictures), desc="features", unit="picture") as bar:
-        found = collect(pictures, lambda x: backbone.extract(x.to(args.device), args.layer), args.count, args.seed, advance(bar))
-    print("\n".join(filter(None, [pictures.skipped(), f"read {found.describe()}"])))
-    return found
+        collected = collect(pictures, lambda x: backbone.extract(x.to(args.device), args.layer), args.count, args.seed, advance(bar))
+    print("\n".join(filter(None, [pictures.skipped(), f"read {collected.describe()}"])))
+    return collected
 
 
 def find(backbone: Backbone, args: argparse.Namespace, collected: Collected, number: int) -> Concepts:
@@ -95,12 +95,12 @@ def main(argv: list[str] | None = None) -> None:
     backbone = backbone.cpu()
     if concepts is None:
         concepts = find(backbone, args, collected, 0 if args.concepts == AUTO else int(args.concepts))
-    found = concept_statistics(backbone, concepts, collected.maps)
+    stats = concept_statistics(backbone, concepts, collected.maps)
     about = {"data": Path(args.data).name, "read": collected.read, "classes": collected.classes}
-    save_concepts(args.out, with_statistics(concepts, found, **about))
-    write_text(args.out.with_suffix(".html"), page(concepts, collected, found))
-    print(table(concepts, found))
-    print(*remarks(concepts, found), sep="\n")
+    save_concepts(args.out, with_statistics(concepts, stats, **about))
+    write_text(args.out.with_suffix(".html"), page(concepts, collected, stats))
+    print(table(concepts, stats))
+    print(*remarks(concepts, stats), sep="\n")
     print(f"wrote {len(concepts)} concepts of {concepts.source.describe()} to {args.out}; look at {args.out.with_suffix('.html')}")
 
 

@@ -80,12 +80,12 @@ def _base(name: str, to: Path) -> Need | None:
     return Need(repository, folder, choose_base, ["--base", str(folder)], f"DiffusersLoader: {folder.name}")
 
 
-def _named(*wanted: str) -> Callable[[Collection[str]], dict[str, str]]:
+def _named(*required: str) -> Callable[[Collection[str]], dict[str, str]]:
     def choose(names: Collection[str]) -> dict[str, str]:
-        missing = [name for name in wanted if name not in names]
+        missing = [name for name in required if name not in names]
         if missing:
             raise FeatInvError(f"no {', '.join(missing)}")
-        return {name: name for name in wanted}
+        return {name: name for name in required}
 
     return choose
 
@@ -122,9 +122,9 @@ def bring(need: Need) -> None:
         chosen = need.choose(repository.files)
     except FeatInvError as error:
         raise FeatInvError(f"{need.repository} has {error}") from error
-    wanted = {need.folder / here: repository.files[there] for there, here in chosen.items()}
-    missing = {target: file for target, file in wanted.items() if not file.matches(target)}
-    for target in wanted:
+    files = {need.folder / here: repository.files[there] for there, here in chosen.items()}
+    missing = {target: file for target, file in files.items() if not file.matches(target)}
+    for target in files:
         if target in missing and target.exists():
             raise FeatInvError(f"{target} is not the file that {need.repository} has; move it away, or name another folder with --to")
         if target not in missing:
@@ -159,16 +159,16 @@ def main(arguments: list[str] | None = None) -> None:
     file = Path(args.config)
     if not file.is_file() and file.name == args.config:
         file = CONFIGS / f"{args.config.removesuffix('.yaml')}.yaml"
-    wanted = needs(read_config(file, {"base": args.base} if args.base else None), args.to.absolute())
-    if not wanted:
+    required = needs(read_config(file, {"base": args.base} if args.base else None), args.to.absolute())
+    if not required:
         print(f"{file.stem} needs no files: its backbone and its base model are embedded or here already")
         return
-    for need in wanted:
+    for need in required:
         bring(need)
-    options = [option for need in wanted for option in need.use]
+    options = [option for need in required for option in need.use]
     if options:
         print(f"to train: accelerate launch training/train.py --config {shlex.join([str(file), *options])}")
-    print("in ComfyUI, where this is its models folder:", *(f"  {need.node}" for need in wanted), sep="\n")
+    print("in ComfyUI, where this is its models folder:", *(f"  {need.node}" for need in required), sep="\n")
 
 
 if __name__ == "__main__":

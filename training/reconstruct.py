@@ -50,7 +50,7 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def wanted_maps(pipeline: InversionPipeline, args: argparse.Namespace, pixel_values: Tensor) -> list[tuple[str, FeatureMap]]:
+def target_maps(pipeline: InversionPipeline, args: argparse.Namespace, pixel_values: Tensor) -> list[tuple[str, FeatureMap]]:
     """The feature maps to invert, each with a name: one per picture, per weight, or the composition."""
     features = pipeline.features(pixel_values)
     if args.mix is None and args.mask is None:
@@ -74,16 +74,16 @@ def main(argv: list[str] | None = None) -> None:
     pictures = [read_image(file) for file in args.image]
     pipeline, sampling = pipeline_from(args, chooses=True)
     pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
-    maps = wanted_maps(pipeline, args, pixel_values)
-    wanted = concatenate([m for _, m in maps]).repeat(args.samples)
+    maps = target_maps(pipeline, args, pixel_values)
+    target = concatenate([m for _, m in maps]).repeat(args.samples)
 
     def start_of(attempt: int) -> Tensor:
         return noise(pipeline.base, args.seed + ATTEMPT * attempt, args.samples).repeat(len(maps), 1, 1, 1)
 
-    with tqdm(total=len(wanted) * sampling.best_of, desc="drawing", unit="picture") as bar:
-        drawn, attempts = pipeline.best(wanted, sampling, start_of, args.batch, bar.update)
-    scores = pipeline.score(wanted, drawn).tolist()
-    scopes = scope_entries(model_file(args.model), wanted, scores, sampling)
+    with tqdm(total=len(target) * sampling.best_of, desc="drawing", unit="picture") as bar:
+        drawn, attempts = pipeline.best(target, sampling, start_of, args.batch, bar.update)
+    scores = pipeline.score(target, drawn).tolist()
+    scopes = scope_entries(model_file(args.model), target, scores, sampling)
     off = [f"{name}: {scopes[m * args.samples]['line']}" for m, (name, _) in enumerate(maps) if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]]
 
     rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(pixel_values, args.image)]], []

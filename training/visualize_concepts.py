@@ -62,25 +62,25 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def title(shown: Visualization) -> str:
-    return shown.change.titles()[0][:20]
+def title(visualization: Visualization) -> str:
+    return visualization.change.titles()[0][:20]
 
 
 def grid_row(picture: torch.Tensor, row: list[Visualization], threshold: float) -> list[Cell]:
     """A row of Fig. 6: the picture, its reconstruction, and that with unaffected pixels darkened, per variant."""
     cells = [(picture, "picture"), (row[0].original[0], "reconstruction")]
-    for shown in row:
-        mask = affected(shown.distance, threshold)
-        verdict = "" if shown.slope.passed else ", NOT as asked"
-        cells.append((spotlight(shown.original[0], mask), f"slope {shown.slope.own:.2f}{verdict}"))
+    for visualization in row:
+        mask = affected(visualization.distance, threshold)
+        verdict = "" if visualization.slope.passed else ", NOT as asked"
+        cells.append((spotlight(visualization.original[0], mask), f"slope {visualization.slope.own:.2f}{verdict}"))
     return cells
 
 
-def detail_row(shown: Visualization) -> list[Cell]:
-    signed = signed_difference(shown.original, shown.changed)
+def detail_row(visualization: Visualization) -> list[Cell]:
+    signed = signed_difference(visualization.original, visualization.changed)
     return [
-        (shown.original[0], "reconstruction"), (shown.changed[0], f"changed, x{shown.commanded:.2f}"),
-        (heat_map(normalised(shown.distance)[None])[0], "difference"), (diverging(signed[None], float(signed.abs().amax().clamp(min=1e-3)))[0], "darker, brighter"),
+        (visualization.original[0], "reconstruction"), (visualization.changed[0], f"changed, x{visualization.commanded:.2f}"),
+        (heat_map(normalised(visualization.distance)[None])[0], "difference"), (diverging(signed[None], float(signed.abs().amax().clamp(min=1e-3)))[0], "darker, brighter"),
     ]  # fmt: skip
 
 
@@ -100,33 +100,33 @@ def main(argv: list[str] | None = None) -> None:
         for i in range(len(pixel_values)):
             rows.append(visualize(pipeline, features.select(i), concepts, groups, request, sampling, args.batch, bar.update))
     stems = [f"{i:03d}_{Path(file).stem}" for i, file in enumerate(args.image)]
-    details = [(Path(file).name[:18], shown) for file, row in zip(args.image, rows) for shown in row]
-    edited = concatenate([shown.change.changed for _, shown in details])
+    details = [(Path(file).name[:18], visualization) for file, row in zip(args.image, rows) for visualization in row]
+    edited = concatenate([visualization.change.changed for _, visualization in details])
     scores = [pipeline.score(s.change.changed.repeat(args.seeds), s.changed).mean().item() for _, s in details]
     scopes = scope_entries(model_file(args.model), edited, scores, sampling)
-    entries = [save(args, stem, number, shown) for stem, row in zip(stems, rows) for number, shown in enumerate(row)]
+    entries = [save(args, stem, number, visualization) for stem, row in zip(stems, rows) for number, visualization in enumerate(row)]
     entries = [entry | {"cosine": cosine, "scope": scope} for entry, cosine, scope in zip(entries, scores, scopes)]
     heading = f"{pipeline.info.source.describe()}; concepts x{args.factor:g}, {args.seeds} seeds"
     names = [Path(file).name[:18] for file in args.image]
     grid = [grid_row(x, row, args.threshold) for x, row in zip(pixel_values, rows)]
-    columns = "   ".join(f"{n + 1}: {title(shown)}" for n, shown in enumerate(rows[0]))
+    columns = "   ".join(f"{n + 1}: {title(visualization)}" for n, visualization in enumerate(rows[0]))
     save_image(panel(grid, names, heading, columns), args.out / "grid.png")
     save_image(panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading), args.out / "details.png")
     write_json(args.out / "results.json", {
         "model": args.model, "concepts": str(args.concepts), "images": [str(f) for f in args.image], "sampling": asdict(sampling), "request": asdict(request), "maps": entries,
     })
-    for (name, shown), scope in zip(details, scopes):
-        print(f"{name}, {title(shown)}: {shown.slope.describe()}; scope: {scope.get('line', 'unknown')}")
+    for (name, visualization), scope in zip(details, scopes):
+        print(f"{name}, {title(visualization)}: {visualization.slope.describe()}; scope: {scope.get('line', 'unknown')}")
     print(f"wrote grid.png, details.png and results.json to {args.out}")
 
 
-def save(args: argparse.Namespace, stem: str, number: int, shown: Visualization) -> dict:
+def save(args: argparse.Namespace, stem: str, number: int, visualization: Visualization) -> dict:
     """Writes a variant's difference map and mask; returns its entry in results.json."""
-    files = {"difference": normalised(shown.distance), "mask": affected(shown.distance, args.threshold)}
+    files = {"difference": normalised(visualization.distance), "mask": affected(visualization.distance, args.threshold)}
     for kind, values in files.items():
         save_image(to_image(values.expand(3, -1, -1)), args.out / f"{stem}_{number}_{kind}.png")
     return {
-        "picture": stem, "variant": number, "concepts": list(shown.change.groups[0]), "commanded": shown.commanded, "passed": shown.slope.passed, **asdict(shown.slope),
+        "picture": stem, "variant": number, "concepts": list(visualization.change.groups[0]), "commanded": visualization.commanded, "passed": visualization.slope.passed, **asdict(visualization.slope),
         **{kind: f"{stem}_{number}_{kind}.png" for kind in files},
     }  # fmt: skip
 

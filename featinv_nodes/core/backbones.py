@@ -94,8 +94,8 @@ class Backbone(nn.Module):
     def forward(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
         """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1. Gradients reach the pictures if they ask."""
         values, prefix = self._spatial(self._normalised(pixel_values), layer)
-        found = FeatureMap(values.float(), self.source(layer), prefix)
-        return found.pool() if pooled else found
+        features = FeatureMap(values.float(), self.source(layer), prefix)
+        return features.pool() if pooled else features
 
     def values(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> Tensor:
         """The bare values [B, C, H, W] of forward's feature maps, unchecked: what training reads, without waiting for
@@ -107,8 +107,8 @@ class Backbone(nn.Module):
         """The values [B, C, H, W] of several layers from one pass, as `values` gives them one by one."""
         named = [layer for layer in layers if layer != LAST]
         indices = [self._stages[layer] for layer in named] or 1  # timm cannot give none
-        last, found = self.model.forward_intermediates(self._normalised(pixel_values), indices=indices, output_fmt="NCHW")
-        maps = dict(zip(sorted(named, key=self._stages.__getitem__), found))
+        last, outputs = self.model.forward_intermediates(self._normalised(pixel_values), indices=indices, output_fmt="NCHW")
+        maps = dict(zip(sorted(named, key=self._stages.__getitem__), outputs))
         return {layer: self._grid(last) if layer == LAST else maps[layer] for layer in layers}
 
     def stages(self, pixel_values: Tensor) -> list[Tensor]:
@@ -160,13 +160,13 @@ class Backbone(nn.Module):
 
     def top_classes(self, logits: Tensor, k: int) -> list[list[tuple[str, float]]]:
         """For each row of logits [B, classes]: the k most probable (name, probability) of every label group."""
-        found: list[list[tuple[str, float]]] = [[] for _ in logits]
+        ranked: list[list[tuple[str, float]]] = [[] for _ in logits]
         for part in self.groups.values():
             probabilities = logits[:, part].softmax(1)
             best, numbers = probabilities.topk(min(k, probabilities.shape[1]), 1)
-            for row, values, classes in zip(found, best.tolist(), (numbers + (part.start or 0)).tolist()):
+            for row, values, classes in zip(ranked, best.tolist(), (numbers + (part.start or 0)).tolist()):
                 row += [(self._class_name(n), v) for n, v in zip(classes, values)]
-        return found
+        return ranked
 
     def _class_name(self, number: int) -> str:
         if self.classes:
@@ -325,14 +325,14 @@ def _fill(model: nn.Module, name: str, file: Path) -> None:
         ) from error
 
 
-def _misfits(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+def _misfits(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> str:
     """Which keys differ, a few of each kind by name; without BatchNorm's counters, which torch fills in."""
-    expected, found = ({k: v.shape for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (expected, found))
-    reshaped = [k for k in expected if k in found and found[k] != expected[k]]
+    expected, actual = ({k: v.shape for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (expected, actual))
+    reshaped = [k for k in expected if k in actual and actual[k] != expected[k]]
     kinds = {
-        "missing": [k for k in expected if k not in found],
-        "unexpected": [k for k in found if k not in expected],
-        "misshapen": [f"{k} {list(found[k])} instead of {list(expected[k])}" for k in reshaped],
+        "missing": [k for k in expected if k not in actual],
+        "unexpected": [k for k in actual if k not in expected],
+        "misshapen": [f"{k} {list(actual[k])} instead of {list(expected[k])}" for k in reshaped],
     }
     kinds = {kind: keys for kind, keys in kinds.items() if keys}
     return "; ".join(f"{kind} {_some(keys, 8 // len(kinds))}" for kind, keys in kinds.items())

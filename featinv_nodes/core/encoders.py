@@ -76,7 +76,7 @@ class MapConvEncoder(ConvEncoder):
 
 class PerceiverEncoder(Encoder):
     """The paper's alternative (App. A.1): a learned grid of queries reads the feature map by cross-attention, as in
-    Perceiver (Jaegle et al. 2021), so that no place of the hint is bound to a place of the map.
+    Perceiver (Jaegle et al. 2021), so that no location of the hint is bound to a location of the map.
 
     One query per cell of the latent grid, bilinearly scaled to other latents; a learned position is added to each
     token of the map. Width, heads and the layer after the attention are not in the paper; the projection to C_d starts
@@ -94,17 +94,17 @@ class PerceiverEncoder(Encoder):
         self.heads = heads
         self.queries = nn.Parameter(torch.randn(1, width, *queries) * 0.02)
         self.position = nn.Parameter(torch.randn(1, width, *tokens) * 0.02)
-        self.read = nn.Conv2d(channels, width, 1)
+        self.in_proj = nn.Conv2d(channels, width, 1)
         self.query_norm, self.token_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_query, self.to_key_value, self.merge = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.perceptron = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.to_query, self.to_key_value, self.out_proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.out = nn.Linear(width, out_channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Feature values [B, C, h, w] -> hint [B, C_d, *size], size being the latent grid (H, W)."""
-        tokens = self.read(self.standardised(values)) + self.position
+        tokens = self.in_proj(self.standardised(values)) + self.position
         tokens = self.token_norm(tokens.flatten(2).transpose(1, 2))  # [B, h w, width]
         grid = F.interpolate(self.queries, size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
         grid = grid.expand(len(values), -1, -1)  # [B, H W, width]
@@ -112,9 +112,9 @@ class PerceiverEncoder(Encoder):
             x.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for x in (self.to_query(self.query_norm(grid)), *self.to_key_value(tokens).chunk(2, 2))
         )
-        read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = grid + self.merge(read)
-        x = x + self.perceptron(self.norm(x))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = grid + self.out_proj(attended)
+        x = x + self.mlp(self.norm(x))
         return self.out(x).transpose(1, 2).unflatten(2, tuple(size))
 
 

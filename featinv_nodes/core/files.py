@@ -88,20 +88,20 @@ SCALE = ".scale"  # after the name of a tensor in 8 bits: what each output chann
 def write_weights(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dtype, metadata: dict[str, str] | None = None) -> None:
     """Writes the weights of a model whole or not at all. dtype: of the floating-point tensors; torch.int8 for 8 bits with a
     scale per output channel in matrices and kernels, and fp16 for the rest."""
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
         value = value.detach().cpu()
         if not value.is_floating_point():
-            found[name] = value.contiguous()
+            stored[name] = value.contiguous()
         elif dtype != torch.int8:
-            found[name] = value.to(dtype).contiguous()
+            stored[name] = value.to(dtype).contiguous()
         elif value.ndim < 2 or value[0].numel() < 16:
-            found[name] = value.half().contiguous()
+            stored[name] = value.half().contiguous()
         else:
             scale = value.float().flatten(1).abs().amax(1).clamp(min=1e-12) / 127
-            found[name] = (value.float() / scale.view(-1, *[1] * (value.ndim - 1))).round().to(torch.int8).contiguous()
-            found[name + SCALE] = scale
-    write_safetensors(file, found, metadata or {"format": "pt"})
+            stored[name] = (value.float() / scale.view(-1, *[1] * (value.ndim - 1))).round().to(torch.int8).contiguous()
+            stored[name + SCALE] = scale
+    write_safetensors(file, stored, metadata or {"format": "pt"})
 
 
 def read_weights(file: str | Path, skip: str | None = None) -> dict[str, Tensor]:
@@ -111,14 +111,14 @@ def read_weights(file: str | Path, skip: str | None = None) -> dict[str, Tensor]
         stored = read_tensors(file)
     except (SafetensorError, OSError) as error:
         raise FeatInvError(f"{file} is missing or not a complete safetensors file ({error}); download or copy it again") from error
-    found = {}
+    weights = {}
     for name, value in stored.items():
         if name.endswith(SCALE) and name.removesuffix(SCALE) in stored or skip and name.startswith(skip):
             continue
         if value.dtype == torch.int8:
             value = value.float() * stored[name + SCALE].view(-1, *[1] * (value.ndim - 1))
-        found[name] = value.float() if value.is_floating_point() else value
-    return found
+        weights[name] = value.float() if value.is_floating_point() else value
+    return weights
 
 
 def is_in_8_bits(file: str | Path) -> bool:

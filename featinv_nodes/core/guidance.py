@@ -66,8 +66,8 @@ def toward_features(clean: Tensor, picture_of: Callable[[Tensor], Tensor], backb
 def feature_distance(pictures: Tensor, backbone: Backbone, values: Tensor, layer: str, pooled: bool) -> Tensor:
     """[B] mean over the locations of 1 - cos(F(picture), f), pictures [B, 3, h, w] in 0..1 scaled whole to the backbone's
     input, f the values [B, C_f, h', w'] of its layer. Gradients reach the pictures."""
-    seen = backbone.values(backbone.preprocess(pictures, "stretch"), layer, pooled)
-    return 1 - F.cosine_similarity(seen.float(), values.float().to(seen.device), dim=1).mean((1, 2))
+    features = backbone.values(backbone.preprocess(pictures, "stretch"), layer, pooled)
+    return 1 - F.cosine_similarity(features.float(), values.float().to(features.device), dim=1).mean((1, 2))
 
 
 def rms(values: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ def principal_components(features: FeatureMap) -> Tensor:
         raise FeatInvError("one pooled vector has no principal components; give a spatial feature map or a batch")
     x = x - x.mean(0)
     _, _, directions = torch.linalg.svd(x, full_matrices=False)
-    shown = x @ directions[:3].T
-    shown = F.pad(shown * shown.pow(3).sum(0).sign(), (0, 3 - shown.shape[1]))  # a sign that does not depend on the solver
-    low, high = shown.quantile(0.01, 0), shown.quantile(0.99, 0)
-    shown = ((shown - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
+    colours = x @ directions[:3].T
+    colours = F.pad(colours * colours.pow(3).sum(0).sign(), (0, 3 - colours.shape[1]))  # a sign that does not depend on the solver
+    low, high = colours.quantile(0.01, 0), colours.quantile(0.99, 0)
+    colours = ((colours - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
     batch, _, height, width = features.values.shape
-    return shown.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+    return colours.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
 
 
 def heat_map(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

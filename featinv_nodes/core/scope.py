@@ -73,12 +73,12 @@ class ScopeReport:
     @property
     def off(self) -> list[list[str]]:
         """Per map what is off, in the words of STATISTICS; nothing for a map inside."""
-        found = []
+        names = []
         for i, verdict in enumerate(self.verdict):
             least = min(less_unusual(self.score[i]).item(), EDGE)  # the most unusual statistic is always named
             named = [name for name, share in self.share.items() if share[i] >= least and verdict != VERDICTS[0]]
-            found.append([STATISTICS[name][bool(self.low[name][i])] for name in named])
-        return found
+            names.append([STATISTICS[name][bool(self.low[name][i])] for name in named])
+        return names
 
     def captions(self) -> list[str]:
         """Per map the verdict and what is off: "outside: direction, neighbours"."""
@@ -135,7 +135,7 @@ class Scope:
     def _raw(self, values: Tensor) -> dict[str, Tensor]:
         x = values.movedim(1, -1)  # [B, H, W, C]
         u = F.normalize(x, dim=-1)
-        found = {
+        statistics = {
             "direction": 1 - (u @ self.bank.float().T).amax(-1),
             "magnitude": (x.norm(dim=-1) / self.scale).clamp(min=1e-3).log(),
             "distance": ((x / self.scale - self.mean) @ self.whiten.float().T).square().mean(-1),
@@ -143,8 +143,8 @@ class Scope:
         if "neighbours" in self.statistics:
             z = (u - self.centre.float()) @ self.axes.float().T
             r = z - neighbour_mean(z.movedim(-1, 1)).movedim(1, -1) @ self.predict.float().T
-            found["neighbours"] = (r @ self.residual.float().T).square().mean(-1)
-        return found
+            statistics["neighbours"] = (r @ self.residual.float().T).square().mean(-1)
+        return statistics
 
     def evaluate(self, features: FeatureMap) -> ScopeReport:
         """Where each map stands among held-out ones. Raises FeatInvError for another source."""
@@ -286,12 +286,12 @@ def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled:
     u, scaled = F.normalize(x, dim=1), (x / scale).double()
     means = MiniBatchKMeans(min(centres, len(u) // 4), random_state=seed, n_init=1, batch_size=4096).fit(u.numpy()).cluster_centers_
     mean = scaled.mean(0)
-    found = {"scale": scale, "bank": F.normalize(torch.from_numpy(means), dim=1).half(), "mean": mean.float()}
-    found["whiten"] = whitening(ledoit_wolf((scaled - mean).numpy(), assume_centered=True)[0])
+    parts = {"scale": scale, "bank": F.normalize(torch.from_numpy(means), dim=1).half(), "mean": mean.float()}
+    parts["whiten"] = whitening(ledoit_wolf((scaled - mean).numpy(), assume_centered=True)[0])
     centre = u.mean(0)
     if pooled:
         empty = torch.empty(0).half()
-        return found | {"centre": empty, "axes": empty, "predict": empty, "residual": empty}
+        return parts | {"centre": empty, "axes": empty, "predict": empty, "residual": empty}
     covariance = torch.cov(u.T.double())
     axes = torch.linalg.eigh(covariance).eigenvectors[:, -DIRECTIONS:].T.float().contiguous()
     z, n = ((v - centre) @ axes.T for v in (u, around))
@@ -299,7 +299,7 @@ def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled:
     gram = n.T @ n
     predict = torch.linalg.solve(gram + 1e-3 * gram.trace() / len(gram) * torch.eye(len(gram)), n.T @ z).T  # ridge regression
     residual = whitening(ledoit_wolf((z - n @ predict.T).numpy(), assume_centered=True)[0])
-    return found | {"centre": centre.half(), "axes": axes.half(), "predict": predict.half(), "residual": residual}
+    return parts | {"centre": centre.half(), "axes": axes.half(), "predict": predict.half(), "residual": residual}
 
 
 def whitening(covariance) -> Tensor:  # noqa: ANN001
@@ -312,10 +312,10 @@ def calibrated(scope: Scope, maps: Iterable[FeatureMap]) -> Scope:
     """The same scope with quantiles from maps that it was not fitted to."""
     raws = [scope.raw(batch) for batch in maps if len(batch)]
     raw = {name: torch.cat([part[name] for part in raws]) for name in scope.statistics}
-    found = {}
+    quantiles = {}
     for at, values_of in (("", {name: whole(name, values) for name, values in raw.items()}), (" at", raw)):
-        found |= {name + at: quantiles_of(values) for name, values in values_of.items()}
-        known = replace(scope, quantiles=found)
+        quantiles |= {name + at: quantiles_of(values) for name, values in values_of.items()}
+        known = replace(scope, quantiles=quantiles)
         score = most({name: surprise_of(known._log_odds(values, name + at), name) for name, values in values_of.items()})
-        found[f"score{at}"] = quantiles_of(score)
-    return replace(scope, quantiles=found)
+        quantiles[f"score{at}"] = quantiles_of(score)
+    return replace(scope, quantiles=quantiles)

@@ -151,30 +151,30 @@ class Slope:
         return f"slope {self.own:.2f} for {self.asked:g} asked ({verdict}), other concepts {self.others:.2f}{null}"
 
 
-def measure_slope(change: Edit, group: int, pictures: tuple[Tensor, Tensor], seen: tuple[FeatureMap, FeatureMap]) -> Slope:
+def measure_slope(change: Edit, group: int, pictures: tuple[Tensor, Tensor], reread: tuple[FeatureMap, FeatureMap]) -> Slope:
     """What a group's edit came to. pictures: the reconstructions [n, 3, H, W] of the original and of the changed map;
-    seen: their feature maps, read again by the backbone."""
-    concepts, phi = change.concepts, change.original.to(seen[1].values.device)
+    reread: their feature maps, read again by the backbone."""
+    concepts, phi = change.concepts, change.original.to(reread[1].values.device)
     own = [concepts.index(name) for name in change.groups[group]]
     others = [i for i in range(len(concepts)) if i not in own]
     null = null_difference(pictures[0])
     return Slope(
         change.factor,
-        own=slope(concepts, own, phi, seen[1]),
-        others=slope(concepts, others, phi, seen[1]) if others else 1.0,
-        untouched=slope(concepts, own, phi, seen[0]),
+        own=slope(concepts, own, phi, reread[1]),
+        others=slope(concepts, others, phi, reread[1]) if others else 1.0,
+        untouched=slope(concepts, own, phi, reread[0]),
         null=None if null is None else float(difference(*pictures).mean() / null.mean().clamp(min=1e-8)),
     )  # fmt: skip
 
 
-def measure_slopes(change: Edit, pictures: Tensor, seen: FeatureMap) -> list[Slope]:
-    """What each group's edit came to. pictures: as in Edit.unpaired; seen: their feature maps, read again by the backbone.
+def measure_slopes(change: Edit, pictures: Tensor, reread: FeatureMap) -> list[Slope]:
+    """What each group's edit came to. pictures: as in Edit.unpaired; reread: their feature maps, read again by the backbone.
 
     Raises FeatInvError if these are of another source than the edited map, or as Edit.unpaired does.
     """
-    seen.source.require(change.original.source, "what the backbone reads in the pictures", "the edited feature map")
+    reread.source.require(change.original.source, "what the backbone reads in the pictures", "the edited feature map")
     first, *others = change.unpaired(pictures)
-    again, *changed = [seen.select(slice(i, i + len(first))) for i in range(0, len(seen), len(first))]
+    again, *changed = [reread.select(slice(i, i + len(first))) for i in range(0, len(reread), len(first))]
     return [measure_slope(change, group, (first, other), (again, changed[group])) for group, other in enumerate(others)]
 
 
@@ -192,9 +192,9 @@ def slope(concepts: Concepts, numbers: Sequence[int], original: FeatureMap, agai
     """<phi_c, phi'_c> / <phi_c, phi_c> summed over the concepts c, locations and channels, and the n maps of `again`
     against the one of `original`; 0 for concepts that the original does not have."""
     along = length = 0.0
-    for number, (part, found) in enumerate(zip(concepts.each_part(original), concepts.each_part(again))):
+    for number, (part, reread) in enumerate(zip(concepts.each_part(original), concepts.each_part(again))):
         if number in numbers:
-            along += float((part * found).sum())
+            along += float((part * reread).sum())
             length += float(part.square().sum()) * len(again)
     return along / length if length > 0 else 0.0
 
@@ -208,17 +208,17 @@ def closed_loop(slope_at: Callable[[float], float], asked: float, rounds: int = 
     bisecting from the asked factor towards twice the asked change, or towards 1 where too much changed, and ends early on
     a slope that passes.
     """
-    found = asked, slope_at(asked)
-    little, much = (asked, 2 * asked - 1) if arrived(asked, found[1]) < 1 else (1.0, asked)
+    best = asked, slope_at(asked)
+    little, much = (asked, 2 * asked - 1) if arrived(asked, best[1]) < 1 else (1.0, asked)
     for _ in range(rounds - 1):
-        if passes(asked, found[1]):
+        if passes(asked, best[1]):
             break
         factor = (little + much) / 2
         result = slope_at(factor)
         little, much = (factor, much) if arrived(asked, result) < 1 else (little, factor)
-        if passes(asked, result) or abs(result - asked) < abs(found[1] - asked):
-            found = factor, result
-    return found
+        if passes(asked, result) or abs(result - asked) < abs(best[1] - asked):
+            best = factor, result
+    return best
 
 
 @dataclass(frozen=True)

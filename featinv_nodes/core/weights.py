@@ -62,10 +62,10 @@ def read_info(file: str | Path) -> InversionInfo:
 
     Raises FeatInvError for a missing, truncated or foreign file, another format version, or an unknown encoder.
     """
-    found = read_about(file, "featinv", "FeatInv weights file")
-    if found.get("format") != FORMAT:
-        raise FeatInvError(f"{file} has format version {found.get('format')}; this release reads version {FORMAT}")
-    info = InversionInfo(**{**found, "source": FeatureSource.from_dict(found["source"])})
+    about = read_about(file, "featinv", "FeatInv weights file")
+    if about.get("format") != FORMAT:
+        raise FeatInvError(f"{file} has format version {about.get('format')}; this release reads version {FORMAT}")
+    info = InversionInfo(**{**about, "source": FeatureSource.from_dict(about["source"])})
     if info.encoder.get("kind") not in KINDS:
         raise FeatInvError(f"{file} needs the conditional encoder {info.encoder.get('kind')!r}; known: {', '.join(KINDS)}")
     return info

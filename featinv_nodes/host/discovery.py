@@ -30,5 +30,5 @@ def find(backbone: ManagedBackbone, pictures: Pictures | Folder, layer: str, met
 
     collected = collect(pictures, extract, vectors, seed, half(0))
     weights = None if concepts else top_weights(backbone.backbone, collected.maps)
-    found = discover(collected.vectors, collected.maps.source, method, concepts, seed, progress=half(STEPS // 2), weights=weights)
-    return found, concept_statistics(backbone.backbone, found, collected.maps), collected
+    result = discover(collected.vectors, collected.maps.source, method, concepts, seed, progress=half(STEPS // 2), weights=weights)
+    return result, concept_statistics(backbone.backbone, result, collected.maps), collected

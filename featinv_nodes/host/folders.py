@@ -29,16 +29,16 @@ def names(folder: str) -> list[str]:
 
 def stamp(file: Path) -> str:
     """Changes when a file is written again or another takes its place, even one that keeps its date."""
-    found = file.stat()
-    return f"{found.st_mtime_ns} {found.st_size} {found.st_ino}"
+    status = file.stat()
+    return f"{status.st_mtime_ns} {status.st_size} {status.st_ino}"
 
 
 def path(folder: str, name: str) -> Path:
     """The file behind a name. Raises FeatInvError that says where it was looked for."""
-    found = folder_paths.get_full_path(folder, name)
-    if found is None:
+    full = folder_paths.get_full_path(folder, name)
+    if full is None:
         places = ", ".join(folder_paths.get_folder_paths(folder))
         page = f"{HUB}/timm/{name.removesuffix('.safetensors').removesuffix('/model')}"
         fetch = f" (from {page}, or by python3 run.py download CONFIG)" if folder == BACKBONES else ""
         raise FeatInvError(f"{name} is not in {places}. Put the .safetensors file there{fetch} and press R to refresh the list")
-    return Path(found)
+    return Path(full)

@@ -65,12 +65,12 @@ class DiscoverConcepts(io.ComfyNode):
             pictures = Folder(located(folder), backbone.backbone, fit, vectors, seed)
         else:
             pictures = Pictures(channels_first(images), backbone.backbone, fit)
-        found, worth, collected = find(backbone, pictures, layer.strip(), method, concepts, vectors, seed)
+        result, worth, collected = find(backbone, pictures, layer.strip(), method, concepts, vectors, seed)
         if file:
-            save_concepts(file, with_statistics(found, worth, read=collected.read, classes=collected.classes))
-        lines = [pictures.skipped(), f"read {collected.describe()}", table(found, worth), *remarks(found, worth), f"saved as {name.strip().removesuffix('.safetensors')}.safetensors" if file else ""]
+            save_concepts(file, with_statistics(result, worth, read=collected.read, classes=collected.classes))
+        lines = [pictures.skipped(), f"read {collected.describe()}", table(result, worth), *remarks(result, worth), f"saved as {name.strip().removesuffix('.safetensors')}.safetensors" if file else ""]
         text = "\n".join(filter(None, lines))
-        return io.NodeOutput(found, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(result, text, ui=ui.PreviewText(text))
 
 
 def located(folder: str) -> Path:

@@ -130,10 +130,10 @@ class SaveFeatures(io.ComfyNode):
 def saved_files() -> list[str]:
     """Feature files in the folder `features` of output and input, as the host annotates names. Only there: this runs
     whenever the host describes its nodes, and output folders grow large."""
-    found = []
+    names = []
     for kind, folder in (("output", folder_paths.get_output_directory()), ("input", folder_paths.get_input_directory())):
-        found += [f"{file.relative_to(folder).as_posix()} [{kind}]" for file in sorted(Path(folder, FOLDER).rglob("*.safetensors"))]
-    return found
+        names += [f"{file.relative_to(folder).as_posix()} [{kind}]" for file in sorted(Path(folder, FOLDER).rglob("*.safetensors"))]
+    return names
 
 
 class LoadFeatures(io.ComfyNode):

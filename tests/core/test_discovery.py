@@ -84,10 +84,10 @@ def test_planted_subspaces_are_recovered(method, noise):
     """By the cosine of the largest principal angle. Noise of 0.05 a channel turns a subspace of n unit-variance vectors
     by about 0.05 sqrt(C / n), 0.04 at most here; 0.1 (a cosine of 0.995) leaves room for a few in a wrong cluster."""
     planted, vectors = union(noise, 0.3 if method == "mcd-elastic-net" else 1)
-    found = discover(vectors, SOURCE, method, 3)
-    assert [len(b) for b in found.bases] == sorted(SIZES, key=SIZES.get, reverse=True)  # largest cluster first
+    result = discover(vectors, SOURCE, method, 3)
+    assert [len(b) for b in result.bases] == sorted(SIZES, key=SIZES.get, reverse=True)  # largest cluster first
     for basis in planted:
-        same = next(b for b in found.bases if len(b) == len(basis))
+        same = next(b for b in result.bases if len(b) == len(basis))
         assert torch.linalg.svdvals(basis @ same.T).min() > 0.995
 
 
@@ -98,17 +98,17 @@ def test_a_planted_sparse_dictionary_is_recovered():
     code = torch.zeros(2000, 24).scatter(1, torch.rand(2000, 24, generator=g).topk(2)[1], 1 + torch.rand(2000, 2, generator=g))
     vectors = code @ atoms + torch.randn(CHANNELS, generator=g)
     steps = []
-    found = discover(vectors, SOURCE, "sae", 32, active=2, progress=lambda done, total: steps.append((done, total)))
-    rows = torch.cat(list(found.bases))
-    assert found.encoder.active == 2 and torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-5)
+    result = discover(vectors, SOURCE, "sae", 32, active=2, progress=lambda done, total: steps.append((done, total)))
+    rows = torch.cat(list(result.bases))
+    assert result.encoder.active == 2 and torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-5)
     assert (atoms @ rows.T).amax(1).min() > 0.95 and steps[-1][0] == steps[-1][1]
     features = FeatureMap(vectors[:24].T.reshape(1, CHANNELS, 24, 1), FeatureSource(**{**SOURCE.to_dict(), "grid": (24, 1)}))
-    known = replace(found, source=features.source)
-    left = known.part(features, REST) - found.mean[:, None, None]
-    assert left.norm() < 0.3 * (features.values - found.mean[:, None, None]).norm()
+    known = replace(result, source=features.source)
+    left = known.part(features, REST) - result.mean[:, None, None]
+    assert left.norm() < 0.3 * (features.values - result.mean[:, None, None]).norm()
     energy = known.lengths(features).square().sum((1, 2, 3))
     assert energy[:8].sum() > energy[-9:-1].sum()  # the largest first
-    assert found.settings["rejected"] == [f"{32 - len(found)} of 32 atoms: never active"]
+    assert result.settings["rejected"] == [f"{32 - len(result)} of 32 atoms: never active"]
 
 
 def test_a_sparse_dictionary_knows_no_unit_of_length(monkeypatch):
@@ -165,8 +165,8 @@ def test_centred_bases_follow_the_spread_about_the_mean():
 def test_collapsed_clusters_are_reported_and_not_returned():
     planted, vectors = union()
     stray = torch.randn(22, 1, generator=generator(3)) * torch.randn(CHANNELS, generator=generator(4))
-    found = discover(torch.cat([vectors, stray]), SOURCE, concepts=4)
-    assert len(found) == 3 and found.settings["rejected"] == ["cluster of 22 of 1222 vectors: under 2 %"]
+    result = discover(torch.cat([vectors, stray]), SOURCE, concepts=4)
+    assert len(result) == 3 and result.settings["rejected"] == ["cluster of 22 of 1222 vectors: under 2 %"]
 
 
 def test_directions_in_the_span_of_earlier_ones_are_dropped():
@@ -176,8 +176,8 @@ def test_directions_in_the_span_of_earlier_ones_are_dropped():
 
 def test_vectors_without_length_do_no_harm():
     planted, vectors = union()
-    found = discover(torch.cat([vectors, torch.zeros(200, CHANNELS)]), SOURCE, concepts=3)
-    assert [len(b) for b in found.bases] == [6, 5, 4]
+    result = discover(torch.cat([vectors, torch.zeros(200, CHANNELS)]), SOURCE, concepts=3)
+    assert [len(b) for b in result.bases] == [6, 5, 4]
 
 
 def test_bad_input():
@@ -302,8 +302,8 @@ def test_a_head_that_reads_the_class_token_has_no_relevance():
     for asked in (lambda: relevance(backbone, concepts, features), lambda: class_weights(backbone, features)):
         with pytest.raises(FeatInvError, match="reads the class token, not the map"):
             asked()
-    found = concept_statistics(backbone, concepts, features)
-    assert found.relevance == [] and found.completeness is None and found.remark.startswith("no relevance: ")
+    result = concept_statistics(backbone, concepts, features)
+    assert result.relevance == [] and result.completeness is None and result.remark.startswith("no relevance: ")
 
 
 def test_statistics_add_up():
@@ -311,17 +311,17 @@ def test_statistics_add_up():
     backbone = network("resnet10t", channels=[8, 8, 16, 24])
     features = backbone(torch.rand(8, 3, *backbone.input_size, generator=generator()))
     concepts = discover(torch.randn(96, 24, generator=generator(1)), features.source, "pca", 5)
-    found = concept_statistics(backbone, concepts, features)
+    result = concept_statistics(backbone, concepts, features)
     logits, parts = backbone.logits(features), concepts.parts(features)
     bias = relevance(backbone, concepts, features)[1]
     tops = logits.argmax(1)
-    assert set(found.classes) == {f"class {c}" for c in tops.tolist()} and sum(found.relevance) == pytest.approx(1, abs=1e-4)
+    assert set(result.classes) == {f"class {c}" for c in tops.tolist()} and sum(result.relevance) == pytest.approx(1, abs=1e-4)
     for c in tops.unique().tolist():
-        assert sum(found.classes[f"class {c}"]) == pytest.approx((logits - bias)[tops == c, c].mean().item(), rel=1e-3)
-    assert found.share == pytest.approx((parts.norm(dim=2).sum((1, 2, 3)) / features.values.norm(dim=1).sum()).tolist(), rel=1e-4)
-    best = max(found.classes, key=lambda name: found.classes[name][0])
-    assert found.classes[best][0] <= 0.05 or found.speaks_for(0)[0] == (best, found.classes[best][0])
-    assert found.completeness == pytest.approx(completeness(concepts.bases, top_weights(backbone, features)).mean().item(), abs=1e-5)
+        assert sum(result.classes[f"class {c}"]) == pytest.approx((logits - bias)[tops == c, c].mean().item(), rel=1e-3)
+    assert result.share == pytest.approx((parts.norm(dim=2).sum((1, 2, 3)) / features.values.norm(dim=1).sum()).tolist(), rel=1e-4)
+    best = max(result.classes, key=lambda name: result.classes[name][0])
+    assert result.classes[best][0] <= 0.05 or result.speaks_for(0)[0] == (best, result.classes[best][0])
+    assert result.completeness == pytest.approx(completeness(concepts.bases, top_weights(backbone, features)).mean().item(), abs=1e-5)
 
 
 def test_completeness_is_the_share_of_the_weights_in_the_span():

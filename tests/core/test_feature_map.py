@@ -102,9 +102,9 @@ def test_frechet_distance_of_known_gaussians():
 
 
 def test_bootstrap_interval_covers_the_mean():
-    found = bootstrap(torch.arange(100.0))
-    assert found["n"] == 100 and found["low"] < found["value"] == 49.5 < found["high"]
-    assert 4 < found["value"] - found["low"] < 8  # 1.96 * 28.9 / 10 = 5.7
+    result = bootstrap(torch.arange(100.0))
+    assert result["n"] == 100 and result["low"] < result["value"] == 49.5 < result["high"]
+    assert 4 < result["value"] - result["low"] < 8  # 1.96 * 28.9 / 10 = 5.7
 
 
 def test_maps_in_turn_and_the_best_of_each():

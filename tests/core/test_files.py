@@ -36,21 +36,21 @@ def some_weights():
 
 def test_8_bits_are_within_half_a_step_of_what_was_written(tmp_path):
     """A step is 1/127 of the largest number of its output channel, and each number goes to the nearest step."""
-    wanted, file = some_weights(), tmp_path / "w.safetensors"
-    write_weights(file, wanted, torch.int8)
-    found, stored = read_weights(file), load_file(file)
-    assert is_in_8_bits(file) and list(sorted(found)) == list(sorted(wanted))
+    expected, file = some_weights(), tmp_path / "w.safetensors"
+    write_weights(file, expected, torch.int8)
+    result, stored = read_weights(file), load_file(file)
+    assert is_in_8_bits(file) and list(sorted(result)) == list(sorted(expected))
     for name in ("linear.weight", "conv.weight", "half.weight"):
-        assert stored[name].dtype == torch.int8 and found[name].dtype == torch.float32 and found[name].shape == wanted[name].shape
-        step = wanted[name].float().flatten(1).abs().amax(1) / 127
-        error = (found[name] - wanted[name].float()).flatten(1).abs().amax(1)
+        assert stored[name].dtype == torch.int8 and result[name].dtype == torch.float32 and result[name].shape == expected[name].shape
+        step = expected[name].float().flatten(1).abs().amax(1) / 127
+        error = (result[name] - expected[name].float()).flatten(1).abs().amax(1)
         assert (error <= step * (0.5 + 1e-5)).all()  # 1e-5: rounding in float32
         assert (error > step * 0.3).float().mean() > 0.8  # among so many numbers some lie between two steps: it is 8 bits, not more
-    assert found["linear.weight"][3].abs().max() == 0
+    assert result["linear.weight"][3].abs().max() == 0
     for name in ("linear.bias", "depthwise.weight", "mean", "number"):
-        assert stored[name].dtype == torch.float16 and torch.equal(found[name], wanted[name].half().float()), name
+        assert stored[name].dtype == torch.float16 and torch.equal(result[name], expected[name].half().float()), name
     for name in ("counter", "index", "mask"):
-        assert found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]), name
+        assert result[name].dtype == expected[name].dtype and torch.equal(result[name], expected[name]), name
 
 
 def test_8_bits_written_again_are_the_same(tmp_path):
@@ -66,21 +66,21 @@ def test_8_bits_written_again_are_the_same(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_other_precisions_are_what_they_say(tmp_path, dtype):
-    wanted, file = some_weights(), tmp_path / "w.safetensors"
-    write_weights(file, wanted, dtype)
-    found, stored = read_weights(file), load_file(file)
-    assert not is_in_8_bits(file) and list(sorted(stored)) == list(sorted(found)) == list(sorted(wanted))
-    for name, value in wanted.items():
+    expected, file = some_weights(), tmp_path / "w.safetensors"
+    write_weights(file, expected, dtype)
+    result, stored = read_weights(file), load_file(file)
+    assert not is_in_8_bits(file) and list(sorted(stored)) == list(sorted(result)) == list(sorted(expected))
+    for name, value in expected.items():
         if value.is_floating_point():
-            assert stored[name].dtype == dtype and torch.equal(found[name], value.to(dtype).float()), name
+            assert stored[name].dtype == dtype and torch.equal(result[name], value.to(dtype).float()), name
         else:
-            assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+            assert result[name].dtype == value.dtype and torch.equal(result[name], value), name
 
 
 def test_what_is_skipped_is_not_read(tmp_path):
     write_weights(tmp_path / "w.safetensors", some_weights(), torch.int8)
-    found = read_weights(tmp_path / "w.safetensors", skip="linear.")
-    assert "conv.weight" in found and not [name for name in found if name.startswith("linear.") or name.endswith(SCALE)]
+    result = read_weights(tmp_path / "w.safetensors", skip="linear.")
+    assert "conv.weight" in result and not [name for name in result if name.startswith("linear.") or name.endswith(SCALE)]
 
 
 def test_a_models_own_tensor_of_that_name_is_kept(tmp_path):
@@ -104,14 +104,14 @@ def test_an_encoder_in_8_bits_gives_the_same_hint(tmp_path):
     again, controlnet, loaded = load_inversion(tmp_path / "m.safetensors")
     assert again == info and list(controlnet) == ["controlnet_mid_block.weight"]
     x = torch.randn(4, 6, 3, 4) * 3 + 1
-    wanted, got = encoder(x, (8, 8)), loaded(x, (8, 8))
-    assert 0 < (wanted - got).square().mean().sqrt() < 0.02 * wanted.square().mean().sqrt()  # steps of at most 1/127, errors independent
+    expected, got = encoder(x, (8, 8)), loaded(x, (8, 8))
+    assert 0 < (expected - got).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()  # steps of at most 1/127, errors independent
 
 
 def test_scope_is_added_to_8_bits_and_they_stay(tmp_path):
     file = tmp_path / "m.safetensors"
     info, _ = saved(file, torch.int8)
-    before, wanted = load_file(file), load_inversion(file)
+    before, expected = load_file(file), load_inversion(file)
     maps = FeatureMap(torch.randn(200, 6, 3, 4, generator=torch.Generator().manual_seed(0)), SOURCE)
     scope = fit_scope(maps, centres=8)
     for _ in range(2):  # again: one set of statistics, not two
@@ -121,8 +121,8 @@ def test_scope_is_added_to_8_bits_and_they_stay(tmp_path):
         assert all(k.startswith("scope.") for k in after.keys() - before.keys())
     again, controlnet, encoder = load_inversion(file)
     assert again == info and is_in_8_bits(file)
-    assert all(torch.equal(controlnet[k], v) for k, v in wanted[1].items())
-    assert all(torch.equal(encoder.state_dict()[k], v) for k, v in wanted[2].state_dict().items())
+    assert all(torch.equal(controlnet[k], v) for k, v in expected[1].items())
+    assert all(torch.equal(encoder.state_dict()[k], v) for k, v in expected[2].state_dict().items())
     assert torch.equal(load_scope(file).evaluate(maps).combined, scope.evaluate(maps).combined)
 
 

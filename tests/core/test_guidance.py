@@ -31,34 +31,34 @@ def blurred(scenes):
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_a_step_comes_nearer_in_every_grad_mode(backbone, scenes, mode):
     with mode():
-        wanted, clean = backbone.extract(scenes), blurred(scenes)
+        expected, clean = backbone.extract(scenes), blurred(scenes)
         before = clean.clone()
-        moved = toward_features(clean, picture_of, backbone, wanted, 0.01)
+        moved = toward_features(clean, picture_of, backbone, expected, 0.01)
     assert torch.equal(clean, before) and not moved.requires_grad
     with torch.inference_mode():
-        after, first = (feature_distance(picture_of(x), backbone, wanted.values, wanted.source.layer, wanted.source.pooled) for x in (moved, clean))
+        after, first = (feature_distance(picture_of(x), backbone, expected.values, expected.source.layer, expected.source.pooled) for x in (moved, clean))
         assert (after < first).all()
     assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
 
 
 def test_the_step_is_its_length_in_units_of_the_latents(backbone, scenes):
     """Per sample, so that neither the other rows nor the latents' scale matter."""
-    wanted, clean = backbone.extract(scenes), blurred(scenes)
-    moved = toward_features(clean, picture_of, backbone, wanted, 0.01)
+    expected, clean = backbone.extract(scenes), blurred(scenes)
+    moved = toward_features(clean, picture_of, backbone, expected, 0.01)
     assert torch.allclose(rms(moved - clean) / rms(clean), torch.full((4, 1, 1, 1), 0.01), rtol=1e-3)  # float32, a difference of near numbers
-    alone = toward_features(clean[1:2], picture_of, backbone, wanted.select(1), 0.01)
+    alone = toward_features(clean[1:2], picture_of, backbone, expected.select(1), 0.01)
     assert (alone - moved[1:2]).norm() < 0.05 * (moved - clean)[1:2].norm()  # ReLUs at their corner tip over by the size of a batch
-    larger = toward_features(clean * 3, lambda x: picture_of(x / 3), backbone, wanted, 0.01)
+    larger = toward_features(clean * 3, lambda x: picture_of(x / 3), backbone, expected, 0.01)
     assert (larger / 3 - moved).norm() < 0.05 * (moved - clean).norm()
-    assert torch.equal(toward_features(clean, picture_of, backbone, wanted, 0.0), clean)
+    assert torch.equal(toward_features(clean, picture_of, backbone, expected, 0.0), clean)
 
 
 def test_a_backbone_that_was_made_inside_inference_mode(scenes):
     with torch.inference_mode():
         backbone = open_backbone("tiny-cnn")
-        wanted = backbone.extract(scenes)
+        expected = backbone.extract(scenes)
         values = [p.clone() for p in backbone.parameters()]
-        moved = toward_features(blurred(scenes), picture_of, backbone, wanted, 0.01)
+        moved = toward_features(blurred(scenes), picture_of, backbone, expected, 0.01)
         leave_inference(backbone)
     assert torch.isfinite(moved).all() and all(torch.equal(a, b) for a, b in zip(values, backbone.parameters()))
 

@@ -42,9 +42,9 @@ def test_a_diverging_scale_is_blue_below_and_red_above_and_fades_towards_zero():
 
 def test_captions_stand_below_the_enlarged_picture():
     pictures = torch.full((2, 3, 64, 64), 0.5)
-    shown = captioned(pictures, ["cosine 0.912", ""])
-    assert shown.shape[0] == 2 and shown.shape[3] == 256 and shown.shape[2] > 256
-    assert shown[0, :, 256:].min() < 0.3 and shown[1, :, 256:].min() == 1 and (shown[:, :, :256] == 0.5).all()
+    captioned_pictures = captioned(pictures, ["cosine 0.912", ""])
+    assert captioned_pictures.shape[0] == 2 and captioned_pictures.shape[3] == 256 and captioned_pictures.shape[2] > 256
+    assert captioned_pictures[0, :, 256:].min() < 0.3 and captioned_pictures[1, :, 256:].min() == 1 and (captioned_pictures[:, :, :256] == 0.5).all()
     assert enlarge(pictures, 64).shape == pictures.shape
 
 

@@ -25,8 +25,8 @@ def maps(count, seed, source=SOURCE):
     mixing = torch.randn(24, 6, generator=torch.Generator().manual_seed(99))
     coarse = F.interpolate(torch.randn(count, 6, 2, 2, generator=random), source.grid, mode="bilinear", align_corners=True)
     values = torch.einsum("cd,bdhw->bchw", mixing, coarse).relu() + 0.3 + 0.05 * torch.rand(count, 24, *source.grid, generator=random)
-    found = FeatureMap(values, SOURCE)
-    return found.pool() if source.pooled else found
+    result = FeatureMap(values, SOURCE)
+    return result.pool() if source.pooled else result
 
 
 @pytest.fixture(scope="module", params=[SOURCE, POOLED], ids=["spatial", "pooled"])

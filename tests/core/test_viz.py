@@ -106,8 +106,8 @@ def test_a_concept_named_twice_is_scaled_once(concepts, features):
 def test_the_slope_of_the_edited_map_itself_is_the_factor_and_that_of_others_one(concepts, features, factor):
     """A perfect inversion: the backbone reads exactly what was asked for, in every seed."""
     change = edit(features, concepts, [["a"], ["b", "c"], [REST]], factor)
-    found = measure_slopes(change, torch.rand(12, 3, 4, 4), change.paired(3))
-    for s in found:
+    result = measure_slopes(change, torch.rand(12, 3, 4, 4), change.paired(3))
+    for s in result:
         assert s.asked == factor and s.own == pytest.approx(factor, abs=CLOSE)
         assert s.others == pytest.approx(1, abs=CLOSE) and s.untouched == pytest.approx(1, abs=CLOSE) and s.passed
 
@@ -127,8 +127,8 @@ def test_each_seed_counts_alike(concepts, features):
     """One seed shows the change and another none: the slope is half way."""
     change = edit(features, concepts, [["c"]], 0.0)
     seen = features.with_values(torch.cat([features.values, change.changed.values]))
-    found = measure_slope(change, 0, (torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)), (features.repeat(2), seen))
-    assert found.own == pytest.approx(0.5, abs=CLOSE) and found.untouched == pytest.approx(1, abs=CLOSE)
+    result = measure_slope(change, 0, (torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)), (features.repeat(2), seen))
+    assert result.own == pytest.approx(0.5, abs=CLOSE) and result.untouched == pytest.approx(1, abs=CLOSE)
 
 
 def test_a_concept_that_the_map_lacks_has_no_slope():
@@ -195,8 +195,8 @@ def test_the_closed_loop_finds_a_factor_that_gives_what_was_asked(asked, respons
         tried.append(factor)
         return response(factor)
 
-    factor, found = closed_loop(slope_at, asked)
-    assert passes(asked, found) and found == response(factor) and tried[0] == asked
+    factor, result = closed_loop(slope_at, asked)
+    assert passes(asked, result) and result == response(factor) and tried[0] == asked
     assert len(tried) == calls
 
 
@@ -208,8 +208,8 @@ def test_a_closed_loop_that_finds_nothing_ends_with_the_nearest():
         tried.append(factor)
         return 1.0 if factor > 0 else -0.1
 
-    factor, found = closed_loop(slope_at, 0.25)
-    assert len(tried) == 5 and found == -0.1 and factor <= 0 and not passes(0.25, found)
+    factor, result = closed_loop(slope_at, 0.25)
+    assert len(tried) == 5 and result == -0.1 and factor <= 0 and not passes(0.25, result)
     assert min(tried) >= -0.5 and closed_loop(lambda f: 0.9, 0.25, rounds=1) == (0.25, 0.9)
 
 

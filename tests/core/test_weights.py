@@ -31,12 +31,12 @@ def saved(tmp_path, dtype=torch.float32):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.0), (torch.float16, 2e-3)])  # fp16 keeps 11 bits
 def test_round_trip(tmp_path, dtype, tolerance):
     info, tensors, encoder = saved(tmp_path, dtype)
-    again, found, loaded = load_inversion(tmp_path / "m.safetensors")
+    again, result, loaded = load_inversion(tmp_path / "m.safetensors")
     assert again == info
-    assert list(found) == list(tensors)
+    assert list(result) == list(tensors)
     x = torch.randn(2, 6, 3, 4)
-    wanted, got = encoder(x, (8, 8)), loaded(x, (8, 8))
-    assert (wanted - got).abs().max() <= tolerance * wanted.abs().max()
+    expected, got = encoder(x, (8, 8)), loaded(x, (8, 8))
+    assert (expected - got).abs().max() <= tolerance * expected.abs().max()
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
@@ -119,8 +119,8 @@ def test_scope_is_added_and_the_rest_stays(tmp_path, dtype):
     scope = fit_scope(some_maps(0), centres=8)
     save_scope(file, scope)
     save_scope(file, scope)  # again: one set of statistics, not two
-    again, found, _ = load_inversion(file)
-    assert again == info and list(found) == list(tensors)
+    again, result, _ = load_inversion(file)
+    assert again == info and list(result) == list(tensors)
     after = load_file(file)
     assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
     assert torch.equal(load_scope(file).evaluate(some_maps(1)).combined, scope.evaluate(some_maps(1)).combined)

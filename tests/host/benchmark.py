@@ -45,13 +45,13 @@ def main(rounds: int = 41) -> None:
         with tempfile.TemporaryDirectory() as folder:
             program = Path(folder) / "program.py"
             program.write_text(PROGRAM.format(inside=str(Path(__file__).with_name("inside.py")), rounds=rounds))
-            found = host.run_inside(program, PACK, folder)
+            result = host.run_inside(program, PACK, folder)
             server = Server(host, Path(folder) / "base")
             seconds = re.search(r"([\d.]+) seconds: .*FeatInv", server.log)
             server.stop()
         print(
-            f"ComfyUI {host.version}: ours costs {found['ratio']:.3f} of a stock ControlNet's time (median of {rounds} pairs, 10 steps, 4 pictures, "
-            f"{found['ours']:.3f} s against {found['stock']:.3f} s at best); import {seconds.group(1) if seconds else '?'} s"
+            f"ComfyUI {host.version}: ours costs {result['ratio']:.3f} of a stock ControlNet's time (median of {rounds} pairs, 10 steps, 4 pictures, "
+            f"{result['ours']:.3f} s against {result['stock']:.3f} s at best); import {seconds.group(1) if seconds else '?'} s"
         )
 
 

@@ -36,12 +36,12 @@ class Node:
 
 def declared(info: dict) -> list[tuple[str, str, dict]]:
     """(name, type, options) of a node's inputs in the server's own order; a list of choices is a COMBO."""
-    found = []
+    result = []
     for group in ("required", "optional"):
         for name, entry in info["input"].get(group, {}).items():
             kind, options = entry[0], entry[1] if len(entry) > 1 else {}
-            found.append((name, "COMBO" if isinstance(kind, list) else kind, options))
-    return found
+            result.append((name, "COMBO" if isinstance(kind, list) else kind, options))
+    return result
 
 
 def extra_widgets(kind: str, options: dict) -> list:
@@ -123,9 +123,9 @@ class Graph:
         filled: dict[int, int] = {}
         for node in self.nodes[: min(self.lanes.values(), default=0)]:  # what all lanes share stands before them
             column[node.id] = 0
-        shown = [node for node in self.nodes if self.pictures_below and node.type in SHOWN]
+        previews = [node for node in self.nodes if self.pictures_below and node.type in SHOWN]
         for node in self.nodes:
-            if node in shown:
+            if node in previews:
                 continue
             if node.id - 1 in self.lanes.values():
                 bottom = max((y for place, y in filled.items() if place), default=-EDGE) + 2 * EDGE
@@ -136,13 +136,13 @@ class Graph:
                 place += 1
             nodes[node.id]["pos"] = [place * COLUMN, filled.get(place, 0)]
             filled[place] = filled.get(place, 0) + height_of[node.id] + TOP
-        self._place_below(nodes, shown, filled)
+        self._place_below(nodes, previews, filled)
 
-    def _place_below(self, nodes: dict[int, dict], shown: list[Node], filled: dict[int, int]) -> None:
+    def _place_below(self, nodes: dict[int, dict], previews: list[Node], filled: dict[int, int]) -> None:
         """A row of pictures that ends below the last column, and behind it the texts, one below the other."""
-        if not shown:
+        if not previews:
             return
-        pictures, texts = ([node for node in shown if (node.type in TEXTS) == texts] for texts in (False, True))
+        pictures, texts = ([node for node in previews if (node.type in TEXTS) == texts] for texts in (False, True))
         pictures.sort(key=lambda node: not (node.title or "").startswith(GIVEN))
         first = max(0, max(filled) - len(pictures))
         top = max(bottom for place, bottom in filled.items() if place >= first) + TOP
@@ -154,14 +154,14 @@ class Graph:
 
     def _groups(self, nodes: dict[int, dict]) -> list[dict]:
         """A group around each lane's nodes, what stands in the first column or below apart."""
-        found, ends = [], [*list(self.lanes.values())[1:], len(self.nodes)]
+        result, ends = [], [*list(self.lanes.values())[1:], len(self.nodes)]
         for (title, first), last in zip(self.lanes.items(), ends):
             inside = [nodes[n.id] for n in self.nodes[first:last] if n.type not in SHOWN and nodes[n.id]["pos"][0]]
             left, top = (min(n["pos"][i] for n in inside) for i in (0, 1))
             right, bottom = (max(n["pos"][i] + n["size"][i] for n in inside) for i in (0, 1))
             box = [left - EDGE // 2, top - 2 * EDGE, right - left + EDGE, bottom - top + 2.5 * EDGE]
-            found.append({"id": len(found) + 1, "title": title, "bounding": box, "color": "#3f789e", "font_size": 24, "flags": {}})
-        return found
+            result.append({"id": len(result) + 1, "title": title, "bounding": box, "color": "#3f789e", "font_size": 24, "flags": {}})
+        return result
 
 
 def to_prompt(workflow: dict, info: dict) -> dict:

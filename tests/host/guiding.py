@@ -56,13 +56,13 @@ def two_scales(world: World) -> list[dict]:
     """Dual CFG Guider against training/reconstruct.py's two guidances, same file, seed and steps."""
     pipeline = load_pipeline("tiny_cnn_last")
     positive, negative, _, features_only = world.outputs()
-    found = []
+    result = []
     for features, text in ((2.0, 1.0), (3.0, 0.0), (1.5, 4.0)):
         ours = by(world, Guider_DualCFG, [positive, features_only, negative], text, features)
         sampling = Sampling(STEPS, 1.0, features, "features", text_guidance=text)
         theirs = sample(pipeline.base, pipeline.model, world.features, noise(pipeline.base, SEED, BATCH), sampling, pipeline.info.prompt)
-        found.append({"case": [features, text], "difference": relative(ours, theirs)})
-    return found
+        result.append({"case": [features, text], "difference": relative(ours, theirs)})
+    return result
 
 
 def decoded(world: World, latents: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ def gradient(world: World) -> dict:
     """Cosine similarities with and without, in one batch and in many, and what the model is afterwards."""
     plain = world.draw(world.apply())
     before, vit = world.model, run("FeatInv_LoadBackbone", weights="tiny-vit (embedded)", timm_name="", input_size=0)[0]
-    found = {"bypass": guided(world, step=0.0) is before and guided(world, last=0.0) is before}
+    result = {"bypass": guided(world, step=0.0) is before and guided(world, last=0.0) is before}
     world.model = guided(world)
     moved = world.draw(world.apply())
     dual = by(world, Guider_DualCFG, [(t := world.outputs())[0], t[3], t[1]], 3.0, 3.0)
@@ -110,7 +110,7 @@ def gradient(world: World) -> dict:
     world.model = guided(world, model=before, features=world.features.select(0))
     one = world.draw(world.apply(features=world.features.select(0)))
     world.model = before
-    return found | {
+    return result | {
         "plain": cosine_of(world, world.features, decoded(world, plain)),
         "moved": cosine_of(world, world.features, decoded(world, moved)),
         "command line": relative(moved, theirs),

@@ -104,14 +104,14 @@ class Server:
 
     def run(self, prompt: dict, seconds: int = 180) -> dict:
         """Outputs by node id of a prompt that succeeds."""
-        found = self.result(self.submit(prompt), seconds)
-        assert found["status"]["status_str"] == "success", json.dumps(found["status"]["messages"], indent=1)[-3000:]
-        return found["outputs"]
+        result = self.result(self.submit(prompt), seconds)
+        assert result["status"]["status_str"] == "success", json.dumps(result["status"]["messages"], indent=1)[-3000:]
+        return result["outputs"]
 
     def failure(self, prompt: dict) -> str:
         """The message of a prompt that fails while it runs."""
-        found = self.result(self.submit(prompt))
-        errors = [m[1]["exception_message"] for m in found["status"]["messages"] if m[0] == "execution_error"]
+        result = self.result(self.submit(prompt))
+        errors = [m[1]["exception_message"] for m in result["status"]["messages"] if m[0] == "execution_error"]
         assert errors, "the prompt did not fail"
         return errors[0].strip()
 

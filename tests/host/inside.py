@@ -36,17 +36,17 @@ def parity(world: World) -> list[dict]:
     """The host's sampler against training/reconstruct.py's, same file, seed and steps."""
     pipeline = load_pipeline("tiny_cnn_last")
     features = pipeline.features(pipeline.backbone.preprocess(torch.from_numpy(run("FeatInv_TinyWorldScenes", first=0, count=3)[0].numpy()).movedim(-1, 1)))
-    found = []
+    result = []
     for away, negative in (("text and features", "features"), ("text", "text")):
         for strength, guidance, end, size in ((0.6, 1.0, 1.0, (8, 8)), (1.0, 4.0, 1.0, (8, 8)), (0.6, 4.0, 0.5, (6, 12)), (1.0, 4.0, 0.5, (8, 8)), (1.0, 1.0, 1.0, (16, 12))):
             ours = world.draw(world.apply(strength=strength, end_percent=end, guide_away_from=away), guidance, size=size)
             sampling = Sampling(STEPS, strength, guidance, negative, 0.0, end)
             theirs = sample(pipeline.base, pipeline.model, features, noise(pipeline.base, SEED, 3, size), sampling, pipeline.info.prompt)
-            found.append({"case": [away, strength, guidance, end, size], "difference": relative(ours, theirs)})
+            result.append({"case": [away, strength, guidance, end, size], "difference": relative(ours, theirs)})
     halves = world.apply(*world.apply(strength=0.3), strength=0.3)  # residuals add up, so two halves are one whole
     theirs = sample(pipeline.base, pipeline.model, features, noise(pipeline.base, SEED, 3), Sampling(STEPS, 0.6, 4.0, "features"), pipeline.info.prompt)
-    found.append({"case": "stacked", "difference": relative(world.draw(halves, 4.0), theirs)})
-    return found
+    result.append({"case": "stacked", "difference": relative(world.draw(halves, 4.0), theirs)})
+    return result
 
 
 def stock_control(world: World) -> comfy.controlnet.ControlNet:
@@ -129,29 +129,29 @@ def edited(world: World, names: str, factor: float = 0.25, **changes) -> tuple:
 def paired(world: World) -> dict:
     """FeatInv-Viz by nodes around one run of the stock sampler, against training/concepts/viz.py, and what else the nodes say."""
     pipeline, seeds, groups, guidance = load_pipeline("tiny_cnn_last"), 3, [["object"], ["sky", "night"]], 3.0
-    found = {}
+    result = {}
     for factor in (0.25, 2.0):
         _, change, _ = edited(world, "object; sky, night", factor)
         maps, latent = run("FeatInv_PairedLatents", edit=change, latent=nodes.EmptyLatentImage().generate(64, 64, seeds)[0])
         (sampled,) = nodes.KSampler().sample(world.model, SEED, STEPS, guidance, "ddim", "simple", *world.apply(features=maps), latent)
         (pictures,) = nodes.VAEDecode().decode(world.vae, sampled)
-        shown = run("FeatInv_Viz", pictures=pictures, edit=change, backbone=world.backbone, threshold=0.33)
+        outputs = run("FeatInv_Viz", pictures=pictures, edit=change, backbone=world.backbone, threshold=0.33)
         sampling = Sampling(STEPS, 1.0, guidance, "features")
         theirs = visualize(pipeline, change.original, change.concepts, groups, viz.VizSettings(factor, seeds, SEED, keep_length=True), sampling)
         drawn = torch.cat([theirs[0].original, *(one.changed for one in theirs)]).movedim(1, -1)
-        found[str(factor)] = {
-            "pictures": float((pictures - drawn).abs().max()), "slope": shown[5] - sum(one.slope.own for one in theirs) / 2,
-            "report": shown[4].splitlines(), "expected": [f"{' + '.join(group)}: {one.slope.describe()}" for group, one in zip(groups, theirs)],
-            "mask": float((shown[3] - torch.stack([viz.affected(one.distance) for one in theirs])).abs().mean()), "shapes": [list(x.shape) for x in shown[:4]],
+        result[str(factor)] = {
+            "pictures": float((pictures - drawn).abs().max()), "slope": outputs[5] - sum(one.slope.own for one in theirs) / 2,
+            "report": outputs[4].splitlines(), "expected": [f"{' + '.join(group)}: {one.slope.describe()}" for group, one in zip(groups, theirs)],
+            "mask": float((outputs[3] - torch.stack([viz.affected(one.distance) for one in theirs])).abs().mean()), "shapes": [list(x.shape) for x in outputs[:4]],
         }  # fmt: skip
     starts = comfy.sample.prepare_noise(torch.zeros(9, 24, 8, 8), SEED, latent["batch_index"])
     cut = nodes.LatentFromBatch().frombatch(nodes.EmptyLatentImage().generate(64, 64, 8)[0], 2, 2)[0] | {"noise_mask": torch.rand(2, 1, 8, 8)}
     _, again = run("FeatInv_PairedLatents", edit=change, latent=cut)
-    found |= {"noise": torch.equal(starts, noise(pipeline.base, SEED, seeds).repeat(3, 1, 1, 1)), "batch_index": again["batch_index"], "masks": torch.equal(again["noise_mask"], cut["noise_mask"].repeat(3, 1, 1, 1))}
-    found["order"] = [relative(maps.values[i : i + 1], m.values) for i, m in ((0, change.original), (2, change.original), (3, change.changed.select(0)), (8, change.changed.select(1)))]
+    result |= {"noise": torch.equal(starts, noise(pipeline.base, SEED, seeds).repeat(3, 1, 1, 1)), "batch_index": again["batch_index"], "masks": torch.equal(again["noise_mask"], cut["noise_mask"].repeat(3, 1, 1, 1))}
+    result["order"] = [relative(maps.values[i : i + 1], m.values) for i, m in ((0, change.original), (2, change.original), (3, change.changed.select(0)), (8, change.changed.select(1)))]
     judged = {"control_net": world.control, "keep_length": False}
-    found["scope"] = [edited(world, "object")[2], edited(world, "object", 1.0, **judged)[2], edited(world, "object; sky", 4.0, **judged)[2]]
-    return found
+    result["scope"] = [edited(world, "object")[2], edited(world, "object", 1.0, **judged)[2], edited(world, "object; sky", 4.0, **judged)[2]]
+    return result
 
 
 def batches(world: World) -> dict:
@@ -208,13 +208,13 @@ def interruption(world: World) -> dict:
 
 def memory(world: World) -> dict:
     """Live tensors after 3 and after 20 runs with changing features."""
-    found = {}
+    result = {}
     for number in range(1, 21):
         world.draw(world.apply(features=world.extract(3 * number, 3)))
         if number in (3, 20):
             gc.collect()
-            found[str(number)] = sum(1 for o in gc.get_objects() if type(o) is torch.Tensor)
-    return found
+            result[str(number)] = sum(1 for o in gc.get_objects() if type(o) is torch.Tensor)
+    return result
 
 
 def unloading(world: World) -> dict:
@@ -242,14 +242,14 @@ def low_memory(world: World) -> dict:
 
 def left_behind(world: World) -> dict[str, int]:
     """Tensors of plain modules that a device with room for next to nothing does not get; nor does it let go of a part."""
-    models, found = sys.modules["pack of any name.featinv_nodes.host.models"], {}
+    models, result = sys.modules["pack of any name.featinv_nodes.host.models"], {}
     for name, module in {"backbone": world.backbone.backbone, "encoder": world.control.encoder.model, "autoencoder": world.vae.first_stage_model}.items():
         meta = torch.device("meta")
         patcher = models.managed(deepcopy(module), meta)
         patcher.partially_load(meta, 0.1)
         there = [t.device.type for t in (*patcher.model.parameters(), *patcher.model.buffers())]
-        found[name] = sum(kind != "meta" for kind in there) + patcher.partially_unload(patcher.offload_device, 1000)
-    return found
+        result[name] = sum(kind != "meta" for kind in there) + patcher.partially_unload(patcher.offload_device, 1000)
+    return result
 
 
 def features_nodes(world: World) -> dict:
@@ -357,7 +357,7 @@ def main() -> None:
     with torch.inference_mode():
         world = World()
         strengthless = world.apply(strength=0.0)
-        found = {
+        result = {
             "imported": sorted(IMPORTED),
             "nodes": sorted(NODES),
             "bypass": strengthless[0] is world.positive and strengthless[1] is world.negative,
@@ -380,8 +380,8 @@ def main() -> None:
             "features_nodes": features_nodes(world),
             "bad_inputs": bad_inputs(world, folder),
         }
-    found["real_size"] = real_size(folder)
-    print(json.dumps(found))
+    result["real_size"] = real_size(folder)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def compose(world: World) -> str:
     compare(world, mixed[0], backbone, draw(world, mixed[0], control))
     g.add("PreviewImage", title="Outside", images=world.as_seen(a))
     g.add("PreviewImage", title="Inside", images=world.as_seen(b))
-    shown = g.add("MaskToImage", mask=where["mask"])
-    g.add("PreviewImage", title="Mask", images=shown[0])
+    previews = g.add("MaskToImage", mask=where["mask"])
+    g.add("PreviewImage", title="Mask", images=previews[0])
     return f"**Put one picture's object into another.** The feature map of b inside the mask, of a outside (the paper's Fig. 8). {world.paint}{world.second}"
 
 
@@ -135,8 +135,8 @@ def attenuate(world: World) -> str:
     weaker = turned_down(world, features, concepts, control, name, 0.25)
     compare(world, weaker[0], backbone, draw(world, weaker[0], control))
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
-    shown = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
-    g.add("PreviewImage", title="Where each concept is active", images=shown[0])
+    previews = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
+    g.add("PreviewImage", title="Where each concept is active", images=previews[0])
     g.add("PreviewAny", title="The concepts", source=concepts[1])
     return f"**Turn a concept down.** The feature map is taken apart into concepts; one of them ({name}) is multiplied by the factor, and the result is drawn. Names and numbers of the concepts are listed; try another. *Scope* says whether the changed map is like one that a picture has; where it is not, the sampler draws the nearest that is."
 
@@ -156,11 +156,11 @@ def viz(world: World) -> str:
     weaker = turned_down(world, features, world.concepts(backbone, picture), control, names, factor)
     paired = g.add("FeatInv_PairedLatents", edit=weaker[1], latent=world.empty(5))
     pictures = draw(world, paired[0], control, latent=paired[1])
-    found = g.add("FeatInv_Viz", pictures=pictures[0], edit=weaker[1], backbone=backbone[0], threshold=0.33)
-    g.add("PreviewImage", title=RESULT, images=found[0])
-    g.add("PreviewAny", title=REPORT, source=found[4])
-    g.add("PreviewImage", title="Difference", images=found[1])
-    g.add("PreviewImage", title="Darker (blue) or brighter (red)", images=found[2])
+    result = g.add("FeatInv_Viz", pictures=pictures[0], edit=weaker[1], backbone=backbone[0], threshold=0.33)
+    g.add("PreviewImage", title=RESULT, images=result[0])
+    g.add("PreviewAny", title=REPORT, source=result[4])
+    g.add("PreviewImage", title="Difference", images=result[1])
+    g.add("PreviewImage", title="Darker (blue) or brighter (red)", images=result[2])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     compare(world, paired[0], backbone, pictures, "All reconstructions")
     return (
@@ -177,9 +177,9 @@ def discover(world: World) -> str:
     picture, features = extract(world, backbone, 5)
     concepts = g.add("FeatInv_DiscoverConcepts", backbone=backbone[0], layer="last", method="mcd", vectors=20_000, seed=0, fit="crop", **world.many())
     g.add("PreviewAny", title="The concepts", source=concepts[1])
-    shown = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
+    previews = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
-    g.add("PreviewImage", title="Result: where each concept is active", images=shown[0])
+    g.add("PreviewImage", title="Result: where each concept is active", images=previews[0])
     weaker = turned_down(world, features, concepts, control, "2", 0.25)
     compare(world, weaker[0], backbone, draw(world, weaker[0], control))
     where = "64 scenes" if world.name == "drawn" else "the pictures of one class, in the folder `my_class` of ComfyUI's input folder"
@@ -256,9 +256,9 @@ def concept(world: World) -> str:
     weaker = turned_down(world, features, concepts, control, "1", 0.25)
     paired = g.add("FeatInv_PairedLatents", edit=weaker[1], latent=world.empty(1))
     compare(world, paired[0], backbone, draw(world, paired[0], control, latent=paired[1]))
-    shown = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
+    previews = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
-    g.add("PreviewImage", title=f"{RESULT}: where each concept is active", images=shown[0])
+    g.add("PreviewImage", title=f"{RESULT}: where each concept is active", images=previews[0])
     return (
         "**What is the picture made of, to the model?** Concepts, directions in feature space that belong together, found in this one picture without any labels (multi-dimensional concept discovery). "
         "Then two pictures from the same noise: of the feature map as it is, and with concept 1 at a quarter. See where each concept is active, and put another number into Concept Attenuate."
@@ -275,22 +275,22 @@ WORKFLOWS = {
 
 def graphs() -> dict[str, Graph]:
     """All workflows by name."""
-    found = {}
+    result = {}
     for kind, builders in WORKFLOWS.items():
         for build in builders:
             graph = Graph()
             world = kind(graph, build.__name__)
             graph.note = f"{build(world)}\n\n{world.note}"
-            found[f"{world.prefix}_{build.__name__}"] = graph
-    return found
+            result[f"{world.prefix}_{build.__name__}"] = graph
+    return result
 
 
 def results(server: Server, workflow: dict, outputs: dict) -> Image.Image:
     """The pictures of the nodes titled Result (and those beside them that show an original), in a row."""
-    shown = [n for n in workflow["nodes"] if n["type"] == "PreviewImage" and n["title"].startswith((RESULT, *GIVEN[:3]))]
-    shown.sort(key=lambda n: not n["title"].startswith(GIVEN))
+    previews = [n for n in workflow["nodes"] if n["type"] == "PreviewImage" and n["title"].startswith((RESULT, *GIVEN[:3]))]
+    previews.sort(key=lambda n: not n["title"].startswith(GIVEN))
     pictures = []
-    for node in shown:
+    for node in previews:
         for entry in outputs[str(node["id"])]["images"]:
             query = f"/view?filename={entry['filename']}&subfolder={entry['subfolder']}&type={entry['type']}"
             pictures.append(Image.open(io.BytesIO(server.file(query))).convert("RGB"))

@@ -97,12 +97,12 @@ def eight_bits() -> dict:
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
-        found = {
+        result = {
             "parity": {name: parity(name) for name in WORLDS["photo"].models},
             "latents": {world: latents(world) for world in WORLDS},
             "eight_bits": eight_bits(),
         }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

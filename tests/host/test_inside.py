@@ -36,9 +36,9 @@ def test_encodes_once_per_run_and_keeps_both_conditionings_in_one_batch(measured
 
 def test_other_guiders_give_the_pictures_that_their_arithmetic_says(measured):
     """Dual CFG in its limits, Perp-Neg, Basic, conditionings swapped: who is the negative is known whatever its number."""
-    found = dict(measured["guiders"])
-    assert found.pop("calls") == 10 and found.pop("they differ") > 0.01  # three conditionings in one batch
-    assert {name: value for name, value in found.items() if not value <= CLOSE} == {}
+    result = dict(measured["guiders"])
+    assert result.pop("calls") == 10 and result.pop("they differ") > 0.01  # three conditionings in one batch
+    assert {name: value for name, value in result.items() if not value <= CLOSE} == {}
 
 
 def test_two_guidances_are_the_command_line_s(measured):
@@ -46,18 +46,18 @@ def test_two_guidances_are_the_command_line_s(measured):
 
 
 def test_the_best_of_many_are_kept_map_by_map(measured):
-    found = measured["best"]
-    assert found["kept"] == 0 and found["text"][:-1] == found["expected"] and found["text"][-1].startswith("all 8: ")
-    assert "7 pictures of 2 feature maps" in found["uneven"] and "8 pictures of 2 feature maps, 5 of each" in found["too few"]
+    result = measured["best"]
+    assert result["kept"] == 0 and result["text"][:-1] == result["expected"] and result["text"][-1].startswith("all 8: ")
+    assert "7 pictures of 2 feature maps" in result["uneven"] and "8 pictures of 2 feature maps, 5 of each" in result["too few"]
 
 
 def test_guidance_by_the_gradient_makes_pictures_more_alike(measured):
     """As the command line's; the same with another guider; only in the model that the node gives."""
-    found = measured["gradient"]
-    assert found["moved"] > found["plain"] + 0.01 and found["bypass"] and found["after"] == 0
-    assert max(found["dual"], found["one"]) <= CLOSE
-    assert found["command line"] <= 5e-4  # each guided step enlarges the float32 differences before it; 8e-5 seen
-    assert "Use the same backbone" in found["other backbone"] and "3 latent channels, the model 24" in found["other vae"]
+    result = measured["gradient"]
+    assert result["moved"] > result["plain"] + 0.01 and result["bypass"] and result["after"] == 0
+    assert max(result["dual"], result["one"]) <= CLOSE
+    assert result["command line"] <= 5e-4  # each guided step enlarges the float32 differences before it; 8e-5 seen
+    assert "Use the same backbone" in result["other backbone"] and "3 latent channels, the model 24" in result["other vae"]
 
 
 def test_says_whether_a_map_is_inside(measured):
@@ -70,18 +70,18 @@ def test_says_whether_a_map_is_inside(measured):
 def test_a_run_of_paired_latents_is_the_command_line_s_feat_inv_viz(measured):
     """The same pictures, slopes and masks from one run of the stock sampler, turned down and up."""
     for case in ("0.25", "2.0"):
-        found = measured["paired"][case]
-        assert found["pictures"] <= 1e-4 and abs(found["slope"]) <= 1e-4 and found["mask"] <= 1e-3  # float32, other batch sizes
-        assert found["report"] == found["expected"] and found["report"][1].startswith("sky + night: slope ")
-        (k, height, width, _), heat, signed, mask = found["shapes"]
+        result = measured["paired"][case]
+        assert result["pictures"] <= 1e-4 and abs(result["slope"]) <= 1e-4 and result["mask"] <= 1e-3  # float32, other batch sizes
+        assert result["report"] == result["expected"] and result["report"][1].startswith("sky + night: slope ")
+        (k, height, width, _), heat, signed, mask = result["shapes"]
         assert (k, width) == (2, 256) and height > 256 and heat == signed == [2, 256, 256, 3] and mask == [2, 64, 64]
 
 
 def test_a_seed_has_the_same_noise_in_every_part(measured):
     """That of the command line, and of a latent that knows its number in a batch."""
-    found = measured["paired"]
-    assert found["noise"] and found["batch_index"] == [2, 3] * 3 and found["masks"]
-    assert max(found["order"]) == 0
+    result = measured["paired"]
+    assert result["noise"] and result["batch_index"] == [2, 3] * 3 and result["masks"]
+    assert max(result["order"]) == 0
 
 
 def test_an_edited_map_is_judged(measured):
@@ -108,9 +108,9 @@ def test_memory_returns_to_where_it_was(measured):
 
 
 def test_models_are_managed_unloaded_and_come_back(measured):
-    found = measured["unloading"]
-    assert all(found["managed"].values()) and found["left"] == 0
-    assert found["again"] == 0 and found["features"] == 0
+    result = measured["unloading"]
+    assert all(result["managed"].values()) and result["left"] == 0
+    assert result["again"] == 0 and result["features"] == 0
 
 
 def test_weights_may_be_cast_one_by_one(measured):
@@ -122,12 +122,12 @@ def test_plain_modules_are_loaded_whole_however_short_memory_is(measured):
 
 
 def test_masks_names_and_classes_are_what_the_user_meant(measured):
-    found = measured["features_nodes"]
-    assert found["columns"] == [2, 3, 4, 5]  # of 8, as columns 16 to 48 of the 64 that the model saw
-    assert found["names"][0] != found["names"][1] and found["names"][1].endswith("cat[1]_00002.safetensors")
-    assert found["folders"] == 4  # a folder's picture replaced, one added below it, none named: each is another
-    assert found["caption"] == 0 and 0 < found["similar"] <= 1
-    assert "covers no cell of the 8 x 8 feature map" in found["small mask"] and "2 masks and 1 feature maps" in found["masks"]
+    result = measured["features_nodes"]
+    assert result["columns"] == [2, 3, 4, 5]  # of 8, as columns 16 to 48 of the 64 that the model saw
+    assert result["names"][0] != result["names"][1] and result["names"][1].endswith("cat[1]_00002.safetensors")
+    assert result["folders"] == 4  # a folder's picture replaced, one added below it, none named: each is another
+    assert result["caption"] == 0 and 0 < result["similar"] <= 1
+    assert "covers no cell of the 8 x 8 feature map" in result["small mask"] and "2 masks and 1 feature maps" in result["masks"]
 
 
 def test_a_file_of_real_size_finds_its_place(measured):

@@ -26,9 +26,9 @@ def test_loads_without_a_warning(server):
 def test_schemas_are_frozen(server):
     """Saved workflows keep widget values by their place. To change a schema on purpose, append, and write the file anew."""
     snapshot = json.loads((HERE / "schema.json").read_text())
-    found = {name: frozen(about) for name, about in nodes_of(server).items()}
-    assert found.keys() == snapshot.keys()
-    assert {name: value for name, value in found.items() if value != snapshot[name]} == {}
+    result = {name: frozen(about) for name, about in nodes_of(server).items()}
+    assert result.keys() == snapshot.keys()
+    assert {name: value for name, value in result.items() if value != snapshot[name]} == {}
 
 
 def test_everything_is_explained(server):

@@ -30,12 +30,12 @@ def test_is_what_its_source_builds(server, file):
     """The frontend's form, read as the frontend reads it, is the graph that was meant: none has gone stale."""
     info = server.get("/object_info")
     workflow = json.loads(file.read_text())
-    found, meant = to_prompt(workflow, info), graphs()[file.stem].prompt()
-    assert found.keys() == meant.keys()
+    result, meant = to_prompt(workflow, info), graphs()[file.stem].prompt()
+    assert result.keys() == meant.keys()
     for number, node in meant.items():
-        assert found[number]["class_type"] == node["class_type"]
+        assert result[number]["class_type"] == node["class_type"]
         for name, value in node["inputs"].items():
-            assert found[number]["inputs"][name] == value, (node["class_type"], name)
+            assert result[number]["inputs"][name] == value, (node["class_type"], name)
     notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
     assert len(notes) == 1 and len(notes[0]["widgets_values"][0]) > 80
 

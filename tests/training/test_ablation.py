@@ -60,19 +60,19 @@ def quick(monkeypatch, tmp_path):
 def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     out, arguments = quick
     ablation.main([*arguments, "--rows", *ROWS])
-    found = json.loads((out / "results.json").read_text())
-    assert {"unconditional", "round trip", *ROWS} <= found.keys() and sorted(found["rows"]) == sorted(ROWS)
+    result = json.loads((out / "results.json").read_text())
+    assert {"unconditional", "round trip", *ROWS} <= result.keys() and sorted(result["rows"]) == sorted(ROWS)
     measures = {"cosine", "cosine_centred", "top1_match", "independent: cosine", "independent: top1_match"}
     kid_names = {"kid (resnet10t.tiny_world, pooled)", "kid (vit_tiny_patch16_224.tiny_world, pooled)"}
-    assert all(found[row].keys() >= measures | kid_names and found[row]["cosine"]["n"] == 9 for row in ROWS)
-    low, mid, high = (found[condition]["cosine"]["value"] for condition in ("unconditional", "gradient", "round trip"))
-    assert found["rows"]["gradient"]["gap_closed"] == pytest.approx((mid - low) / (high - low))
-    assert found["rows"]["gradient"]["gain"]["value"] == pytest.approx(mid - found["steps_20"]["cosine"]["value"])
-    assert found["rows"]["steps_20"]["gain"] is None  # the row that it builds on was not asked for
-    apart = [1 - found[row]["cosine"]["value"] for row in ("paper_1e-5", "gradient")]
-    assert found["result"]["distance_ratio"]["value"] == pytest.approx(apart[0] / apart[1]) and found["rows"]["gradient"]["evaluations"] == 40
-    paper, plain, guided = (found["rows"][row]["gmac"] for row in ROWS)
-    assert found["result"]["gmac"] == [paper, guided] and 5 < plain / paper < 10 and guided > 2 * plain  # ten times the steps, and decoding
+    assert all(result[row].keys() >= measures | kid_names and result[row]["cosine"]["n"] == 9 for row in ROWS)
+    low, mid, high = (result[condition]["cosine"]["value"] for condition in ("unconditional", "gradient", "round trip"))
+    assert result["rows"]["gradient"]["gap_closed"] == pytest.approx((mid - low) / (high - low))
+    assert result["rows"]["gradient"]["gain"]["value"] == pytest.approx(mid - result["steps_20"]["cosine"]["value"])
+    assert result["rows"]["steps_20"]["gain"] is None  # the row that it builds on was not asked for
+    apart = [1 - result[row]["cosine"]["value"] for row in ("paper_1e-5", "gradient")]
+    assert result["result"]["distance_ratio"]["value"] == pytest.approx(apart[0] / apart[1]) and result["rows"]["gradient"]["evaluations"] == 40
+    paper, plain, guided = (result["rows"][row]["gmac"] for row in ROWS)
+    assert result["result"]["gmac"] == [paper, guided] and 5 < plain / paper < 10 and guided > 2 * plain  # ten times the steps, and decoding
     assert Image.open(out / "panel.png").height > 6 * 144  # original, unconditional, three rows, round trip
 
     monkeypatch.setattr(ablation, "train", None)

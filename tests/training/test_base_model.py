@@ -83,14 +83,14 @@ def parts(small):
 def state(parts):
     """The same tensors under a single file's names."""
     unet, vae, text = parts
-    found = {"model.diffusion_model." + ldm_unet_name(k): v for k, v in unet.state_dict().items()}
+    result = {"model.diffusion_model." + ldm_unet_name(k): v for k, v in unet.state_dict().items()}
     for k, v in vae.state_dict().items():
         attention = "attentions" in k and k.endswith("weight") and v.ndim == 2
-        found["first_stage_model." + ldm_vae_name(k)] = v[:, :, None, None] if attention else v
+        result["first_stage_model." + ldm_vae_name(k)] = v[:, :, None, None] if attention else v
     for k, v in text.state_dict().items():
-        found["cond_stage_model.transformer." + (k if k.startswith("text_model.") else f"text_model.{k}")] = v
-    found["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    return {k: v.contiguous() for k, v in found.items()}
+        result["cond_stage_model.transformer." + (k if k.startswith("text_model.") else f"text_model.{k}")] = v
+    result["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    return {k: v.contiguous() for k, v in result.items()}
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
@@ -100,8 +100,8 @@ def test_a_single_file_is_the_same_model(parts, state, tmp_path, suffix):
         torch.save({"state_dict": state, "global_step": 1}, file)
     else:
         save_file(state, file)
-    found = load_single_file(file)
-    for module, again in zip(parts, (found[0], found[1], found[3])):
+    result = load_single_file(file)
+    for module, again in zip(parts, (result[0], result[1], result[3])):
         want, have = module.state_dict(), again.state_dict()
         assert want.keys() == have.keys() and all(torch.equal(want[k], have[k]) for k in want)
     base = load_base(file, PROMPT)
@@ -123,8 +123,8 @@ def test_a_repository_in_the_hubs_cache_is_opened_by_its_name(tmp_path, monkeypa
     (folder / "refs" / "main").write_text(commit)
     shutil.copytree(DRAWN.base_folder, folder / "snapshots" / commit)
     monkeypatch.setattr("training.models.base_model.snapshot_download", partial(huggingface_hub.snapshot_download, cache_dir=tmp_path))
-    found, wanted = load_base("nobody/tiny", TINY_PROMPT), load_base("tiny", TINY_PROMPT)
-    assert found.name == "nobody/tiny" and torch.equal(found.unet.conv_in.weight, wanted.unet.conv_in.weight)
+    result, expected = load_base("nobody/tiny", TINY_PROMPT), load_base("tiny", TINY_PROMPT)
+    assert result.name == "nobody/tiny" and torch.equal(result.unet.conv_in.weight, expected.unet.conv_in.weight)
 
 
 def test_a_single_file_in_the_hubs_cache(state, tmp_path, monkeypatch):

@@ -55,10 +55,10 @@ def test_batches_from_the_cache_are_those_without_it(parts, photographs, tmp_pat
     batches = [loader(source, 0, 30, 0, 1, 0) for source in sources]
     for _ in range(2):  # five epochs of twelve pictures
         first, *others = [next(b) for b in batches]
-        wanted = observe(*parts, first.tensors, plain)
+        expected = observe(*parts, first.tensors, plain)
         for other in others:
             assert {name for name, _ in other.skipped} == {name for name, _ in first.skipped} == {"04.png"}
-            for a, b in zip(wanted, observe(*parts, other.tensors, plain)):
+            for a, b in zip(expected, observe(*parts, other.tensors, plain)):
                 finite = a.isfinite()  # the embedded autoencoder's log-variance is -inf
                 assert torch.equal(finite, b.isfinite()) and torch.allclose(a[finite], b[finite], rtol=2**-10, atol=2**-10)  # fp16 has eleven bits
 
@@ -78,16 +78,16 @@ def test_the_embedded_world_can_be_cached(parts, tmp_path):
         cache.fill(config(tmp_path))
     some = config(tmp_path, images=7, cache_features="true")
     cache.fill(some)
-    found = next(loader(open_pictures(some, *parts, "cpu", 0, 1), 3, 8, 0, 1, 0)).tensors
+    result = next(loader(open_pictures(some, *parts, "cpu", 0, 1), 3, 8, 0, 1, 0)).tensors
     plain = config(tmp_path, images=7, cache=None)
-    wanted = observe(*parts, next(loader(open_pictures(plain, *parts, "cpu", 0, 1), 3, 8, 0, 1, 0)).tensors, plain)
-    assert torch.allclose(found["features"].float(), wanted[1], rtol=2**-10, atol=2**-10)
+    expected = observe(*parts, next(loader(open_pictures(plain, *parts, "cpu", 0, 1), 3, 8, 0, 1, 0)).tensors, plain)
+    assert torch.allclose(result["features"].float(), expected[1], rtol=2**-10, atol=2**-10)
 
 
 def test_a_stopped_or_damaged_cache_is_completed_to_the_same_files(parts, photographs, tmp_path, monkeypatch, capsys):
     cache.fill(config(tmp_path / "straight", data=photographs))
-    wanted = files(tmp_path / "straight")
-    assert len(wanted) == 1 + 2 * 3  # twelve pictures in shards of five, twice
+    expected = files(tmp_path / "straight")
+    assert len(expected) == 1 + 2 * 3  # twelve pictures in shards of five, twice
 
     class Stopped(Exception):
         pass
@@ -110,7 +110,7 @@ def test_a_stopped_or_damaged_cache_is_completed_to_the_same_files(parts, photog
     monkeypatch.setattr(latent_cache, "SHARD", 5)
     monkeypatch.setattr(cache, "SHARD", 5)
     cache.fill(some)
-    assert files(tmp_path / "cache") == wanted
+    assert files(tmp_path / "cache") == expected
     shard = sorted((tmp_path / "cache" / "latents").glob("view*"))[2]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -121,7 +121,7 @@ def test_a_stopped_or_damaged_cache_is_completed_to_the_same_files(parts, photog
     cache.fill(some)
     said = capsys.readouterr().out
     assert f"{shard.name} is damaged and made again" in said and "1 of this process's 6 shards" in said
-    assert files(tmp_path / "cache") == wanted and all(is_whole(f) for f in (tmp_path / "cache" / "latents").glob("view*"))
+    assert files(tmp_path / "cache") == expected and all(is_whole(f) for f in (tmp_path / "cache" / "latents").glob("view*"))
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,8 @@ def inputs():
     return torch.randn(2, 4, 16, 16), torch.tensor([7, 901]), torch.randn(2, 5, CONTEXT), torch.randn(2, CHANNELS, 7, 7)
 
 
-def difference(found, wanted):
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+def difference(result, expected):
+    return ((result - expected).abs().max() / expected.abs().max()).item()
 
 
 def residuals(controlnet, x, t, context, hint):
@@ -200,14 +200,14 @@ def residuals(controlnet, x, t, context, hint):
 @torch.inference_mode()
 def test_same_residuals_and_same_steered_prediction_as_the_official_code(state, converted, base, inputs):
     x, t, context, features = inputs
-    wanted, model = Reference(state)(*inputs), FeatureControlNet.load(converted, base)[0]
-    found = residuals(model.controlnet, x, t, context, model.hint(features, x.shape[2:]))
-    assert len(wanted) == len(found) == 13
-    assert max(difference(f, w) for f, w in zip(found, wanted)) <= 1e-5
+    expected, model = Reference(state)(*inputs), FeatureControlNet.load(converted, base)[0]
+    result = residuals(model.controlnet, x, t, context, model.hint(features, x.shape[2:]))
+    assert len(expected) == len(result) == 13
+    assert max(difference(f, w) for f, w in zip(result, expected)) <= 1e-5
 
     free = base.unet(x, t, context).sample
     for strength in (1.0, 1.5):
-        scaled = [w * strength for w in wanted]  # the official control_scales
+        scaled = [w * strength for w in expected]  # the official control_scales
         steered = base.unet(x, t, context, down_block_additional_residuals=scaled[:-1], mid_block_additional_residual=scaled[-1]).sample
         assert difference(steered, free) > 0.1
         assert difference(model.predict(base.unet, x, t, context, model.hint(features, x.shape[2:]), strength), steered) <= 1e-5
@@ -234,8 +234,8 @@ def test_what_the_weights_file_says_of_itself(converted, checkpoint):
 def test_there_and_back_is_bitwise_equal(state, converted, tmp_path, suffix):
     back = tmp_path / f"back{suffix}"
     convert.main([str(converted), str(back), "--to", "official"])
-    found = torch.load(back, weights_only=True)["state_dict"] if suffix == ".ckpt" else load_file(back)
-    assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+    result = torch.load(back, weights_only=True)["state_dict"] if suffix == ".ckpt" else load_file(back)
+    assert result.keys() == state.keys() and all(torch.equal(result[k], state[k]) for k in state)
     again = tmp_path / "again.safetensors"
     convert.main([str(back), str(again), *ARGUMENTS])
     first, second = load_file(converted), load_file(again)
@@ -261,9 +261,9 @@ def test_stable_diffusion_at_its_real_size():
     encoder = {k.removeprefix(ENCODER_PREFIX): ours.pop(k).shape for k in list(ours) if k.startswith(ENCODER_PREFIX)}
     with torch.device("meta"):
         model = ControlNetModel(cross_attention_dim=768).state_dict()
-        wanted = ConvEncoder(1024, 320).state_dict()
+        expected = ConvEncoder(1024, 320).state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.items() if not k.startswith(ENCODER_PREFIX)}
-    assert encoder == {k: v.shape for k, v in wanted.items() if k.startswith("block.")}
+    assert encoder == {k: v.shape for k, v in expected.items() if k.startswith("block.")}
     assert len({id(v) for v in ours.values()}) == 324
 
 
@@ -279,9 +279,9 @@ def test_the_diffusers_folder_opens_and_its_readme_runs(converted, base, inputs,
     exec(code, names)
     assert not caplog.records
     model, _ = FeatureControlNet.load(converted, base)
-    wanted = residuals(model.controlnet, x, t, context, model.hint(features, x.shape[2:]))
-    found = residuals(names["controlnet"].eval(), x, t, context, names["encode"](features, x.shape[2:]))
-    assert all(torch.equal(f, w) for f, w in zip(found, wanted))
+    expected = residuals(model.controlnet, x, t, context, model.hint(features, x.shape[2:]))
+    result = residuals(names["controlnet"].eval(), x, t, context, names["encode"](features, x.shape[2:]))
+    assert all(torch.equal(f, w) for f, w in zip(result, expected))
     with pytest.raises(FeatInvError, match="exists already"):
         convert.main([str(converted), str(folder), "--to", "diffusers"])
 

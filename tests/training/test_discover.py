@@ -66,13 +66,13 @@ def test_vectors_come_evenly_from_all_pictures(folder):
         return FeatureMap(values, backbone.source())
 
     pictures = Folder(folder, backbone, seed=3)
-    found = collect(pictures, extract, 100, 0, lambda done, total: steps.append((done, total)))
-    counts = found.vectors[:, 0].long().bincount()
+    result = collect(pictures, extract, 100, 0, lambda done, total: steps.append((done, total)))
+    counts = result.vectors[:, 0].long().bincount()
     assert len(counts) == 8 and counts.max() - counts.min() <= 1 and counts.min() == 11  # 100 among 9 files, one of which cannot be read
-    assert len({tuple(row[:2].tolist()) for row in found.vectors}) == len(found.vectors)  # no place twice
-    assert len(found.maps) == len(found.pictures) == len(found.names) == found.read == 8 and steps[-1] == (8, 9)
-    assert "broken.jpg" in pictures.skipped() and {name.split("/")[0] for name in found.names} == {"class 0", "class 1"}
-    assert torch.equal(found.pictures, (torch.stack(seen) * 255).round().byte())
+    assert len({tuple(row[:2].tolist()) for row in result.vectors}) == len(result.vectors)  # no place twice
+    assert len(result.maps) == len(result.pictures) == len(result.names) == result.read == 8 and steps[-1] == (8, 9)
+    assert "broken.jpg" in pictures.skipped() and {name.split("/")[0] for name in result.names} == {"class 0", "class 1"}
+    assert torch.equal(result.pictures, (torch.stack(seen) * 255).round().byte())
 
 
 def test_a_number_that_grows(tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_the_page_shows_each_concept_where_it_is(tmp_path):
         values[number, 0, number, 7 - number] = number + 1.0
     collected = collect(Pictures(scenes, backbone), lambda x: FeatureMap(values, backbone.source()), 6, 0)
     concepts = Concepts([torch.eye(128)[:1], torch.eye(128)[1:2]], ["spot & dot", "flat"], backbone.source(), settings={"rejected": ["cluster of 3: <small>"]})
-    found = concept_statistics(backbone, concepts, collected.maps)
+    result = concept_statistics(backbone, concepts, collected.maps)
     lengths = concepts.lengths(collected.maps)
     assert concept_page.strongest(lengths[0]) == [5, 4, 3, 2, 1]
     cut = concept_page.crop(collected, lengths[0], 5)  # cell (5, 2) of 8 x 8 pixels each
@@ -115,8 +115,8 @@ def test_the_page_shows_each_concept_where_it_is(tmp_path):
     heat = concept_page.overlay(torch.full((3, 64, 64), 90, dtype=torch.uint8), lengths[0, 5] / 6).float()
     yellow = heat[0] - heat[2]
     assert yellow[40:48, 16:24].min() > 100 and yellow.masked_fill(lengths[0, 5].repeat_interleave(8, 0).repeat_interleave(8, 1) > 0, 0).max() < 1
-    page = concept_page.page(concepts, collected, found)
-    assert "spot &amp; dot" in page and "&lt;small&gt;" in page and f"{found.share[0]:.1%}" in page and f"{found.relevance[1]:.1%}" in page
+    page = concept_page.page(concepts, collected, result)
+    assert "spot &amp; dot" in page and "&lt;small&gt;" in page and f"{result.share[0]:.1%}" in page and f"{result.relevance[1]:.1%}" in page
     data = re.findall(r"base64,([^\"]+)", page)
     assert len(data) == 4 + 3 * (5 + 4)  # examples; two concepts and the rest
     assert all(max(Image.open(io.BytesIO(base64.b64decode(text))).size) == concept_page.SIDE for text in data)

@@ -153,9 +153,9 @@ def test_the_command_brings_the_files_and_a_second_run_nothing(server, files, tm
     base = files[BASE]
     kept = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/pytorch_model.bin"]
     kept += [name for name in base if not is_large(name)]
-    wanted = {f"diffusers/small-SD/{name}": base[name] for name in kept}
-    wanted |= {f"backbones/{BACKBONE}/{name}": files[f"timm/{BACKBONE}"][name] for name in ("config.json", "model.safetensors")}
-    assert on_disk(models) == wanted
+    expected = {f"diffusers/small-SD/{name}": base[name] for name in kept}
+    expected |= {f"backbones/{BACKBONE}/{name}": files[f"timm/{BACKBONE}"][name] for name in ("config.json", "model.safetensors")}
+    assert on_disk(models) == expected
     assert f"--backbone {models / 'backbones' / BACKBONE} --base {models / 'diffusers' / 'small-SD'}" in done.stdout
     assert f"{BACKBONE}/model.safetensors" in done.stdout and "DiffusersLoader: small-SD" in done.stdout
     opened = load_backbone(str(models / "backbones" / BACKBONE))
@@ -166,7 +166,7 @@ def test_the_command_brings_the_files_and_a_second_run_nothing(server, files, tm
 
     server.asked.clear()
     fetch(backbone=BACKBONE)
-    assert not fetched(server) and capsys.readouterr().out.count("already there") == len(wanted)
+    assert not fetched(server) and capsys.readouterr().out.count("already there") == len(expected)
 
 
 def test_an_interrupted_download_goes_on(server, files, fetch, tmp_path):

@@ -44,15 +44,15 @@ def whole(tmp_path_factory):
 
 
 def test_every_figure_has_its_count_interval_seeds_and_settings(whole):
-    found = results(whole)
+    result = results(whole)
     for condition in ("reconstruction", "unconditional", "round trip"):
-        for name, entry in found[condition].items():
+        for name, entry in result[condition].items():
             assert entry["n"] <= 8 and entry["low"] <= entry["value"] <= entry["high"], name
-    assert found["reconstruction"]["cosine"]["n"] == 8 and found["sampling"]["reconstruction"]["steps"] == 1
-    assert found["seeds"] and found["settings"]["files"]["tiny_cnn_last"]
-    assert found["reconstruction"]["frechet_distance (resnet10t.tiny_world, pooled)"]["biased"]
-    low, mid, high = (found[condition]["cosine"]["value"] for condition in ("unconditional", "reconstruction", "round trip"))
-    assert found["gap_closed"] == pytest.approx((mid - low) / (high - low))
+    assert result["reconstruction"]["cosine"]["n"] == 8 and result["sampling"]["reconstruction"]["steps"] == 1
+    assert result["seeds"] and result["settings"]["files"]["tiny_cnn_last"]
+    assert result["reconstruction"]["frechet_distance (resnet10t.tiny_world, pooled)"]["biased"]
+    low, mid, high = (result[condition]["cosine"]["value"] for condition in ("unconditional", "reconstruction", "round trip"))
+    assert result["gap_closed"] == pytest.approx((mid - low) / (high - low))
     text = (whole / "report.md").read_text()
     assert "| measure | unconditional | reconstruction | round trip |" in text and "biased" in text
     assert "data:image/png" in (whole / "index.html").read_text() and (whole / "panel.png").exists()
@@ -63,10 +63,10 @@ def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
 
     pipeline = load_pipeline("tiny_cnn_last")
     pixel_values, counts = load_pictures(pipeline, "drawn", 8)
-    found, _ = evaluate_in_memory(pipeline, pixel_values, pipeline.recommended(steps=1), counts == 1)
+    result, _ = evaluate_in_memory(pipeline, pixel_values, pipeline.recommended(steps=1), counts == 1)
     kept = results(whole)
-    for condition in found:
-        for name, entry in found[condition].items():
+    for condition in result:
+        for name, entry in result[condition].items():
             assert kept[condition][name]["value"] == pytest.approx(entry["value"], abs=1e-4), name  # float32 sums in other batches
 
 
@@ -129,14 +129,14 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
         Image.fromarray((scene * 255).byte().permute(1, 2, 0).numpy().astype(np.uint8)).save(folder / f"{k}.png")
     (folder / "1.png").write_bytes(b"no picture")
     evaluate.main(["--data", str(folder), "--steps", "1", "--suite", "ood", "--device", "cpu", "--out", str(tmp_path / "out")])
-    found = results(tmp_path / "out")
-    assert list(found["skipped"]) == ["1.png"] and found["count"] == 3 and found["reconstruction"]["cosine"]["n"] == 3
+    result = results(tmp_path / "out")
+    assert list(result["skipped"]) == ["1.png"] and result["count"] == 3 and result["reconstruction"]["cosine"]["n"] == 3
     assert "1 of 4 pictures could not be read and were left out: 1.png" in (tmp_path / "out" / "report.md").read_text()
     # mended, and the evaluation goes on with what it has of the originals
     next((tmp_path / "out" / "records" / "reconstruction").iterdir()).unlink()
     shutil.copy(folder / "0.png", folder / "1.png")
     evaluate.main(["--data", str(folder), "--steps", "1", "--suite", "ood", "--device", "cpu", "--out", str(tmp_path / "out")])
-    assert results(tmp_path / "out")["reconstruction"] == found["reconstruction"] and list(results(tmp_path / "out")["skipped"]) == ["1.png"]
+    assert results(tmp_path / "out")["reconstruction"] == result["reconstruction"] and list(results(tmp_path / "out")["skipped"]) == ["1.png"]
     for file in folder.iterdir():
         file.write_bytes(b"no picture")
     with pytest.raises(FeatInvError, match="none of the 4 pictures .* can be read; the first, 0.png"):

@@ -45,9 +45,9 @@ def test_kid_is_the_mean_of_the_kernel_over_pairs():
 def test_a_resample_counts_its_pairs_and_never_a_copy():
     a, b, picks = vectors(0).double(), vectors(1, shift=0.5).double(), [0, 0, 3, 5, 5, 5, 6]
     pairs = [(i, j) for i in picks for j in picks if i != j]
-    wanted = mean_of((a[i], a[j]) for i, j in pairs) + mean_of((b[i], b[j]) for i, j in pairs) - 2 * mean_of((a[i], b[j]) for i, j in pairs)
+    expected = mean_of((a[i], a[j]) for i, j in pairs) + mean_of((b[i], b[j]) for i, j in pairs) - 2 * mean_of((a[i], b[j]) for i, j in pairs)
     weights = torch.bincount(torch.tensor(picks), minlength=7)
-    assert kid(a, b, True, torch.stack([weights, torch.ones(7)]))[0].item() == pytest.approx(wanted, rel=1e-9)
+    assert kid(a, b, True, torch.stack([weights, torch.ones(7)]))[0].item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_kid_is_near_zero_for_one_distribution_and_copies_do_not_make_it_negative():
@@ -62,10 +62,10 @@ def test_frechet_distance_and_the_names_of_the_figures():
     assert set(entries) == {"frechet_distance (net, pooled)", "kid (net, pooled)"}
     x, y = a.double().numpy(), b.double().numpy()
     root = sqrtm(np.cov(x.T) @ np.cov(y.T)).real
-    wanted = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
-    found = entries["frechet_distance (net, pooled)"]
-    assert found["value"] == pytest.approx(wanted, rel=1e-6) and found["biased"] and found["n"] == 60
-    assert "biased" not in entries["kid (net, pooled)"] and found["low"] < found["value"] < found["high"]
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    result = entries["frechet_distance (net, pooled)"]
+    assert result["value"] == pytest.approx(expected, rel=1e-6) and result["biased"] and result["n"] == 60
+    assert "biased" not in entries["kid (net, pooled)"] and result["low"] < result["value"] < result["high"]
     assert set(set_entries("Inception", a, b)) == {"fid", "kid (Inception)"}
     assert not set_entries("net", a[:7], b[:7])  # too few to say anything
     large = vectors(0, 2048, 2)
@@ -76,10 +76,10 @@ def test_the_distances_are_torch_fidelitys():
     fid, own = pytest.importorskip("torch_fidelity.metric_fid"), pytest.importorskip("torch_fidelity.metric_kid")
     a, b = vectors(0, 60).double(), vectors(1, 60, shift=0.3).double()
     entries = set_entries("Inception", a, b)
-    wanted = fid.fid_statistics_to_metric(fid.fid_features_to_statistics(a), fid.fid_features_to_statistics(b), False)
-    assert entries["fid"]["value"] == pytest.approx(wanted["frechet_inception_distance"], rel=1e-6)
-    wanted = own.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=60, verbose=False)  # one subset: all vectors
-    assert kid(a, b).item() == pytest.approx(wanted["kernel_inception_distance_mean"], rel=1e-6)
+    expected = fid.fid_statistics_to_metric(fid.fid_features_to_statistics(a), fid.fid_features_to_statistics(b), False)
+    assert entries["fid"]["value"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    expected = own.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=60, verbose=False)  # one subset: all vectors
+    assert kid(a, b).item() == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
 
 
 def test_inceptions_file_is_named_when_it_cannot_be_used(tmp_path):
@@ -114,25 +114,25 @@ def plain_match(a, b, k):
 
 
 def test_cosine_and_match_of_a_judge():
-    evaluator, wanted, found = measures_of()
-    evaluator.centres = {"cosine": evaluator.means(wanted)["cosine"].mean(0)}
-    columns = evaluator.compare(wanted, found)
-    a, b = (s.maps["cosine"].values.numpy() for s in (wanted, found))
+    evaluator, expected, result = measures_of()
+    evaluator.centres = {"cosine": evaluator.means(expected)["cosine"].mean(0)}
+    columns = evaluator.compare(expected, result)
+    a, b = (s.maps["cosine"].values.numpy() for s in (expected, result))
     for name, centre in (("cosine", 0), ("cosine_centred", a.mean((0, 2, 3))[:, None, None])):
         x, y = a - centre, b - centre
         plain = (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
         assert np.allclose(columns[name], plain.mean((1, 2)), atol=1e-6)  # float32
     for k in (1, 5):
-        assert columns[f"top{k}_match"].tolist() == plain_match(wanted.logits, found.logits, k)
+        assert columns[f"top{k}_match"].tolist() == plain_match(expected.logits, result.logits, k)
 
 
 def test_a_subset_of_the_classes_and_several_groups():
-    evaluator, wanted, found = measures_of(subset=[1, 4, 7])
-    assert evaluator.compare(wanted, found)["top1_match"].tolist() == plain_match(wanted.logits[:, [1, 4, 7]], found.logits[:, [1, 4, 7]], 1)
-    evaluator, wanted, found = measures_of(groups={"shape": slice(0, 6), "colour": slice(6, 12)})
-    columns = evaluator.compare(wanted, found, torch.tensor([True, False, True, True]))
-    assert columns["top1_match"].tolist() == plain_match(wanted.logits[:, :6], found.logits[:, :6], 1)
+    evaluator, expected, result = measures_of(subset=[1, 4, 7])
+    assert evaluator.compare(expected, result)["top1_match"].tolist() == plain_match(expected.logits[:, [1, 4, 7]], result.logits[:, [1, 4, 7]], 1)
+    evaluator, expected, result = measures_of(groups={"shape": slice(0, 6), "colour": slice(6, 12)})
+    columns = evaluator.compare(expected, result, torch.tensor([True, False, True, True]))
+    assert columns["top1_match"].tolist() == plain_match(expected.logits[:, :6], result.logits[:, :6], 1)
     colour = columns["colour_match_single"]
     assert colour.isnan().tolist() == [False, True, False, False]
-    kept = [v for v, s in zip(plain_match(wanted.logits[:, 6:], found.logits[:, 6:], 1), (1, 0, 1, 1)) if s]
+    kept = [v for v, s in zip(plain_match(expected.logits[:, 6:], result.logits[:, 6:], 1), (1, 0, 1, 1)) if s]
     assert mean_entry(colour)["n"] == 3 and mean_entry(colour)["value"] == pytest.approx(sum(kept) / 3)

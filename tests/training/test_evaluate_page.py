@@ -28,8 +28,8 @@ def test_tables_are_what_the_evaluation_found(tmp_path):
     page = tmp_path / "page.md"
     options = "--steps 1 --device cpu"
     evaluation_page.main(["--only", "quality", "--count", "8", "--options", options, "--out", str(tmp_path / "out"), "--page", str(page)])
-    found, text = json.loads((tmp_path / "out" / "quality" / "results.json").read_text()), page.read_text()
-    entry = found["reconstruction"]["cosine"]
+    result, text = json.loads((tmp_path / "out" / "quality" / "results.json").read_text()), page.read_text()
+    entry = result["reconstruction"]["cosine"]
     assert "`python training/evaluate.py --suite quality --count 8` (n = 8)" in text
     assert f"| {entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}) |" in text
     own = evaluation_page.PAGE.read_text()
@@ -53,8 +53,8 @@ def measures_of(value):
 
 def test_each_pair_of_scales_stands_in_its_row_and_column():
     conditions = {"features=1, text=0": 0.5, "features=1, text=2": 0.6, "features=3, text=0": 0.7, "features=3, text=2": 0.8, "against text=3": 0.65}
-    found = {condition: measures_of(value) for condition, value in (conditions | {"unconditional": 0.3, PAPER: 0.4, "round trip": 0.9}).items()}
-    lines = TABLES["guidances"](found | {"settings": {"guidances": [3.0, 1.0], "text_guidances": [0.0, 2.0]}, "best": {"cosine": "features=3, text=2"}})
+    result = {condition: measures_of(value) for condition, value in (conditions | {"unconditional": 0.3, PAPER: 0.4, "round trip": 0.9}).items()}
+    lines = TABLES["guidances"](result | {"settings": {"guidances": [3.0, 1.0], "text_guidances": [0.0, 2.0]}, "best": {"cosine": "features=3, text=2"}})
     assert "| 1 | 0.500 | 0.600 |  |" in lines and "| 3 | 0.700 | 0.800 | 0.650 |" in lines  # the cosine
     assert "| 3 | 0.500 | 0.600 | 0.450 |" in lines and "| 3 | 0.0700 | 0.0800 | 0.0650 |" in lines  # the independent backbone, KID
     assert [line.split(" |")[0] for line in lines[-4:]] == ["| unconditional", f"| {PAPER}", "| features=3, text=2", "| round trip"]

@@ -30,9 +30,9 @@ def pair(name, *shape):
 
 
 def residual(name, inside, outside, wide):
-    found = pair(f"{name}.in_layers.0", inside) | pair(f"{name}.in_layers.2", outside, inside, 3, 3) | pair(f"{name}.emb_layers.1", 2 * outside, wide)
-    found |= pair(f"{name}.out_layers.0", outside) | pair(f"{name}.out_layers.3", outside, outside, 3, 3)
-    return found | (pair(f"{name}.skip_connection", outside, inside, 1, 1) if inside != outside else {})
+    result = pair(f"{name}.in_layers.0", inside) | pair(f"{name}.in_layers.2", outside, inside, 3, 3) | pair(f"{name}.emb_layers.1", 2 * outside, wide)
+    result |= pair(f"{name}.out_layers.0", outside) | pair(f"{name}.out_layers.3", outside, outside, 3, 3)
+    return result | (pair(f"{name}.skip_connection", outside, inside, 1, 1) if inside != outside else {})
 
 
 def attention(name, width):
@@ -42,25 +42,25 @@ def attention(name, width):
 def layout(widths, channels):
     """Names and shapes of the published layout, block by block."""
     wide, first = 4 * widths[0], widths[0]
-    found = pair("time_embed.0", wide, first) | pair("time_embed.2", wide, wide) | pair("ssl_emb", wide, channels)
-    found |= pair("input_blocks.0.0", first, 3, 3, 3) | pair("out.0", first) | pair("out.2", 6, first, 3, 3)
+    result = pair("time_embed.0", wide, first) | pair("time_embed.2", wide, wide) | pair("ssl_emb", wide, channels)
+    result |= pair("input_blocks.0.0", first, 3, 3, 3) | pair("out.0", first) | pair("out.2", 6, first, 3, 3)
     skips, width, n = [first], first, 1
     for level, out in enumerate(widths):
         for _ in range(2):
-            found |= residual(f"input_blocks.{n}.0", width, out, wide) | (attention(f"input_blocks.{n}.1", out) if level >= 2 else {})
+            result |= residual(f"input_blocks.{n}.0", width, out, wide) | (attention(f"input_blocks.{n}.1", out) if level >= 2 else {})
             skips, width, n = [*skips, out], out, n + 1
         if level < len(widths) - 1:
-            found |= residual(f"input_blocks.{n}.0", out, out, wide)
+            result |= residual(f"input_blocks.{n}.0", out, out, wide)
             skips, n = [*skips, out], n + 1
-    found |= residual("middle_block.0", width, width, wide) | attention("middle_block.1", width) | residual("middle_block.2", width, width, wide)
+    result |= residual("middle_block.0", width, width, wide) | attention("middle_block.1", width) | residual("middle_block.2", width, width, wide)
     n = 0
     for level, out in reversed(list(enumerate(widths))):
         for layer in range(3):
-            found |= residual(f"output_blocks.{n}.0", width + skips.pop(), out, wide) | (attention(f"output_blocks.{n}.1", out) if level >= 2 else {})
+            result |= residual(f"output_blocks.{n}.0", width + skips.pop(), out, wide) | (attention(f"output_blocks.{n}.1", out) if level >= 2 else {})
             if level and layer == 2:
-                found |= residual(f"output_blocks.{n}.{2 if level >= 2 else 1}", out, out, wide)
+                result |= residual(f"output_blocks.{n}.{2 if level >= 2 else 1}", out, out, wide)
             width, n = out, n + 1
-    return found
+    return result
 
 
 def state_dict(widths=SMALL, channels=48):
@@ -84,15 +84,15 @@ def test_blocks_compute_what_the_published_ones_do():
     qkv = F.conv1d(F.group_norm(x, 32, *params(state, "input_blocks.7.1.norm"), 1e-5).flatten(2), *params(state, "input_blocks.7.1.qkv"))
     q, k, v = qkv.reshape(2 * HEADS, 3 * 16, 16).split(16, 1)
     mixed = torch.einsum("bts,bcs->bct", (torch.einsum("bct,bcs->bts", q, k) / 16**0.5).softmax(-1), v).reshape(2, 64, 16)
-    wanted = x + F.conv1d(mixed, *params(state, "input_blocks.7.1.proj_out")).reshape(x.shape)
+    expected = x + F.conv1d(mixed, *params(state, "input_blocks.7.1.proj_out")).reshape(x.shape)
     with torch.no_grad():
-        assert torch.allclose(model.unet.down_blocks[2].attentions[0](x), wanted, atol=1e-4)  # float32 sums over 64 channels
+        assert torch.allclose(model.unet.down_blocks[2].attentions[0](x), expected, atol=1e-4)  # float32 sums over 64 channels
         x = torch.randn(2, 128, 4, 4)
         h = F.conv2d(F.silu(F.group_norm(x, 32, *params(state, "middle_block.0.in_layers.0"), 1e-5)), *params(state, "middle_block.0.in_layers.2"), padding=1)
         scale, shift = F.linear(F.silu(emb), *params(state, "middle_block.0.emb_layers.1"))[..., None, None].chunk(2, 1)
         h = F.silu(F.group_norm(h, 32, *params(state, "middle_block.0.out_layers.0"), 1e-5) * (1 + scale) + shift)
-        wanted = x + F.conv2d(h, *params(state, "middle_block.0.out_layers.3"), padding=1)
-        assert torch.allclose(model.unet.mid_block.resnets[0](x, emb), wanted, atol=1e-4)
+        expected = x + F.conv2d(h, *params(state, "middle_block.0.out_layers.3"), padding=1)
+        assert torch.allclose(model.unet.mid_block.resnets[0](x, emb), expected, atol=1e-4)
 
 
 def params(state, name):
@@ -117,8 +117,8 @@ def test_the_vectors_are_those_that_it_was_trained_on():
         model.mean, model.std = mean, std
         normalised = (pixel_values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
         with torch.inference_mode():
-            wanted = backbone.model.forward_features(normalised).mean((2, 3))
-        assert torch.allclose(model.vectors(backbone, pixel_values), wanted, rtol=1e-3, atol=1e-5)  # float32, scaled there and back
+            expected = backbone.model.forward_features(normalised).mean((2, 3))
+        assert torch.allclose(model.vectors(backbone, pixel_values), expected, rtol=1e-3, atol=1e-5)  # float32, scaled there and back
 
 
 def test_published_checkpoints_take_pictures_from_minus_one_to_one():
@@ -137,8 +137,8 @@ def small_world(file, seed=0):
 def test_its_own_file_holds_the_same_model(tmp_path):
     model, loaded = small_world(tmp_path / "rcdm.safetensors"), load_rcdm(tmp_path / "rcdm.safetensors")
     assert loaded.steps == 2 and loaded.source.backbone == "resnet10t.tiny_world" and loaded.mean == loaded.source.mean
-    for (name, wanted), found in zip(model.state_dict().items(), loaded.state_dict().values()):
-        assert torch.equal(wanted.half().float(), found), name
+    for (name, expected), result in zip(model.state_dict().items(), loaded.state_dict().values()):
+        assert torch.equal(expected.half().float(), result), name
     with pytest.raises(FeatInvError, match="no RCDM"):
         load_rcdm(model_file("tiny_cnn_last"))
 
@@ -159,13 +159,13 @@ def test_a_finished_checkpoint_is_shipped_without_training(tmp_path, capsys):
 def test_the_embedded_world_compares_without_arguments(tmp_path, monkeypatch):
     small_world(tmp_path / "rcdm.safetensors")
     monkeypatch.setattr(suite, "EMBEDDED", tmp_path / "rcdm.safetensors")
-    found, text = run(tmp_path, "rcdm", count=2)
+    result, text = run(tmp_path, "rcdm", count=2)
     for condition in ("unconditional", "RCDM", "tiny_cnn_pooled", "tiny_cnn_last", "round trip"):
         for name in ("cosine", "cosine_pooled", "top1_match", "top5_match"):
-            assert found[condition][name]["n"] == found[condition][f"native: {name}"]["n"] == 2
-    assert found["sampling"]["RCDM"]["steps"] == 2 and "32 pixels, RCDM's own" in text
+            assert result[condition][name]["n"] == result[condition][f"native: {name}"]["n"] == 2
+    assert result["sampling"]["RCDM"]["steps"] == 2 and "32 pixels, RCDM's own" in text
     # an untrained network's pictures are no reconstructions
-    assert found["RCDM"]["cosine"]["value"] < found["tiny_cnn_pooled"]["cosine"]["value"] < found["tiny_cnn_last"]["cosine"]["value"]
+    assert result["RCDM"]["cosine"]["value"] < result["tiny_cnn_pooled"]["cosine"]["value"] < result["tiny_cnn_last"]["cosine"]["value"]
     with pytest.raises(FeatInvError, match="give --rcdm FILE"):
         run(tmp_path / "vit", "rcdm", "--model", "tiny_vit_last")
 
@@ -183,10 +183,10 @@ def test_the_suite_scores_both_at_both_resolutions(photographic, tmp_path, monke
     model.load_state_dict(translate(state_dict(channels=512), 5))
     (tmp_path / "rcdm.pt").write_bytes(b"in its place")
     monkeypatch.setattr(suite, "load_rcdm", lambda file: model)
-    found, text = run(tmp_path, "rcdm", *photographic, "--rcdm", str(tmp_path / "rcdm.pt"), "--rcdm-steps", "2", count=2)
+    result, text = run(tmp_path, "rcdm", *photographic, "--rcdm", str(tmp_path / "rcdm.pt"), "--rcdm-steps", "2", count=2)
     for condition in ("RCDM", photographic[1], "unconditional", "round trip"):
-        assert found[condition]["cosine"]["n"] == found[condition]["native: cosine"]["n"] == 2
-    assert found["RCDM"]["native: cosine"] != found["RCDM"]["cosine"] and "32 pixels, RCDM's own" in text
+        assert result[condition]["cosine"]["n"] == result[condition]["native: cosine"]["n"] == 2
+    assert result["RCDM"]["native: cosine"] != result["RCDM"]["cosine"] and "32 pixels, RCDM's own" in text
     assert json.loads((tmp_path / "rcdm" / "settings.json").read_text())["files"]["rcdm"]
     with pytest.raises(FeatInvError, match="512 channels of the last layer"):
         run(tmp_path / "other", "rcdm", "--rcdm", str(tmp_path / "rcdm.pt"))

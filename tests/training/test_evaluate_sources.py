@@ -60,9 +60,9 @@ def test_shards_hold_what_the_folder_holds(folder, tmp_path):
     with tarfile.open(shards / "000.tar", "w") as opened:
         for file in sorted(folder.rglob("*.png")):
             opened.add(file, f"{file.parent.name}_{file.name}")  # as training shards of ImageNet name their members
-    wanted, one = open_source(str(folder)), open_source(str(shards / "000.tar"))
-    assert one.classes == wanted.classes and one.labels == wanted.labels
-    for a, b in zip(read(wanted, range(8))[0].pictures, read(open_source(str(shards)), range(8))[0].pictures):
+    expected, one = open_source(str(folder)), open_source(str(shards / "000.tar"))
+    assert one.classes == expected.classes and one.labels == expected.labels
+    for a, b in zip(read(expected, range(8))[0].pictures, read(open_source(str(shards)), range(8))[0].pictures):
         assert torch.equal(a, b)
     assert class_folder("000.tar/x.png", True) is None and class_folder("dogs/x.png", False) == "dogs"
 

@@ -36,57 +36,57 @@ def run(tmp_path, suite, *options, count=4):
 
 
 def test_layers_compares_at_every_stage(tmp_path):
-    found, text = run(tmp_path, "layers", "--models", "tiny_cnn_last", "tiny_cnn_stage")
-    stages = {name for name in found["tiny_cnn_stage"] if name.startswith("cosine ") and not name.endswith("centred")}
+    result, text = run(tmp_path, "layers", "--models", "tiny_cnn_last", "tiny_cnn_stage")
+    stages = {name for name in result["tiny_cnn_stage"] if name.startswith("cosine ") and not name.endswith("centred")}
     assert "cosine last" in stages and len(stages) > 3
     layer = read_info(model_file("tiny_cnn_stage")).source.layer
     # even after two steps the model of the earlier stage is closer at that stage (paper Fig. 4a)
-    assert found["tiny_cnn_stage"][f"cosine {layer}"]["value"] > found["unconditional"][f"cosine {layer}"]["value"]
-    assert found.keys() >= {"unconditional", "round trip"} and "| tiny_cnn_stage | layer" in text
+    assert result["tiny_cnn_stage"][f"cosine {layer}"]["value"] > result["unconditional"][f"cosine {layer}"]["value"]
+    assert result.keys() >= {"unconditional", "round trip"} and "| tiny_cnn_stage | layer" in text
 
 
 def test_cross_model_is_a_matrix(tmp_path):
-    found, text = run(tmp_path, "cross-model")
+    result, text = run(tmp_path, "cross-model")
     evaluators = ("resnet10t.tiny_world", "vit_tiny_patch16_224.tiny_world")
     for model in ("tiny_cnn_last", "tiny_vit_last"):
         for evaluator in evaluators:
-            assert found[model][f"{evaluator}: top1_match"]["n"] == 4
-            assert found[model][f"{evaluator}: cosine"]["value"] > found["unconditional"][f"{evaluator}: cosine"]["value"]
+            assert result[model][f"{evaluator}: top1_match"]["n"] == 4
+            assert result[model][f"{evaluator}: cosine"]["value"] > result["unconditional"][f"{evaluator}: cosine"]["value"]
     assert f"| {evaluators[0]} | {evaluators[1]} |" in text
     own, _ = run(tmp_path, "quality")
     for measure in ("cosine", "top1_match"):  # a model judged by its own backbone: the same figure in both suites
-        assert found["tiny_cnn_last"][f"{evaluators[0]}: {measure}"] == own["reconstruction"][measure]
+        assert result["tiny_cnn_last"][f"{evaluators[0]}: {measure}"] == own["reconstruction"][measure]
 
 
 def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
     file = tmp_path / "model.safetensors"
     shutil.copy(model_file("tiny_cnn_last"), file)
     before, scope = read_info(file), load_scope(file)
-    found, text = run(tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1", "--write-back")
+    result, text = run(tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1", "--write-back")
     # strength 0 draws without features; whatever else differs, it is no way to reconstruct
-    assert found["best"] == {"strength": 1.0, "guidance": 1.0} and "now recommends strength=1, guidance=1" in text
+    assert result["best"] == {"strength": 1.0, "guidance": 1.0} and "now recommends strength=1, guidance=1" in text
     after = read_info(file)
     assert after.recommended == before.recommended | {"strength": 1.0, "guidance": 1.0} and after.source == before.source
     assert (load_scope(file) is None) == (scope is None)
     again, _ = run(tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1")  # finds all records
-    assert again.keys() == found.keys() and again["unconditional"] == found["unconditional"]
+    assert again.keys() == result.keys() and again["unconditional"] == result["unconditional"]
     assert (tmp_path / "sweep" / "cosine.png").exists() and (tmp_path / "sweep" / "top1_match.png").exists()
 
 
 def test_variability_is_of_the_samples(tmp_path):
-    found, _ = run(tmp_path, "variability", "--samples", "2", count=2)
-    assert 0 < found["reconstruction"]["pixel_variance"]["value"] < found["unconditional"]["pixel_variance"]["value"]
-    assert 0 < found["reconstruction"]["feature_variance"]["value"] < found["unconditional"]["feature_variance"]["value"]
+    result, _ = run(tmp_path, "variability", "--samples", "2", count=2)
+    assert 0 < result["reconstruction"]["pixel_variance"]["value"] < result["unconditional"]["pixel_variance"]["value"]
+    assert 0 < result["reconstruction"]["feature_variance"]["value"] < result["unconditional"]["feature_variance"]["value"]
 
 
 def test_mixing_along_the_interpolation_and_by_region(tmp_path):
-    found, _ = run(tmp_path, "mixing", "--weights", "0", "0.5", count=3)
-    assert found["weight=0"]["cosine"]["n"] == found["weight=0.5"]["cosine"]["n"] == 3
-    composed = {name: entry["value"] for name, entry in found["composed"].items()}
+    result, _ = run(tmp_path, "mixing", "--weights", "0", "0.5", count=3)
+    assert result["weight=0"]["cosine"]["n"] == result["weight=0.5"]["cosine"]["n"] == 3
+    composed = {name: entry["value"] for name, entry in result["composed"].items()}
     assert composed["cosine_inside"] > composed["cosine_inside_with_other"]
     assert composed["cosine_outside"] > composed["cosine_outside_with_other"]
-    found, text = run(tmp_path / "pooled", "mixing", "--model", "tiny_cnn_pooled", "--weights", "0", count=2)
-    assert "composed" not in found and "no locations to compose" in text
+    result, text = run(tmp_path / "pooled", "mixing", "--model", "tiny_cnn_pooled", "--weights", "0", count=2)
+    assert "composed" not in result and "no locations to compose" in text
 
 
 def stand_in(seen):
@@ -109,11 +109,11 @@ def test_corruptions_are_functions_of_the_pictures_number(tmp_path, monkeypatch)
         assert torch.equal(first, again) and not torch.equal(first, other)
     assert len(CORRUPTIONS) == 19 and set(SEEDED) < set(CORRUPTIONS)
     seen.clear()
-    found, text = run(tmp_path, "corruptions", "--corruptions", "fog", "glass_blur", "--levels", "1", "5", count=8)
+    result, text = run(tmp_path, "corruptions", "--corruptions", "fog", "glass_blur", "--levels", "1", "5", count=8)
     assert {(name, level) for name, level, _ in seen} == {("fog", 1), ("fog", 5), ("glass_blur", 1), ("glass_blur", 5)}
-    assert {"clean", "fog 1", "fog 5", "glass_blur 5"} <= found.keys() and "| fog 5 |" in text
+    assert {"clean", "fog 1", "fog 5", "glass_blur 5"} <= result.keys() and "| fog 5 |" in text
     # the sets that are compared are the corrupted pictures and what was drawn from them
-    assert "kid (resnet10t.tiny_world, pooled)" in found["fog 5"]
+    assert "kid (resnet10t.tiny_world, pooled)" in result["fog 5"]
 
 
 @pytest.fixture
@@ -136,10 +136,10 @@ def test_baseline_draws_each_class_by_its_name(photographic, tmp_path, monkeypat
     asked = []
     real = baseline.embeddings
     monkeypatch.setattr(baseline, "embeddings", lambda base, prompts: asked.append(prompts) or real(base, prompts))
-    found, text = run(tmp_path, "baseline", *photographic, count=2)
+    result, text = run(tmp_path, "baseline", *photographic, count=2)
     start, kind = "a high-quality, detailed, and professional image of a ", ", which is a kind of "
     assert asked == [[f"{start}tench{kind}cyprinid", f"{start}great white shark{kind}mackerel shark"]]  # the first is the paper's example
-    assert found["class name"]["top5_accuracy"]["n"] == found["class name"]["cosine"]["n"] == 2 and "SUPERCLASS" in text
+    assert result["class name"]["top5_accuracy"]["n"] == result["class name"]["cosine"]["n"] == 2 and "SUPERCLASS" in text
     for folder in (tmp_path / "val").iterdir():
         folder.rename(folder.with_name(f"dogs {folder.name[-1]}"))
     with pytest.raises(FeatInvError, match="needs ImageNet's layout"):
@@ -147,16 +147,16 @@ def test_baseline_draws_each_class_by_its_name(photographic, tmp_path, monkeypat
 
 
 def test_every_class_of_imagenet_has_a_superclass():
-    found = baseline.superclasses()
-    assert list(found) == ImageNetInfo().label_names() and all(found.values())
+    result = baseline.superclasses()
+    assert list(result) == ImageNetInfo().label_names() and all(result.values())
 
 
 def test_natural_adversarial_matches_among_200_classes(photographic, tmp_path, monkeypatch):
     asked = []
     real = Evaluator.__init__
     monkeypatch.setattr(Evaluator, "__init__", lambda self, backbone, compared, subset=None: asked.append(subset) or real(self, backbone, compared, subset))
-    found, _ = run(tmp_path, "natural-adversarial", *photographic, count=2)
-    assert len(asked[0]) == 200 and asked[0][:3] == [6, 11, 13] and found["reconstruction"]["top1_match"]["n"] == 2
+    result, _ = run(tmp_path, "natural-adversarial", *photographic, count=2)
+    assert len(asked[0]) == 200 and asked[0][:3] == [6, 11, 13] and result["reconstruction"]["top1_match"]["n"] == 2
 
 
 def test_a_model_and_its_judges_share_one_backbone():

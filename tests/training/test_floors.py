@@ -29,7 +29,7 @@ def imports(name, file, known):
         if isinstance(node, ast.ImportFrom):
             start = package[: len(package) + 1 - node.level] if node.level else []
             origin = ".".join([*start, *([node.module] if node.module else [])])
-            yield from (found for alias in node.names if (found := f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in known else origin) in known)
+            yield from (result for alias in node.names if (result := f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in known else origin) in known)
 
 
 def floor(file):

@@ -36,12 +36,12 @@ def batch(listing):
 
 
 def test_tar_shards_hold_the_folders_pictures(photographs, shards, monkeypatch):
-    wanted = batch(Folder(photographs))
-    assert torch.equal(batch(open_listing(str(shards), None)), wanted)
+    expected = batch(Folder(photographs))
+    assert torch.equal(batch(open_listing(str(shards), None)), expected)
     index = shards / "000000.tar.index.json"
     assert len(json.loads(index.read_text())["pictures"]) == 7
     monkeypatch.setattr("training.data.listing.tarfile.open", None)  # the second time no shard is walked
-    assert torch.equal(batch(open_listing(str(shards), None)), wanted)
+    assert torch.equal(batch(open_listing(str(shards), None)), expected)
     monkeypatch.undo()
     index.write_text("{")  # cut off
     assert len(TarShards(sorted(shards.glob("*.tar"))).names) == 12
@@ -96,8 +96,8 @@ def test_hugging_face_sets_are_read_by_place(photographs, monkeypatch, tmp_path)
     library.load_dataset = lambda name, split, streaming: asked.append((name, split)) or rows
     library.load_from_disk = lambda name: {"train": rows}
     monkeypatch.setitem(sys.modules, "datasets", library)
-    wanted = batch(Folder(photographs))
-    assert torch.equal(batch(open_listing("hf:somebody/pictures:validation", None)), wanted)
+    expected = batch(Folder(photographs))
+    assert torch.equal(batch(open_listing("hf:somebody/pictures:validation", None)), expected)
     assert asked == [("somebody/pictures", "validation")]
     assert open_listing("hf:somebody/pictures", None).classes[:4] == ["cat", "dog", None, "cat"]
     (tmp_path / "set").mkdir()

@@ -90,14 +90,14 @@ def make(data, network):
 @pytest.fixture(scope="module")
 def made(make, tmp_path_factory):
     """(folder of a whole world, pictures that the autoencoder was shown, white ones among them, files started from)"""
-    out, shown, started = tmp_path_factory.mktemp("made") / "world", [], []
+    out, encoded, started = tmp_path_factory.mktemp("made") / "world", [], []
     with pytest.MonkeyPatch.context() as patch:
         encode, start_from = PatchAutoencoder.encode, inversion.start_from
-        patch.setattr(PatchAutoencoder, "encode", lambda self, x: (shown.append(x.amin((1, 2, 3)) > 0.99), encode(self, x))[1])
+        patch.setattr(PatchAutoencoder, "encode", lambda self, x: (encoded.append(x.amin((1, 2, 3)) > 0.99), encode(self, x))[1])
         patch.setattr(inversion, "start_from", lambda model, file, base: (started.append(Path(file).name), start_from(model, file, base))[1])
         make(out)
-    shown = torch.cat(shown)
-    return out, len(shown), shown.sum().item(), started
+    encoded = torch.cat(encoded)
+    return out, len(encoded), encoded.sum().item(), started
 
 
 @pytest.fixture
@@ -155,8 +155,8 @@ def test_the_latents_that_the_base_model_learns_are_standardised(made, data):
 
 def test_pictures_that_are_kept_back_are_in_no_stage(made):
     """They are white: what the autoencoder encodes is what the stages learn from, and its panel alone shows it white ones."""
-    _, shown, white, _ = made
-    assert white == make_photo.SHOWN and shown > 3000 + SEEN["decoder"] + SEEN["base"] + COUNT - 9
+    _, encoded, white, _ = made
+    assert white == make_photo.SHOWN and encoded > 3000 + SEEN["decoder"] + SEEN["base"] + COUNT - 9
 
 
 def test_photographs_part_into_training_and_kept_back(data):
@@ -170,10 +170,10 @@ def test_photographs_part_into_training_and_kept_back(data):
 def test_crops_are_parts_of_the_pictures_mirrored_where_asked(data):
     photographs = read_photographs([str(data)], 64)
     rows, top, left = torch.tensor([3, 3, 7]), torch.tensor([0, 1, 3]), torch.tensor([2, 0, 3])
-    found = photographs.crops(rows, top, left, torch.tensor([False, True, False]))
-    for crop, row, y, x, flip in zip(found, rows, top, left, (False, True, False)):
-        wanted = photographs.pictures[row, :, y : y + 64, x : x + 64].float() / 255
-        assert torch.equal(crop, wanted.flip(2) if flip else wanted)
+    result = photographs.crops(rows, top, left, torch.tensor([False, True, False]))
+    for crop, row, y, x, flip in zip(result, rows, top, left, (False, True, False)):
+        expected = photographs.pictures[row, :, y : y + 64, x : x + 64].float() / 255
+        assert torch.equal(crop, expected.flip(2) if flip else expected)
     assert photographs.margin == 3
 
 
@@ -312,16 +312,16 @@ def stop_at(patch, call):
 
 def test_kept_features_do_not_depend_on_being_interrupted(keep, made, tmp_path, monkeypatch):
     monkeypatch.setattr(inversion, "PART", 64)
-    wanted = rows_of(keep(tmp_path / "straight", 2))
+    expected = rows_of(keep(tmp_path / "straight", 2))
     for call in (1, 2, 4):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
             stop_at(patch, call)
             keep(tmp_path / "stopped", 2)
-    found = rows_of(keep(tmp_path / "stopped", 2))
-    assert wanted.keys() == found.keys() == {"latents", "layer2", "last"} and all(np.array_equal(found[k], wanted[k]) for k in wanted)
+    result = rows_of(keep(tmp_path / "stopped", 2))
+    assert expected.keys() == result.keys() == {"latents", "layer2", "last"} and all(np.array_equal(result[k], expected[k]) for k in expected)
     count = COUNT - 9
-    assert len(wanted["last"]) == 2 * count and (wanted["latents"].std((1, 2, 3)) > 0).all()
-    assert not np.array_equal(wanted["latents"][:count], wanted["latents"][count:])  # two crops, not one twice
+    assert len(expected["last"]) == 2 * count and (expected["latents"].std((1, 2, 3)) > 0).all()
+    assert not np.array_equal(expected["latents"][:count], expected["latents"][count:])  # two crops, not one twice
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 1)
         keep(tmp_path / "stopped", 2)  # whole: the network is not asked again
@@ -329,7 +329,7 @@ def test_kept_features_do_not_depend_on_being_interrupted(keep, made, tmp_path, 
 
 def test_kept_features_that_are_made_anew_are_not_taken_for_whole_ones(keep, tmp_path):
     """One file is lost, or other views are asked for; and the run that makes them anew is stopped at once."""
-    wanted = rows_of(keep(tmp_path))
+    expected = rows_of(keep(tmp_path))
 
     def interrupted(views):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
@@ -339,8 +339,8 @@ def test_kept_features_that_are_made_anew_are_not_taken_for_whole_ones(keep, tmp
     (tmp_path / "latents.npy").unlink()
     interrupted(1)
     interrupted(2)
-    found = rows_of(keep(tmp_path))
-    assert all(np.array_equal(found[k], wanted[k]) for k in wanted)
+    result = rows_of(keep(tmp_path))
+    assert all(np.array_equal(result[k], expected[k]) for k in expected)
 
 
 def test_kept_features_are_of_these_photographs(keep, made, data, network, tmp_path):
@@ -481,10 +481,10 @@ def test_an_inversion_model_in_8_bits_draws_the_same_pictures(tmp_path):
     pipeline = load_pipeline("tiny_cnn_last")
     features = pipeline.extract(draw(0, torch.arange(4), "held-out").image)
     sampling, start = pipeline.recommended(steps=10, gradient=0.0), pipeline.noise(range(4))
-    wanted = pipeline.draw(features, sampling, start)
+    expected = pipeline.draw(features, sampling, start)
     pipeline.model.save(tmp_path / "small.safetensors", pipeline.info, torch.int8)
     pipeline.model, info = FeatureControlNet.load(tmp_path / "small.safetensors", pipeline.base)
-    found = pipeline.draw(features, sampling, start)
+    result = pipeline.draw(features, sampling, start)
     assert info == pipeline.info and (tmp_path / "small.safetensors").stat().st_size < 0.6 * model_file("tiny_cnn_last").stat().st_size
-    assert 0 < (found - wanted).abs().mean((1, 2, 3)).max() < 0.02
-    assert (wanted[0] - wanted[1]).abs().mean() > 0.1  # as far as two pictures are apart
+    assert 0 < (result - expected).abs().mean((1, 2, 3)).max() < 0.02
+    assert (expected[0] - expected[1]).abs().mean() > 0.1  # as far as two pictures are apart

@@ -41,10 +41,10 @@ def test_our_step_is_compiled_where_the_configuration_says_so(small, monkeypatch
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     pictures = torch.rand(2, 3, 176, 176)
-    for wanted in (False, True):
-        parts = real_size.build(replace(small, compile=wanted), "cpu")
+    for expected in (False, True):
+        parts = real_size.build(replace(small, compile=expected), "cpu")
         assert real_size.our_step(parts, pictures)().isfinite()
-        assert compiled == ([parts.model] if wanted else [])
+        assert compiled == ([parts.model] if expected else [])
 
 
 def test_a_profile_names_what_a_step_spends_its_time_in(small):

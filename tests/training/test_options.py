@@ -56,10 +56,10 @@ def whole(tmp_path_factory):
     return folder, load_file(here(folder))
 
 
-def close(found, wanted):
+def close(result, expected):
     """Equal but for the order in which sums of float32 are rounded; AdamW makes whole steps of what is rounded near 0, so
     single weights may differ more than all together."""
-    apart = sum((found[k] - wanted[k]).square().sum() for k in wanted) / sum(v.square().sum() for v in wanted.values())
+    apart = sum((result[k] - expected[k]).square().sum() for k in expected) / sum(v.square().sum() for v in expected.values())
     return apart.sqrt() < 1e-3
 
 
@@ -99,9 +99,9 @@ def test_the_encoder_alone_learns_first(tmp_path):
 
 
 def test_min_snr_weights_are_those_of_the_paper():
-    kept = torch.tensor([0.99, 0.9, 0.5, 0.1, 0.0])  # SNR 99, 9, 1, 1/9, 0
-    assert torch.allclose(min_snr_weight(kept, 5, False), torch.tensor([5 / 99, 5 / 9, 1, 1, 1]))
-    assert torch.allclose(min_snr_weight(kept, 5, True), torch.tensor([5 / 100, 5 / 10, 1 / 2, 1 / 10, 0]))
+    alpha_bar = torch.tensor([0.99, 0.9, 0.5, 0.1, 0.0])  # SNR 99, 9, 1, 1/9, 0
+    assert torch.allclose(min_snr_weight(alpha_bar, 5, False), torch.tensor([5 / 99, 5 / 9, 1, 1, 1]))
+    assert torch.allclose(min_snr_weight(alpha_bar, 5, True), torch.tensor([5 / 100, 5 / 10, 1 / 2, 1 / 10, 0]))
 
 
 def test_min_snr_lowers_the_weight_of_small_noise(whole, tmp_path):

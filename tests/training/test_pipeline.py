@@ -32,7 +32,7 @@ def backbone():
 
 
 @pytest.fixture
-def steering(base, backbone):
+def controlnet(base, backbone):
     """An untrained model whose zero convolutions are filled, so that control matters."""
     torch.manual_seed(0)
     model = FeatureControlNet.start(base, backbone.source(), width=32).eval().requires_grad_(False)
@@ -54,47 +54,47 @@ def test_at_first_the_output_is_exactly_the_base_models(base, backbone, features
     assert torch.equal(sample(base, model, features, start, sampling, PROMPT), sample(base, None, None, start, sampling, PROMPT))
 
 
-def test_a_cast_base_model_is_not_taken_back_to_float32_by_autocast(base, steering, features):
+def test_a_cast_base_model_is_not_taken_back_to_float32_by_autocast(base, controlnet, features):
     cast, modes = deepcopy(base.unet).bfloat16(), set()
     for norm in (m for m in cast.modules() if isinstance(m, torch.nn.GroupNorm)):
         norm.register_forward_hook(lambda _, given, made: modes.add((torch.is_autocast_enabled("cpu"), given[0].dtype, made.dtype)))
     given = noise(base, 0, 2), torch.tensor([400, 700]), base.text[PROMPT].expand(2, -1, -1), features.values
-    exact = steering(base.unet, *given)
+    exact = controlnet(base.unet, *given)
     with torch.autocast("cpu", torch.bfloat16):
-        found = steering(cast, *given)
+        result = controlnet(cast, *given)
     assert modes == {(False, torch.bfloat16, torch.bfloat16)}
-    assert (found - exact).norm() < 2**-5 * exact.norm()  # bf16 has eight bits, and dozens of layers round
+    assert (result - exact).norm() < 2**-5 * exact.norm()  # bf16 has eight bits, and dozens of layers round
 
 
-def test_strength_zero_and_an_empty_range_bypass_the_control(base, steering, features):
+def test_strength_zero_and_an_empty_range_bypass_the_control(base, controlnet, features):
     start = noise(base, 0, 2)
     alone = sample(base, None, None, start, Sampling(steps=3), PROMPT)
     for change in ({"strength": 0.0}, {"start": 0.5, "end": 0.5}):
-        assert torch.equal(sample(base, steering, features, start, Sampling(steps=3, **change), PROMPT), alone)
-    assert not torch.allclose(sample(base, steering, features, start, Sampling(steps=3), PROMPT), alone)
+        assert torch.equal(sample(base, controlnet, features, start, Sampling(steps=3, **change), PROMPT), alone)
+    assert not torch.allclose(sample(base, controlnet, features, start, Sampling(steps=3), PROMPT), alone)
 
 
-def test_guidance_follows_its_formula(base, steering, features):
+def test_guidance_follows_its_formula(base, controlnet, features):
     """One step by hand: eps = eps(null) + g (eps(features) - eps(null))."""
     start, scheduler = noise(base, 0, 2), base.scheduler
     with torch.inference_mode():
         for negative in ("text", "features"):
-            got = sample(base, steering, features, start, Sampling(1, 0.7, 3.0, negative), PROMPT)
+            got = sample(base, controlnet, features, start, Sampling(1, 0.7, 3.0, negative), PROMPT)
             scheduler.set_timesteps(1)
             (t,) = scheduler.timesteps
             null = torch.zeros_like(features.values) if negative == "features" else features.values
             context = [base.text[p].expand(2, -1, -1) for p in (PROMPT, "")]
             out = [
-                steering.predict(base.unet, start, t, c, steering.hint(v, (8, 8)), 0.7) for v, c in zip((features.values, null), context)
+                controlnet.predict(base.unet, start, t, c, controlnet.hint(v, (8, 8)), 0.7) for v, c in zip((features.values, null), context)
             ]
-            wanted = scheduler.step(out[1] + 3.0 * (out[0] - out[1]), t, start).prev_sample
-            assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()  # float32, batches of 4 against 2
+            expected = scheduler.step(out[1] + 3.0 * (out[0] - out[1]), t, start).prev_sample
+            assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()  # float32, batches of 4 against 2
 
 
-def test_rows_of_a_batch_do_not_touch_each_other(base, steering, features):
+def test_rows_of_a_batch_do_not_touch_each_other(base, controlnet, features):
     start, sampling = noise(base, 0, 2), Sampling(steps=3, guidance=2.0, negative="features")
-    both = sample(base, steering, features, start, sampling, PROMPT)
-    second = sample(base, steering, features.select(1), start[1:], sampling, PROMPT)
+    both = sample(base, controlnet, features, start, sampling, PROMPT)
+    second = sample(base, controlnet, features.select(1), start[1:], sampling, PROMPT)
     assert (both[1:] - second).abs().max() <= 1e-4 * both.abs().max()  # float32, batches of another size
 
 
@@ -102,21 +102,21 @@ def test_noise_is_the_hosts(base):
     assert torch.equal(noise(base, 5, 3), torch.randn(3, 24, 8, 8, generator=torch.Generator().manual_seed(5)))
 
 
-def test_weights_file_gives_the_same_pictures(base, steering, features, tmp_path):
-    info = InversionInfo(steering.source, steering.encoder.settings, base.describe(), PROMPT)
-    steering.save(tmp_path / "m.safetensors", info)
+def test_weights_file_gives_the_same_pictures(base, controlnet, features, tmp_path):
+    info = InversionInfo(controlnet.source, controlnet.encoder.settings, base.describe(), PROMPT)
+    controlnet.save(tmp_path / "m.safetensors", info)
     again, _ = FeatureControlNet.load(tmp_path / "m.safetensors", base)
     sampling, start = Sampling(steps=2, guidance=2.0), noise(base, 0, 2)
-    assert torch.equal(sample(base, steering, features, start, sampling, PROMPT), sample(base, again, features, start, sampling, PROMPT))
+    assert torch.equal(sample(base, controlnet, features, start, sampling, PROMPT), sample(base, again, features, start, sampling, PROMPT))
 
 
-def test_what_does_not_fit_is_refused(base, backbone, steering, features, tmp_path):
+def test_what_does_not_fit_is_refused(base, backbone, controlnet, features, tmp_path):
     other = {**base.describe(), "width": 320}
-    steering.save(tmp_path / "m.safetensors", InversionInfo(steering.source, steering.encoder.settings, other, PROMPT))
+    controlnet.save(tmp_path / "m.safetensors", InversionInfo(controlnet.source, controlnet.encoder.settings, other, PROMPT))
     with pytest.raises(FeatInvError, match="width: 320 in the weights file, 64"):
         FeatureControlNet.load(tmp_path / "m.safetensors", base)
     with pytest.raises(FeatInvError, match="layer2"):
-        sample(base, steering, backbone(torch.rand(1, 3, 64, 64), "layer2"), noise(base, 0), Sampling(), PROMPT)
+        sample(base, controlnet, backbone(torch.rand(1, 3, 64, 64), "layer2"), noise(base, 0), Sampling(), PROMPT)
     with pytest.raises(FeatInvError, match="prompt"):
         load_base("tiny", "another prompt")
     with pytest.raises(FeatInvError, match="unet"):
@@ -150,9 +150,9 @@ def test_loss_of_perfect_velocity_is_zero_and_dropout_uses_the_null(base, backbo
 def test_clean_latents_follow_from_a_perfect_prediction(base, kind):
     clean, noise_, t = torch.randn(4, 24, 8, 8), torch.randn(4, 24, 8, 8), torch.tensor([0, 300, 700, 999])
     scheduler = DDIMScheduler.from_config(base.scheduler.config, prediction_type=kind)
-    found = scheduler.get_velocity(clean, noise_, t) if kind == "v_prediction" else noise_
+    result = scheduler.get_velocity(clean, noise_, t) if kind == "v_prediction" else noise_
     noisy = scheduler.add_noise(clean, noise_, t)
-    again = predicted_clean(scheduler, noisy, found, t)
+    again = predicted_clean(scheduler, noisy, result, t)
     assert (again - clean).abs().max() < 1e-3  # at t = 999 the noise hides all but 1/15 of the signal
 
 

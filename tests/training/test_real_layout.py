@@ -51,8 +51,8 @@ def test_text_is_encoded_once_and_latents_are_scaled(stable_diffusion):
     assert not torch.equal(base.text[""], base.text[PROMPT])
     assert base.resolution == 64 and base.scheduler.config.prediction_type == "epsilon"
     x = torch.rand(1, 3, 64, 64)
-    wanted = base.vae.encode(x * 2 - 1).latent_dist.mean * 0.18215
-    assert torch.allclose(base.encode(x), wanted) and round_trip(base, torch.rand(1, 3, 80, 80)).shape == (1, 3, 64, 64)
+    expected = base.vae.encode(x * 2 - 1).latent_dist.mean * 0.18215
+    assert torch.allclose(base.encode(x), expected) and round_trip(base, torch.rand(1, 3, 80, 80)).shape == (1, 3, 64, 64)
 
 
 def test_train_and_open_on_a_real_layout(stable_diffusion, tmp_path):

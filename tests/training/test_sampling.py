@@ -73,8 +73,8 @@ def test_two_guidances_follow_their_formula(pipeline, features, guidance, text, 
     with torch.inference_mode():
         for t in scheduler.timesteps:
             one = lambda values, prompt: model(base.unet, x, t, base.text[prompt].expand(2, -1, -1), values)  # noqa: B023, E731
-            none, shown, both = one(features.values * 0, ""), one(features.values, ""), one(features.values, pipeline.info.prompt)
-            x = scheduler.step(none + guidance * (shown - none) + text * (both - shown), t, x).prev_sample
+            none, cond, both = one(features.values * 0, ""), one(features.values, ""), one(features.values, pipeline.info.prompt)
+            x = scheduler.step(none + guidance * (cond - none) + text * (both - cond), t, x).prev_sample
     assert relative(latents(pipeline, features, sampling), x) < 1e-4  # float32, batches of another size
     assert len(sampling.weights()) == evaluations and sampling.evaluations == 4 * evaluations
 
@@ -103,15 +103,15 @@ def test_solvers_agree_where_steps_are_many_and_are_nearer_where_they_are_few(pi
 def test_dpmpp_2m_is_the_hosts_formula(pipeline, features):
     """Against k-diffusion's loop over sigma = sqrt((1 - a) / a) at KSampler's scheduler "simple"."""
     sampling = Sampling(steps=10, guidance=1.0, solver="dpmpp_2m")
-    base, kept = pipeline.base, pipeline.base.scheduler.alphas_cumprod
+    base, alpha_bar = pipeline.base, pipeline.base.scheduler.alphas_cumprod
     times = [999 - int(k * 1000 / sampling.steps) for k in range(sampling.steps)]
-    sigmas = [((1 - kept[t]) / kept[t]).sqrt() for t in times] + [torch.tensor(0.0)]
-    x, old = pipeline.noise([0, 1]) / kept[times[0]].sqrt(), None
+    sigmas = [((1 - alpha_bar[t]) / alpha_bar[t]).sqrt() for t in times] + [torch.tensor(0.0)]
+    x, old = pipeline.noise([0, 1]) / alpha_bar[times[0]].sqrt(), None
     with torch.inference_mode():
         for i, t in enumerate(times):
-            noisy = x * kept[t].sqrt()
-            found = pipeline.model(base.unet, noisy, torch.tensor(t), base.text[pipeline.info.prompt].expand(2, -1, -1), features.values)
-            clean = predicted_clean(base.scheduler, noisy, found, torch.tensor(t))
+            noisy = x * alpha_bar[t].sqrt()
+            result = pipeline.model(base.unet, noisy, torch.tensor(t), base.text[pipeline.info.prompt].expand(2, -1, -1), features.values)
+            clean = predicted_clean(base.scheduler, noisy, result, torch.tensor(t))
             if old is None or sigmas[i + 1] == 0:
                 mixed = clean
             else:
@@ -137,9 +137,9 @@ def test_clean_latents_and_prediction_are_each_others_inverse(pipeline, kind):
     base = replace(pipeline.base, scheduler=DDIMScheduler.from_config(pipeline.base.scheduler.config, prediction_type=kind))
     clean, noise, t = torch.randn(2, 24, 8, 8), torch.randn(2, 24, 8, 8), torch.tensor(300)
     noisy = base.scheduler.add_noise(clean, noise, t)
-    found = base.scheduler.get_velocity(clean, noise, t[None]) if kind == "v_prediction" else noise
-    assert (prediction_of(base.scheduler, noisy, clean, t) - found).abs().max() < 1e-4  # float32; the noise's share is above a half
-    assert (predicted_clean(base.scheduler, noisy, found, t) - clean).abs().max() < 1e-4
+    result = base.scheduler.get_velocity(clean, noise, t[None]) if kind == "v_prediction" else noise
+    assert (prediction_of(base.scheduler, noisy, clean, t) - result).abs().max() < 1e-4  # float32; the noise's share is above a half
+    assert (predicted_clean(base.scheduler, noisy, result, t) - clean).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -178,12 +178,12 @@ def test_reconstruct_keeps_the_best_and_says_so(pipeline, tmp_path):
     from training.report import save_image, to_image
 
     save_image(to_image(draw(0, torch.arange(1), "held-out").image[0]), tmp_path / "scene.png")
-    found = {}
+    result = {}
     for count in ("1", "3"):
         reconstruct.main(["--image", str(tmp_path / "scene.png"), "--out", str(tmp_path / count), "--steps", "2", "--device", "cpu", "--best-of", count])
-        found[count] = json.loads((tmp_path / count / "results.json").read_text())
-    assert found["3"]["pictures"][0]["cosine"] >= found["1"]["pictures"][0]["cosine"] - 1e-6  # of its own attempt 0
-    assert found["3"]["sampling"]["best_of"] == 3 and "among 3" in found["3"]["note"] and "among" not in found["1"]["note"]
+        result[count] = json.loads((tmp_path / count / "results.json").read_text())
+    assert result["3"]["pictures"][0]["cosine"] >= result["1"]["pictures"][0]["cosine"] - 1e-6  # of its own attempt 0
+    assert result["3"]["sampling"]["best_of"] == 3 and "among 3" in result["3"]["note"] and "among" not in result["1"]["note"]
 
 
 def test_a_program_that_draws_once_refuses_best_of():
@@ -201,8 +201,8 @@ def test_options_reach_the_sampling(pipeline):
 def test_edited_maps_are_drawn_without_the_gradient_that_the_files_recommend(pipeline):
     assert pipeline.recommended().gradient > 0 and pipeline_from(model_parser("").parse_args([]))[1] == pipeline.recommended()
     for program in (visualize_concepts.arguments(), fit_scope.arguments()):
-        wanted = [word for action in program._actions if action.required for word in (action.option_strings[0], "drawn")]
-        assert pipeline_from(program.parse_args(wanted))[1] == pipeline.recommended(gradient=0.0)
+        expected = [word for action in program._actions if action.required for word in (action.option_strings[0], "drawn")]
+        assert pipeline_from(program.parse_args(expected))[1] == pipeline.recommended(gradient=0.0)
 
 
 def test_settings_that_make_no_sense_are_refused():
@@ -226,10 +226,10 @@ def test_the_cost_suite_tries_steps_and_the_gradient_and_writes_the_cheapest_goo
     file = tmp_path / "copy.safetensors"
     file.write_bytes(model_file("tiny_cnn_last").read_bytes())
     evaluate.main([*"--suite cost --count 3 --solver-steps 1 --gradient-last 2 --write-back --device cpu --model".split(), str(file), "--out", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
     guided, plain = "ddim, 10 steps, gradient in the last 2", "ddim, 1 steps"
-    assert found[guided]["cosine"]["value"] > found["ddim, 10 steps"]["cosine"]["value"] > found[plain]["cosine"]["value"]
-    assert found["costs"][plain]["gmac"] < found["costs"]["ddim, 10 steps"]["gmac"] < found["costs"][guided]["gmac"] < found["costs"]["the paper's sampling"]["gmac"]
+    assert result[guided]["cosine"]["value"] > result["ddim, 10 steps"]["cosine"]["value"] > result[plain]["cosine"]["value"]
+    assert result["costs"][plain]["gmac"] < result["costs"]["ddim, 10 steps"]["gmac"] < result["costs"][guided]["gmac"] < result["costs"]["the paper's sampling"]["gmac"]
     assert Image.open(tmp_path / "out" / "cost.png").width > 600
-    sampling, chosen = read_info(file).recommended, found["settings"]["sampling"][found["recommended"]]
+    sampling, chosen = read_info(file).recommended, result["settings"]["sampling"][result["recommended"]]
     assert {name: sampling.get(name, asdict(Sampling())[name]) for name in chosen} == chosen

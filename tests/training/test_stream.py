@@ -75,8 +75,8 @@ def test_it_goes_on_exactly_from_any_batch(data, workers):
             next(before)
         for in_hand, used in ((True, stop - 1), (False, stop)):  # the last batch is still to be used, or was
             after = reading(data, workers=workers, state=before.state(in_hand))
-            for wanted, found in zip(whole[used:], islice(after, 25 - used)):
-                assert torch.equal(wanted, found.tensors["pictures"])
+            for expected, result in zip(whole[used:], islice(after, 25 - used)):
+                assert torch.equal(expected, result.tensors["pictures"])
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(data, tmp_path):
@@ -93,8 +93,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(data, tmp_path):
 
 def test_other_readers_begin_anew_and_say_so(data, capsys):
     state = reading(data, workers=2).state(False)
-    wanted = numbers(reading(data), 4)
-    assert numbers(reading(data, state=state), 4) == wanted
+    expected = numbers(reading(data), 4)
+    assert numbers(reading(data, state=state), 4) == expected
     assert "was read by 2 readers, 2 each process, and now by 1: it begins anew" in capsys.readouterr().out
 
 
@@ -128,5 +128,5 @@ def test_what_cannot_be_streamed_is_explained(data, tmp_path):
 
 
 def test_a_panel_shows_its_first_pictures(data):
-    shown = held_out(read_config(DEFAULT, {"data": data}))
-    assert shown.shape == (8, 3, 512, 512) and [round(x[0].mean().item() * 255) for x in shown] == list(range(8))
+    pictures = held_out(read_config(DEFAULT, {"data": data}))
+    assert pictures.shape == (8, 3, 512, 512) and [round(x[0].mean().item() * 255) for x in pictures] == list(range(8))

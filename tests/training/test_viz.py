@@ -38,19 +38,19 @@ def features(pipeline):
 
 def test_both_maps_are_drawn_with_the_same_seeds_and_read_again(pipeline, concepts, features):
     sampling = pipeline.recommended(steps=3)
-    (shown,) = visualize(pipeline, features, concepts, [["object"]], VizSettings(0.25, seeds=2, seed=5), sampling)
+    (visualization,) = visualize(pipeline, features, concepts, [["object"]], VizSettings(0.25, seeds=2, seed=5), sampling)
     start = noise(pipeline.base, 5, 2)
     changed = edit(features, concepts, [["object"]], 0.25).changed
     original, attenuated = (pipeline.draw(m.repeat(2), sampling, start) for m in (features, changed))
-    for found, expected in ((shown.original, original), (shown.changed, attenuated)):
-        assert (found - expected).abs().max() < 1e-4  # float32, other batch sizes
-    assert torch.allclose(shown.distance, difference(original, attenuated), atol=1e-4)
-    assert shown.slope.own == pytest.approx(slope(concepts, [concepts.index("object")], features, pipeline.extract(attenuated)), abs=1e-3)
+    for result, expected in ((visualization.original, original), (visualization.changed, attenuated)):
+        assert (result - expected).abs().max() < 1e-4  # float32, other batch sizes
+    assert torch.allclose(visualization.distance, difference(original, attenuated), atol=1e-4)
+    assert visualization.slope.own == pytest.approx(slope(concepts, [concepts.index("object")], features, pipeline.extract(attenuated)), abs=1e-3)
 
 
 def test_a_factor_of_one_changes_nothing(pipeline, concepts, features):
-    (shown,) = visualize(pipeline, features, concepts, [["object"]], VizSettings(1.0, seeds=2), pipeline.recommended(steps=2))
-    assert shown.distance.abs().max() < 1e-4 and shown.slope.passed and shown.slope.own == pytest.approx(shown.slope.untouched, abs=1e-3)
+    (visualization,) = visualize(pipeline, features, concepts, [["object"]], VizSettings(1.0, seeds=2), pipeline.recommended(steps=2))
+    assert visualization.distance.abs().max() < 1e-4 and visualization.slope.passed and visualization.slope.own == pytest.approx(visualization.slope.untouched, abs=1e-3)
 
 
 def test_the_closed_loop_comes_nearer_to_what_was_asked(pipeline, concepts, features):
@@ -65,12 +65,12 @@ def test_the_program_writes_pictures_and_slopes(tmp_path, capsys):
         Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
     images = [str(tmp_path / f"{i}.png") for i in range(2)]
     visualize_concepts.main(["--image", *images, "--names", "object; sky, night", "--seeds", "2", "--steps", "2", "--out", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["maps"]
-    assert [(m["picture"], m["concepts"]) for m in found] == [(f"{i:03d}_{i}", c) for i in range(2) for c in (["object"], ["sky", "night"])]
-    assert all(m["scope"]["verdict"] in ("inside", "at the edge", "outside") and -1 <= m["cosine"] <= 1 for m in found)
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["maps"]
+    assert [(m["picture"], m["concepts"]) for m in result] == [(f"{i:03d}_{i}", c) for i in range(2) for c in (["object"], ["sky", "night"])]
+    assert all(m["scope"]["verdict"] in ("inside", "at the edge", "outside") and -1 <= m["cosine"] <= 1 for m in result)
     printed = capsys.readouterr().out
-    assert all(f"slope {m['own']:.2f} for 0.25 asked" in printed for m in found) and ("NOT as asked" in printed) == any(not m["passed"] for m in found)
-    for name in ("grid.png", "details.png", found[0]["difference"], found[0]["mask"]):
+    assert all(f"slope {m['own']:.2f} for 0.25 asked" in printed for m in result) and ("NOT as asked" in printed) == any(not m["passed"] for m in result)
+    for name in ("grid.png", "details.png", result[0]["difference"], result[0]["mask"]):
         assert Image.open(tmp_path / "out" / name).size[0] >= 64
     for wrong, words in ((["--names", "dog"], "there is no concept 'dog'; there are 8"), (["--names", ";"], "no concept named"), (["--names", "0", "--seeds", "0"], "--seeds 0")):
         with pytest.raises(FeatInvError, match=words):
@@ -124,12 +124,12 @@ def test_the_measurement_runs_and_says_how_it_falls(tmp_path, monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr(module, name, small)
     measure_concepts.main(["--count", "2", "--validation", "2", "--seeds", "2", "--steps", "2", "--workers", "1", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "results.json").read_text())
+    result = json.loads((tmp_path / "results.json").read_text())
     for track in ("true masks", "discovered by MCD", "discovered by k-means"):
         for kind in ("object", "background"):
-            part = found[track][kind]
+            part = result[track][kind]
             assert part["localisation"]["FeatInv-Viz"]["AUROC"]["n"] == 2 and part["faithfulness"]["FeatInv-Viz"]["slope"]["n"] == 2
-    assert {"random subspace", "seeds alone", "GradCAM", "edges"} < found["true masks"]["object"]["localisation"].keys()
+    assert {"random subspace", "seeds alone", "GradCAM", "edges"} < result["true masks"]["object"]["localisation"].keys()
     text = (tmp_path / "report.md").read_text()
     assert "mean slope" in text and "boundary F" in text and (tmp_path / "panel.png").exists() and "<table>" in (tmp_path / "index.html").read_text()
     with pytest.raises(FeatInvError, match="true masks are known for the drawn world"):

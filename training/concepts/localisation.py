@@ -83,15 +83,15 @@ def auroc(heat: Tensor, mask: Tensor) -> float:
     return float((rank[inside].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
-def iou(found: Tensor, mask: Tensor) -> float:
+def iou(pred: Tensor, mask: Tensor) -> float:
     """Intersection over union of two bool masks [H, W]."""
-    return float((found & mask).sum() / (found | mask).sum().clamp(min=1))
+    return float((pred & mask).sum() / (pred | mask).sum().clamp(min=1))
 
 
-def boundary_f(found: Tensor, mask: Tensor, tolerance: int = TOLERANCE) -> float:
+def boundary_f(pred: Tensor, mask: Tensor, tolerance: int = TOLERANCE) -> float:
     """F score of the outlines of two bool masks [H, W]: pixels of either outline within `tolerance` pixels of the other
     (Martin et al. 2004, without their one-to-one matching). 0 if one has no outline."""
-    own, true = _outline(found), _outline(mask)
+    own, true = _outline(pred), _outline(mask)
     near_own, near_true = (F.max_pool2d(x[None, None], 2 * tolerance + 1, 1, tolerance)[0, 0] for x in (own, true))
     precision = float((own * near_true).sum() / own.sum().clamp(min=1))
     recall = float((true * near_own).sum() / true.sum().clamp(min=1))
@@ -134,7 +134,7 @@ def measures(heat: Tensor, mask: Tensor, for_iou: float, for_boundary: float) ->
 
 
 def best_threshold(heats: Sequence[Tensor], masks: Sequence[Tensor], score: Callable[[Tensor, Tensor], float]) -> float:
-    """The threshold of the normalised maps with the largest mean score(found, mask)."""
+    """The threshold of the normalised maps with the largest mean score(pred, mask)."""
     scaled = [normalised(h) for h in heats]
     tried = [i / 40 for i in range(1, 40)]
     return max(tried, key=lambda t: sum(score(h >= t, m) for h, m in zip(scaled, masks)))

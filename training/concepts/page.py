@@ -33,16 +33,16 @@ ul{margin:.3rem 0;padding-left:1.2rem}
 """
 
 
-def page(concepts: Concepts, collected: Collected, found: Statistics) -> str:
+def page(concepts: Concepts, collected: Collected, stats: Statistics) -> str:
     """One HTML file, pictures inside, that opens without a server. Concepts by relevance, or by share of the norm where
     that is not known, 40 of them in pictures at most. Memory: a picture per crop, of the pictures judged."""
     lengths = concepts.lengths(collected.maps)  # [n + 1, B, H, W]
-    worth = found.relevance or found.share
+    worth = stats.relevance or stats.share
     order = sorted(range(len(concepts)), key=lambda i: -worth[i])
     examples = covering(lengths[order[:MOST]])
-    shown = [*order[:MOST], len(concepts)]
-    others = f"<section><h2>{len(order) - MOST} more, without pictures</h2>{summary(concepts, found, order[MOST:], False)}</section>" if order[MOST:] else ""
-    cards = "".join(card(i, concepts, collected, found, lengths[i], examples) for i in shown)
+    listed = [*order[:MOST], len(concepts)]
+    others = f"<section><h2>{len(order) - MOST} more, without pictures</h2>{summary(concepts, stats, order[MOST:], False)}</section>" if order[MOST:] else ""
+    cards = "".join(card(i, concepts, collected, stats, lengths[i], examples) for i in listed)
     title = f"Concepts of {collected.maps.source.describe()}"
     lines = [
         f"{len(concepts)} concepts by {concepts.method}, from {collected.describe()}.",
@@ -51,35 +51,35 @@ def page(concepts: Concepts, collected: Collected, found: Statistics) -> str:
         "that of the map (concepts overlap, so these sum to more than one). Crops are centred on the place where it is longest.",
     ]
     originals = "".join(_picture(collected.pictures[b], collected.names[b]) for b in examples)
-    rejected = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(concepts, found))
+    rejected = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(concepts, stats))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
         + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-        + f"<ul>{rejected}</ul>{summary(concepts, found, shown)}"
+        + f"<ul>{rejected}</ul>{summary(concepts, stats, listed)}"
         f'<section><div class="strip"><span>the examples</span><div>{originals}</div></div></section>{cards}{others}</html>\n'
     )
 
 
-def summary(concepts: Concepts, found: Statistics, numbers: list[int], linked: bool = True) -> str:
+def summary(concepts: Concepts, stats: Statistics, numbers: list[int], linked: bool = True) -> str:
     """What is known of some concepts as a table. linked: to their pictures."""
-    sizes, widest = dimensions(concepts), max(abs(v) for v in [*found.relevance, *found.share])
+    sizes, widest = dimensions(concepts), max(abs(v) for v in [*stats.relevance, *stats.share])
     rows = []
     for i in numbers:
         name = f'<a href="#c{i}">{html.escape(concepts.names[i])}</a>' if linked else html.escape(concepts.names[i])
-        bars = [_bar(values[i], widest) if values else "-" for values in (found.relevance, found.share)]
-        classes = html.escape(found.classes_of(i))
+        bars = [_bar(values[i], widest) if values else "-" for values in (stats.relevance, stats.share)]
+        classes = html.escape(stats.classes_of(i))
         rows.append(f'<tr><td class="n">{i}<td>{name}<td class="n">{sizes[i]}<td>{bars[0]}<td>{bars[1]}<td class="dim">{classes}')
     head = '<tr><th class="n">no.<th>concept<th class="n">dim.<th>relevance<th>norm<th>adds most to the logits of'
     return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
-def card(number: int, concepts: Concepts, collected: Collected, found: Statistics, lengths: Tensor, examples: list[int]) -> str:
+def card(number: int, concepts: Concepts, collected: Collected, stats: Statistics, lengths: Tensor, examples: list[int]) -> str:
     """A concept in pictures. lengths: [B, H, W] its |phi_i|."""
-    facts = [f"dimension {dimensions(concepts)[number]}", f"{found.share[number]:.1%} of the norm"]
-    if found.relevance:
-        facts.insert(0, f"relevance {found.relevance[number]:.1%}")
-    classes = found.classes_of(number)
+    facts = [f"dimension {dimensions(concepts)[number]}", f"{stats.share[number]:.1%} of the norm"]
+    if stats.relevance:
+        facts.insert(0, f"relevance {stats.relevance[number]:.1%}")
+    classes = stats.classes_of(number)
     facts += [f"adds most to {classes}"] if classes else []
     crops = "".join(_picture(crop(collected, lengths, b), collected.names[b]) for b in strongest(lengths))
     brightest = lengths.amax()

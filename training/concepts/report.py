@@ -27,7 +27,7 @@ Table = list[list[str]]
 @dataclass
 class Trial:
     """One concept in one scene. kind: "object" or "background", name: the concept. picture: [3, H, W]. mask: [H, W] bool, its true pixels.
-    heats: method -> heat map [H, W]. curves: method -> (deletion, insertion). shown: FeatInv-Viz at the asked factor and, on the first track,
+    heats: method -> heat map [H, W]. curves: method -> (deletion, insertion). visualization: FeatInv-Viz at the asked factor and, on the first track,
     in closed loop. logit: for each of these the (predicted, actual) change of the top logit of the concept's label group."""
 
     kind: str
@@ -36,7 +36,7 @@ class Trial:
     mask: Tensor
     heats: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, tuple[float, float]] = field(default_factory=dict)
-    shown: dict[str, Visualization] = field(default_factory=dict)
+    visualizations: dict[str, Visualization] = field(default_factory=dict)
     logit: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -44,27 +44,27 @@ def localise(trials: Sequence[Trial], validation: int) -> dict[str, dict[str, di
     """method -> measure -> {"value", "low", "high", "n"}, over the trials of the first scenes; each method's
     thresholds are those with the best IoU and the best boundary F on the last `validation` ones."""
     reported, chosen = trials[: len(trials) - validation], trials[len(trials) - validation :]
-    found = {}
+    figures = {}
     for method in trials[0].heats:
         heats, masks = [t.heats[method] for t in chosen], [t.mask for t in chosen]
         thresholds = best_threshold(heats, masks, iou), best_threshold(heats, masks, boundary_f)
         rows = [measures(t.heats[method], t.mask, *thresholds) for t in reported]
         for row, trial in zip(rows, reported):
             row["deletion"], row["insertion"] = trial.curves[method]
-        found[method] = {name: bootstrap(torch.tensor([row[name] for row in rows])) for name in COLUMNS}
-        found[method] |= {"threshold for IoU": {"value": thresholds[0]}, "threshold for boundary F": {"value": thresholds[1]}}
-    return found
+        figures[method] = {name: bootstrap(torch.tensor([row[name] for row in rows])) for name in COLUMNS}
+        figures[method] |= {"threshold for IoU": {"value": thresholds[0]}, "threshold for boundary F": {"value": thresholds[1]}}
+    return figures
 
 
 def faithful(trials: Sequence[Trial]) -> dict[str, dict[str, dict]]:
     """method -> what its slopes and logits came to, each with an interval where it is a mean."""
-    found = {}
-    for method in trials[0].shown:
-        slopes = [t.shown[method].slope for t in trials]
+    figures = {}
+    for method in trials[0].visualizations:
+        slopes = [t.visualizations[method].slope for t in trials]
         own = torch.tensor([s.own for s in slopes])
         logits = torch.tensor([t.logit[method] for t in trials])
         nulls = [s.null for s in slopes if s.null is not None]
-        found[method] = {
+        figures[method] = {
             "slope": bootstrap(own), "slope, median": {"value": own.median().item()},
             "within range": bootstrap(torch.tensor([float(s.passed) for s in slopes])),
             "other concepts": bootstrap(torch.tensor([s.others for s in slopes])),
@@ -72,15 +72,15 @@ def faithful(trials: Sequence[Trial]) -> dict[str, dict[str, dict]]:
             "times seeds alone": {"value": torch.tensor(nulls).median().item() if nulls else float("nan")},
             "logit predicted": bootstrap(logits[:, 0]), "logit actual": bootstrap(logits[:, 1]),
             "logit correlation": {"value": torch.corrcoef(logits.T)[0, 1].item() if len(logits) > 2 else float("nan")},
-            "commanded": {"value": torch.tensor([t.shown[method].commanded for t in trials]).mean().item()},
+            "commanded": {"value": torch.tensor([t.visualizations[method].commanded for t in trials]).mean().item()},
         }  # fmt: skip
-    return found
+    return figures
 
 
-def as_table(found: dict[str, dict[str, dict]], columns: Sequence[str], head: str) -> Table:
+def as_table(figures: dict[str, dict[str, dict]], columns: Sequence[str], head: str) -> Table:
     """Rows of texts, the first the head."""
     rows = [[head, *columns]]
-    for method, row in found.items():
+    for method, row in figures.items():
         rows.append([method, *(_entry(row[name]) for name in columns)])
     return rows
 
@@ -109,10 +109,10 @@ def cases(trials: Sequence[Trial]) -> tuple[list[list[Cell]], list[str]]:
     ranked = sorted(trials, key=lambda t: -auroc(t.heats[VIZ], t.mask))
     rows, titles = [], []
     for word, trial in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
-        shown = trial.shown.get(CLOSED, trial.shown[VIZ])
+        visualization = trial.visualizations.get(CLOSED, trial.visualizations[VIZ])
         rows.append([
-            (trial.picture, trial.name), (trial.mask.float().expand(3, -1, -1), "true mask"), (shown.original[0], "reconstruction"), (shown.changed[0], "attenuated"),
-            (_heat(trial.heats[VIZ]), f"AUROC {auroc(trial.heats[VIZ], trial.mask):.2f}"), (spotlight(shown.original[0], affected(shown.distance)), f"slope {shown.slope.own:.2f}"),
+            (trial.picture, trial.name), (trial.mask.float().expand(3, -1, -1), "true mask"), (visualization.original[0], "reconstruction"), (visualization.changed[0], "attenuated"),
+            (_heat(trial.heats[VIZ]), f"AUROC {auroc(trial.heats[VIZ], trial.mask):.2f}"), (spotlight(visualization.original[0], affected(visualization.distance)), f"slope {visualization.slope.own:.2f}"),
             (_heat(trial.heats["activation, enlarged"]), "activation"), (_heat(trial.heats[BAR]), "occlusion"),
         ])  # fmt: skip
         titles.append(f"{trial.kind},\n{word}")
@@ -133,10 +133,10 @@ def as_html(table: Table) -> str:
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
-def write_report(out: Path, about: dict, found: dict[str, list[Trial]]) -> str:
-    """Writes everything to `out` and returns the Markdown. found: the trials of each track, scenes in order."""
+def write_report(out: Path, about: dict, trials_of: dict[str, list[Trial]]) -> str:
+    """Writes everything to `out` and returns the Markdown. trials_of: the trials of each track, scenes in order."""
     results, lines, body, rows, titles = {**about}, ["# Is a concept picture true?", "", summary(about), ""], [], [], []
-    for track, trials in found.items():
+    for track, trials in trials_of.items():
         results[track] = {}
         for kind in ("object", "background"):
             own = [t for t in trials if t.kind == kind]

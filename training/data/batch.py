@@ -61,11 +61,11 @@ def crops(opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, 
         raise Unreadable(f"{type(error).__name__}: {error}") from error
     box = _crop(*image.size, rng)
     across, down = flips != "none" and rng.random() < 0.5, flips == "both" and rng.random() < 0.5
-    found = {}
+    tensors = {}
     for name, side in sides.items():
         pixels = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box), np.float32) / 255
-        found[name] = torch.from_numpy(pixels[:: -1 if down else 1, :: -1 if across else 1].copy()).permute(2, 0, 1)
-    return found
+        tensors[name] = torch.from_numpy(pixels[:: -1 if down else 1, :: -1 if across else 1].copy()).permute(2, 0, 1)
+    return tensors
 
 
 def _crop(width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:

@@ -113,12 +113,12 @@ def parts_of(config: TrainConfig, source: Scenes | Photographs, base: BaseModel,
 
 def digest(module: nn.Module) -> str:
     """Of a model's weights, whatever file they came from, in bf16, which training may keep them in."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().cpu()
         values = values.bfloat16().view(torch.int16) if values.is_floating_point() else values
-        found.update(name.encode() + values.contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha.update(name.encode() + values.contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 class Cached(Dataset):
@@ -144,10 +144,10 @@ class Cached(Dataset):
 def open_pictures(config: TrainConfig, base: BaseModel, backbone: Backbone, device: torch.device | str, rank: int, processes: int) -> Scenes | Photographs | Stream | Cached:
     """The configuration's pictures, from its cache where it names one, every shard of which is read once by one of the
     processes. Raises FeatInvError for a cache of something else, or an incomplete one."""
-    wanted = sides(base, backbone)
+    crop_sides = sides(base, backbone)
     if not config.cache:
-        return open_source(config, wanted, device)
-    source = open_source(config, {"pictures": wanted["pictures"]}, device)
+        return open_source(config, crop_sides, device)
+    source = open_source(config, {"pictures": crop_sides["pictures"]}, device)
     parts = parts_of(config, source, base, backbone)
     for part in parts:
         part.open()

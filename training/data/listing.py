@@ -68,23 +68,23 @@ class TarShards:
 
 def _index(shard: Path) -> list[tuple[str, int, int]]:
     """(name, offset, size) of each picture in a tar file."""
-    kept, size = shard.with_name(shard.name + ".index.json"), shard.stat().st_size
+    index_file, size = shard.with_name(shard.name + ".index.json"), shard.stat().st_size
     try:
-        known = json.loads(kept.read_text())
+        known = json.loads(index_file.read_text())
         if known["size"] == size:
             return known["pictures"]
     except (OSError, ValueError, KeyError):
         pass  # not there, or cut off: made again
     try:
         with tarfile.open(shard, "r:") as opened:
-            found = [(m.name, m.offset_data, m.size) for m in opened if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
+            pictures = [(m.name, m.offset_data, m.size) for m in opened if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
     except tarfile.TarError as error:
         raise FeatInvError(f"{shard} is not a plain tar file ({error}); unpack it, or pack it without compression") from error
     try:
-        write_json(kept, {"size": size, "pictures": found})
+        write_json(index_file, {"size": size, "pictures": pictures})
     except OSError:
         pass  # a folder that cannot be written: walked again next time
-    return found
+    return pictures
 
 
 def hugging_face(data: str, streaming: bool = False) -> tuple[ModuleType, Any, str]:
@@ -103,18 +103,18 @@ def hugging_face(data: str, streaming: bool = False) -> tuple[ModuleType, Any, s
         raise FeatInvError(f"data {data} was saved by save_to_disk and is on this computer already: write {HUGGING_FACE}{name}")
     try:
         if saved:
-            found = datasets.load_from_disk(name)
-            found = found["train"] if isinstance(found, datasets.DatasetDict) else found
+            dataset = datasets.load_from_disk(name)
+            dataset = dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
         else:
             name, _, split = name.partition(":")
-            found = datasets.load_dataset(name, split=split or "train", streaming=streaming)
+            dataset = datasets.load_dataset(name, split=split or "train", streaming=streaming)
     except (OSError, ValueError, KeyError) as error:
         raise FeatInvError(f"data {data} cannot be opened: {error}") from error
-    features = found.features or {}  # unknown in some streams
+    features = dataset.features or {}  # unknown in some streams
     columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
     if not columns:
         raise FeatInvError(f"data {data} has no column of pictures; it has {', '.join(features) or 'columns of unknown kinds'}")
-    return datasets, found, columns[0]
+    return datasets, dataset, columns[0]
 
 
 class HuggingFace:
@@ -123,12 +123,12 @@ class HuggingFace:
 
     def __init__(self, data: str) -> None:
         """data: as hugging_face takes it."""
-        library, found, self._column = hugging_face(data)
-        self._set = found.select_columns([self._column])
-        self.names = [f"{data.removeprefix(HUGGING_FACE)}[{index}]" for index in range(len(found))]
-        labels = [column for column, kind in found.features.items() if isinstance(kind, library.ClassLabel)]
-        known = found.features[labels[0]].names if labels else []
-        self.classes = [known[k] if k is not None and k >= 0 else None for k in found[labels[0]]] if labels else None
+        library, dataset, self._column = hugging_face(data)
+        self._set = dataset.select_columns([self._column])
+        self.names = [f"{data.removeprefix(HUGGING_FACE)}[{index}]" for index in range(len(dataset))]
+        labels = [column for column, kind in dataset.features.items() if isinstance(kind, library.ClassLabel)]
+        known = dataset.features[labels[0]].names if labels else []
+        self.classes = [known[k] if k is not None and k >= 0 else None for k in dataset[labels[0]]] if labels else None
 
     def open(self, index: int) -> Image.Image:
         return self._set[index][self._column]
@@ -138,17 +138,17 @@ def open_listing(data: str, images: int | None) -> Listing:
     """A folder of pictures or of tar files, or "hf:" and a Hugging Face data set; images: only so many of them, evenly
     spread. Raises FeatInvError where there are none, or fewer."""
     if data.startswith(HUGGING_FACE):
-        found: Listing = HuggingFace(data)
+        listing: Listing = HuggingFace(data)
     elif data.startswith(STREAM):
         raise FeatInvError(f"data {data}: a stream can be trained on, not evaluated or listed; download the set, and write {HUGGING_FACE}")
     elif Path(data).is_dir():
         shards = sorted(Path(data).glob("*.tar"))
-        found = TarShards(shards) if shards else Folder(Path(data))
+        listing = TarShards(shards) if shards else Folder(Path(data))
     else:
         raise FeatInvError(f"data {data!r} is neither 'drawn' nor a folder, nor '{HUGGING_FACE}' and the name of a Hugging Face data set")
-    if not found.names:
+    if not listing.names:
         raise FeatInvError(f"no images ({', '.join(sorted(SUFFIXES))}) below {data}")
-    return found if images is None else Part(found, images)
+    return listing if images is None else Part(listing, images)
 
 
 class Chosen:

@@ -54,13 +54,13 @@ class Scenes(Dataset):
         return Batch(self.render([self.entry(n) for n in numbers])[0], [])
 
     def _draw(self, scenes: list[int]) -> Tensor:
-        wanted = torch.tensor(scenes, device=self.device)
+        numbers = torch.tensor(scenes, device=self.device)
         if self.device.type == "cpu" or scenes[0] // AT_ONCE != scenes[-1] // AT_ONCE or scenes[0] > scenes[-1]:
-            return draw(self.seed, wanted).image
+            return draw(self.seed, numbers).image
         part = scenes[0] // AT_ONCE
         if self._part[0] != part:
             self._part = part, draw(self.seed, torch.arange(part * AT_ONCE, (part + 1) * AT_ONCE, device=self.device)).image
-        return self._part[1][wanted - part * AT_ONCE]
+        return self._part[1][numbers - part * AT_ONCE]
 
 
 class Photographs(Dataset):
@@ -153,13 +153,13 @@ def sides(base: BaseModel, backbone: Backbone) -> dict[str, int]:
     return {"pictures": side} if side == base.resolution else {"pictures": side, "target": base.resolution}
 
 
-def open_source(config: TrainConfig, wanted: dict[str, int], device: torch.device | str = "cpu") -> Scenes | Photographs | Stream:
-    """The configuration's pictures, cropped to the `wanted` sides. Raises FeatInvError where there are none."""
+def open_source(config: TrainConfig, crop_sides: dict[str, int], device: torch.device | str = "cpu") -> Scenes | Photographs | Stream:
+    """The configuration's pictures, cropped to the `crop_sides` sides. Raises FeatInvError where there are none."""
     if drawing_world(config.data):
         return Scenes(config.seed, device, config.images)
     if config.data.startswith(STREAM):
-        return Stream(config.data, wanted, config.flips, config.seed)
-    return Photographs(open_listing(config.data, config.images), wanted, config.flips, config.seed, config.views)
+        return Stream(config.data, crop_sides, config.flips, config.seed)
+    return Photographs(open_listing(config.data, config.images), crop_sides, config.flips, config.seed, config.views)
 
 
 def as_it_is(batch: tuple) -> tuple:
@@ -175,7 +175,7 @@ def loader(
     if isinstance(source, Stream):
         return Reading(source, batch, rank, processes, workers, pin, state)
     numbers = Batches(start, batch, rank, processes)
-    found = DataLoader(
+    batches = DataLoader(
         source, batch_sampler=numbers, num_workers=workers, collate_fn=as_it_is, persistent_workers=workers > 0, pin_memory=pin, worker_init_fn=leave_signals
     )
-    return plainly(found)
+    return plainly(batches)

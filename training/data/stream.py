@@ -43,9 +43,9 @@ class Stream:
 
     def __init__(self, data: str, sides: dict[str, int], flips: str, seed: int) -> None:
         self.data, self.sides, self.flips, self.seed = data, sides, flips, seed
-        library, found, self._column = hugging_face(data, streaming=True)
-        self._set = found.select_columns([self._column]).cast_column(self._column, library.Image(decode=False))
-        self.files = found.num_shards
+        library, dataset, self._column = hugging_face(data, streaming=True)
+        self._set = dataset.select_columns([self._column]).cast_column(self._column, library.Image(decode=False))
+        self.files = dataset.num_shards
 
     @property
     def fingerprint(self) -> str:
@@ -200,12 +200,12 @@ def states(batches: Iterator[Batch], in_hand: bool) -> list[dict] | None:
 
 def first_pictures(data: str, count: int) -> list[Image.Image]:
     """The first pictures of a stream, those that cannot be read left out; for a panel."""
-    stream, found = Stream(data, {}, "none", 0), []
+    stream, pictures = Stream(data, {}, "none", 0), []
     for encoded in (encoded for file in range(stream.files) for encoded in stream.rows(file)):
         try:
-            found.append(as_seen(decode(encoded)))
+            pictures.append(as_seen(decode(encoded)))
         except Exception:  # decoders raise whatever they stumble over; training names the picture
             continue
-        if len(found) == count:
+        if len(pictures) == count:
             break
-    return found
+    return pictures

@@ -120,8 +120,8 @@ class ModelUnderTest:
         """All evaluators' columns, and the vectors in all spaces, of pictures drawn for originals."""
         columns: Columns = {"pictures": pictures}
         for prefix, evaluator in self.evaluators.items():
-            found = evaluator.compare(evaluator.extract(pixel_values), evaluator.extract(pictures), single)
-            columns |= {prefix + name: values for name, values in found.items()}
+            measured = evaluator.compare(evaluator.extract(pixel_values), evaluator.extract(pictures), single)
+            columns |= {prefix + name: values for name, values in measured.items()}
         return columns | self.vectors(pictures)
 
     def vectors(self, pictures: Tensor) -> Columns:

@@ -44,25 +44,25 @@ class Evaluator:
         maps = {name: layers[layer].pool() if pooled else layers[layer] for name, (layer, pooled) in self.compared.items()}
         return Features(maps, self.backbone.logits(layers[LAST]))
 
-    def means(self, seen: Features) -> Columns:
+    def means(self, features: Features) -> Columns:
         """[B, C] for each compared map: its mean over the locations; their mean over the originals is the centre."""
-        return {name: found.values.mean((2, 3)).cpu() for name, found in seen.maps.items()}
+        return {name: feature_map.values.mean((2, 3)).cpu() for name, feature_map in features.maps.items()}
 
-    def compare(self, wanted: Features, found: Features, single: Tensor | None = None) -> Columns:
+    def compare(self, target: Features, pred: Features, single: Tensor | None = None) -> Columns:
         """Each compared cosine, also with the mean removed; top-1 and top-5 match of the originals' top-1 class in the
         backbone's first label group; and where `single` [B] holds, the top-1 match of every of several label groups."""
         columns = {}
-        for name, original in wanted.maps.items():
-            columns[name] = cosine(original, found.maps[name])
+        for name, original in target.maps.items():
+            columns[name] = cosine(original, pred.maps[name])
             if name in self.centres:
-                columns[f"{name}_centred"] = cosine(original, found.maps[name], self.centres[name].to(original.values))
+                columns[f"{name}_centred"] = cosine(original, pred.maps[name], self.centres[name].to(original.values))
         groups = self.backbone.groups
-        first = self._chosen(wanted.logits, next(iter(groups.values()))), self._chosen(found.logits, next(iter(groups.values())))
+        first = self._chosen(target.logits, next(iter(groups.values()))), self._chosen(pred.logits, next(iter(groups.values())))
         for k in (1, 5):
             columns[f"top{k}_match"] = top_k_match(*first, k).float()
         if single is not None and len(groups) > 1:
             for name, part in groups.items():
-                match = top_k_match(wanted.logits[:, part], found.logits[:, part], 1).float().cpu()
+                match = top_k_match(target.logits[:, part], pred.logits[:, part], 1).float().cpu()
                 columns[f"{name}_match_single"] = match.where(single, torch.nan)
         return {name: values.cpu() for name, values in columns.items()}
 

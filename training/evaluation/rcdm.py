@@ -99,31 +99,31 @@ class RCDM(nn.Module):
 def published_names(levels: int) -> dict[str, str]:
     """Prefixes of the published layout -> prefixes of RCDM's own state dict, without the parts of residual and attention
     blocks."""
-    found, down, up = dict(ENDS), 1, 0
+    names, down, up = dict(ENDS), 1, 0
     for level in range(levels):
         for layer in range(LAYERS):
-            found[f"input_blocks.{down}.0"], found[f"input_blocks.{down}.1"] = (f"down_blocks.{level}.{kind}.{layer}" for kind in ("resnets", "attentions"))
+            names[f"input_blocks.{down}.0"], names[f"input_blocks.{down}.1"] = (f"down_blocks.{level}.{kind}.{layer}" for kind in ("resnets", "attentions"))
             down += 1
         if level < levels - 1:
-            found[f"input_blocks.{down}.0"] = f"down_blocks.{level}.downsamplers.0"
+            names[f"input_blocks.{down}.0"] = f"down_blocks.{level}.downsamplers.0"
             down += 1
     for place, name in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        found[f"middle_block.{place}"] = f"mid_block.{name}"
+        names[f"middle_block.{place}"] = f"mid_block.{name}"
     for level in range(levels):
         attends = levels - 1 - level in ATTENDING
         for layer in range(LAYERS + 1):
-            found[f"output_blocks.{up}.0"] = f"up_blocks.{level}.resnets.{layer}"
+            names[f"output_blocks.{up}.0"] = f"up_blocks.{level}.resnets.{layer}"
             if attends:
-                found[f"output_blocks.{up}.1"] = f"up_blocks.{level}.attentions.{layer}"
+                names[f"output_blocks.{up}.1"] = f"up_blocks.{level}.attentions.{layer}"
             up += 1
         if level < levels - 1:
-            found[f"output_blocks.{up - 1}.{1 + attends}"] = f"up_blocks.{level}.upsamplers.0"
-    return found | {"ssl_emb": "vector"}
+            names[f"output_blocks.{up - 1}.{1 + attends}"] = f"up_blocks.{level}.upsamplers.0"
+    return names | {"ssl_emb": "vector"}
 
 
 def translate(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     """A published state dict under RCDM's own names. Raises KeyError for a name that the layout does not have."""
-    names, found = published_names(levels), {}
+    names, converted = published_names(levels), {}
     for key, value in state.items():
         prefix = re.match(r"(input_blocks|middle_block|output_blocks)(\.\d+){1,2}(?=\.)|(time_embed|out)\.\d|ssl_emb", key)[0]
         prefix = prefix if prefix in names else prefix.rpartition(".")[0]
@@ -132,13 +132,13 @@ def translate(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
         if part == "qkv":  # head by head its queries, keys and values
             split = value.reshape(HEADS, 3, -1, *value.shape[1:2]).transpose(0, 1)
             for name, rows in zip(("to_q", "to_k", "to_v"), split):
-                found[f"{place}.{name}.{kind}"] = rows.reshape(-1, *value.shape[1:2]).contiguous()
+                converted[f"{place}.{name}.{kind}"] = rows.reshape(-1, *value.shape[1:2]).contiguous()
         elif part == "proj_out":
-            found[f"{place}.to_out.0.{kind}"] = value.flatten(1) if kind == "weight" else value
+            converted[f"{place}.to_out.0.{kind}"] = value.flatten(1) if kind == "weight" else value
         else:
             own = {"": "", "norm": ".group_norm"}.get(part) if part in ("", "norm") else f".{RESNET[part]}"
-            found[f"{place}{own}.{kind}"] = value
-    return found
+            converted[f"{place}{own}.{kind}"] = value
+    return converted
 
 
 def save_rcdm(file: str | Path, model: RCDM, source: FeatureSource, about: dict) -> None:

@@ -47,13 +47,13 @@ def figures_of(table: Table, originals: Table) -> Figures:
     """Means of a condition's columns over the pictures, and the distances of its pictures as a set from the originals, or
     from the set that the condition recorded as its own reference."""
     names = sorted(table.columns, key=lambda name: (not name.startswith("cosine"), not name.startswith("top"), name))
-    found = {name: mean_entry(table.columns[name]) for name in names if table.columns[name].ndim == 1}
+    figures = {name: mean_entry(table.columns[name]) for name in names if table.columns[name].ndim == 1}
     for name, vectors in table.columns.items():
         if name.startswith("vectors/"):
             space = name.removeprefix("vectors/")
             reference = table.columns.get(f"reference/{space}", originals.columns.get(name))
-            found |= set_entries(space, reference, vectors)
-    return {name: entry for name, entry in found.items() if entry["n"]}
+            figures |= set_entries(space, reference, vectors)
+    return {name: entry for name, entry in figures.items() if entry["n"]}
 
 
 def cell(figures: Figures, name: str, interval: bool = True) -> str:
@@ -88,12 +88,12 @@ def set_measures(figures: Figures) -> list[str]:
 
 
 def bias_note(figures: dict[str, Figures]) -> str:
-    if not any(entry.get("biased") for found in figures.values() for entry in found.values()):
+    if not any(entry.get("biased") for entries in figures.values() for entry in entries.values()):
         return ""
     return "Biased: a Frechet distance of so few pictures is too large, by as much as depends on their number; compare it at equal n, or read KID."
 
 
-def shown(tables: dict[str, Table], conditions: Sequence[str], heading: str, scored: str = "cosine") -> Image.Image:
+def condition_panel(tables: dict[str, Table], conditions: Sequence[str], heading: str, scored: str = "cosine") -> Image.Image:
     """A panel with a row of pictures per condition, the column `scored` under each where the condition has it."""
     rows = []
     for condition in conditions:

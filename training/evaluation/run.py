@@ -53,10 +53,10 @@ def evaluate_in_memory(pipeline: InversionPipeline, pixel_values: Tensor, sampli
         drawn = {"reconstruction": pipeline.draw(original, sampling, start, batch, bar.update)}
         drawn["unconditional"] = pipeline.draw(None, sampling, start, batch, bar.update)
     drawn["round trip"] = torch.cat([round_trip(pipeline.base, part) for part in pixel_values.split(64)])
-    wanted, vectors, results = evaluator.extract(pixel_values), space(pixel_values), {}
-    evaluator.centres = {name: means.mean(0) for name, means in evaluator.means(wanted).items()}
+    target, vectors, results = evaluator.extract(pixel_values), space(pixel_values), {}
+    evaluator.centres = {name: means.mean(0) for name, means in evaluator.means(target).items()}
     for name, pictures in drawn.items():
-        columns = evaluator.compare(wanted, evaluator.extract(pictures), single)
+        columns = evaluator.compare(target, evaluator.extract(pictures), single)
         results[name] = {measure: mean_entry(values) for measure, values in columns.items()} | set_entries(space.name, vectors, space(pictures))
     return results, drawn
 
@@ -82,16 +82,16 @@ def arguments(description: str = "") -> argparse.ArgumentParser:
 
 def digest(file: Path) -> str:
     """Tells two weights files apart, by all but the recommended settings: those that are used are among the samplings."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     with open(file, "rb") as opened:
         if file.suffix == ".safetensors":  # the length of the header, the header, the tensors
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
             about = json.loads(header.get("__metadata__", {}).get("featinv", "{}"))
             about.pop("recommended", None)
-            found.update(json.dumps([header | {"__metadata__": header.get("__metadata__", {}) | {"featinv": about}}], sort_keys=True).encode())
+            sha.update(json.dumps([header | {"__metadata__": header.get("__metadata__", {}) | {"featinv": about}}], sort_keys=True).encode())
         while block := opened.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()[:16]
+            sha.update(block)
+    return sha.hexdigest()[:16]
 
 
 def run_suite(args: argparse.Namespace) -> None:

@@ -57,10 +57,10 @@ def room(folder: Path) -> Iterator[None]:
 
 def _leaves(values: dict, prefix: str = "") -> dict:
     """Nested settings as one level, names joined by dots."""
-    found = {}
+    flat = {}
     for name, value in values.items():
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 class Store:
@@ -87,7 +87,7 @@ class Store:
 
     def missing(self, conditions: Sequence[str]) -> list[Task]:
         """What is still to be done, condition by condition; damaged files are named, removed and made again."""
-        wanted = []
+        todo = []
         for condition in conditions:
             for first in self.shards():
                 file = self._file(condition, first)
@@ -95,8 +95,8 @@ class Store:
                     tqdm.write(f"{file} is damaged and made again")
                     file.unlink()
                 if self._file(condition, first) is None:
-                    wanted.append((condition, first))
-        return wanted
+                    todo.append((condition, first))
+        return todo
 
     def write(self, condition: str, first: int, numbers: list[int], columns: Columns, skipped: dict[str, str]) -> None:
         tensors = {"column." + name: values.contiguous() for name, values in columns.items() if name != "pictures"}
@@ -109,18 +109,18 @@ class Store:
 
     def table(self, condition: str) -> Table:
         """Reads a condition's records. The first shard's pictures come back in 0..1."""
-        found, parts = Table(), []
+        result, parts = Table(), []
         for first in self.shards():
             file = self._file(condition, first)
             tensors = read_tensors(file)
-            found.numbers += tensors.pop("numbers").tolist()
+            result.numbers += tensors.pop("numbers").tolist()
             if "pictures" in tensors:
-                found.pictures = tensors.pop("pictures").float() / 255
-            found.skipped |= json.loads(read_metadata(file)["skipped"])
+                result.pictures = tensors.pop("pictures").float() / 255
+            result.skipped |= json.loads(read_metadata(file)["skipped"])
             parts.append({name.removeprefix("column."): values for name, values in tensors.items()})
         parts = [part for part in parts if part]  # a shard without a readable picture has no columns
-        found.columns = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
-        return found
+        result.columns = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
+        return result
 
     def _of(self, condition: str) -> Path:
         return self.folder / "records" / quote(condition, safe=" =,()")

@@ -98,8 +98,8 @@ def class_folder(name: str, shards: bool) -> str | None:
     as in n01440764_10026.JPEG."""
     parts = Path(name).parts[shards:]
     for part in reversed(parts):
-        if found := SYNSET.match(part):
-            return found[0]
+        if match := SYNSET.match(part):
+            return match[0]
     return parts[-2] if len(parts) > 1 else None
 
 
@@ -144,7 +144,7 @@ def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None]
             indices.setdefault(classes[index], []).append(index)
     if not indices:
         raise FeatInvError(f"--per-class {count}: {data} has no class folders or labels; use --count")
-    few = [f"{name} ({len(found)})" for name, found in sorted(indices.items()) if len(found) < count]
+    few = [f"{name} ({len(members)})" for name, members in sorted(indices.items()) if len(members) < count]
     if few or count < 1:
         more = f" and {len(few) - 8} more" if len(few) > 8 else ""
         raise FeatInvError(f"--per-class {count}: expected at least 1, and as many images in each class folder of {data}; fewer in {', '.join(few[:8])}{more}")
@@ -168,11 +168,11 @@ class Originals:
 
 def read(source: Source, numbers: Sequence[int]) -> tuple[Originals, dict[str, str]]:
     """(the pictures that can be read, name -> reason of those that cannot)."""
-    found, failed = [], {}
+    readable, failed = [], {}
     for number in numbers:
         try:
-            found.append((number, *source.read(number)))
+            readable.append((number, *source.read(number)))
         except Unreadable as error:
             failed[source.names[number]] = str(error)
-    kept, pictures, single = ([entry[k] for entry in found] for k in range(3))
-    return Originals(kept, pictures, [source.classes[n] for n in kept], torch.tensor(single, dtype=torch.bool)), failed
+    read_numbers, pictures, single = ([entry[k] for entry in readable] for k in range(3))
+    return Originals(read_numbers, pictures, [source.classes[n] for n in read_numbers], torch.tensor(single, dtype=torch.bool)), failed

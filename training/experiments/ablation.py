@@ -35,7 +35,7 @@ from training.config import TrainConfig
 from training.evaluation.context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec, ModelUnderTest
 from training.evaluation.evaluator import Evaluator
 from training.evaluation.metrics import mean_entry
-from training.evaluation.report import Figures, Grid, Report, cell, figures_of, shown, to_markdown, write
+from training.evaluation.report import Figures, Grid, Report, cell, condition_panel, figures_of, to_markdown, write
 from training.evaluation.run import digest
 from training.evaluation.shards import Condition, Store, Table, record
 from training.evaluation.sources import open_source
@@ -58,8 +58,8 @@ def trained(config: TrainConfig, folder: Path) -> Path:
     another run."""
     file, noted = folder / f"{config.name}.safetensors", folder / "config.yaml"
     if noted.is_file():
-        known, wanted = yaml.safe_load(noted.read_text()), asdict(config)
-        differing = [f"{f.name}: {known[f.name]} there, {wanted[f.name]} now" for f in fields(config) if f.name in known and known[f.name] != wanted[f.name]]
+        known, current = yaml.safe_load(noted.read_text()), asdict(config)
+        differing = [f"{f.name}: {known[f.name]} there, {current[f.name]} now" for f in fields(config) if f.name in known and known[f.name] != current[f.name]]
         if differing:
             raise FeatInvError(f"{folder} holds another run ({'; '.join(differing)}); give another --out, or delete it")
     if not file.is_file() or read_info(file).images_seen < config.max_images:
@@ -121,7 +121,7 @@ def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table])
              "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and gradients included."),
     ]
     compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
-    panel = shown(tables, [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP], "Ablation: the same scenes in every row")
+    panel = condition_panel(tables, [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP], "Ablation: the same scenes in every row")
     return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": panel})
 
 
@@ -133,14 +133,14 @@ def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figur
     best = max(papers, key=lambda name: figures[name]["cosine"]["value"])
     pair = [tables[name].columns for name in (best, RECOMMENDED)]
     distances = torch.stack([1 - columns["cosine"] for columns in pair], 1)
-    found = {"paper": best, "recommended": RECOMMENDED, "distance_ratio": bootstrap(distances, lambda x: x[..., 0].mean(1) / x[..., 1].mean(1))}
-    found |= {name: mean_entry(pair[1][name] - pair[0][name]) for name in ("top1_match", "independent: cosine", "independent: top1_match")}
+    compared = {"paper": best, "recommended": RECOMMENDED, "distance_ratio": bootstrap(distances, lambda x: x[..., 0].mean(1) / x[..., 1].mean(1))}
+    compared |= {name: mean_entry(pair[1][name] - pair[0][name]) for name in ("top1_match", "independent: cosine", "independent: top1_match")}
     cost = [gmac[name] for name in (best, RECOMMENDED)]
     kid_names = [f"{name}: {cell(figures[best], name)} against {cell(figures[RECOMMENDED], name)}" for name in figures[best] if name.startswith("kid")]
-    return found | {"gmac": cost}, [
+    return compared | {"gmac": cost}, [
         f"The paper's recipe at the best of its rates ({best}) against {RECOMMENDED}: the cosine distance, 1 - cosine, is "
-        f"{cell(found, 'distance_ratio')} times as large; {RECOMMENDED}'s top-1 match is {_signed(found['top1_match'])} higher, the independent backbone's "
-        f"{_signed(found['independent: top1_match'])}, its cosine {_signed(found['independent: cosine'])}; {'; '.join(kid_names)}; "
+        f"{cell(compared, 'distance_ratio')} times as large; {RECOMMENDED}'s top-1 match is {_signed(compared['top1_match'])} higher, the independent backbone's "
+        f"{_signed(compared['independent: top1_match'])}, its cosine {_signed(compared['independent: cosine'])}; {'; '.join(kid_names)}; "
         f"{cost[0]:.1f} GMAC per picture against {cost[1]:.1f}."
     ]
 

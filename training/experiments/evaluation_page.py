@@ -73,9 +73,9 @@ RUNS = {
 }
 
 
-def block(found: dict, command: list[str], table: Callable[[dict], list[str]]) -> str:
+def block(results: dict, command: list[str], table: Callable[[dict], list[str]]) -> str:
     """The lines of a run in the page: its command, number of scenes, tables."""
-    return "\n".join([f"`python training/evaluate.py {' '.join(command)}` (n = {found['count']})", "", *table(found)])
+    return "\n".join([f"`python training/evaluate.py {' '.join(command)}` (n = {results['count']})", "", *table(results)])
 
 
 def fill(text: str, name: str, lines: str) -> str:
@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         command, page = RUNS[name].words(args.count), args.page or RUNS[name].page
         make_folder(page.parent)
         run_suite(arguments().parse_args([*command, "--data", folders[RUNS[name].photos], *args.options.split(), "--out", str(args.out / name)]))
-        found = json.loads((args.out / name / "results.json").read_text())
-        write_text(page, fill(page_text(args.page, RUNS[name]), name, block(found, command, TABLES[name])))
+        results = json.loads((args.out / name / "results.json").read_text())
+        write_text(page, fill(page_text(args.page, RUNS[name]), name, block(results, command, TABLES[name])))
         for there, here in PANELS.get(name, {}).items():
             shutil.copyfile(args.out / name / there, page.with_name(here))
 

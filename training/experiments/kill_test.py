@@ -56,12 +56,12 @@ def differences(one: Path, two: Path) -> list[str]:
     """What of two runs' results is not the same: tensors of the weights files, and lines of the logs without their speeds."""
     (first,), (second,) = (list(folder.glob("*.safetensors")) for folder in (one, two))
     a, b = load_file(first), load_file(second)
-    found = [key for key in a.keys() | b.keys() if key not in a or key not in b or not torch.equal(a[key], b[key])]
+    differing = [key for key in a.keys() | b.keys() if key not in a or key not in b or not torch.equal(a[key], b[key])]
     logs = []
     for folder in (one, two):
         lines = map(json.loads, (folder / "stats.jsonl").read_text().splitlines())
         logs.append([{k: line.get(k) for k in ("images", "loss", "lr", "cosine")} for line in lines])
-    return found + (["stats.jsonl"] if logs[0] != logs[1] else [])
+    return differing + (["stats.jsonl"] if logs[0] != logs[1] else [])
 
 
 def main() -> None:

@@ -73,8 +73,8 @@ def discovered_track(pipeline: InversionPipeline, layer: str, method: str) -> Tr
     cover = F.interpolate(scenes.masks.sum(1, keepdim=True), maps.source.grid, mode="area")[:, 0]
     chosen, notes = {}, [f"{len(concepts)} concepts discovered in {len(picked):,} vectors of {TRAINING_SCENES} training scenes"]
     for name in (OBJECT, *BACKGROUNDS):
-        wanted = cover >= 0.5 if name == OBJECT else (cover < 0.5) & (scenes.background == BACKGROUNDS.index(name))[:, None, None]
-        scores = [localisation.auroc(length.flatten()[None], wanted.flatten()[None]) for length in lengths]
+        mask = cover >= 0.5 if name == OBJECT else (cover < 0.5) & (scenes.background == BACKGROUNDS.index(name))[:, None, None]
+        scores = [localisation.auroc(length.flatten()[None], mask.flatten()[None]) for length in lengths]
         best = max(range(len(scores)), key=scores.__getitem__)
         chosen[name] = concepts.labels[best]
         notes.append(f"{name}: {concepts.labels[best]}, {len(concepts.bases[best])} dimensions, AUROC {scores[best]:.3f} on training cells")
@@ -82,24 +82,24 @@ def discovered_track(pipeline: InversionPipeline, layer: str, method: str) -> Tr
 
 
 def trials(pipeline: InversionPipeline, scene: Scenes, pixel_values: Tensor, track: Track, sampling: Sampling, request: VizSettings) -> Iterator[Trial]:
-    """The object and the background of one scene, framed [3, H, W], with every heat map."""
+    """The object and the background of one preprocessed scene [3, H, W], with every heat map."""
     features, layer = pipeline.features(pixel_values[None]), pipeline.info.source.layer
     covered = scene.masks[0].sum(0).clamp(max=1) > 0.5
     names = {"object": track.stands_for[OBJECT], "background": track.stands_for[BACKGROUNDS[scene.background[0]]]}
     asked = visualize(pipeline, features, track.concepts, [[n] for n in names.values()], replace(request, closed=False), sampling)
-    for (kind, name), shown in zip(names.items(), asked):
-        trial = Trial(kind, name, pixel_values, covered if kind == "object" else ~covered, shown={VIZ: shown})
+    for (kind, name), visualization in zip(names.items(), asked):
+        trial = Trial(kind, name, pixel_values, covered if kind == "object" else ~covered, visualizations={VIZ: visualization})
         if track.name == TRUE:
-            trial.shown[CLOSED] = shown if shown.slope.passed else visualize(pipeline, features, track.concepts, [[name]], replace(request, closed=True), sampling)[0]
+            trial.visualizations[CLOSED] = visualization if visualization.slope.passed else visualize(pipeline, features, track.concepts, [[name]], replace(request, closed=True), sampling)[0]
             random = localisation.random_subspace(track.concepts, name, int(scene.centre.sum() * 1000))
             trial.heats["random subspace"] = visualize(pipeline, features, random, [["random"]], replace(request, closed=False), sampling)[0].distance
-        trial.heats |= {method: one.distance for method, one in trial.shown.items()}
-        if (null := null_difference(shown.original)) is not None:
+        trial.heats |= {method: one.distance for method, one in trial.visualizations.items()}
+        if (null := null_difference(visualization.original)) is not None:
             trial.heats["seeds alone"] = null
         trial.heats |= _other_maps(pipeline, track.concepts, name, features, pixel_values, GROUPS[kind])
-        trial.logit = {m: _logit_change(pipeline, s, features, GROUPS[kind]) for m, s in trial.shown.items()}
+        trial.logit = {m: _logit_change(pipeline, s, features, GROUPS[kind]) for m, s in trial.visualizations.items()}
         trial.curves = {m: localisation.deletion(pipeline.backbone, track.concepts, name, pixel_values, heat, layer) for m, heat in trial.heats.items()}
-        trial.shown = {m: replace(s, original=s.original[:1], changed=s.changed[:1]) for m, s in trial.shown.items()}  # enough to look at
+        trial.visualizations = {m: replace(s, original=s.original[:1], changed=s.changed[:1]) for m, s in trial.visualizations.items()}  # enough to look at
         yield trial
 
 
@@ -121,14 +121,14 @@ def _top(pipeline: InversionPipeline, features: FeatureMap, group: str) -> int:
     return part.start + int(pipeline.backbone.logits(features)[0, part].argmax())
 
 
-def _logit_change(pipeline: InversionPipeline, shown: Visualization, features: FeatureMap, group: str) -> tuple[float, float]:
+def _logit_change(pipeline: InversionPipeline, visualization: Visualization, features: FeatureMap, group: str) -> tuple[float, float]:
     """(predicted, actual) change of the top logit of a label group: (factor - 1) times the concepts' relevance, and what
     the head makes of the reconstructions, read again, of the changed and of the original map."""
-    top, change = _top(pipeline, features, group), shown.change
+    top, change = _top(pipeline, features, group), visualization.change
     contributions, _ = relevance(pipeline.backbone, change.concepts, features)
     concept = sum(contributions[change.concepts.index(name), 0, top] for name in change.groups[0])
-    again, before = (pipeline.backbone.logits(pipeline.extract(pictures))[:, top].mean() for pictures in (shown.changed, shown.original))
-    return float((shown.slope.asked - 1) * concept), float(again - before)
+    again, before = (pipeline.backbone.logits(pipeline.extract(pictures))[:, top].mean() for pictures in (visualization.changed, visualization.original))
+    return float((visualization.slope.asked - 1) * concept), float(again - before)
 
 
 _mine: dict[str, object] = {}  # what a worker process keeps
@@ -172,14 +172,14 @@ def main(argv: list[str] | None = None) -> None:
     _require_world(pipeline, args)
     layer = pipeline.info.source.layer
     tracks = [true_track(pipeline, layer), *(discovered_track(pipeline, layer, method) for method in DISCOVERED)]
-    found: dict[str, list[Trial]] = {track.name: [] for track in tracks}
+    trials_of: dict[str, list[Trial]] = {track.name: [] for track in tracks}
     rows = range(args.count + args.validation)
     for pickled in tqdm(in_workers(args, tracks, rows), total=len(rows), desc="scenes"):
         for name, own in pickle.loads(pickled).items():
-            found[name] += own
+            trials_of[name] += own
     about = {"model": args.model, "source": pipeline.info.source.describe(), "count": args.count, "validation": args.validation,
              "seeds": args.seeds, "factor": args.factor, "sampling": asdict(sampling), "notes": {t.name: t.notes for t in tracks}}  # fmt: skip
-    print(write_report(args.out, about, found))
+    print(write_report(args.out, about, trials_of))
 
 
 def _require_world(pipeline: InversionPipeline, args: argparse.Namespace) -> None:

@@ -97,8 +97,8 @@ def concept_edits(maps: FeatureMap) -> dict[str, Edit]:
         return edit(maps, concepts, [["object"]], 2.0, keep_length=True).changed
 
     named = {"background": background, "object": lambda parts: parts[concepts.index("object")]}
-    found = {f"{name} x{factor:g}": scaled(part, factor) for name, part in named.items() for factor in (0.0, 0.25, 0.5, 2.0)}
-    return found | {"object x2, length kept": kept}
+    chosen = {f"{name} x{factor:g}": scaled(part, factor) for name, part in named.items() for factor in (0.0, 0.25, 0.5, 2.0)}
+    return chosen | {"object x2, length kept": kept}
 
 
 def edits(pipeline: InversionPipeline, maps: FeatureMap) -> dict[str, Edit]:
@@ -109,13 +109,13 @@ def edits(pipeline: InversionPipeline, maps: FeatureMap) -> dict[str, Edit]:
         coarse = torch.randn(len(maps), 3, 6, 6, generator=random)
         return pipeline.features(torch.sigmoid(2.5 * F.interpolate(coarse, side, mode="bicubic"))).to("cpu")
 
-    found: dict[str, Edit] = concept_edits(maps)
-    found |= {f"all x{factor:g}": lambda maps, random, factor=factor: maps.with_values(factor * maps.values) for factor in (0.5, 0.8, 1.25, 1.5)}
-    found |= {f"mix {100 * (1 - w):.0f}/{100 * w:.0f}": lambda maps, random, w=w: interpolate([maps, others(maps)], [1 - w, w]) for w in (0.1, 0.25, 0.5)}
+    chosen: dict[str, Edit] = concept_edits(maps)
+    chosen |= {f"all x{factor:g}": lambda maps, random, factor=factor: maps.with_values(factor * maps.values) for factor in (0.5, 0.8, 1.25, 1.5)}
+    chosen |= {f"mix {100 * (1 - w):.0f}/{100 * w:.0f}": lambda maps, random, w=w: interpolate([maps, others(maps)], [1 - w, w]) for w in (0.1, 0.25, 0.5)}
     if not maps.source.pooled:
-        found |= {"half/half splice": spliced, "locations shuffled": shuffled_locations}
-    found |= {"channels shuffled": shuffled_channels, "Gaussian noise": gaussian, "white noise": white}
-    return found | {"noise pictures": noise_pictures}
+        chosen |= {"half/half splice": spliced, "locations shuffled": shuffled_locations}
+    chosen |= {"channels shuffled": shuffled_channels, "Gaussian noise": gaussian, "white noise": white}
+    return chosen | {"noise pictures": noise_pictures}
 
 
 def auroc(inside: Tensor, edited: Tensor, seed: int = 0) -> dict:
@@ -157,21 +157,21 @@ def separation(scope: Scope, maps: dict[str, FeatureMap]) -> dict:
     def verdicts(report: ScopeReport) -> dict[str, float]:
         return {name: report.verdict.count(name) / len(report.verdict) for name in VERDICTS}
 
-    inside, found = columns(reports[UNEDITED]), {}
+    inside, separated = columns(reports[UNEDITED]), {}
     for label, report in reports.items():
         areas = {name: auroc(inside[name], values) for name, values in columns(report).items()} if label != UNEDITED else {}
-        found[label] = {"auroc": areas, "verdicts": verdicts(report)}
-    return found
+        separated[label] = {"auroc": areas, "verdicts": verdicts(report)}
+    return separated
 
 
 def drawings(pipeline: InversionPipeline, scope: Scope, sampling: Sampling, maps: dict[str, FeatureMap], each: int, unedited: int) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
     """What the score says before rendering against the cycle cosine after it: (figures, label -> pictures [n, 3, h, w], label -> cosines [n])."""
     some = {label: batch.select(slice(0, unedited if label == UNEDITED else each)) for label, batch in maps.items()}
-    wanted = concatenate([batch.with_values(batch.values) for batch in some.values()])
-    with tqdm(total=len(wanted), desc="drawing", unit="picture") as bar:
-        drawn = pipeline.draw(wanted, sampling, pipeline.noise([0]).expand(len(wanted), -1, -1, -1), 32, bar.update)
-    agreement = cosine(wanted, pipeline.extract(drawn).to("cpu"))
-    score = scope.evaluate(wanted).score
+    target = concatenate([batch.with_values(batch.values) for batch in some.values()])
+    with tqdm(total=len(target), desc="drawing", unit="picture") as bar:
+        drawn = pipeline.draw(target, sampling, pipeline.noise([0]).expand(len(target), -1, -1, -1), 32, bar.update)
+    agreement = cosine(target, pipeline.extract(drawn).to("cpu"))
+    score = scope.evaluate(target).score
     sizes = [len(batch) for batch in some.values()]
     directed = torch.cat([torch.full((n,), not label.startswith("all x")) for label, n in zip(some, sizes)])
     cosines, scores, pictures_of = (dict(zip(some, x.split(sizes))) for x in (agreement, score, drawn))
@@ -259,14 +259,14 @@ def main(argv: list[str] | None = None) -> None:
     for label, change in tqdm(edits(pipeline, held_out).items(), desc="editing"):
         changed = change(held_out, random)
         maps[label] = changed.with_values(changed.values)
-    found = separation(scope, maps)
+    separated = separation(scope, maps)
     figures, drawn, cosines = drawings(pipeline, scope, sampling, maps, args.drawn, args.unedited)
-    results = {"model": args.model, "features": scope.source.describe(), "count": args.count, "separation": found, **figures}
+    results = {"model": args.model, "features": scope.source.describe(), "count": args.count, "separation": separated, **figures}
 
-    shown = [label for label in SHOWN if label in maps]
-    reports = [scope.evaluate(maps[label].select(0)) for label in shown]
-    rows = [[(heat_map(report.where / 100)[0], label) for label, report in zip(shown, reports)]]
-    rows.append([(drawn[label][0], f"{report.verdict[0]}, cos {cosines[label][0]:.2f}") for label, report in zip(shown, reports)])
+    labels = [label for label in SHOWN if label in maps]
+    reports = [scope.evaluate(maps[label].select(0)) for label in labels]
+    rows = [[(heat_map(report.where / 100)[0], label) for label, report in zip(labels, reports)]]
+    rows.append([(drawn[label][0], f"{report.verdict[0]}, cos {cosines[label][0]:.2f}") for label, report in zip(labels, reports)])
     titles = ["share of held-out\nlocations that are\nless unusual:\ndark 0, bright 100 %", "reconstruction"]
     save_image(panel(rows, titles, f"{args.model}: one scene's map, edited"), args.out / "scope.png")
     write_json(args.out / "results.json", results)

@@ -45,17 +45,17 @@ def curve(config: TrainConfig, folder: Path, images: int, every: int) -> list[tu
     """(images, cosine) of a run, which is stopped to be measured: it goes on exactly. What was measured is kept beside it;
     raises FeatInvError if that was of another configuration."""
     make_folder(folder)
-    kept, about = folder / "points.json", json.loads(json.dumps(asdict(config) | {"max_images": None}))
-    found = json.loads(kept.read_text()) if kept.is_file() else {"config": about, "points": []}
-    other = [name for name in about if found["config"].get(name) != about[name]]
+    points_file, about = folder / "points.json", json.loads(json.dumps(asdict(config) | {"max_images": None}))
+    saved = json.loads(points_file.read_text()) if points_file.is_file() else {"config": about, "points": []}
+    other = [name for name in about if saved["config"].get(name) != about[name]]
     if other:
-        raise FeatInvError(f"{kept} holds what was measured of another run ({', '.join(other)} differ); give another --out, or delete it")
-    points = [tuple(point) for point in found["points"]]
+        raise FeatInvError(f"{points_file} holds what was measured of another run ({', '.join(other)} differ); give another --out, or delete it")
+    points = [tuple(point) for point in saved["points"]]
     for count in range(every, images + 1, every):
         if count > (points[-1][0] if points else 0):
             config.max_images = count
             points.append((count, held_out_cosine(train(config, folder))))
-            write_json(kept, {"config": about, "points": points})
+            write_json(points_file, {"config": about, "points": points})
             print(f"{folder.name}: {count} images, cosine {points[-1][1]:.3f}", flush=True)
     return [point for point in points if point[0] <= images]
 

@@ -78,8 +78,8 @@ class FaultTracker:
 
     def state(self) -> dict:
         """For the checkpoint, of all processes; every process calls this. Writes the list of pictures."""
-        found = gather_object([self.pictures])
-        pictures = {name: reason for part in found for name, reason in part.items()}
+        gathered = gather_object([self.pictures])
+        pictures = {name: reason for part in gathered for name, reason in part.items()}
         if pictures and self.accelerator.is_main_process:
             try:
                 write_text(self.output / "unreadable.txt", "".join(f"{name}\t{reason}\n" for name, reason in sorted(pictures.items())))

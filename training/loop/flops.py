@@ -20,7 +20,7 @@ def step_gmac(base: BaseModel, backbone: Backbone, model: FeatureControlNet, con
     """Multiply-accumulates (10^9) per image of a step, forward and backward, with latents and features there already
     and the base model frozen, by torch's counter: 262 for Stable Diffusion 1.x and ConvNeXt-Base's last layer."""
     on_meta = base_without_storage(base, "meta", torch.float32)
-    seen, trained = (without_storage(part, "meta", torch.float32) for part in (backbone, model))
+    frozen, trained = (without_storage(part, "meta", torch.float32) for part in (backbone, model))
     if hasattr(on_meta.unet, "disable_gradient_checkpointing"):
         on_meta.unet.disable_gradient_checkpointing()
         trained.controlnet.disable_gradient_checkpointing()
@@ -29,7 +29,7 @@ def step_gmac(base: BaseModel, backbone: Backbone, model: FeatureControlNet, con
     features = torch.empty(batch, source.channels, *((1, 1) if source.pooled else source.grid), device="meta")
     counter = FlopCounterMode(display=False)
     with counter:
-        training_loss(on_meta, seen, trained, latents, features, config).backward()
+        training_loss(on_meta, frozen, trained, latents, features, config).backward()
     return counter.get_total_flops() / 2e9 / batch
 
 

@@ -41,6 +41,6 @@ def only_run_in(folder: Path) -> Iterator[None]:
 def check_room(folder: Path, checkpoint: int, keep: int, say: Callable[[str], object]) -> None:
     """Says where `keep` checkpoints of so many bytes, and the one that is being written beside them, do not fit."""
     there = sum(file.stat().st_size for file in folder.glob("checkpoint-*.pt"))
-    wanted, free = (keep + 1) * checkpoint - there, shutil.disk_usage(folder).free
-    if wanted > free:
-        say(f"{folder} has {free / 1e9:.1f} GB left and its checkpoints need {wanted / 1e9:.1f} ({keep} and the one being written): make room there, or lower --keep")
+    required, free = (keep + 1) * checkpoint - there, shutil.disk_usage(folder).free
+    if required > free:
+        say(f"{folder} has {free / 1e9:.1f} GB left and its checkpoints need {required / 1e9:.1f} ({keep} and the one being written): make room there, or lower --keep")

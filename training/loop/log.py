@@ -47,10 +47,10 @@ def check_trackers(names: list[str], folder: Path) -> None:
     """Raises FeatInvError for trackers that accelerate does not know, or whose package is not installed."""
     for name in names:
         try:
-            found = filter_trackers([name], folder)
+            installed = filter_trackers([name], folder)
         except ValueError as error:
             raise FeatInvError(f"trackers: {error}") from error
-        if not found:
+        if not installed:
             raise FeatInvError(f"tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
 
 

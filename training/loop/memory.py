@@ -31,9 +31,9 @@ def needed(trained: nn.Module, frozen: list[nn.Module], average: bool, moments: 
 
 def require(device: torch.device, *parts: object) -> None:
     """Raises FeatInvError if not even weights and optimizer fit. parts: as needed takes them."""
-    wanted, there = needed(*parts), available(device)
-    if wanted > there:
-        raise FeatInvError(f"training needs {wanted:.1f} GB for weights and optimizer alone, and more with each picture of the batch; {device} has {there:.1f} GB")
+    required, there = needed(*parts), available(device)
+    if required > there:
+        raise FeatInvError(f"training needs {required:.1f} GB for weights and optimizer alone, and more with each picture of the batch; {device} has {there:.1f} GB")
 
 
 def explain(error: torch.OutOfMemoryError, batch: int, device: torch.device, *parts: object) -> FeatInvError:

@@ -50,30 +50,30 @@ def moments_of(base: BaseModel, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def observed_moments(base: BaseModel, seen: dict[str, Tensor]) -> Tensor:
+def observed_moments(base: BaseModel, batch: dict[str, Tensor]) -> Tensor:
     """The first of what observe gives."""
-    if "moments" in seen:
-        return seen["moments"].float()
-    target = seen["target"] if "target" in seen else seen["pictures"]
+    if "moments" in batch:
+        return batch["moments"].float()
+    target = batch["target"] if "target" in batch else batch["pictures"]
     return moments_of(base, target.contiguous(memory_format=torch.channels_last))
 
 
 @torch.no_grad()
-def observed_features(backbone: Backbone, seen: dict[str, Tensor], config: TrainConfig) -> Tensor:
+def observed_features(backbone: Backbone, batch: dict[str, Tensor], config: TrainConfig) -> Tensor:
     """The second of what observe gives."""
-    if "features" in seen:
-        return seen["features"].float()
-    return backbone.values(backbone.preprocess(seen["pictures"], "stretch"), config.layer, config.pooled).float()
+    if "features" in batch:
+        return batch["features"].float()
+    return backbone.values(backbone.preprocess(batch["pictures"], "stretch"), config.layer, config.pooled).float()
 
 
-def observe(base: BaseModel, backbone: Backbone, seen: dict[str, Tensor], config: TrainConfig) -> tuple[Tensor, Tensor]:
+def observe(base: BaseModel, backbone: Backbone, batch: dict[str, Tensor], config: TrainConfig) -> tuple[Tensor, Tensor]:
     """What the autoencoder and the backbone make of the same crops: moments [B, 2 C, H, W] and feature values
     [B, C_f, h, w], float32.
 
-    seen: "moments" and "features" where they are cached; else "pictures" [B, 3, h, w] in 0..1 for the backbone, and
+    batch: "moments" and "features" where they are cached; else "pictures" [B, 3, h, w] in 0..1 for the backbone, and
     "target", the same crops at the base model's resolution, where that is another.
     """
-    return observed_moments(base, seen), observed_features(backbone, seen, config)
+    return observed_moments(base, batch), observed_features(backbone, batch, config)
 
 
 def training_loss(

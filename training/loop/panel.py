@@ -32,14 +32,14 @@ def held_out(config: TrainConfig) -> Tensor:
     if drawing_world(config.data):
         return draw(config.seed, torch.arange(COUNT), "held-out").image
     if config.data.startswith(STREAM):
-        found = [_square(picture) for picture in first_pictures(config.data, COUNT)]
+        pictures = [_square(picture) for picture in first_pictures(config.data, COUNT)]
     else:
         listing = open_listing(config.data, None)
         chosen = Part(listing, min(COUNT, len(listing.names)))
-        found = [x for index in range(len(chosen.names)) if (x := _read(chosen, index)) is not None]
-    if not found:
+        pictures = [x for index in range(len(chosen.names)) if (x := _read(chosen, index)) is not None]
+    if not pictures:
         raise FeatInvError(f"data {config.data}: no picture to show could be read")
-    return torch.stack(found)
+    return torch.stack(pictures)
 
 
 def _read(listing: Part, index: int) -> Tensor | None:

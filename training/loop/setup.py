@@ -1,4 +1,4 @@
-"""How a run begins: frozen parts, another model's weights, the deviation of its features."""
+"""How a run begins: frozen parts, another model's weights, the standard deviation of its features."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def start_from(model: FeatureControlNet, file: str, base: BaseModel) -> int | No
     return info.images_seen
 
 
-def standardise(model: FeatureControlNet, seen: dict[str, Tensor], backbone: Backbone, config: TrainConfig, device: torch.device) -> None:
-    """Sets the encoder's mean and deviation to those of what it is to be shown; seen: as observe takes it, any number of
+def standardise(model: FeatureControlNet, batch: dict[str, Tensor], backbone: Backbone, config: TrainConfig, device: torch.device) -> None:
+    """Sets the encoder's mean and standard deviation to those of the features it will read; batch: as observe takes it, any number of
     rows, of which config.batch are observed at once."""
-    parts = zip(*(rows.split(config.batch) for rows in seen.values()))
-    features = [observed_features(backbone, {name: rows.to(device) for name, rows in zip(seen, part)}, config) for part in parts]
+    parts = zip(*(rows.split(config.batch) for rows in batch.values()))
+    features = [observed_features(backbone, {name: rows.to(device) for name, rows in zip(batch, part)}, config) for part in parts]
     model.encoder.standardise(torch.cat(features))

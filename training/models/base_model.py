@@ -160,8 +160,8 @@ def _from_file(file: Path, prompt: str) -> Loaded:
 def _embeddings(encoder: nn.Module, tokenizer: Callable, prompt: str) -> dict[str, Tensor]:
     """Last hidden states [1, 77, D] of the empty text and the prompt."""
     tokens = tokenizer(["", prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    empty, wanted = encoder(tokens)[0].clone().split(1)
-    return {"": empty, prompt: wanted}
+    empty, prompted = encoder(tokens)[0].clone().split(1)
+    return {"": empty, prompt: prompted}
 
 
 def load_vae(folder: Path) -> AutoencoderKL | PatchAutoencoder:

@@ -40,8 +40,8 @@ class FeatureControlNet(nn.Module):
     def load(cls, file: str | Path, base: BaseModel) -> tuple[FeatureControlNet, InversionInfo]:
         """Reads a weights file for a base model. Raises FeatInvError if the base model is another or keys differ."""
         info, tensors, encoder = load_inversion(file)
-        found = base.describe()
-        wrong = [f"{k}: {info.base[k]} in the weights file, {found[k]} in the base model" for k in found if k != "name" and info.base[k] != found[k]]
+        actual = base.describe()
+        wrong = [f"{k}: {info.base[k]} in the weights file, {actual[k]} in the base model" for k in actual if k != "name" and info.base[k] != actual[k]]
         if wrong:
             raise FeatInvError(f"{file} was trained on {info.base['name']} and does not fit {base.name}. {'; '.join(wrong)}")
         model = cls(ControlNetModel.from_unet(base.unet, load_weights_from_unet=False), encoder, info.source)

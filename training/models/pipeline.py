@@ -87,9 +87,9 @@ class InversionPipeline:
             pictures[better.cpu()], attempt[better.cpu()] = others[better.cpu()], number
         return pictures, attempt
 
-    def score(self, wanted: FeatureMap, pictures: Tensor) -> Tensor:
-        """[B] cosine similarity of the pictures' features with the wanted ones."""
-        return cosine(wanted, self.extract(pictures))
+    def score(self, target: FeatureMap, pictures: Tensor) -> Tensor:
+        """[B] cosine similarity of the pictures' features with the target ones."""
+        return cosine(target, self.extract(pictures))
 
     def noise(self, seeds: range | list[int]) -> Tensor:
         """Starting noise [len(seeds), ...], one picture per seed."""

@@ -67,10 +67,10 @@ def fit(pipeline: InversionPipeline, sampling: Sampling, data: str, count: int, 
     scope = fit_scope(maps(), centres=centres)
     if not drawn:
         return scope
-    wanted = concatenate(some).select(slice(0, drawn))
-    with tqdm(total=len(wanted), desc="drawing", unit="picture") as bar:
-        redrawn = pipeline.draw(wanted, sampling, pipeline.noise(range(len(wanted))), batch, bar.update)
-    return replace(scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(wanted, pipeline.extract(redrawn).to("cpu")))})
+    target = concatenate(some).select(slice(0, drawn))
+    with tqdm(total=len(target), desc="drawing", unit="picture") as bar:
+        redrawn = pipeline.draw(target, sampling, pipeline.noise(range(len(target))), batch, bar.update)
+    return replace(scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(target, pipeline.extract(redrawn).to("cpu")))})
 
 
 def ship_scope(name: str) -> None:
@@ -91,12 +91,12 @@ def scope_entries(file: Path, maps: FeatureMap, scores: list[float], sampling: S
     if scope is None:
         return [{} for _ in scores]
     report = scope.evaluate(maps)
-    found = [
+    entries = [
         {"verdict": verdict, "off": off, "line": line, "less_unusual": {name: share[i].item() for name, share in report.share.items()}}
         for i, (verdict, off, line) in enumerate(zip(report.verdict, report.off, report.lines()))
     ]
     usual = Sampling.chosen(read_info(file).recommended, {"gradient": 0.0, "gradient_steps": sampling.gradient_steps, "best_of": 1})
     if "cycle" in scope.quantiles and sampling == usual:
         shares, verdicts = scope.evaluate_cycle(torch.tensor(scores))
-        found = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(found, verdicts, shares.tolist())]
-    return found
+        entries = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(entries, verdicts, shares.tolist())]
+    return entries

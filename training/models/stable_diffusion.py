@@ -64,21 +64,21 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         state = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
     except SafetensorError as error:
         raise FeatInvError(f"{file} is not a readable safetensors file: {error}") from error
-    found = [tuple(state[UNET_PREFIX + key].shape) if UNET_PREFIX + key in state else None for key in (
+    shapes = [tuple(state[UNET_PREFIX + key].shape) if UNET_PREFIX + key in state else None for key in (
         "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")]  # fmt: skip
     width, context = UNET["block_out_channels"][0], UNET["cross_attention_dim"]
-    if found != [(width, UNET["in_channels"], 3, 3), (width, context)]:
-        there = (found[0][0] if found[0] else "none", found[1][1] if found[1] else "none")
+    if shapes != [(width, UNET["in_channels"], 3, 3), (width, context)]:
+        there = (shapes[0][0] if shapes[0] else "none", shapes[1][1] if shapes[1] else "none")
         raise FeatInvError(f"{file} is not Stable Diffusion 1.x: first width {there[0]}, context {there[1]}; expected {width} and {context}, with 4 latent channels")
     return state
 
 
 def _filled(module: nn.Module, state: dict[str, Tensor], file: Path, part: str) -> nn.Module:
-    wanted = module.state_dict().keys()
-    missing = sorted(wanted - state.keys())
+    expected = module.state_dict().keys()
+    missing = sorted(expected - state.keys())
     if missing:
         raise FeatInvError(f"{file} lacks {len(missing)} tensors of the {part}, such as {', '.join(missing[:4])}")
-    module.load_state_dict({k: state[k].float() for k in wanted})
+    module.load_state_dict({k: state[k].float() for k in expected})
     return module
 
 

@@ -81,8 +81,8 @@ def released_step(parts: Parts, pictures: Tensor) -> Callable[[], Tensor]:
             context = p.text_encoder(tokens.expand(len(pictures), -1))[0]
             latents = latents_from(moments, latent)
         noisy = p.base.scheduler.add_noise(latents, noise, t)
-        shown = features.masked_fill(dropped[:, None, None, None], 0.0)
-        loss = F.mse_loss(p.model(p.base.unet, noisy, t, context, shown), noise)
+        cond = features.masked_fill(dropped[:, None, None, None], 0.0)
+        loss = F.mse_loss(p.model(p.base.unet, noisy, t, context, cond), noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -104,10 +104,10 @@ def in_precision(parts: Parts) -> torch.autocast:
     return torch.autocast(parts.base.unet.device.type, torch.bfloat16, parts.config.precision == "bf16")
 
 
-def gradients(parts: Parts, trained: torch.nn.Module, seen: dict[str, Tensor]) -> Tensor:
+def gradients(parts: Parts, trained: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The loss of what observe() is given, and its gradients in the trained part, which may be compiled."""
     with in_precision(parts):
-        moments, features = observe(parts.base, parts.backbone, seen, parts.config)
+        moments, features = observe(parts.base, parts.backbone, batch, parts.config)
         sample = sample_noise(len(moments), moments, parts.base, parts.config)
         loss = training_loss(parts.base, parts.backbone, trained, latents_from(moments, sample.latent), features, parts.config, sample)
     loss.backward()
@@ -125,22 +125,22 @@ def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph
     lay_out(p, device)
     optimizer = build_optimizer(p.model, p.config)
     target = F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True)
-    seen = {"pictures": pictures} | ({} if target.shape == pictures.shape else {"target": target})
+    batch = {"pictures": pictures} | ({} if target.shape == pictures.shape else {"target": target})
     with in_precision(p):
-        known = dict(zip(("moments", "features"), observe(p.base, p.backbone, seen, p.config))) if cached else {}
-    seen |= {name: known[name] for name in cached}
+        known = dict(zip(("moments", "features"), observe(p.base, p.backbone, batch, p.config))) if cached else {}
+    batch |= {name: known[name] for name in cached}
     trained = torch.compile(p.model) if p.config.compile else p.model
 
-    return training_step(lambda: gradients(p, trained, seen), lambda: fused_step(optimizer, largest_norm), optimizer, graph)
+    return training_step(lambda: gradients(p, trained, batch), lambda: fused_step(optimizer, largest_norm), optimizer, graph)
 
 
 def losses(step: Callable[[], Tensor], count: int) -> list[float]:
     """Of `count` steps, each with its own seed, so that two recipes draw the same noise and timesteps."""
-    found = []
+    values = []
     for number in range(count):
         torch.manual_seed(number)
-        found.append(step().item())
-    return found
+        values.append(step().item())
+    return values
 
 
 def seconds(step: Callable[[], object], repeats: int, warm_up: int = 2) -> float:

@@ -61,8 +61,8 @@ def sampling(args: argparse.Namespace, count: int = 32) -> None:
     else:
         pipeline = load_pipeline("tiny_cnn_last")
         pixel_values, settings = pipeline.backbone.preprocess(draw(0, torch.arange(count), "held-out").image), pipeline.recommended(gradient=0.0)
-    found = compare(pipeline, pipeline.features(pixel_values), settings, count)
+    speeds = compare(pipeline, pipeline.features(pixel_values), settings, count)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{count} pictures, {settings.steps} steps, guidance {settings.guidance}, {where}: one at a time {found['loop']:.3g} images/s, in one batch "
-          f"{found['batched']:.3g} images/s, {found['times']:.2f} times")  # fmt: skip
-    print(f"largest difference of a pixel {found['difference']:.1e}; peak memory {peak_memory():.1f} GB")
+    print(f"{count} pictures, {settings.steps} steps, guidance {settings.guidance}, {where}: one at a time {speeds['loop']:.3g} images/s, in one batch "
+          f"{speeds['batched']:.3g} images/s, {speeds['times']:.2f} times")  # fmt: skip
+    print(f"largest difference of a pixel {speeds['difference']:.1e}; peak memory {peak_memory():.1f} GB")

@@ -48,10 +48,10 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, operation: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        found = operation(*args, **(kwargs or {}))
-        for tensor in (x for x in tree_leaves(found) if isinstance(x, Tensor)):
+        outputs = operation(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_leaves(outputs) if isinstance(x, Tensor)):
             self.count(tensor)
-        return found
+        return outputs
 
 
 def normalise_as_on_cuda(module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from .loop import train_stage
 IMAGES, BATCH, LR = 240_000, 64, 2e-3
 STOP = 54_528  # it ends early on its schedule: by then it is better than the rest needs
 DECODER_IMAGES = 112_000
-DECODER_NOISE = (0.6, 0.8)  # largest deviation in the first quarter, and after it
+DECODER_NOISE = (0.6, 0.8)  # largest standard deviation in the first quarter, and after it
 PERCEPTUAL_FROM = 40_000  # pictures seen before the backbone's features join the loss
 
 
@@ -45,8 +45,8 @@ def pixel_loss(y: Tensor, x: Tensor) -> Tensor:
 def feature_loss(maps_of: Callable[[Tensor], list[Tensor]], y: Tensor, x: Tensor) -> Tensor:
     """Mean of 1 - cosine over a backbone's stages and locations; x, y in -1..1, maps_of: pictures -> maps of every stage."""
     with torch.no_grad():
-        wanted = maps_of(x)
-    distances = [1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean() for a, b in zip(wanted, maps_of(y))]
+        target = maps_of(x)
+    distances = [1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean() for a, b in zip(target, maps_of(y))]
     return torch.stack(distances).mean()
 
 
@@ -95,8 +95,8 @@ def train_decoder(
     """Trains the decoder alone to forgive noisy latents, as those that a diffusion model draws are (RAE, Zheng et al.
     2025, trains its decoder so). The latents stay as they are, so models trained on them stay valid.
 
-    pictures: image numbers [B] -> pictures [B, 3, h, w] in -1..1. maps_of: as in feature_loss. noise: its largest deviation
-    in the first `later` images, and after them; one level per picture, in units of the latents' own deviation.
+    pictures: image numbers [B] -> pictures [B, 3, h, w] in -1..1. maps_of: as in feature_loss. noise: its largest standard deviation
+    in the first `later` images, and after them; one level per picture, in units of the latents' own standard deviation.
     """
     vae.requires_grad_(False).to(device, memory_format=torch.channels_last)
     for part in (vae.expand, vae.decoder):

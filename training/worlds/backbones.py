@@ -62,8 +62,8 @@ def token_targets(scenes: Scenes) -> Tensor:
     for name, names in GROUPS.items():
         label = getattr(scenes, name)
         label = label[:, None].expand(-1, 64) if label.ndim == 1 else label.gather(1, slot)
-        shown = (1 - cover.sum(1) >= 0.2) if name == "background" else (top >= 0.2)
-        parts.append(F.one_hot(label.clamp(min=0), len(names)) * shown[..., None])
+        visible = (1 - cover.sum(1) >= 0.2) if name == "background" else (top >= 0.2)
+        parts.append(F.one_hot(label.clamp(min=0), len(names)) * visible[..., None])
     return torch.cat(parts, -1).float()
 
 
@@ -109,10 +109,10 @@ def train_vit(work: Path, cnn: nn.Module, device: str = "cpu", seed: int = 0) ->
         with torch.autocast(device, torch.bfloat16):
             logits, cells, vectors = model(x)
             with torch.no_grad():
-                wanted = cnn.forward_features(x).flatten(2).transpose(1, 2)
+                target = cnn.forward_features(x).flatten(2).transpose(1, 2)
         loss = group_losses(logits, scenes.targets()) + group_losses(cells, token_targets(scenes))
         if indices[0] >= DISTIL_FROM:
-            loss = loss + 4 * (1 - F.cosine_similarity(vectors.float(), wanted.float(), dim=-1).mean())
+            loss = loss + 4 * (1 - F.cosine_similarity(vectors.float(), target.float(), dim=-1).mean())
         return loss
 
     return train_stage("backbone_vit", model, loss_of, images=images, batch=batch, lr=lr, work=work, device=device).vit

@@ -90,10 +90,10 @@ def train_base(
         z = latents(len(indices))
         t, noise = torch.randint(1000, (len(z),), device=device), torch.randn_like(z)
         context = torch.where(torch.rand(len(z), 1, 1, device=device) < 0.1, text["empty"], text["prompt"])
-        noisy, wanted = scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)
+        noisy, target = scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)
         with torch.autocast(device, torch.bfloat16):
-            found = forward(noisy.to(memory_format=torch.channels_last), t, context).sample
-        return F.mse_loss(found.float(), wanted)
+            pred = forward(noisy.to(memory_format=torch.channels_last), t, context).sample
+        return F.mse_loss(pred.float(), target)
 
     return train_stage("base", unet, loss_of, batch=batch, lr=lr, work=work, ema=0.9995, decay=0.01, device=device, **stage)
 

@@ -53,13 +53,13 @@ def second_opinion(pipeline: InversionPipeline, pixel_values: Tensor, drawn: dic
     """How faithful pictures are to the embedded backbone that took no part in the model's training: its last layer's
     cosine, and the match of its top-1 shape on scenes of one object. A model that only fools its own backbone fails here."""
     backbone = open_backbone(DRAWN.independent[pipeline.info.source.backbone])
-    original, found = backbone.extract(pixel_values), {}
+    original, result = backbone.extract(pixel_values), {}
     part = backbone.groups["shape"]
     for what, pictures in drawn.items():
         again = backbone.extract(backbone.preprocess(pictures, "stretch"))
         match = top_k_match(backbone.logits(original)[:, part], backbone.logits(again)[:, part], 1).float()[single]
-        found[what] = (entry(bootstrap(cosine(original, again))), entry(bootstrap(match), percent=True))
-    return found
+        result[what] = (entry(bootstrap(cosine(original, again))), entry(bootstrap(match), percent=True))
+    return result
 
 
 def model_rows() -> list[str]:

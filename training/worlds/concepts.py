@@ -30,10 +30,10 @@ def fit_concepts(backbone: Backbone, layer: str = "last", seed: int = 0, dimensi
         scenes = draw(seed, torch.arange(start, start + 500))
         values = backbone(backbone.preprocess(scenes.image), layer).values.movedim(1, -1)  # [B, H, W, C]
         cover = F.interpolate(scenes.masks.sum(1, keepdim=True), source.grid, mode="area")[:, 0]
-        for number, found in enumerate(grounds):
-            found.append(values[(cover <= 1 - COVER) & (scenes.background == number)[:, None, None]])
+        for number, cells in enumerate(grounds):
+            cells.append(values[(cover <= 1 - COVER) & (scenes.background == number)[:, None, None]])
         contrasts.append(_contrasts(values, cover))
-    bases = [F.normalize(torch.cat(found).mean(0, keepdim=True)) for found in grounds]
+    bases = [F.normalize(torch.cat(cells).mean(0, keepdim=True)) for cells in grounds]
     bases.append(_principal(torch.cat(contrasts), dimensions))
     settings = {"scenes": SCENES, "cover": COVER, "dimensions": dimensions, "seed": seed}
     return Concepts(bases, [*BACKGROUNDS, OBJECT], source, None, "directions fitted to the true masks", settings)

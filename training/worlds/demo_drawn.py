@@ -28,10 +28,10 @@ def captions(pictures: Tensor, scores: Tensor) -> list[Cell]:
 def inverted(pipeline: InversionPipeline, own: list[tuple[str, Tensor]], sampling: Sampling) -> list[list[Cell]]:
     """Rows of the user's pictures, each beside its reconstruction."""
     pixel_values = torch.cat([pipeline.backbone.preprocess(picture) for _, picture in own])
-    wanted = pipeline.features(pixel_values)
-    drawn = pipeline.draw(wanted, sampling, pipeline.noise(range(len(pixel_values))))
+    target = pipeline.features(pixel_values)
+    drawn = pipeline.draw(target, sampling, pipeline.noise(range(len(pixel_values))))
     originals = [(picture, name[:18]) for picture, (name, _) in zip(pixel_values, own)]
-    cells = [cell for pair in zip(originals, captions(drawn, pipeline.score(wanted, drawn))) for cell in pair]
+    cells = [cell for pair in zip(originals, captions(drawn, pipeline.score(target, drawn))) for cell in pair]
     return [cells[i : i + SHOWN] for i in range(0, len(cells), SHOWN)]
 
 
@@ -51,10 +51,10 @@ def composed(pipeline: InversionPipeline, pixel_values: Tensor, sampling: Sampli
     features = pipeline.features(pixel_values[:2])
     mask = torch.zeros(1, *pixel_values.shape[2:])
     mask[:, :, : pixel_values.shape[3] // 2] = 1
-    wanted = compose(features.select(0), features.select(1), mask)
-    drawn = pipeline.draw(wanted, sampling, pipeline.noise([0]))
-    agreement = cosine_per_location(wanted, pipeline.extract(drawn))
-    inside = at_grid(mask, wanted.source.grid)[:, 0].bool()
+    target = compose(features.select(0), features.select(1), mask)
+    drawn = pipeline.draw(target, sampling, pipeline.noise([0]))
+    agreement = cosine_per_location(target, pipeline.extract(drawn))
+    inside = at_grid(mask, target.source.grid)[:, 0].bool()
     cells = [(pixel_values[0], "left half from"), (pixel_values[1], "right half from"), *captions(drawn, agreement.mean((1, 2)))]
     return cells, {"cosine_inside": agreement[inside].mean().item(), "cosine_outside": agreement[~inside].mean().item()}
 
@@ -92,12 +92,12 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
 def figures_of(results: dict, count: int) -> tuple[str, dict]:
     """A sentence with the figures of the held-out pictures, and the figures."""
     r = {condition: {measure: entry["value"] for measure, entry in entries.items()} for condition, entries in results.items()}
-    found, unconditional, autoencoded = r["reconstruction"], r["unconditional"]["cosine"], r["round trip"]["cosine"]
+    measured, unconditional, autoencoded = r["reconstruction"], r["unconditional"]["cosine"], r["round trip"]["cosine"]
     summary = (
-        f"{count} held-out pictures: cosine {found['cosine']:.3f} (without features {unconditional:.3f}, "
-        f"autoencoder alone {autoencoded:.3f}: {gap_closed(results):.0%} of the way); shape match {found['top1_match']:.0%}"
+        f"{count} held-out pictures: cosine {measured['cosine']:.3f} (without features {unconditional:.3f}, "
+        f"autoencoder alone {autoencoded:.3f}: {gap_closed(results):.0%} of the way); shape match {measured['top1_match']:.0%}"
     )
     return summary, {
-        "n": count, "cosine_mean": found["cosine"], "cosine_centred": found["cosine_centred"],
-        "top1_match": found["top1_match"], "top5_match": found["top5_match"], "cosine_unconditional": unconditional, "cosine_round_trip": autoencoded,
+        "n": count, "cosine_mean": measured["cosine"], "cosine_centred": measured["cosine_centred"],
+        "top1_match": measured["top1_match"], "top5_match": measured["top5_match"], "cosine_unconditional": unconditional, "cosine_round_trip": autoencoded,
     }  # fmt: skip

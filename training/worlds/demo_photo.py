@@ -52,10 +52,10 @@ class Reconstruction:
         return own | {"classes": [{"name": label, "probability": probability} for label, probability in self.classes]}
 
 
-def look(backbone: Backbone, pixel_values: Tensor) -> list[list[tuple[str, float]]]:
-    """The most probable classes of each framed picture, by the first of their names."""
-    found = backbone.top_classes(backbone.logits(backbone.extract(pixel_values)), CLASSES)
-    return [[(name.split(",")[0], probability) for name, probability in row] for row in found]
+def classify(backbone: Backbone, pixel_values: Tensor) -> list[list[tuple[str, float]]]:
+    """The most probable classes of each preprocessed picture, by the first of their names."""
+    ranked = backbone.top_classes(backbone.logits(backbone.extract(pixel_values)), CLASSES)
+    return [[(name.split(",")[0], probability) for name, probability in row] for row in ranked]
 
 
 class Depths:
@@ -72,11 +72,11 @@ class Depths:
     def middle(self) -> InversionPipeline:
         return self.models[MIDDLE]
 
-    def draw(self, depth: str, wanted: FeatureMap, seed: int = 0) -> list[Reconstruction]:
+    def draw(self, depth: str, target: FeatureMap, seed: int = 0) -> list[Reconstruction]:
         """A picture for each feature map, all from the same noise."""
         pipeline = self.models[depth]
-        drawn = pipeline.draw(wanted, self.sampling[depth], pipeline.noise([seed] * len(wanted)))
-        classes, cosines = look(self.backbone, self.backbone.preprocess(drawn, "stretch")), pipeline.score(wanted, drawn).tolist()
+        drawn = pipeline.draw(target, self.sampling[depth], pipeline.noise([seed] * len(target)))
+        classes, cosines = classify(self.backbone, self.backbone.preprocess(drawn, "stretch")), pipeline.score(target, drawn).tolist()
         return [Reconstruction(*one) for one in zip(drawn, classes, cosines)]
 
     def legend(self) -> str:
@@ -94,7 +94,7 @@ def sample_photographs() -> list[tuple[str, Tensor]]:
 
 def inverted(depths: Depths, pixel_values: Tensor, names: list[str]) -> tuple[list[list[Cell]], list[dict]]:
     """A row for each picture: the original, what is drawn from its map at each depth, and another seed at the middle one."""
-    originals = [Reconstruction(*one) for one in zip(pixel_values, look(depths.backbone, pixel_values))]
+    originals = [Reconstruction(*one) for one in zip(pixel_values, classify(depths.backbone, pixel_values))]
     drawn = {depth: depths.draw(depth, pipeline.features(pixel_values)) for depth, pipeline in depths.models.items()}
     again = depths.draw(MIDDLE, depths.middle.features(pixel_values), seed=1)
     rows, entries = [], []
@@ -104,7 +104,7 @@ def inverted(depths: Depths, pixel_values: Tensor, names: list[str]) -> tuple[li
             row.append(drawn[depth][i].cell(depth))
             row += [again[i].cell("other seed")] if depth == MIDDLE else []
         rows.append(row)
-        entries.append({"name": name, **original.entry(), "depths": {depth: seen[i].entry() for depth, seen in drawn.items()}, "other_seed": again[i].entry()})
+        entries.append({"name": name, **original.entry(), "depths": {depth: at_depth[i].entry() for depth, at_depth in drawn.items()}, "other_seed": again[i].entry()})
     return rows, entries
 
 
@@ -112,8 +112,8 @@ def interpolated(depths: Depths, features: FeatureMap) -> tuple[list[Cell], list
     """From the first picture's map to the second's (paper Fig. 7), from one noise."""
     maps = [interpolate([features.select(0), features.select(1)], [1 - w, w]) for w in WEIGHTS]
     drawn = depths.draw(MIDDLE, concatenate(maps))
-    cells = [seen.cell(f"{weight:.0%}") for weight, seen in zip(WEIGHTS, drawn)]
-    return cells, [{"weight": weight, **seen.entry()} for weight, seen in zip(WEIGHTS, drawn)]
+    cells = [one.cell(f"{weight:.0%}") for weight, one in zip(WEIGHTS, drawn)]
+    return cells, [{"weight": weight, **one.entry()} for weight, one in zip(WEIGHTS, drawn)]
 
 
 def composed(depths: Depths, features: FeatureMap, pixel_values: Tensor) -> tuple[list[Cell], list[dict]]:
@@ -122,14 +122,14 @@ def composed(depths: Depths, features: FeatureMap, pixel_values: Tensor) -> tupl
     left = torch.zeros(1, *pixel_values.shape[2:])
     left[:, :, : pixel_values.shape[3] // 2] = 1
     ways = [(0, 1), (1, 0)]
-    wanted = concatenate([compose(features.select(a), features.select(b), left) for a, b in ways])
-    drawn = depths.draw(MIDDLE, wanted)
-    agreement = cosine_per_location(wanted, depths.middle.extract(torch.stack([seen.picture for seen in drawn])))
-    inside = at_grid(left, wanted.source.grid)[0, 0].bool()
+    target = concatenate([compose(features.select(a), features.select(b), left) for a, b in ways])
+    drawn = depths.draw(MIDDLE, target)
+    agreement = cosine_per_location(target, depths.middle.extract(torch.stack([one.picture for one in drawn])))
+    inside = at_grid(left, target.source.grid)[0, 0].bool()
     cells, entries = [], []
-    for (a, b), seen, agrees in zip(ways, drawn, agreement):
-        cells += [(spotlight(pixel_values[a], left[0]), "left half"), (spotlight(pixel_values[b], 1 - left[0]), "right half"), seen.cell("together")]
-        entries.append({"cosine_left": agrees[inside].mean().item(), "cosine_right": agrees[~inside].mean().item(), **seen.entry()})
+    for (a, b), one, agrees in zip(ways, drawn, agreement):
+        cells += [(spotlight(pixel_values[a], left[0]), "left half"), (spotlight(pixel_values[b], 1 - left[0]), "right half"), one.cell("together")]
+        entries.append({"cosine_left": agrees[inside].mean().item(), "cosine_right": agrees[~inside].mean().item(), **one.entry()})
     return cells, entries
 
 
@@ -141,24 +141,24 @@ def turned_down(depths: Depths, features: FeatureMap, picture: Tensor) -> tuple[
     lengths = concepts.lengths(first)[:-1, 0]  # without the rest
     strongest = int(lengths.sum((1, 2)).argmax())
     name, share = concepts.names[strongest], float(lengths[strongest].sum() / first.values.norm(dim=1).sum())
-    [shown] = visualize(depths.middle, first, concepts, [[name]], VizSettings(FACTOR, SEEDS), depths.sampling[MIDDLE])
+    [visualization] = visualize(depths.middle, first, concepts, [[name]], VizSettings(FACTOR, SEEDS), depths.sampling[MIDDLE])
     where = F.interpolate(normalised(lengths[strongest])[None, None], picture.shape[1:], mode="bilinear")[0, 0]
-    kept, changed = pairs(depths, first, shown)
+    kept, changed = pairs(depths, first, visualization)
     cells = [(spotlight(picture, where), "where it is")]
     for title, before, after in zip(("as it is", "other seed"), kept, changed):
         cells += [before.cell(title), after.cell(f"at {FACTOR:g}")]
-    cells.append((heat_map(normalised(shown.distance)[None])[0], "what changes"))
-    entry = {"found": len(concepts), "dimensions": len(concepts.bases[strongest]), "share": share, "factor": FACTOR, "slope": shown.slope.own}
-    return cells, entry | {"as_it_is": [seen.entry() for seen in kept], "turned_down": [seen.entry() for seen in changed]}
+    cells.append((heat_map(normalised(visualization.distance)[None])[0], "what changes"))
+    entry = {"found": len(concepts), "dimensions": len(concepts.bases[strongest]), "share": share, "factor": FACTOR, "slope": visualization.slope.own}
+    return cells, entry | {"as_it_is": [one.entry() for one in kept], "turned_down": [one.entry() for one in changed]}
 
 
-def pairs(depths: Depths, original: FeatureMap, shown: Visualization) -> tuple[list[Reconstruction], list[Reconstruction]]:
+def pairs(depths: Depths, original: FeatureMap, visualization: Visualization) -> tuple[list[Reconstruction], list[Reconstruction]]:
     """The drawings of the original map and of the changed one, with the same seeds."""
-    pictures = torch.cat([shown.original, shown.changed])
-    wanted = concatenate([original.repeat(SEEDS), shown.change.changed.repeat(SEEDS)])
-    classes, cosines = look(depths.backbone, depths.backbone.preprocess(pictures, "stretch")), depths.middle.score(wanted, pictures).tolist()
-    seen = [Reconstruction(*one) for one in zip(pictures, classes, cosines)]
-    return seen[:SEEDS], seen[SEEDS:]
+    pictures = torch.cat([visualization.original, visualization.changed])
+    target = concatenate([original.repeat(SEEDS), visualization.change.changed.repeat(SEEDS)])
+    classes, cosines = classify(depths.backbone, depths.backbone.preprocess(pictures, "stretch")), depths.middle.score(target, pictures).tolist()
+    reconstructions = [Reconstruction(*one) for one in zip(pictures, classes, cosines)]
+    return reconstructions[:SEEDS], reconstructions[SEEDS:]
 
 
 def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int | None) -> tuple[Image.Image, list[str], dict]:
@@ -205,7 +205,7 @@ def summaries(inversions: list[dict], concept: dict | None) -> list[str]:
     lines = []
     for one in inversions:
         top = one["classes"][0]
-        cosines = ", ".join(f"{depth} {seen['cosine']:.2f}" for depth, seen in one["depths"].items())
+        cosines = ", ".join(f"{depth} {at_depth['cosine']:.2f}" for depth, at_depth in one["depths"].items())
         lines.append(f"{one['name']}: {top['name']} {top['probability']:.0%}; cosine of the reconstruction by depth: {cosines}")
     if concept:
         lines.append(

@@ -87,9 +87,9 @@ class Kept:
         with tqdm(total=count, initial=manifest["done"], desc="features", unit="img", mininterval=5) as bar:
             for first in range(manifest["done"], count, PART):
                 for rows in torch.arange(first, min(first + PART, count)).split(BATCH):
-                    seen = photographs.crops(*(part.to(device) for part in (rows % pictures, top[rows], left[rows], mirrored[rows])))
-                    pixel_values = backbone.preprocess(seen, "stretch").contiguous(memory_format=torch.channels_last)
-                    self.rows["latents"][rows] = base.encode(scaled(seen, base.resolution)).half().cpu().numpy()
+                    crops = photographs.crops(*(part.to(device) for part in (rows % pictures, top[rows], left[rows], mirrored[rows])))
+                    pixel_values = backbone.preprocess(crops, "stretch").contiguous(memory_format=torch.channels_last)
+                    self.rows["latents"][rows] = base.encode(scaled(crops, base.resolution)).half().cpu().numpy()
                     for layer, values in backbone.several(pixel_values, layers).items():
                         self.rows[layer][rows] = values.half().cpu().numpy()
                     bar.update(len(rows))
@@ -112,17 +112,17 @@ class Kept:
 def _digest(photographs: Photographs, base: BaseModel, backbone: Backbone) -> str:
     """What kept rows are of: some of the photographs' pixels, the autoencoder's projection and the network's first weights."""
     parts = photographs.pictures[::7, :, ::32, ::32], base.vae.project.weight, next(backbone.model.parameters())
-    found = hashlib.sha256(backbone.name.encode())
+    sha = hashlib.sha256(backbone.name.encode())
     for part in parts:
-        found.update(part.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
-def _require_room(folder: Path, wanted: int, names: list[str]) -> None:
+def _require_room(folder: Path, required: int, names: list[str]) -> None:
     """Raises FeatInvError where files of so many bytes do not fit: a mapped file on a full disk ends the process."""
     free = shutil.disk_usage(folder).free + sum(file.stat().st_size for name in names if (file := folder / f"{name}.npy").exists())
-    if wanted > free:
-        raise FeatInvError(f"{folder} has {free / 1e9:.1f} GB left and the features need {wanted / 1e9:.1f}: make room there, or give fewer --depths, or --views 0")
+    if required > free:
+        raise FeatInvError(f"{folder} has {free / 1e9:.1f} GB left and the features need {required / 1e9:.1f}: make room there, or give fewer --depths, or --views 0")
 
 
 def train_inversion(

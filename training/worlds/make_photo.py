@@ -98,7 +98,7 @@ def make(args: argparse.Namespace) -> None:
     make_folder(args.out)
     maker = Maker(args, sizes, backbone.to(args.device, memory_format=torch.channels_last))
     for stage in chosen:
-        {"autoencoder": maker.autoencoder, "base": maker.base}.get(stage, lambda depth=stage, **how: maker.inversion(depth, **how))(**lengths[stage])
+        {"autoencoder": maker.autoencoder, "base": maker.base}.get(stage, lambda depth=stage, **length: maker.inversion(depth, **length))(**lengths[stage])
 
 
 def length(args: argparse.Namespace, stage: str) -> dict[str, float]:
@@ -126,12 +126,12 @@ def checked(sizes: Sizes) -> Sizes:
 
 def require_same(folder: Path, sizes: Sizes) -> None:
     """Raises FeatInvError for a base model of other sizes in the folder, as far as it is made."""
-    found = {part: json.loads(file.read_text()) for part in ("vae", "unet") if (file := folder / part / "config.json").exists()}
-    if "vae" in found:
-        known = PatchAutoencoder(**{name: found["vae"][name] for name in ("patch", "latents") if name in found["vae"]}).config
+    configs = {part: json.loads(file.read_text()) for part in ("vae", "unet") if (file := folder / part / "config.json").exists()}
+    if "vae" in configs:
+        known = PatchAutoencoder(**{name: configs["vae"][name] for name in ("patch", "latents") if name in configs["vae"]}).config
         side, widths = sizes.side, sizes.widths
-        if "unet" in found:
-            side, widths = found["unet"]["sample_size"] * known["patch"], tuple(found["unet"]["block_out_channels"])
+        if "unet" in configs:
+            side, widths = configs["unet"]["sample_size"] * known["patch"], tuple(configs["unet"]["block_out_channels"])
         there = Sizes(side, known["patch"], known["latents"], widths)
         if there != sizes:
             raise FeatInvError(f"{folder} holds a base model of {there}, which is not {sizes}; give its sizes, or another --out")
@@ -146,7 +146,7 @@ class Maker:
         self.work, self.folder = args.work or args.out / "work", args.out / "base"
         self.views = (0 if gpu else 1) if args.views is None else args.views
         self.batch = args.batch or (512 if gpu else BATCH)
-        self.how = {"graph": gpu}
+        self.step = {"graph": gpu}
         self.photographs: Photographs = read_photographs(args.data, max(backbone.input_size), self.device)
 
     def targets(self, pictures: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Maker:
         batch = min(self.batch, 128)
         vae = train_decoder(
             self.work, vae, lambda numbers: self.targets(self.photographs.random(len(numbers))), maps_of, self.device, batch=batch,
-            noise=(0.3, 0.5), later=10_000, compile=self.args.compile, keep=lambda average: self.write(None, average), **self.how, **length,
+            noise=(0.3, 0.5), later=10_000, compile=self.args.compile, keep=lambda average: self.write(None, average), **self.step, **length,
         )  # fmt: skip
         self.write(None, vae)
         originals = scaled(self.photographs.held_out(SHOWN), self.sizes.side)
@@ -187,7 +187,7 @@ class Maker:
         torch.manual_seed(0)
         made = self.args.further and (self.folder / "unet" / "config.json").exists()
         start = self.opened().unet.requires_grad_(True) if made else build_unet(self.sizes)
-        unet = train_base(self.work, start, latents, self.device, self.batch, self.args.lr, self.args.compile, keep=keep, **self.how, **length)
+        unet = train_base(self.work, start, latents, self.device, self.batch, self.args.lr, self.args.compile, keep=keep, **self.step, **length)
         self.write(unet, vae)
         base = self.opened()
         drawn = base.decode(sample(base, None, None, self.noise(base, SHOWN), Sampling(steps=50, guidance=1.0), PHOTO.prompt))
@@ -207,7 +207,7 @@ class Maker:
             draw = Kept(self.work / "kept", self.photographs, base, self.backbone, list(self.args.depths), self.views).draw(depth, self.device)
         else:
             draw = fresh(self.photographs, base, self.backbone, depth)
-        train_inversion(config, self.work, base, self.backbone, draw, self.file(depth), self.device, **self.how, **length)
+        train_inversion(config, self.work, base, self.backbone, draw, self.file(depth), self.device, **self.step, **length)
         model, _ = FeatureControlNet.load(self.file(depth), base)
         originals = self.photographs.held_out(SHOWN)
         features = self.backbone(self.backbone.preprocess(originals, "stretch"), layer, pooled)

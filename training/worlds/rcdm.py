@@ -40,7 +40,7 @@ def train_rcdm(work: Path, backbone: Backbone, images: int, device: str = "cpu",
                 vectors = backbone.values(backbone.preprocess(pictures, "stretch"), LAST, True).flatten(1)
             x = 2 * F.interpolate(pictures, (RESOLUTION,) * 2, mode="bilinear", antialias=True) - 1
             t, noise = torch.randint(1000, (len(x),), device=device), torch.randn_like(x)
-            found = forward(scheduler.add_noise(x, noise, t).to(memory_format=torch.channels_last), t, vectors)
-        return F.mse_loss(found.float(), noise)
+            pred = forward(scheduler.add_noise(x, noise, t).to(memory_format=torch.channels_last), t, vectors)
+        return F.mse_loss(pred.float(), noise)
 
     return train_stage("rcdm", model, loss_of, images=images, batch=BATCH, lr=LR, work=work, decay=0.01, device=device)

@@ -74,18 +74,18 @@ def elastic_net(points: Tensor, progress: Progress) -> csr_array:
 
     columns = points.double().T.numpy().copy(order="F")  # [C, N], each vector contiguous
     size, total = columns.shape
-    found = []
+    rows = []
     for i in range(total):
         x = columns[:, i].copy()
         columns[:, i] = 0  # a vector may not explain itself
         weakest = abs(x @ columns).max() / GAMMA / size  # 1 / a, in scikit-learn's scale
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of two equal vectors, one is left out
-            found.append(csr_array(lars_path(columns, x, method="lasso", alpha_min=weakest, return_path=False)[2][None]))
+            rows.append(csr_array(lars_path(columns, x, method="lasso", alpha_min=weakest, return_path=False)[2][None]))
         columns[:, i] = x
         if (i + 1) % 100 == 0 or i + 1 == total:
             progress(i + 1, total)
-    return vstack(found, format="csr")
+    return vstack(rows, format="csr")
 
 
 def elastic_net_affinity(points: Tensor, progress: Progress) -> tuple[csr_array, Tensor]:

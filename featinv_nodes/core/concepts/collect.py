@@ -1,4 +1,4 @@
-"""Feature vectors out of many pictures: evenly, at random places, in bounded memory."""
+"""Feature vectors out of many pictures: evenly, at random locations, in bounded memory."""
 
 from __future__ import annotations
 
@@ -100,26 +100,26 @@ class Folder:
 def collect(
     pictures: Pictures | Folder, extract: Callable[[Tensor], FeatureMap], count: int, seed: int, progress: Progress = lambda done, total: None
 ) -> Collected:
-    """Up to `count` feature vectors of all pictures, as many from each, at places drawn with the seed.
+    """Up to `count` feature vectors of all pictures, as many from each, at locations drawn with the seed.
 
     extract: preprocessed pictures [b, 3, h, w] to their feature maps. progress: called with pictures done, of how many.
     The first 128 pictures and their maps are kept to judge the concepts by. Memory: 2 count C numbers, those maps and
     pictures (the latter as bytes), and what a batch of 16 takes.
     """
     generator = torch.Generator().manual_seed(seed)
-    vectors, maps, shown, names, classes, read = [], [], [], [], set(), 0
+    vectors, maps, images, names, classes, read = [], [], [], [], set(), 0
     total = len(pictures)
     for labels, pixel_values in pictures:
-        found = extract(pixel_values).to("cpu")
-        for cells in found.values.flatten(2).transpose(1, 2):  # [H * W, C]
+        features = extract(pixel_values).to("cpu")
+        for cells in features.values.flatten(2).transpose(1, 2):  # [H * W, C]
             share = (read + 1) * count // total - read * count // total
             vectors.append(cells[torch.randperm(len(cells), generator=generator)[:share]])
             read += 1
         classes |= {label.rpartition("/")[0] for label in labels if "/" in label}
         room = JUDGED - len(names)
         if room > 0:
-            maps.append(found.select(slice(0, room)))
-            shown.append((pixel_values[:room].cpu() * 255).round().byte())
+            maps.append(features.select(slice(0, room)))
+            images.append((pixel_values[:room].cpu() * 255).round().byte())
             names += labels[:room]
         progress(read, total)
-    return Collected(torch.cat(vectors), concatenate(maps), torch.cat(shown), names, read, len(classes))
+    return Collected(torch.cat(vectors), concatenate(maps), torch.cat(images), names, read, len(classes))

@@ -99,13 +99,13 @@ class Concepts:
         """
         number = self.index(name)
         phi, code = self._split(features)
-        found = phi - code @ self._stacked.to(phi) if number == len(self) else self._of(code, number)
-        return _as_map(found, features)
+        values = phi - code @ self._stacked.to(phi) if number == len(self) else self._of(code, number)
+        return _as_map(values, features)
 
     def part(self, features: FeatureMap, name: str | int) -> Tensor:
         """[B, C, H, W]: phi_i = z_i U_i of one concept, or the rest. Raises as coefficients does."""
-        number, found = self.index(name), self.coefficients(features, name)
-        return found if number == len(self) else torch.einsum("bdhw,dc->bchw", found, self.bases[number].to(found))
+        number, values = self.index(name), self.coefficients(features, name)
+        return values if number == len(self) else torch.einsum("bdhw,dc->bchw", values, self.bases[number].to(values))
 
     def each_part(self, features: FeatureMap) -> Iterator[Tensor]:
         """phi_1, ..., phi_n and the rest, [B, C, H, W] one after the other; their sum is phi."""
@@ -130,21 +130,21 @@ class Concepts:
         weights = bases.new_zeros(len(bases), 1)
         for number, change in changes.items():
             weights[self._rows[number]] = change
-        found = phi + code @ (weights * bases)
+        values = phi + code @ (weights * bases)
         if rest is not None:
-            found = found + rest * (phi - code @ bases)
-        return features.with_values(_as_map(found, features))
+            values = values + rest * (phi - code @ bases)
+        return features.with_values(_as_map(values, features))
 
     def lengths(self, features: FeatureMap) -> Tensor:
         """[n + 1, B, H, W]: |phi_i| at each location, the rest last."""
         phi, code = self._split(features)
-        found = []
+        lengths = []
         for number, basis in enumerate(self.bases):
             triangle = torch.linalg.qr(basis.float().T, mode="r")[1].to(phi)  # U_i = R^T Q^T, so |z_i U_i| = |z_i R^T|
-            found.append((self._of(code, number) @ triangle.T).norm(dim=1))
-        found.append((phi - code @ self._stacked.to(phi)).norm(dim=1))
+            lengths.append((self._of(code, number) @ triangle.T).norm(dim=1))
+        lengths.append((phi - code @ self._stacked.to(phi)).norm(dim=1))
         batch, _, height, width = features.values.shape
-        return torch.stack(found).unflatten(1, (batch, height, width))
+        return torch.stack(lengths).unflatten(1, (batch, height, width))
 
     def activation(self, features: FeatureMap) -> Tensor:
         """[n + 1, B, H, W] in 0..1 or little above: |phi_i| at each location over the largest |phi| of the picture."""

@@ -126,8 +126,8 @@ def subspaces(points: Tensor, affinity: csr_array, clusters: int, seed: int, cen
     return bases, rejected
 
 
-def _mcd(found: tuple[list[Tensor], list[str]], source: FeatureSource, method: str, settings: dict[str, object]) -> Concepts:
-    bases, rejected = found
+def _mcd(result: tuple[list[Tensor], list[str]], source: FeatureSource, method: str, settings: dict[str, object]) -> Concepts:
+    bases, rejected = result
     if len(bases) < 2:
         raise FeatInvError(f"the vectors fall into a single cluster ({'; '.join(rejected)}); ask for another number of concepts, more varied pictures or method 'pca'")
     return Concepts(bases, numbered(len(bases)), source, None, method, {**settings, "rejected": rejected})
@@ -137,12 +137,12 @@ def _grown(points: Tensor, affinity: csr_array, source: FeatureSource, method: s
     """As many clusters as completeness asks for; the affinity is that of all. The way there goes into the settings."""
     way = []
     for clusters in range(2, MOST_CLUSTERS + 1):
-        found = subspaces(points, affinity, clusters, settings["seed"], settings["centred"])
-        eta = completeness(found[0], weights).mean().item() if found[0] else 0.0
+        result = subspaces(points, affinity, clusters, settings["seed"], settings["centred"])
+        eta = completeness(result[0], weights).mean().item() if result[0] else 0.0
         way.append([clusters, round(eta, 4)])
-        if len(found[0]) > 1 and eta >= COMPLETE:
+        if len(result[0]) > 1 and eta >= COMPLETE:
             break
-    return _mcd(found, source, method, {**settings, "grown": way})
+    return _mcd(result, source, method, {**settings, "grown": way})
 
 
 def cluster_basis(members: Tensor, centred: bool) -> Tensor:
@@ -157,15 +157,15 @@ def dependent(rows: Tensor) -> list[int]:
 
     Without these, the oblique decomposition has no subspaces that intersect, and no parts far longer than the whole.
     """
-    found, span = [], rows.new_zeros(0, rows.shape[1]).double()
+    chosen, span = [], rows.new_zeros(0, rows.shape[1]).double()
     for i, row in enumerate(rows.double()):
         left = row - (row @ span.T) @ span
         left = left - (left @ span.T) @ span  # twice is enough (Kahan and Parlett)
         if left.norm() <= SMALLEST_SINE:
-            found.append(i)
+            chosen.append(i)
         else:
             span = torch.cat([span, unit(left[None])])
-    return found
+    return chosen
 
 
 def _directions(vectors: Tensor, method: str, count: int, seed: int) -> Tensor:

@@ -35,10 +35,10 @@ def relevance(backbone: Backbone, concepts: Concepts, features: FeatureMap, clas
         logits = logits_of(features.values)
         freeze()
         bias = logits_of(torch.zeros_like(features.values))
-        found = torch.stack([logits_of(part) - bias for part in concepts.each_part(features)])
-    _require_affine(backbone, found.sum(0) + bias, logits)
-    _require_reading(backbone, found, logits)
-    return found, bias
+        contributions = torch.stack([logits_of(part) - bias for part in concepts.each_part(features)])
+    _require_affine(backbone, contributions.sum(0) + bias, logits)
+    _require_reading(backbone, contributions, logits)
+    return contributions, bias
 
 
 def relevance_map(backbone: Backbone, concepts: Concepts, features: FeatureMap, classes: Tensor) -> Tensor:
@@ -61,10 +61,10 @@ def relevance_map(backbone: Backbone, concepts: Concepts, features: FeatureMap, 
             raise FeatInvError(f"class {classes.tolist()}: expected one per picture, 0 to {logits.shape[1] - 1}")
         towards = classes.to(logits.device)[:, None]
         (weights,) = torch.autograd.grad(affine.gather(1, towards).sum(), values)
-    found = torch.stack([(part * weights).sum(1) for part in concepts.each_part(features.with_values(values.detach()))])
-    total = found.sum((0, 2, 3)).to(logits.device)[:, None] + bias.gather(1, towards)
+    contributions = torch.stack([(part * weights).sum(1) for part in concepts.each_part(features.with_values(values.detach()))])
+    total = contributions.sum((0, 2, 3)).to(logits.device)[:, None] + bias.gather(1, towards)
     _require_affine(backbone, total.detach(), logits.gather(1, towards).detach())
-    return found
+    return contributions
 
 
 def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64) -> Tensor:
@@ -122,8 +122,8 @@ def _like(first: FeatureMap, values: Tensor) -> FeatureMap:
     return FeatureMap(values, first.source, prefix)
 
 
-def _require_affine(backbone: Backbone, found: Tensor, logits: Tensor) -> None:
-    off = (found - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
+def _require_affine(backbone: Backbone, total: Tensor, logits: Tensor) -> None:
+    off = (total - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
     if off > TOLERANCE:
         raise FeatInvError(
             f"the head of {backbone.name} is not pool, norm and a linear layer: contributions miss the logits by {off:.1%}; "
@@ -131,6 +131,6 @@ def _require_affine(backbone: Backbone, found: Tensor, logits: Tensor) -> None:
         )
 
 
-def _require_reading(backbone: Backbone, found: Tensor, logits: Tensor) -> None:
-    if found.abs().max() <= ROUNDING * logits.abs().max():
+def _require_reading(backbone: Backbone, contributions: Tensor, logits: Tensor) -> None:
+    if contributions.abs().max() <= ROUNDING * logits.abs().max():
         raise FeatInvError(f"the head of {backbone.name} reads the class token, not the map: no location of it contributes to any class")

@@ -43,8 +43,8 @@ def largest(values: Tensor, count: int) -> Tensor:
     """[N, n] with all but the `count` largest of each row set to 0."""
     if count >= values.shape[1]:
         return values
-    kept, where = values.topk(count)
-    return torch.zeros_like(values).scatter(1, where, kept)
+    top, where = values.topk(count)
+    return torch.zeros_like(values).scatter(1, where, top)
 
 
 def fit_dictionary(centred: Tensor, atoms: int, active: int, seed: int, progress: Callable[[int, int], object]) -> tuple[Tensor, SparseEncoder]:

@@ -28,8 +28,8 @@ class Statistics:
 
     def speaks_for(self, number: int, most: int = 3) -> list[tuple[str, float]]:
         """The classes to whose logit a concept adds most, above 0.05: (name, how much)."""
-        found = sorted(((name, added[number]) for name, added in self.classes.items()), key=lambda pair: -pair[1])
-        return [(name, added) for name, added in found[:most] if added > 0.05]
+        ranked = sorted(((name, added[number]) for name, added in self.classes.items()), key=lambda pair: -pair[1])
+        return [(name, added) for name, added in ranked[:most] if added > 0.05]
 
     def classes_of(self, number: int) -> str:
         """The same as a text."""
@@ -74,32 +74,32 @@ def _by_class(backbone: Backbone, maps: FeatureMap, tops: Tensor, contributions:
     return {names[number]: contributions[:, tops == number].mean(1).tolist() for number in sorted(names)}
 
 
-def with_statistics(concepts: Concepts, found: Statistics, **about: object) -> Concepts:
+def with_statistics(concepts: Concepts, stats: Statistics, **about: object) -> Concepts:
     """The concepts with these numbers, and what else there is to say about their making, in the settings."""
-    numbers = {"share": found.share, "relevance": found.relevance, "completeness": found.completeness, "added_to_logits": found.classes}
+    numbers = {"share": stats.share, "relevance": stats.relevance, "completeness": stats.completeness, "added_to_logits": stats.classes}
     return replace(concepts, settings={**concepts.settings, **about, **numbers})
 
 
-def table(concepts: Concepts, found: Statistics) -> str:
+def table(concepts: Concepts, stats: Statistics) -> str:
     """Lines of: number, label, dimension, share of the norm, relevance, and the classes it adds most to."""
     lines = [f"{'':4} {'concept':20} {'dimension':>9} {'norm':>7} {'relevance':>9}  adds most to the logits of"]
-    for i, (name, d, share) in enumerate(zip(concepts.names, dimensions(concepts), found.share)):
-        relevant = f"{found.relevance[i]:9.1%}" if found.relevance else f"{'-':>9}"
-        lines.append(f"{i:4} {name[:20]:20} {d:9} {share:7.1%} {relevant}  {found.classes_of(i)}".rstrip())
+    for i, (name, d, share) in enumerate(zip(concepts.names, dimensions(concepts), stats.share)):
+        relevant = f"{stats.relevance[i]:9.1%}" if stats.relevance else f"{'-':>9}"
+        lines.append(f"{i:4} {name[:20]:20} {d:9} {share:7.1%} {relevant}  {stats.classes_of(i)}".rstrip())
     return "\n".join(lines)
 
 
 def dimensions(concepts: Concepts) -> list[int]:
     """Of each concept, and of what a linear decomposition leaves; of what a sparse code leaves, all channels."""
-    found = [len(b) for b in concepts.bases]
+    sizes = [len(b) for b in concepts.bases]
     channels = concepts.source.channels
-    return [*found, channels if concepts.encoder is not None else channels - sum(found)]
+    return [*sizes, channels if concepts.encoder is not None else channels - sum(sizes)]
 
 
-def remarks(concepts: Concepts, found: Statistics) -> list[str]:
+def remarks(concepts: Concepts, stats: Statistics) -> list[str]:
     """What else there is to say: clusters that gave none, how the number grew, completeness or why it is not known."""
     grown = concepts.settings.get("grown", [])
     lines = list(concepts.settings.get("rejected", []))
     if grown:
         lines.append("completeness by number of clusters: " + ", ".join(f"{clusters}: {eta:.2f}" for clusters, eta in grown))
-    return [*lines, found.remark or f"completeness for the top classes: {found.completeness:.2f}"]
+    return [*lines, stats.remark or f"completeness for the top classes: {stats.completeness:.2f}"]

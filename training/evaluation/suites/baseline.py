@@ -18,7 +18,7 @@ from ...models import base_model, stable_diffusion
 from ...models.sampling import sample
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..evaluator import Columns
-from ..report import Report, by_measure, figures_of, shown
+from ..report import Report, by_measure, condition_panel, figures_of
 from ..shards import Condition, Table
 from ..sources import Originals
 from .base import Suite
@@ -52,8 +52,8 @@ class Baseline(Suite):
         """[1, T, D] the embedding of a class's prompt; those of all classes are made the first time."""
         if not self._text:
             labels, above = self.context.source.labels, superclasses()
-            found = embeddings(self.base, [PROMPT.format(labels[s].split(",")[0], above[s]) for s in labels])
-            self._text = dict(zip(labels, found.split(1)))
+            embedded = embeddings(self.base, [PROMPT.format(labels[s].split(",")[0], above[s]) for s in labels])
+            self._text = dict(zip(labels, embedded.split(1)))
         return self._text[synset]
 
     def named(self, originals: Originals) -> Columns:
@@ -65,8 +65,8 @@ class Baseline(Suite):
         base.text = known
         drawn = base.decode(latents).cpu()
         logits = self.tested.backbone.logits(self.tested.backbone.extract(self.tested.backbone.preprocess(drawn, "stretch"), LAST)).cpu()
-        wanted = torch.nn.functional.one_hot(torch.tensor([self.numbers[c] for c in originals.classes]), logits.shape[1])
-        accuracy = {f"top{k}_accuracy": top_k_match(wanted, logits, k).float() for k in (1, 5)}
+        target = torch.nn.functional.one_hot(torch.tensor([self.numbers[c] for c in originals.classes]), logits.shape[1])
+        accuracy = {f"top{k}_accuracy": top_k_match(target, logits, k).float() for k in (1, 5)}
         return self.tested.measure(pixel_values, drawn, originals.single) | accuracy
 
     def conditions(self) -> dict[str, Condition]:
@@ -76,7 +76,7 @@ class Baseline(Suite):
         figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (NAMED, UNCONDITIONAL, ROUND_TRIP)}
         grid = by_measure("Pictures drawn from the class's name", figures, [UNCONDITIONAL, NAMED, ROUND_TRIP])
         lines = [f'Prompt: "{PROMPT.format("CLASS", "SUPERCLASS")}", by WordNet. Paper, Table 3: top-5 (top-1) accuracy 88 to 93 % (65 to 72 %).']
-        return Report(self.title(), figures, [grid], lines, panels={"panel.png": shown(tables, [ORIGINAL, NAMED, ROUND_TRIP, UNCONDITIONAL], self.title())})
+        return Report(self.title(), figures, [grid], lines, panels={"panel.png": condition_panel(tables, [ORIGINAL, NAMED, ROUND_TRIP, UNCONDITIONAL], self.title())})
 
 
 def superclasses() -> dict[str, str]:

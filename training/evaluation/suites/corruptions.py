@@ -15,7 +15,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..evaluator import Columns
-from ..report import Report, by_condition, figures_of, set_measures, shown
+from ..report import Report, by_condition, condition_panel, figures_of, set_measures
 from ..shards import Condition, Table
 from ..sources import Originals
 from .base import Suite
@@ -77,7 +77,7 @@ class Corruptions(Suite):
         for kind in self.kinds:  # its corrupted pictures above its reconstructions, as in Figs. 19 to 23
             table = tables[kind]
             pairs |= {kind: Table(pictures=table.pictures[:, 0]), f"{kind}, drawn": Table(pictures=table.pictures[:, 1], columns=table.columns)}
-        return Report(self.title(), figures, [grid], lines, panels={"panel.png": shown(pairs, list(pairs), self.title())})
+        return Report(self.title(), figures, [grid], lines, panels={"panel.png": condition_panel(pairs, list(pairs), self.title())})
 
 
 def library() -> ModuleType:
@@ -97,10 +97,10 @@ def corrupt(package: ModuleType, picture: Tensor, name: str, level: int, seed: i
     state = np.random.get_state()
     np.random.seed(seed)
     try:
-        found = package.corrupt(array, level, name, **({"seed": seed} if name in SEEDED else {}))
+        spoilt = package.corrupt(array, level, name, **({"seed": seed} if name in SEEDED else {}))
     finally:
         np.random.set_state(state)
-    return torch.from_numpy(found.astype(np.float32) / 255).permute(2, 0, 1)
+    return torch.from_numpy(spoilt.astype(np.float32) / 255).permute(2, 0, 1)
 
 
 def at_size(pictures: Tensor, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from featinv_nodes.worlds import model_file
 from ...models.pipeline import InversionPipeline
 from ...speed.real_size import gmac_of
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
-from ..report import Figures, Grid, Report, cell, figures_of, shown
+from ..report import Figures, Grid, Report, cell, condition_panel, figures_of
 from ..shards import Table
 from .base import Suite
 from .guidances import PAPER, PAPERS_OWN, evaluated_by_two, extra_measures
@@ -70,7 +70,7 @@ class Cost(Suite):
             self.cheapest = cheapest
             lines.append(f"{self.args.model} now recommends {cheapest}.")
         panels = {"cost.png": self.curve(figures, costs)}
-        panels["panel.png"] = shown(tables, list(dict.fromkeys([ORIGINAL, best, cheapest, PAPER, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)
+        panels["panel.png"] = condition_panel(tables, list(dict.fromkeys([ORIGINAL, best, cheapest, PAPER, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)
         grid = Grid("Cost and faithfulness", ["setting", "evaluations", "GMAC", *measures], rows)
         return Report(self.title(), figures, [grid], lines, {"costs": costs, "best": best, "recommended": cheapest}, panels)
 

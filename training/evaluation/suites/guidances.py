@@ -10,7 +10,7 @@ import torch
 from featinv_nodes.core.sampling import Sampling
 
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelUnderTest
-from ..report import Report, by_condition, figures_of, heat_map, set_measures, shown
+from ..report import Report, by_condition, condition_panel, figures_of, heat_map, set_measures
 from ..shards import Table
 from .base import INDEPENDENT, Suite, independent_evaluator, independent_name
 
@@ -43,7 +43,7 @@ class Guidances(Suite):
         figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (*self.sampling, ROUND_TRIP)}
         tried, measures = [*self.apart, *self.joint], [self.score, *extra_measures(figures[PAPER])]
         best = {name: (min if name.startswith("kid") else max)(tried, key=lambda condition: figures[condition][name]["value"]) for name in measures}
-        panels = {"panel.png": shown(tables, list(dict.fromkeys([ORIGINAL, *best.values(), PAPER, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)}
+        panels = {"panel.png": condition_panel(tables, list(dict.fromkeys([ORIGINAL, *best.values(), PAPER, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)}
         for name in measures:
             values = torch.tensor([[figures[pair(f, t)][name]["value"] for t in self.texts] for f in self.features])
             labels = [f"features {f:g}" for f in self.features], [f"text {t:g}" for t in self.texts]

@@ -13,7 +13,7 @@ from featinv_nodes.core.mixing import at_grid, compose, interpolate
 
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..evaluator import Columns
-from ..report import Report, by_condition, by_measure, figures_of, shown
+from ..report import Report, by_condition, by_measure, condition_panel, figures_of
 from ..shards import Condition, Table
 from ..sources import Originals, read
 from .base import Suite
@@ -43,14 +43,14 @@ class Mixing(Suite):
 
     def partners(self, originals: Originals) -> Originals:
         """The next picture of each that can be read, whatever the batch."""
-        found, count = [], len(self.context.source.names)
+        partners, count = [], len(self.context.source.names)
         for number in originals.numbers:
             for step in range(1, count + 1):
                 other, _ = read(self.context.source, [(number + step) % count])
                 if other.numbers:
-                    found.append(other)
+                    partners.append(other)
                     break
-        return Originals(*(sum((getattr(o, name) for o in found), []) for name in ("numbers", "pictures", "classes")), torch.cat([o.single for o in found]))
+        return Originals(*(sum((getattr(o, name) for o in partners), []) for name in ("numbers", "pictures", "classes")), torch.cat([o.single for o in partners]))
 
     def interpolated(self, weight: float) -> Condition:
         """Column "cosine": of the picture's map with the combined one that it was drawn from."""
@@ -58,9 +58,9 @@ class Mixing(Suite):
         def condition(originals: Originals) -> Columns:
             pipeline = self.context.open(self.spec)
             first, second = (pipeline.features(o.preprocess(self.tested.backbone)) for o in (originals, self.partners(originals)))
-            wanted = interpolate([first, second], [1 - weight, weight])
-            drawn = pipeline.draw(wanted, self.sampling[f"weight={weight:g}"], self.tested.start(originals), len(wanted))
-            return {"cosine": pipeline.score(wanted, drawn).cpu(), "pictures": drawn}
+            target = interpolate([first, second], [1 - weight, weight])
+            drawn = pipeline.draw(target, self.sampling[f"weight={weight:g}"], self.tested.start(originals), len(target))
+            return {"cosine": pipeline.score(target, drawn).cpu(), "pictures": drawn}
 
         return condition
 
@@ -71,18 +71,18 @@ class Mixing(Suite):
         pixel_values, others = originals.preprocess(self.tested.backbone), self.partners(originals).preprocess(self.tested.backbone)
         outer, inner, mask = pipeline.features(pixel_values), pipeline.features(others), middle(pixel_values)
         drawn = pipeline.draw(compose(inner, outer, mask), self.sampling[COMPOSED], self.tested.start(originals), len(pixel_values))
-        seen, inside = pipeline.extract(drawn), at_grid(mask, outer.source.grid)[0, 0].bool()
-        to_inner, to_outer = (cosine_per_location(other, seen).cpu() for other in (inner, outer))
+        features, inside = pipeline.extract(drawn), at_grid(mask, outer.source.grid)[0, 0].bool()
+        to_inner, to_outer = (cosine_per_location(other, features).cpu() for other in (inner, outer))
         whole = to_inner.where(inside, to_outer)
-        found = {
+        columns = {
             "cosine": whole.mean((1, 2)), "cosine_inside": to_inner[:, inside].mean(1), "cosine_outside": to_outer[:, ~inside].mean(1),
             "cosine_inside_with_other": to_outer[:, inside].mean(1), "cosine_outside_with_other": to_inner[:, ~inside].mean(1),
         }  # fmt: skip
-        return found | {"pictures": drawn}
+        return columns | {"pictures": drawn}
 
     def conditions(self) -> dict[str, Condition]:
-        found: dict[str, Condition] = {name: self.interpolated(weight) for name, weight in self.weights.items()}
-        return found | ({} if self.pooled else {COMPOSED: self.composed}) | self.tested.bounds(self.sampling[UNCONDITIONAL])
+        interpolations: dict[str, Condition] = {name: self.interpolated(weight) for name, weight in self.weights.items()}
+        return interpolations | ({} if self.pooled else {COMPOSED: self.composed}) | self.tested.bounds(self.sampling[UNCONDITIONAL])
 
     def report(self, tables: dict[str, Table]) -> Report:
         conditions = [condition for condition in tables if condition != ORIGINAL]
@@ -93,7 +93,7 @@ class Mixing(Suite):
             grids.append(by_measure("The next picture's map in the middle quarter (Fig. 8)", figures, [COMPOSED]))
         lines = ["Pooled maps have no locations to compose."] if self.pooled else []
         rows = [ORIGINAL, *self.weights, *([] if self.pooled else [COMPOSED]), ROUND_TRIP, UNCONDITIONAL]
-        return Report(self.title(), figures, grids, lines, panels={"panel.png": shown(tables, rows, self.title())})
+        return Report(self.title(), figures, grids, lines, panels={"panel.png": condition_panel(tables, rows, self.title())})
 
 
 def middle(pixel_values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec, ModelUnderTest
 from ..evaluator import Evaluator
-from ..report import Figures, Grid, Report, by_condition, cell, figures_of, set_measures, shown
+from ..report import Figures, Grid, Report, by_condition, cell, condition_panel, figures_of, set_measures
 from ..shards import Condition, Table
 from ..spaces import Space, TimmSpace
 from .base import INDEPENDENT, Suite, independent_evaluator, independent_name, several
@@ -60,7 +60,7 @@ class Several(Suite):
 
     def panel(self, tables: dict[str, Table], scored: str) -> dict:
         conditions = [f"{ORIGINAL} {next(iter(self.models))}", *self.models, ROUND_TRIP, UNCONDITIONAL]
-        return {"panel.png": shown(tables, conditions, f"{self.name}: {', '.join(self.models)}", scored)}
+        return {"panel.png": condition_panel(tables, conditions, f"{self.name}: {', '.join(self.models)}", scored)}
 
 
 class Layers(Several):
@@ -119,7 +119,7 @@ class CrossModel(Several):
             raise FeatInvError("suite cross-model needs models of two or more backbones; these share one. Use layers")
 
     def evaluators(self, spec: ModelSpec) -> dict[str, Evaluator]:
-        backbones = {(found := self.context.backbone(other)).name: found for other in several(self.args, self.default)}
+        backbones = {(backbone := self.context.backbone(other)).name: backbone for other in several(self.args, self.default)}
         return {f"{name}: ": Evaluator(backbone, {"cosine": (LAST, False)}) for name, backbone in backbones.items()}
 
     def report(self, tables: dict[str, Table]) -> Report:

@@ -9,7 +9,7 @@ import timm
 
 from .. import paper
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
-from ..report import Report, by_measure, figures_of, shown
+from ..report import Report, by_measure, condition_panel, figures_of
 from ..shards import Table
 from .base import Suite
 
@@ -36,7 +36,7 @@ class Quality(Suite):
         way = gap_closed(figures)
         source = self.context.info(self.spec).source
         lines = [f"Cosine: {way:.1%} of the way from the unconditional baseline to the round trip.", paper.beside(source.backbone, source.layer, source.pooled)]
-        panel = shown(tables, [ORIGINAL, RECONSTRUCTION, ROUND_TRIP, UNCONDITIONAL], self.title())
+        panel = condition_panel(tables, [ORIGINAL, RECONSTRUCTION, ROUND_TRIP, UNCONDITIONAL], self.title())
         return Report(
             self.title(), figures, [by_measure("Faithfulness", figures, columns)], [line for line in lines if line], {"gap_closed": way}, {"panel.png": panel}
         )

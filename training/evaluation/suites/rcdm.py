@@ -15,7 +15,7 @@ from featinv_nodes.worlds import open_backbone
 from ..context import ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec
 from ..evaluator import Columns, Evaluator
 from ..rcdm import EMBEDDED, load_rcdm
-from ..report import Report, by_condition, set_measures, shown
+from ..report import Report, by_condition, condition_panel, set_measures
 from ..shards import Condition, Table
 from ..sources import Originals
 from ..spaces import Scaled
@@ -92,7 +92,7 @@ class BesideRCDM(Several):
             by_condition(f"Both pictures scaled to {side} pixels, RCDM's own", figures, conditions, [*(NATIVE + name for name in measures), *sets[True]], "model"),
         ]
         lines = ["The paper, for ResNet50: RCDM cosine 0.29 at 128 pixels and 0.16 at 224, FID 13.02 and 28.26; FeatInv 0.46 and 11.49, pooled 0.12 and 31.64."]
-        panel = shown(tables, [next(iter(self.tested_models)), COMPETITOR, *self.models, ROUND_TRIP, UNCONDITIONAL], self.title())
+        panel = condition_panel(tables, [next(iter(self.tested_models)), COMPETITOR, *self.models, ROUND_TRIP, UNCONDITIONAL], self.title())
         return Report(self.title(), figures, grids, lines, panels={"panel.png": panel})
 
     def title(self) -> str:

@@ -14,7 +14,7 @@ from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file
 
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
-from ..report import Report, by_condition, figures_of, heat_map, shown
+from ..report import Report, by_condition, condition_panel, figures_of, heat_map
 from ..shards import Table
 from .base import Suite
 
@@ -48,7 +48,7 @@ class Sweep(Suite):
         for name, title in ((self.score, "cosine"), ("top1_match", "top-1 match")):
             values = torch.tensor([[figures[f"strength={s:g}, guidance={g:g}"][name]["value"] for g in guidances] for s in strengths])
             panels[f"{name}.png"] = heat_map(values, [f"strength {s:g}" for s in strengths], [f"guid. {g:g}" for g in guidances], f"{title}, {self.args.model}")
-        panels["panel.png"] = shown(tables, list(dict.fromkeys([ORIGINAL, best, matched, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)
+        panels["panel.png"] = condition_panel(tables, list(dict.fromkeys([ORIGINAL, best, matched, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)
         lines = [
             f"Highest cosine at {best}, highest top-1 match at {matched}: the best of {len(self.settings_of)} settings on these pictures, "
             "whose figures are therefore too favourable; measure the chosen one on others."

@@ -51,19 +51,19 @@ class Variability(Suite):
         def condition(originals: Originals) -> Columns:
             tested, pipeline = self.tested, self.context.open(self.spec)
             pixel_values = originals.preprocess(tested.backbone)
-            wanted = pipeline.features(pixel_values) if steered else None
+            target = pipeline.features(pixel_values) if steered else None
             layer = pipeline.info.source.layer
 
             def values(pictures: Tensor) -> Tensor:
                 return tested.backbone.extract(tested.backbone.preprocess(pictures, "stretch"), layer).values.cpu()
 
-            drawn, found, maps = [], [], []
+            drawn, measured, maps = [], [], []
             for sample in range(self.args.samples):
                 start = tested.start(originals, sample)
-                drawn.append(pipeline.draw(wanted, sampling, start, len(start)))
-                found.append(tested.measure(pixel_values, drawn[-1], originals.single))
+                drawn.append(pipeline.draw(target, sampling, start, len(start)))
+                measured.append(tested.measure(pixel_values, drawn[-1], originals.single))
                 maps.append(values(drawn[-1]))
-            columns = {name: torch.stack([f[name] for f in found]).mean(0) for name in found[0] if found[0][name].ndim == 1}
+            columns = {name: torch.stack([f[name] for f in measured]).mean(0) for name in measured[0] if measured[0][name].ndim == 1}
             length = values(pixel_values).square().sum(1).mean((1, 2))
             columns["pixel_variance"] = torch.stack(drawn).var(0).mean((1, 2, 3))
             columns["feature_variance"] = torch.stack(maps).var(0).sum(1).mean((1, 2)) / length
