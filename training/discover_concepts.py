@@ -60,7 +60,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
-    """The feature vectors and what is judged, with progress; says what was read and what could not be."""
+    """The feature vectors and what the concepts are evaluated on, with progress; says what was read and what could not be."""
     if drawing_world(args.data):
         pictures = Pictures(draw(args.seed, torch.arange(SCENES)).image, backbone, name="scene")
     elif Path(args.data).is_dir():

@@ -86,7 +86,7 @@ class World:
 
     name: on command lines. title: in sentences. folder: of its files; base/ is a diffusers folder. base: the base model's
     name in weights files. side: of its pictures in pixels. prompt: the base model's one prompt. backbones: short name ->
-    backbone; the models invert the first ones. independent: backbone's full name -> short name of the one that judges its
+    backbone; the models invert the first ones. independent: backbone's full name -> short name of the one that evaluates its
     models and took no part in training. models: the shipped inversion models, in the order of the card. concepts: names
     of the shipped concept files. outside: what to tell whoever gives it a picture of another kind, empty where it knows any.
     draw: numbers -> pictures that no model has seen, where the world draws its own.

@@ -121,10 +121,10 @@ def test_what_a_world_lists_is_there(world):
     if world.models:
         assert all((world.base_folder / part / "config.json").is_file() for part in ("unet", "vae"))
         assert (world.base_folder / "prompts.safetensors").is_file() and (world.folder / "CARD.md").is_file()
-    judged, judges = world.independent.keys(), [world.backbones[short].name for short in world.independent.values()]
-    assert all(name in [b.name for b in world.backbones.values()] for name in judged) and not any(world.independent.get(j) == j for j in judges)
+    evaluated, evaluators = world.independent.keys(), [world.backbones[short].name for short in world.independent.values()]
+    assert all(name in [b.name for b in world.backbones.values()] for name in evaluated) and not any(world.independent.get(j) == j for j in evaluators)
     inverted = {read_info(model_file(name)).source.backbone for name in world.models}
-    assert inverted <= set(judged) and all(world.backbones[world.independent[name]].name != name for name in inverted)
+    assert inverted <= set(evaluated) and all(world.backbones[world.independent[name]].name != name for name in inverted)
 
 
 @each_world

@@ -149,8 +149,8 @@ def paired(world: World) -> dict:
     _, again = run("FeatInv_PairedLatents", edit=change, latent=cut)
     result |= {"noise": torch.equal(starts, noise(pipeline.base, SEED, seeds).repeat(3, 1, 1, 1)), "batch_index": again["batch_index"], "masks": torch.equal(again["noise_mask"], cut["noise_mask"].repeat(3, 1, 1, 1))}
     result["order"] = [relative(maps.values[i : i + 1], m.values) for i, m in ((0, change.original), (2, change.original), (3, change.changed.select(0)), (8, change.changed.select(1)))]
-    judged = {"control_net": world.control, "keep_length": False}
-    result["scope"] = [edited(world, "object")[2], edited(world, "object", 1.0, **judged)[2], edited(world, "object; sky", 4.0, **judged)[2]]
+    with_scope = {"control_net": world.control, "keep_length": False}
+    result["scope"] = [edited(world, "object")[2], edited(world, "object", 1.0, **with_scope)[2], edited(world, "object; sky", 4.0, **with_scope)[2]]
     return result
 
 

@@ -14,13 +14,13 @@ from ..feature_map import FeatInvError, FeatureMap, concatenate
 from ..images import find_images, read_image
 from .clustering import Progress
 
-JUDGED, BATCH = 128, 16
+EVALUATED, BATCH = 128, 16
 Batch = tuple[list[str], Tensor]  # names and preprocessed pictures [b, 3, h, w] in 0..1
 
 
 @dataclass(frozen=True)
 class Collected:
-    """vectors: [N, C]. maps: the whole maps of the pictures that concepts are judged by. pictures: these, [J, 3, h, w] in
+    """vectors: [N, C]. maps: the whole maps of the pictures that concepts are evaluated on. pictures: these, [J, 3, h, w] in
     0..255 (uint8). names: theirs, with the folder of their class. read: how many pictures in all. classes: how many
     folders below the one given these lie in."""
 
@@ -103,7 +103,7 @@ def collect(
     """Up to `count` feature vectors of all pictures, as many from each, at locations drawn with the seed.
 
     extract: preprocessed pictures [b, 3, h, w] to their feature maps. progress: called with pictures done, of how many.
-    The first 128 pictures and their maps are kept to judge the concepts by. Memory: 2 count C numbers, those maps and
+    The first 128 pictures and their maps are kept to evaluate the concepts on. Memory: 2 count C numbers, those maps and
     pictures (the latter as bytes), and what a batch of 16 takes.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -116,7 +116,7 @@ def collect(
             vectors.append(cells[torch.randperm(len(cells), generator=generator)[:share]])
             read += 1
         classes |= {label.rpartition("/")[0] for label in labels if "/" in label}
-        room = JUDGED - len(names)
+        room = EVALUATED - len(names)
         if room > 0:
             maps.append(features.select(slice(0, room)))
             images.append((pixel_values[:room].cpu() * 255).round().byte())
