@@ -27,6 +27,7 @@ from training.config import CONFIGS, TrainConfig, read_config
 from training.loop.flops import step_gmac
 from training.loop.log import device_peak, peak_memory
 from training.loop.memory import MOMENTS
+from training.models.flops import gmac_of
 from training.speed import real_size, step_memory
 from training.speed.sampling import sampling
 
@@ -111,7 +112,7 @@ def agreement(args: argparse.Namespace, pictures: torch.Tensor) -> None:
     for name, recipe in recipes.items():
         step = recipe(real_size.build(plain, args.device))
         curves[name] = real_size.losses(step, args.agreement)
-        print(f"{name}: {real_size.gmac_of(step) / len(pictures):.1f} GMAC per image; losses {', '.join(f'{x:.6f}' for x in curves[name])}", flush=True)
+        print(f"{name}: {gmac_of(step) / len(pictures):.1f} GMAC per image; losses {', '.join(f'{x:.6f}' for x in curves[name])}", flush=True)
         del step
     apart = max(abs(a - b) / a for a, b in zip(*curves.values()))
     print(f"loss curves of {args.agreement} steps at equal settings: at most {apart:.1e} apart, relatively")

@@ -6,13 +6,13 @@ from copy import deepcopy
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from featinv_nodes.core.backbones import Backbone
 
 from ..config import TrainConfig
 from ..models.base_model import BaseModel
 from ..models.controlnet import FeatureControlNet
+from ..models.flops import gmac_of
 from .objective import training_loss
 
 
@@ -27,10 +27,7 @@ def step_gmac(base: BaseModel, backbone: Backbone, model: FeatureControlNet, con
     batch, side, source = 8, base.latent_size, model.source
     latents = torch.empty(batch, base.unet.config.in_channels, side, side, device="meta")
     features = torch.empty(batch, source.channels, *((1, 1) if source.pooled else source.grid), device="meta")
-    counter = FlopCounterMode(display=False)
-    with counter:
-        training_loss(on_meta, frozen, trained, latents, features, config).backward()
-    return counter.get_total_flops() / 2e9 / batch
+    return gmac_of(lambda: training_loss(on_meta, frozen, trained, latents, features, config).backward()) / batch
 
 
 def base_without_storage(base: BaseModel, device: str, dtype: torch.dtype | None = None) -> BaseModel:

@@ -16,7 +16,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from featinv_nodes.core.backbones import Backbone, untrained_backbone
 from featinv_nodes.core.objective import latents_from
@@ -27,6 +26,7 @@ from ..loop.objective import cast_frozen, moments_of, observe, sample_noise, tra
 from ..loop.optimizer import LARGEST_NORM, build_optimizer, fused_step, weights_layout
 from ..models.base_model import BaseModel
 from ..models.controlnet import FeatureControlNet
+from ..models.flops import gmac_of
 from ..models.stable_diffusion import CLIP, SCHEDULE, UNET, VAE, build_text_encoder
 
 
@@ -187,11 +187,3 @@ def costs(config: TrainConfig) -> dict[str, tuple[float, float]]:
 def _gmac(run: Callable[[], object]) -> float:
     with torch.no_grad():
         return gmac_of(run)
-
-
-def gmac_of(run: Callable[[], object]) -> float:
-    """Multiply-accumulates (10^9) of a call, gradients included, by torch's counter."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        run()
-    return counter.get_total_flops() / 2e9

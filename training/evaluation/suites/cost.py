@@ -13,8 +13,8 @@ from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.sampling import SOLVERS, Sampling
 from featinv_nodes.worlds import model_file
 
+from ...models.flops import gmac_of
 from ...models.pipeline import InversionPipeline
-from ...speed.real_size import gmac_of
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..report import Figures, Grid, Report, cell, condition_panel, figures_of
 from ..shards import Table
