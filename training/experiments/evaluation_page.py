@@ -69,7 +69,7 @@ RUNS = {
     "cost": Run("cost", 500),
     "photo-sweep": Run("sweep", 100, f"--model {MIDDLE} --gradient 0 --strengths 0.75 1 1.25 --guidances 1 1.5 2 3", "training"),
     "photo-depths": Run("layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0", "held-out"),
-    "photo-gradient": Run("layers", 100, f"--models {' '.join(PHOTO.models)} --gradient 0.05 --gradient-steps 5", "held-out"),
+    "photo-gradient": Run("layers", 500, f"--models {' '.join(PHOTO.models)}", "held-out"),
 }
 
 
