@@ -12,10 +12,10 @@ from featinv_nodes.core.sampling import Sampling
 from training.evaluation.metrics import RESAMPLES
 from training.experiments import ablation, ablation_rows
 from training.experiments.ablation_rows import (
+    ABLATIONS,
     GUIDED,
     PAPER_SAMPLING,
     RECOMMENDED,
-    all_rows,
     chain,
     chosen_rows,
     config_of,
@@ -27,21 +27,37 @@ ROWS = ["paper_1e-5", "steps_20", "gradient"]
 
 
 def test_each_row_is_one_change_from_the_row_it_builds_on():
-    rows = all_rows(1000)
+    drawn, rows = ABLATIONS["drawn"], ABLATIONS["drawn"].rows(1000)
     for name, row in rows.items():
         assert name == row.name and row.change and (row.base is None or list(rows).index(row.base) < list(rows).index(name))
         assert bool(row.config) != bool(row.sampling)
-        made = [vars(config_of(rows, weights_of(rows, other), 1000)) for other in chain(rows, row)[-2:]]
+        made = [vars(config_of(drawn, rows, weights_of(rows, other), 1000)) for other in chain(rows, row)[-2:]]
         changed = {field for field in made[0] if made[0][field] != made[-1][field]}
         assert changed == (set(row.config) if row.base else set()), name
-    paper = config_of(rows, rows["paper_1e-5"], 1000)
+    paper = config_of(drawn, rows, rows["paper_1e-5"], 1000)
     assert (paper.batch, paper.lr, paper.dropout, paper.schedule, paper.warmup, paper.ema, paper.cycle, paper.standardise) == (8, 1e-5, 0.15, "constant", 0, 0, 0, False)
     assert all(vars(sampling_of(rows, row)).items() >= PAPER_SAMPLING.items() for row in rows.values() if row.config)
-    assert config_of(rows, rows["cycle_late"], 1000).cycle_after == 750
+    assert config_of(drawn, rows, rows["cycle_late"], 1000).cycle_after == 750
     assert weights_of(rows, rows[RECOMMENDED]).name == "batch_8" and sampling_of(rows, rows[RECOMMENDED]) == Sampling(**(PAPER_SAMPLING | GUIDED))
     assert [row.name for row in chosen_rows(rows, ["ema", "batch"])] == ["batch", "ema"]
     with pytest.raises(FeatInvError, match="--rows nothing: expected some of paper_1e-5"):
         chosen_rows(rows, ["nothing"])
+
+
+def test_photographs_rows_train_from_few_images_or_draw_with_shipped_weights():
+    photo = ABLATIONS["photo"]
+    rows = photo.rows(1000)
+    trained = [row.name for row in rows.values() if row.config]
+    assert trained == ["plain", "standardise", "cycle"] and all(rows[name].base == before for name, before in zip(trained, [None, *trained]))
+    assert all(weights_of(rows, row).weights == "photo_lite0_blocks4" for row in rows.values() if row.name not in trained)
+    first, last = (config_of(photo, rows, rows[name], 1000, "folder") for name in ("plain", "cycle"))
+    assert (first.standardise, first.cycle, last.standardise, last.cycle, last.cycle_below) == (False, 0, True, 0.5, 500)
+    assert (last.data, last.layer, last.max_images) == ("folder", photo.layer, 1000)
+    for options in ([], ["--data", "a"], ["--photos", "b"]):
+        with pytest.raises(FeatInvError, match="--world photo needs --data and --photos"):
+            ablation.main(["--world", "photo", *options])
+    with pytest.raises(FeatInvError, match="the drawn world takes neither"):
+        ablation.main(["--data", "a", "--photos", "b"])
 
 
 @pytest.fixture
@@ -49,7 +65,7 @@ def quick(monkeypatch, tmp_path):
     """Uncompiled, two steps of sampling, and a page of its own."""
     monkeypatch.setitem(ablation_rows.SHARED, "compile", "false")
     monkeypatch.setitem(PAPER_SAMPLING, "steps", 2)
-    monkeypatch.setattr(ablation, "PAGE", tmp_path / "page.md")
+    monkeypatch.setitem(ablation.PAGES, "drawn", tmp_path / "page.md")
     monkeypatch.setitem(RESAMPLES, 512, 2)
     (tmp_path / "page.md").write_text("before\n\n<!-- ablation: begin -->\nold\n<!-- ablation: end -->\n\nafter\n")
     out = tmp_path / "out"
@@ -89,8 +105,8 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
 
 def test_a_finished_run_of_before_a_field_existed_is_taken_as_it_is(quick, monkeypatch):
     out, arguments = quick
-    rows = all_rows(64)
-    config = config_of(rows, rows["paper_1e-5"], 64)
+    rows = ABLATIONS["drawn"].rows(64)
+    config = config_of(ABLATIONS["drawn"], rows, rows["paper_1e-5"], 64)
     folder = out / "paper_1e-5"
     file = ablation.trained(config, folder)
     known = yaml.safe_load((folder / "config.yaml").read_text())

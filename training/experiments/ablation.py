@@ -1,10 +1,11 @@
-"""What each departure from the paper's recipe is worth, in the drawn world: one change at a time.
+"""What each departure from the paper's recipe is worth: one change at a time.
 
     python training/experiments/ablation.py                          trains what is missing, measures, writes the report: hours
     python training/experiments/ablation.py --rows ema standardise   these rows only
     python training/experiments/ablation.py --page                   the table and the panel in docs/faithfulness.md, too
+    python training/experiments/ablation.py --world photo --data FOLDER --photos FOLDER --page    on photographs: docs/photographs.md
 
-All rows are trained on the same scenes, as many of them, with one seed, and evaluated on the same held-out scenes with the
+All rows are trained on the same pictures, as many of them, with one seed, and evaluated on the same held-out ones with the
 same noise: by the backbone that is inverted, and by an independent backbone, which took no part, neither in training nor in sampling.
 Stopped at any moment, the same command goes on where it was. Writes DIR/ROW (the runs), DIR/measured (the records),
 results.json, report.md, index.html and panel.png.
@@ -29,7 +30,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import bootstrap
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import read_info
-from featinv_nodes.worlds import open_backbone
+from featinv_nodes.worlds import model_file, open_backbone
 from training.cli import run
 from training.config import TrainConfig
 from training.evaluation.context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec, ModelUnderTest
@@ -42,14 +43,14 @@ from training.evaluation.sources import open_source
 from training.evaluation.spaces import TimmSpace
 from training.evaluation.suites.cost import drawing_gmac
 from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
-from training.experiments.ablation_rows import PAPER_SAMPLING, RECOMMENDED, Row, all_rows, chosen_rows, config_of, sampling_of, weights_of
+from training.experiments.ablation_rows import ABLATIONS, PAPER_SAMPLING, RECOMMENDED, Ablation, Row, chosen_rows, config_of, sampling_of, weights_of
 from training.files import make_folder, write_text
 from training.loop.training import train
 from training.models.pipeline import load_pipeline
 from training.report import save_image
 
-OWN, INDEPENDENT = "tiny-cnn", "tiny-vit"
-PAGE = Path(__file__).parents[2] / "docs" / "faithfulness.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {"drawn": DOCS / "faithfulness.md", "photo": DOCS / "photographs.md"}
 MARKS = "<!-- ablation: begin -->", "<!-- ablation: end -->"
 
 
@@ -69,18 +70,18 @@ def trained(config: TrainConfig, folder: Path) -> Path:
     return file
 
 
-def model_under_test(context: EvalContext) -> ModelUnderTest:
+def model_under_test(context: EvalContext, ablation: Ablation) -> ModelUnderTest:
     """The evaluators of all rows: the inverted backbone at its own input size, and the independent backbone."""
-    own, independent = open_backbone(OWN).to(context.device), open_backbone(INDEPENDENT).to(context.device)
-    evaluators = {"": Evaluator(own, {"cosine": (LAST, False)}), "independent: ": Evaluator(independent, {"cosine": (LAST, False)})}
-    return ModelUnderTest(context, ModelSpec("tiny_cnn_last"), evaluators, [TimmSpace(own), TimmSpace(independent)])
+    own, independent = (open_backbone(name).to(context.device) for name in (ablation.own, ablation.independent))
+    evaluators = {"": Evaluator(own, {"cosine": (ablation.layer, False)}), "independent: ": Evaluator(independent, {"cosine": (LAST, False)})}
+    return ModelUnderTest(context, ModelSpec(Path(ablation.config).stem), evaluators, [TimmSpace(own), TimmSpace(independent)])
 
 
 def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], args: argparse.Namespace) -> dict[str, Table]:
     """Records of the originals, the bounds and the chosen rows. files: row -> its weights."""
     dist_state = PartialState(timeout=timedelta(days=7))
-    source = open_source("drawn", args.count)
-    tested = model_under_test(EvalContext(source, str(dist_state.device), dict(PAPER_SAMPLING)))
+    source = open_source(args.photos or args.world, args.count)
+    tested = model_under_test(EvalContext(source, str(dist_state.device), dict(PAPER_SAMPLING)), ABLATIONS[args.world])
     tables: dict[str, Table] = {}
 
     def fill(name: str, conditions: dict[str, Condition], settings: dict) -> None:
@@ -98,10 +99,11 @@ def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], ar
     return tables
 
 
-def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table]) -> Report:
+def report_of(model: str, rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table]) -> Report:
+    """model: one of the architecture that all rows have, but those of smaller maps."""
     figures = {condition: figures_of(table, tables[ORIGINAL]) for condition, table in tables.items() if condition != ORIGINAL}
     kid_names = [name for name in figures[UNCONDITIONAL] if name.startswith("kid")]
-    first, second, extra, pipeline = [], [], {}, load_pipeline("tiny_cnn_last")  # all rows' architecture but the smaller maps'
+    first, second, extra, pipeline = [], [], {}, load_pipeline(model)
     for row in chosen:
         own = figures[row.name]
         gain = mean_entry(tables[row.name].columns["cosine"] - tables[row.base].columns["cosine"]) if row.base in tables else None
@@ -116,12 +118,12 @@ def report_of(rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table])
         second.insert(place, [bound, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kid_names), "", ""])
     head = ["row", "change", "from row", "cosine", "change of the cosine", "of the way from unconditional to round trip", "cosine, mean removed", "top-1 match"]
     grids = [
-        Grid("By the inverted backbone", head, first, "The change of the cosine is that of the same scenes, from the row that is named."),
+        Grid("By the inverted backbone", head, first, "The change of the cosine is that of the same pictures, from the row that is named."),
         Grid("By the independent backbone, and as sets", ["row", "cosine", "top-1 match", *kid_names, "passes per picture", "GMAC"], second,
              "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and gradients included."),
     ]
     compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
-    panel = condition_panel(tables, [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP], "Ablation: the same scenes in every row")
+    panel = condition_panel(tables, [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP], "Ablation: the same pictures in every row")
     return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": panel})
 
 
@@ -162,27 +164,35 @@ def write_page(page: Path, report: Report, notes: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=[], help=f"some of {', '.join(all_rows(0))} (default: all)")
-    parser.add_argument("--images", type=int, default=51_200, help="that each row is trained on")
-    parser.add_argument("--count", type=int, default=500, help="held-out scenes")
+    parser.add_argument("--world", choices=ABLATIONS, default="drawn")
+    parser.add_argument("--data", help="photographs to train on, a folder of pictures or of tar files")
+    parser.add_argument("--photos", help="held-out photographs, likewise")
+    parser.add_argument("--rows", nargs="+", default=[], help="these rows only, see ablation_rows.py")
+    parser.add_argument("--images", type=int, help="that each row is trained on")
+    parser.add_argument("--count", type=int, help="held-out pictures")
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once")
     parser.add_argument("--out", type=Path, default=Path("out/ablation"))
-    parser.add_argument("--page", action="store_true", help=f"write tables and panel into docs/{PAGE.name}")
+    parser.add_argument("--page", action="store_true", help="write table and panel into docs/faithfulness.md, or docs/photographs.md")
     args = parser.parse_args(argv)
+    if (args.world == "photo") != bool(args.data and args.photos):
+        raise FeatInvError("--world photo needs --data and --photos, folders of photographs; the drawn world takes neither")
+    ablation = ABLATIONS[args.world]
+    args.images, args.count = (given if given is not None else own for given, own in ((args.images, ablation.images), (args.count, ablation.count)))
     for name in ("images", "count", "batch"):
         if getattr(args, name) < 1:
             raise FeatInvError(f"--{name} {getattr(args, name)}: expected at least 1")
-    rows = all_rows(args.images)
+    rows = ablation.rows(args.images)
     chosen = chosen_rows(rows, args.rows)
     make_folder(args.out)
-    files = {row.name: trained(config_of(rows, weights_of(rows, row), args.images), args.out / weights_of(rows, row).name) for row in chosen}
-    report = report_of(rows, chosen, measured(rows, chosen, files, args))
-    notes = [f"{args.images:,} training scenes a row, seed 1; {args.count} held-out scenes; 95 % bootstrap intervals."]
-    configs = {row.name: asdict(config_of(rows, weights_of(rows, row), args.images)) for row in chosen}
-    about = {"images": args.images, "count": args.count, "configs": configs, "sampling": {row.name: asdict(sampling_of(rows, row)) for row in chosen}}
+    drawn_with = {row.name: weights_of(rows, row) for row in chosen}
+    configs = {name: config_of(ablation, rows, row, args.images, args.data) for name, row in drawn_with.items() if not row.weights}
+    files = {name: model_file(row.weights) if row.weights else trained(configs[name], args.out / row.name) for name, row in drawn_with.items()}
+    report = report_of(Path(ablation.config).stem, rows, chosen, measured(rows, chosen, files, args))
+    notes = [f"{args.images:,} training pictures a trained row, seed 1; {args.count} held-out pictures; 95 % bootstrap intervals."]
+    about = {"images": args.images, "count": args.count, "configs": {name: asdict(config) for name, config in configs.items()}, "sampling": {row.name: asdict(sampling_of(rows, row)) for row in chosen}}
     print(write(args.out, report, about, notes))
     if args.page:
-        write_page(PAGE, report, notes)
+        write_page(PAGES[args.world], report, notes)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The rows of the ablation: the paper's recipe, and one change after the other to it."""
+"""The rows of the ablations: a recipe, and one change after the other to it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 
@@ -25,16 +27,18 @@ GUIDED = {"negative": "features", "guidance": 2.0, "steps": 20, "gradient": 0.1}
 @dataclass(frozen=True)
 class Row:
     """change: in words. base: the row it builds on, None for the first. config: fields of the configuration that it
-    changes; sampling: settings that it changes. A row without config draws with its base's weights."""
+    changes; sampling: settings that it changes. weights: the shipped model that it draws with. A row without config and
+    weights draws with its base's."""
 
     name: str
     change: str
     base: str | None
     config: dict[str, str] = field(default_factory=dict)
     sampling: dict = field(default_factory=dict)
+    weights: str = ""
 
 
-def all_rows(images: int) -> dict[str, Row]:
+def drawn_rows(images: int) -> dict[str, Row]:
     """name -> row, each after the one it builds on."""
     rows = [
         Row("paper_1e-5", "the paper's recipe: batch 8, rate 1e-5", None, PAPER),
@@ -66,6 +70,45 @@ def all_rows(images: int) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
+def photo_rows(images: int) -> dict[str, Row]:
+    """The main rows on photographs: what training changes from few images on, sampling with the shipped weights."""
+    rows = [
+        Row("plain", "features as they are, no cycle consistency", None, {"standardise": "false", "cycle": "0", "recommended": str(PAPER_SAMPLING)}),
+        Row("standardise", "features standardised per channel", "plain", {"standardise": "true"}),
+        Row("cycle", "cycle consistency, weight 0.5, timesteps below 500", "standardise", {"cycle": "0.5"}),
+        Row("shipped", "the shipped weights, drawn as in the paper", None, weights="photo_lite0_blocks4"),
+        Row("null", "guidance away from the trained null, same scale", "shipped", sampling={"negative": "features"}),
+        Row("null_3", "scale 3", "null", sampling={"guidance": 3.0}),
+        Row("steps_20", "20 steps instead of 50", "null_3", sampling={"steps": 20}),
+        Row("dpmpp_2m", "DPM-Solver++ 2M instead of DDIM", "steps_20", sampling={"solver": "dpmpp_2m"}),
+        Row("gradient", "gradient guidance in the last 5 steps", "steps_20", sampling={"gradient": 0.06, "gradient_steps": 5}),
+    ]
+    return {row.name: row for row in rows}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """config: file name in training/configs, whose model all rows train. layer: of the cosine. own, independent: the
+    inverted backbone and the one that took no part. shared: fields that all trainings replace. count: held-out pictures."""
+
+    rows: Callable[[int], dict[str, Row]]
+    config: str
+    layer: str
+    own: str
+    independent: str
+    shared: dict[str, str]
+    images: int
+    count: int
+
+
+ABLATIONS = {
+    "drawn": Ablation(drawn_rows, "tiny_cnn_last.yaml", LAST, "tiny-cnn", "tiny-vit", SHARED, 51_200, 500),
+    "photo": Ablation(
+        photo_rows, "photo_lite0_blocks4.yaml", "blocks.4", "tf_efficientnet_lite0.in1k", "tf_efficientnet_lite2.in1k", SHARED | {"compile": "false"}, 12_800, 100
+    ),
+}
+
+
 def chosen_rows(rows: dict[str, Row], names: list[str]) -> list[Row]:
     """The named rows in the table's order, all without names. Raises FeatInvError for others."""
     unknown = [name for name in names if name not in rows]
@@ -81,13 +124,14 @@ def chain(rows: dict[str, Row], row: Row) -> list[Row]:
 
 def weights_of(rows: dict[str, Row], row: Row) -> Row:
     """The row whose weights a row draws with: its own, or those of the nearest row below that was trained."""
-    return next(other for other in reversed(chain(rows, row)) if other.config)
+    return next(other for other in reversed(chain(rows, row)) if other.config or other.weights)
 
 
-def config_of(rows: dict[str, Row], row: Row, images: int) -> TrainConfig:
-    """How a row's weights are trained."""
+def config_of(ablation: Ablation, rows: dict[str, Row], row: Row, images: int, data: str | None = None) -> TrainConfig:
+    """How a row's weights are trained. data: folder of the pictures, where that is not the configuration's."""
     changes = {name: value for other in chain(rows, row) for name, value in other.config.items()}
-    return read_config(CONFIGS / "tiny_cnn_last.yaml", SHARED | {"max_images": str(images)} | changes)
+    own = ablation.shared | {"max_images": str(images)} | ({"data": data} if data else {})
+    return read_config(CONFIGS / ablation.config, own | changes)
 
 
 def sampling_of(rows: dict[str, Row], row: Row) -> Sampling:
