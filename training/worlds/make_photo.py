@@ -43,7 +43,7 @@ SHORTEST = 5.0  # seconds of a stage, below which nothing is learned
 SHOWN = 8
 CYCLE = {"cycle": 0.5, "cycle_below": 500}  # of the inversion models; at equal time it brings more than twice the images do
 #: chosen on photographs that were kept back
-RECOMMENDED = {"strength": 1.0, "guidance": 3.0, "negative": "features", "steps": 20, "gradient": 0.06, "gradient_steps": 5}
+RECOMMENDED = {"strength": 1.0, "guidance": 3.0, "negative": "features", "steps": 10, "gradient": 0.06, "gradient_steps": 5}
 
 
 @dataclass(frozen=True)
