@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .resize import resize_bilinear
+
 
 class Encoder(nn.Module):
     """What every encoder has: `mean` and `deviation` [C], which standardise each channel first; 0 and 1 (the paper)
@@ -54,7 +56,7 @@ class ConvEncoder(Encoder):
 
     def forward(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Feature values [B, C, h, w] -> hint [B, C_d, *size], size being the latent grid (H, W)."""
-        return self.block(F.interpolate(self.standardised(values), size, mode="bilinear", align_corners=False))
+        return self.block(resize_bilinear(self.standardised(values), size))
 
 
 class MapConvEncoder(ConvEncoder):
@@ -71,7 +73,7 @@ class MapConvEncoder(ConvEncoder):
 
     def forward(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Feature values [B, C, h, w] -> hint [B, C_d, *size], size being the latent grid (H, W)."""
-        return F.interpolate(self.block(self.standardised(values)), size, mode="bilinear", align_corners=False)
+        return resize_bilinear(self.block(self.standardised(values)), size)
 
 
 class PerceiverEncoder(Encoder):
@@ -106,7 +108,7 @@ class PerceiverEncoder(Encoder):
         """Feature values [B, C, h, w] -> hint [B, C_d, *size], size being the latent grid (H, W)."""
         tokens = self.in_proj(self.standardised(values)) + self.position
         tokens = self.token_norm(tokens.flatten(2).transpose(1, 2))  # [B, h w, width]
-        grid = F.interpolate(self.queries, size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+        grid = resize_bilinear(self.queries, size).flatten(2).transpose(1, 2)
         grid = grid.expand(len(values), -1, -1)  # [B, H W, width]
         q, k, v = (
             x.unflatten(2, (self.heads, -1)).transpose(1, 2)

@@ -281,7 +281,8 @@ def test_the_diffusers_folder_opens_and_its_readme_runs(converted, base, inputs,
     model, _ = FeatureControlNet.load(converted, base)
     expected = residuals(model.controlnet, x, t, context, model.hint(features, x.shape[2:]))
     result = residuals(names["controlnet"].eval(), x, t, context, names["encode"](features, x.shape[2:]))
-    assert all(torch.equal(f, w) for f, w in zip(result, expected))
+    # the page upsamples by F.interpolate
+    assert all((r - e).abs().max() <= 1e-5 * e.abs().max() for r, e in zip(result, expected, strict=True))
     with pytest.raises(FeatInvError, match="exists already"):
         convert.main([str(converted), str(folder), "--to", "diffusers"])
 

@@ -1,0 +1,38 @@
+"""Bilinear scaling of feature maps as two small matrix products."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [B, C, h, w] scaled to [B, C, *size], in their dtype and memory format: F.interpolate with mode "bilinear", align_corners False and
+    no antialiasing, but for rounding, and calculated in float32 under autocast, too.
+
+    F.interpolate's CUDA kernel takes 24 ms to bring 64 maps of 9 x 9 and 1,024 channels in channels_last to 32 x 32.
+    """
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    rows, columns = (_weights(given, wanted, x.device) for given, wanted in zip(x.shape[2:], size))
+    with _without_autocast(x.device.type):
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+            return (rows @ (x.float() @ columns.T)).to(x.dtype)
+        wide = columns @ x.float().permute(0, 2, 3, 1)  # [B, h, W, C]
+        tall = rows @ wide.flatten(2)  # [B, H, W * C]
+        return tall.unflatten(2, wide.shape[2:]).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    """Nothing where autocast is off or does not exist: torch refuses to turn it off on the meta device."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def _weights(given: int, wanted: int, device: torch.device) -> Tensor:
+    """[wanted, given] float32: each row the shares of the two given cells nearest to the centre of a wanted one."""
+    centres = (torch.arange(wanted, device=device, dtype=torch.float32) + 0.5) * (given / wanted) - 0.5
+    cells = torch.arange(given, device=device, dtype=torch.float32)
+    return (1 - (centres.clamp(0, given - 1)[:, None] - cells).abs()).clamp(min=0)
