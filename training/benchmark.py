@@ -6,8 +6,9 @@
     python training/benchmark.py training        real size: a training step beside that of the paper's released code
     python training/benchmark.py memory          real size: GB of a training step on a GPU, counted without one
     python training/benchmark.py sampling        batches beside a loop that draws one picture at a time
+    python training/benchmark.py gpu --minutes N --out FOLDER      real size: a page on the GPU at hand, the most important first
 
-The last four take --config NAME (default convnext_last; sampling on a GPU only), the first three of them --precision, model and
+The last five take --config NAME (default convnext_last; sampling on a GPU only), the first three of them --precision, model and
 training --batch, --graph and --compile, and training --profile.
 """
 
@@ -29,6 +30,8 @@ from training.loop.log import device_peak, peak_memory
 from training.loop.memory import MOMENTS
 from training.models.flops import gmac_of
 from training.speed import real_size, step_memory
+from training.speed.gpu import PARTS as GPU_PARTS
+from training.speed.gpu import gpu
 from training.speed.sampling import sampling
 
 
@@ -149,7 +152,7 @@ def report(args: argparse.Namespace, gmac: float, what: str, seconds: float, bat
     return rate
 
 
-PARTS = {"reconstruct": reconstruct, "world": world, "model": model, "training": training, "memory": memory, "sampling": sampling}
+PARTS = {"reconstruct": reconstruct, "world": world, "model": model, "training": training, "memory": memory, "sampling": sampling, "gpu": gpu}
 BATCHES = (1, 4, 8, 16, 32, 64)
 
 if __name__ == "__main__":
@@ -163,6 +166,10 @@ if __name__ == "__main__":
     parser.add_argument("--graph", action="store_true", help="our step as one CUDA graph")
     parser.add_argument("--compile", action="store_true", help="our step through torch.compile, as the *_fast configurations have it")
     parser.add_argument("--profile", type=int, metavar="ROWS", help="training: what our step spends most time in, so many rows")
+    parser.add_argument("--minutes", type=float, default=10, help="gpu: a part that is not expected to end in time is left out")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmark"), help="gpu: folder for benchmark.md and benchmark.json")
+    parser.add_argument("--parts", help=f"gpu: some of {','.join(GPU_PARTS)}, in the order to take them")
+    parser.add_argument("--small", action="store_true", help="gpu: narrow models and few pictures, to try it out on any computer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     file = Path(args.config) if args.config.endswith(".yaml") else CONFIGS / f"{args.config}.yaml"

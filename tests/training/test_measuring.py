@@ -14,17 +14,13 @@ from training.experiments.transfer import images_to_reach
 from training.speed import real_size
 from training.speed.step_memory import Peak, step_gigabytes
 
-SMALL_UNET = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": 64}
-SMALL_VAE = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
-SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-
 
 @pytest.fixture
 def small(monkeypatch):
     """The real architectures, narrow."""
-    monkeypatch.setattr(real_size, "UNET", real_size.UNET | SMALL_UNET)
-    monkeypatch.setattr(real_size, "VAE", real_size.VAE | SMALL_VAE)
-    for key, value in SMALL_TEXT.items():
+    monkeypatch.setattr(real_size, "UNET", real_size.UNET | real_size.SMALL["unet"])
+    monkeypatch.setattr(real_size, "VAE", real_size.VAE | real_size.SMALL["vae"])
+    for key, value in real_size.SMALL["text"].items():
         monkeypatch.setitem(real_size.CLIP, key, value)
     return read_config(CONFIGS / "resnet50_last.yaml", {"backbone": "resnet10t", "encoder_width": "16", "precision": "fp32"})
 

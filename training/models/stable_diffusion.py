@@ -31,11 +31,11 @@ TOKENIZER = "openai/clip-vit-large-patch14"
 UNET_PREFIX, CLIP_PREFIX = "model.diffusion_model.", "cond_stage_model.transformer."
 
 
-def build_text_encoder() -> nn.Module:
-    """CLIP ViT-L/14's text model at random weights."""
+def build_text_encoder(**changes: int) -> nn.Module:
+    """CLIP ViT-L/14's text model at random weights. changes: of CLIP's fields."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(**CLIP))
+    return CLIPTextModel(CLIPTextConfig(**CLIP | changes))
 
 
 class Tokens:

@@ -8,7 +8,7 @@ gradients that nobody uses, checkpointing on, gradients not clipped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,8 @@ from ..models.controlnet import FeatureControlNet
 from ..models.flops import gmac_of
 from ..models.stable_diffusion import CLIP, SCHEDULE, UNET, VAE, build_text_encoder
 
+Step = Callable[[], Tensor]  # one training step, which returns the loss
+
 
 @dataclass
 class Parts:
@@ -46,11 +48,21 @@ def empty_text(device: torch.device | str) -> Tensor:
     return torch.full((1, 77), CLIP["eos_token_id"], device=device)
 
 
-def build(config: TrainConfig, device: str) -> Parts:
-    """The configuration's backbone, Stable Diffusion 1.x, its ControlNet and encoder, float32 on `device`."""
+#: fields of Stable Diffusion's parts that make them narrow, and their latents small, for trying a program out
+SMALL = {
+    "unet": {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": 64},
+    "vae": {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
+    "text": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
+}
+
+
+def build(config: TrainConfig, device: str, changes: Mapping[str, dict] | None = None) -> Parts:
+    """The configuration's backbone, Stable Diffusion 1.x, its ControlNet and encoder, float32 on `device`. changes: of
+    fields of its parts, as SMALL has them."""
     torch.manual_seed(0)
+    own = {"unet": {}, "vae": {}, "text": {}} | dict(changes or {})
     with torch.device(device):
-        unet, vae, text = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE), build_text_encoder()
+        unet, vae, text = UNet2DConditionModel(**UNET | own["unet"]), AutoencoderKL(**VAE | own["vae"]), build_text_encoder(**own["text"])
         backbone = untrained_backbone(config.backbone, config.input_size)
         with torch.no_grad():
             embedding = text.eval()(empty_text(device))[0]
@@ -62,7 +74,7 @@ def build(config: TrainConfig, device: str) -> Parts:
     return Parts(config, base, backbone, model, text)
 
 
-def released_step(parts: Parts, pictures: Tensor) -> Callable[[], Tensor]:
+def released_step(parts: Parts, pictures: Tensor) -> Step:
     """One step of the released recipe on pictures [B, 3, h, w] in 0..1; it returns the loss."""
     p, device = parts, parts.base.unet.device
     for module in (p.base.unet.up_blocks, p.base.unet.conv_norm_out, p.base.unet.conv_out):
@@ -118,7 +130,7 @@ def gradients(parts: Parts, trained: torch.nn.Module, batch: dict[str, Tensor]) 
 CACHES = {"nothing cached": (), "latents cached": ("moments",), "latents and features cached": ("moments", "features")}
 
 
-def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph: bool = False, largest_norm: float = LARGEST_NORM) -> Callable[[], Tensor]:
+def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph: bool = False, largest_norm: float = LARGEST_NORM) -> Step:
     """train.py's step on pictures [B, 3, h, w] in 0..1: frozen parts in bf16 where the precision is, train.py's
     layouts, fused optimizer, compiled where the configuration says so. cached: a value of CACHES. graph: the step as one CUDA graph."""
     p, device = parts, parts.base.unet.device.type

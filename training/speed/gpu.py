@@ -1,0 +1,300 @@
+"""What there is to know of a GPU at hand, the most important first; see benchmark.py gpu."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.resize import resize_bilinear
+from featinv_nodes.core.weights import InversionInfo
+
+from ..cli import make_folder
+from ..config import CONFIGS, TrainConfig
+from ..loop.floor import floor_gmac
+from ..loop.log import device_peak, peak_memory
+from ..models.inversion import Opened
+from ..models.pipeline import Sampling
+from . import kernels, real_size
+from .page import Page
+from .real_size import Parts, Step
+from .sampling import one_by_one
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+MANY = 10_000  # reconstructions: an evaluation's
+LOOPED = 2  # pictures drawn one at a time
+
+
+class Bench:
+    """The models of one configuration, and what is measured on them; each method named in PARTS is one part of the page."""
+
+    def __init__(self, config: TrainConfig, device: str, page: Page, small: bool = False) -> None:
+        """config: its precision is our step's. small: narrow models and few pictures, to try the program out."""
+        self.config, self.device, self.page, self.small = config, device, page, small
+        self.batch, self.large, self.few, self.steps = (2, 3, 1, (2, 3)) if small else (64, 128, 8, (20, 50))
+        self.graph = device == "cuda"
+
+    @cached_property
+    def parts(self) -> Parts:
+        """In our step's layouts and precision."""
+        parts = self.build()
+        real_size.lay_out(parts, self.device)
+        return parts
+
+    def build(self) -> Parts:
+        """In float32."""
+        return real_size.build(self.config, self.device, real_size.SMALL if self.small else None)
+
+    @cached_property
+    def floor(self) -> float:
+        """GMAC per image and step, see floor_gmac."""
+        return floor_gmac(self.parts.base, self.parts.backbone, self.parts.model, self.config)
+
+    @cached_property
+    def side(self) -> tuple[int, int]:
+        """(h, w) that the backbone reads."""
+        return self.parts.backbone.input_size
+
+    def pictures(self, batch: int) -> Tensor:
+        return torch.rand(batch, 3, *self.side, device=self.device)
+
+    def build_alone(self) -> Parts:
+        """build(), with nothing else on the device."""
+        _ = self.floor, self.side
+        self.__dict__.pop("parts", None)
+        self.free()
+        return self.build()
+
+    def free(self) -> None:
+        """Lets go of what a step left on the device."""
+        if "parts" in self.__dict__:
+            self.parts.model.zero_grad()
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def ours(self, batch: int, graph: bool = False, compiled: bool = False) -> Step:
+        """Our step with cached latents."""
+        parts = replace(self.parts, config=replace(self.config, compile=compiled))
+        return real_size.our_step(parts, self.pictures(batch), ("moments",), graph)
+
+    @contextmanager
+    def training(self, what: str, batch: int, make: Callable[[], Step], repeats: int = 10) -> Iterator[Step]:
+        """Makes a step, times it, and adds a row; the step is there in the block and gone after it."""
+        self.free()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        step = make()
+        step().item()
+        ready = time.perf_counter() - began
+        seconds = real_size.seconds(step, *((1, 0) if self.small else (repeats, 1)))
+        rate, peak = batch / seconds, device_peak(torch.device(self.device))
+        share = {"share of bf16 peak, %": 100 * 2e9 * self.floor * rate / peak} if peak else {}
+        self.page.row(**{"step": what, "batch": batch, "ms": 1000 * seconds, "images/s": rate} | share | {"GB": peak_memory(), "s until the first step": ready})
+        yield step
+        del step
+        self.free()
+
+    def time_step(self, what: str, batch: int, make: Callable[[], Step], repeats: int = 10) -> None:
+        with self.training(what, batch, make, repeats):
+            pass
+
+    # Parts
+
+    def step(self) -> None:
+        began = time.perf_counter()
+        _ = self.parts
+        built = time.perf_counter() - began
+        parameters = sum(p.numel() for p in self.parts.model.parameters()) / 1e6
+        self.page.text(f"{parameters:.0f} M trained parameters; floor {self.floor:.1f} GMAC per image and step; models built in {built:.1f} s.")
+        self.time_step("one CUDA graph" if self.graph else "plain", self.batch, lambda: self.ours(self.batch, self.graph))
+
+    def upsampling(self) -> None:
+        source = self.parts.model.source
+        size = (self.parts.base.latent_size,) * 2
+        ways = {"F.interpolate": lambda x: F.interpolate(x, size, mode="bilinear"), "resize_bilinear": lambda x: resize_bilinear(x, size)}
+        for form in (torch.channels_last, torch.contiguous_format):
+            x = torch.randn(self.batch, source.channels, *source.grid, device=self.device).contiguous(memory_format=form)
+            for name, way in ways.items():
+                difference = (way(x) - ways["F.interpolate"](x)).abs().max().item()
+                ms = 1000 * real_size.seconds(lambda: way(x), 1 if self.small else 20)  # noqa: B023
+                self.page.row(**{"upsampling": name, "layout": str(form).removeprefix("torch."), "batch": self.batch, "ms": ms, "largest difference": difference})
+
+    def profile(self) -> None:
+        with self.training("plain", self.batch, lambda: self.ours(self.batch), 3) as step:
+            found = kernels.kernels_of(step)
+        whole = sum(kernel.ms for kernel in found)
+        self.page.text(f"{whole:.1f} ms in all, {sum(kernel.calls for kernel in found)} calls.")
+        table = [f"| {kind} | {ms:.1f} | {ms / whole:.1%} |" for kind, ms in kernels.by_kind(found).items()]
+        self.page.text("\n".join(["| kind | ms | share |", "|---|---|---|", *table]))
+        table = [f"| {k.name[:150].replace('|', ' ')} | {k.calls} | {k.ms:.2f} | {k.kind} |" for k in found[:40]]
+        self.page.text("\n".join(["| the costliest | calls | ms | kind |", "|---|---|---|---|", *table]))
+
+    def step_large(self) -> None:
+        self.time_step("one CUDA graph" if self.graph else "plain", self.large, lambda: self.ours(self.large, self.graph), 5)
+
+    def sampling(self) -> None:
+        self.draw(self.parts, self.steps[0])
+        self.draw_one_by_one(self.parts, self.steps[0])
+
+    def sampling_long(self) -> None:
+        self.draw(self.parts, self.steps[1])
+
+    def compiled(self) -> None:
+        for graph in dict.fromkeys((self.graph, False)):
+            self.time_step(f"compiled{', one CUDA graph' if graph else ''}", self.batch, lambda: self.ours(self.batch, graph, True))  # noqa: B023
+
+    def released(self) -> None:
+        def make() -> Step:
+            return real_size.released_step(self.build_alone(), self.pictures(self.few))
+
+        self.time_step("released recipe, float32", self.few, make, 4)
+
+    def sampling_float32(self) -> None:
+        parts = self.build_alone()
+        parts.base.to(self.device)
+        for part in (parts.backbone, parts.model):
+            part.to(memory_format=torch.channels_last)
+        parts = replace(parts, config=replace(self.config, precision="fp32"))
+        self.draw(parts, self.steps[0])
+        self.draw_one_by_one(parts, self.steps[0])
+
+    def memory(self) -> None:
+        unet, controlnet = self.parts.base.unet, self.parts.model.controlnet
+        for again in (False, True):
+            for part in (unet, controlnet):
+                (part.enable_gradient_checkpointing if again else part.disable_gradient_checkpointing)()
+            try:
+                for batch in sorted({1, self.few, self.batch}):
+                    self.time_step(f"plain{', checkpointing' if again else ''}", batch, lambda: self.ours(batch), 2)  # noqa: B023
+            finally:
+                for part in (unet, controlnet):
+                    part.disable_gradient_checkpointing()
+
+    def branches(self) -> None:
+        fsdp = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate" / "fsdp.yaml"), "--num_processes", "1", str(TRAIN)]
+        ways = {"bf16": [str(TRAIN), "--precision", "bf16"]}
+        if self.device == "cuda":
+            ways |= {"bf16, FSDP": [*fsdp, "--precision", "bf16"], "fp16": [str(TRAIN), "--precision", "fp16"], "bf16, CUDA graph": [str(TRAIN), "--graph", "true"]}
+        images, batch = (2, 1) if self.small else (2560, 64)
+        settings = ["--max-images", str(images), "--batch", str(batch), "--warmup", "0", "--panel-every", "1000000"]
+        for what, status, said in at_once(ways, [*settings, *(["--standardise", "false", "--cycle", "0"] if self.small else [])]):
+            self.page.row(**{"train.py, the drawn world": what, "images": images, "exit status": status, "last line": said[-300:]})
+
+    def draw(self, parts: Parts, steps: int) -> None:
+        """Adds a row of a batch drawn with guidance."""
+        opened, features = self.opened(parts)
+        start = opened.noise(range(self.batch))
+        with real_size.in_precision(parts):
+            opened.draw(features, Sampling(steps=2), start, self.batch)
+            began = time.perf_counter()
+            opened.draw(features, Sampling(steps=steps), start, self.batch)  # the pictures are on the CPU: nothing is still running
+            seconds = time.perf_counter() - began
+        self.sampled(parts, "one batch", self.batch, steps, seconds)
+
+    def draw_one_by_one(self, parts: Parts, steps: int) -> None:
+        """Adds a row of pictures drawn as the paper's released script does."""
+        opened, features = self.opened(parts)
+        start, few = opened.noise(range(LOOPED)), features.select(slice(0, LOOPED))
+        with real_size.in_precision(parts):
+            one_by_one(opened, few.select(slice(0, 1)), Sampling(steps=2), start[:1])
+            began = time.perf_counter()
+            one_by_one(opened, few, Sampling(steps=steps), start)
+            seconds = time.perf_counter() - began
+        self.sampled(parts, "one picture at a time", LOOPED, steps, seconds)
+
+    def opened(self, parts: Parts) -> tuple[Opened, FeatureMap]:
+        """The models as sampling takes them, and feature maps of a batch of pictures."""
+        info = InversionInfo(parts.model.source, {}, {"name": "random"}, parts.config.prompt)
+        opened = Opened(info, parts.base, parts.backbone, parts.model)
+        with real_size.in_precision(parts):
+            return opened, opened.features(self.pictures(self.batch))
+
+    def sampled(self, parts: Parts, what: str, count: int, steps: int, seconds: float) -> None:
+        self.page.row(**{"sampling": what, "precision": parts.config.precision, "pictures": count, "steps": steps, "seconds": seconds,
+                         "images/s": count / seconds, f"minutes for {MANY}": MANY * seconds / count / 60, "GB": peak_memory()})  # fmt: skip
+
+
+def at_once(ways: dict[str, list[str]], settings: list[str]) -> Iterator[tuple[str, int, str]]:
+    """Runs programs of this Python side by side, each in a folder of its own; (name, exit status, last line) of each."""
+    env = os.environ | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
+    with tempfile.TemporaryDirectory() as folder:
+        running = {}
+        try:
+            for number, (what, arguments) in enumerate(ways.items()):
+                command = [sys.executable, *arguments, "--output", f"{folder}/{number}", *settings]
+                running[what] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+            for what, process in running.items():
+                lines = [line for line in process.communicate()[0].splitlines() if line.strip()]
+                yield what, process.returncode, (lines or [""])[-1].split("\r")[-1]
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+
+
+#: name -> what runs, its title, and the seconds it is expected to take on an H100 at real size
+PARTS = {
+    "step": (Bench.step, "Training step, bf16, latents cached", 15),
+    "upsampling": (Bench.upsampling, "The conditional encoder's upsampling alone", 2),
+    "profile": (Bench.profile, "Where the step spends its time", 8),
+    "step_large": (Bench.step_large, "Training step, large batch", 8),
+    "sampling": (Bench.sampling, "Sampling with guidance", 15),
+    "sampling_long": (Bench.sampling_long, "Sampling with guidance, more steps", 12),
+    "compiled": (Bench.compiled, "Training step, compiled", 240),
+    "released": (Bench.released, "Training step, the released recipe", 12),
+    "sampling_float32": (Bench.sampling_float32, "Sampling with guidance, float32, as evaluate.py draws", 30),
+    "memory": (Bench.memory, "Memory of a step", 12),
+    "branches": (Bench.branches, "Branches of train.py that no processor runs", 45),
+}
+
+
+def gpu(args: argparse.Namespace) -> None:
+    """Measures PARTS, or those of args.parts in that order, and writes benchmark.md and benchmark.json to args.out.
+
+    Raises FeatInvError without a GPU, unless args.small, and for unknown parts.
+    """
+    if args.device != "cuda" and not args.small:
+        raise FeatInvError("gpu measures a CUDA device; --small tries the program out on a processor")
+    names = args.parts.split(",") if args.parts else list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        raise FeatInvError(f"--parts {', '.join(unknown)}: expected some of {','.join(PARTS)}")
+    make_folder(args.out)
+    config = replace(args.config, backbone="resnet10t", input_size=64, encoder_width=16) if args.small else args.config
+    page = Page(args.out, args.minutes, facts(args.device, config))
+    bench = Bench(config, args.device, page, args.small)
+    for name in names:
+        run, title, seconds = PARTS[name]
+        page.part(name, title, 1 if args.small else seconds, lambda: run(bench))  # noqa: B023
+        bench.free()
+    print(page.markdown())
+
+
+def facts(device: str, config: TrainConfig) -> dict[str, str]:
+    """What was measured on and by what, "device" first."""
+    name = f"One {torch.cuda.get_device_name()}" if device == "cuda" else f"{torch.get_num_threads()} processor threads"
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "timm", "transformers", "accelerate"))
+    return {
+        "device": name,
+        "versions": f"Python {platform.python_version()}, {versions}, CUDA {torch.version.cuda}",
+        "models": f"Stable Diffusion 1.x, {config.backbone}, layer {config.layer}, at random weights and on random pictures",
+        "command": f"`python training/benchmark.py {' '.join(sys.argv[1:])}`",
+    }
