@@ -23,7 +23,7 @@ def measure(folder, parts=None, minutes=5.0):
 def test_every_part_runs_and_is_on_the_page(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    monkeypatch.setattr(gpu, "at_once", lambda ways, settings: started.extend([*way, *settings] for way in ways.values()) or [("bf16", 0, "wrote it")])
+    monkeypatch.setattr(gpu, "at_once", lambda ways, settings: started.extend([*way, *settings] for way in ways.values()) or [("bf16", 1, ["begins", "fails"])])
     parts, page = measure(tmp_path)
     assert list(parts) == list(gpu.PARTS) and not [part["error"] for part in parts.values() if "error" in part]
     assert all(part["rows"] and f"## {part['title']}\n" in page for part in parts.values())
@@ -32,7 +32,7 @@ def test_every_part_runs_and_is_on_the_page(tmp_path, monkeypatch):
     assert all(row["largest difference"] < 1e-6 for row in parts["upsampling"]["rows"])
     drawn = parts["sampling"]["rows"][0]
     assert drawn["minutes for 10000"] == pytest.approx(10_000 / drawn["images/s"] / 60)
-    assert "group normalisation" in page and "benchmark.py" in page
+    assert "begins\nfails" in page and "group normalisation" in page and "benchmark.py" in page
     monkeypatch.setattr(sys, "argv", started[0])  # train.py takes what it would be started with
     assert parse_arguments("")[0].precision == "bf16"
 
@@ -59,9 +59,9 @@ def test_the_clock_decides_what_is_begun_and_ends_what_is_running(tmp_path):
     assert page.parts["endless"]["seconds"] < 30
 
 
-def test_programs_run_side_by_side_each_with_its_status_and_last_line():
+def test_programs_run_side_by_side_each_with_its_status_and_what_it_wrote():
     ways = {"good": ["-c", "print('one'); print('two')"], "bad": ["-c", "raise SystemExit('no')"]}
-    assert list(gpu.at_once(ways, [])) == [("good", 0, "two"), ("bad", 1, "no")]
+    assert list(gpu.at_once(ways, [])) == [("good", 0, ["one", "two"]), ("bad", 1, ["no"])]
 
 
 def test_without_a_gpu_and_for_unknown_parts_it_says_what_to_do(tmp_path):

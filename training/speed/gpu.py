@@ -29,6 +29,7 @@ from ..cli import make_folder
 from ..config import CONFIGS, TrainConfig
 from ..loop.floor import floor_gmac
 from ..loop.log import device_peak, peak_memory
+from ..models.group_norm import GroupNormLast, keep_channels_last
 from ..models.inversion import Opened
 from ..models.pipeline import Sampling
 from . import kernels, real_size
@@ -143,10 +144,28 @@ class Bench:
             found = kernels.kernels_of(step)
         whole = sum(kernel.ms for kernel in found)
         self.page.text(f"{whole:.1f} ms in all, {sum(kernel.calls for kernel in found)} calls.")
-        table = [f"| {kind} | {ms:.1f} | {ms / whole:.1%} |" for kind, ms in kernels.by_kind(found).items()]
-        self.page.text("\n".join(["| kind | ms | share |", "|---|---|---|", *table]))
-        table = [f"| {k.name[:150].replace('|', ' ')} | {k.calls} | {k.ms:.2f} | {k.kind} |" for k in found[:40]]
-        self.page.text("\n".join(["| the costliest | calls | ms | kind |", "|---|---|---|---|", *table]))
+        for kind, ms in kernels.by_kind(found).items():
+            self.page.row(**{"kind": kind, "ms": ms, "share, %": 100 * ms / whole})
+        for kernel in found[:30]:
+            self.page.row(**{"the costliest": kernel.name[:120], "calls": kernel.calls, "ms": kernel.ms, "kind": kernel.kind})
+
+    def group_norm(self) -> None:
+        channels, side = self.parts.base.unet.config.block_out_channels[0], self.parts.base.latent_size
+        x = torch.randn(self.batch, channels, side, side, device=self.device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+        plain = torch.nn.GroupNorm(32, channels).to(x)
+        wanted, (gradient,) = plain(x), torch.autograd.grad(plain(x).square().sum(), x)
+        for kind in (torch.nn.GroupNorm, GroupNormLast):
+            norm = kind(32, channels).to(x)
+            found, (own,) = norm(x), torch.autograd.grad(norm(x).square().sum(), x)
+            ms = 1000 * real_size.seconds(lambda: torch.autograd.grad(norm(x).sum(), x), 1 if self.small else 10)  # noqa: B023
+            self.page.row(**{"group normalisation": kind.__name__, "map": f"{tuple(x.shape)} bf16", "ms, forward and backward": ms,
+                             "largest difference": (found - wanted).abs().max().item(), "of the gradient": (own - gradient).abs().max().item()})  # fmt: skip
+        for part in (self.parts.base.unet, self.parts.model):
+            keep_channels_last(part)
+        try:
+            self.time_step("GroupNormLast", self.batch, lambda: self.ours(self.batch, self.graph))
+        finally:
+            del self.parts  # the other parts measure torch's
 
     def step_large(self) -> None:
         self.time_step("one CUDA graph" if self.graph else "plain", self.large, lambda: self.ours(self.large, self.graph), 5)
@@ -197,7 +216,9 @@ class Bench:
         images, batch = (2, 1) if self.small else (2560, 64)
         settings = ["--max-images", str(images), "--batch", str(batch), "--warmup", "0", "--panel-every", "1000000"]
         for what, status, said in at_once(ways, [*settings, *(["--standardise", "false", "--cycle", "0"] if self.small else [])]):
-            self.page.row(**{"train.py, the drawn world": what, "images": images, "exit status": status, "last line": said[-300:]})
+            self.page.row(**{"train.py, the drawn world": what, "images": images, "exit status": status, "last line": (said or [""])[-1]})
+            if status:
+                self.page.text("\n".join(["```", *said[-25:], "```"]))
 
     def draw(self, parts: Parts, steps: int) -> None:
         """Adds a row of a batch drawn with guidance."""
@@ -233,8 +254,8 @@ class Bench:
                          "images/s": count / seconds, f"minutes for {MANY}": MANY * seconds / count / 60, "GB": peak_memory()})  # fmt: skip
 
 
-def at_once(ways: dict[str, list[str]], settings: list[str]) -> Iterator[tuple[str, int, str]]:
-    """Runs programs of this Python side by side, each in a folder of its own; (name, exit status, last line) of each."""
+def at_once(ways: dict[str, list[str]], settings: list[str]) -> Iterator[tuple[str, int, list[str]]]:
+    """Runs programs of this Python side by side, each in a folder of its own; (name, exit status, lines it wrote) of each."""
     env = os.environ | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
     with tempfile.TemporaryDirectory() as folder:
         running = {}
@@ -243,8 +264,8 @@ def at_once(ways: dict[str, list[str]], settings: list[str]) -> Iterator[tuple[s
                 command = [sys.executable, *arguments, "--output", f"{folder}/{number}", *settings]
                 running[what] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
             for what, process in running.items():
-                lines = [line for line in process.communicate()[0].splitlines() if line.strip()]
-                yield what, process.returncode, (lines or [""])[-1].split("\r")[-1]
+                lines = process.communicate()[0].replace("\r", "\n").splitlines()
+                yield what, process.returncode, [line[:300] for line in lines if line.strip()]
         finally:
             for process in running.values():
                 process.kill()
@@ -256,10 +277,11 @@ PARTS = {
     "step": (Bench.step, "Training step, bf16, latents cached", 15),
     "upsampling": (Bench.upsampling, "The conditional encoder's upsampling alone", 2),
     "profile": (Bench.profile, "Where the step spends its time", 8),
+    "group_norm": (Bench.group_norm, "Group normalisation in channels_last, a Triton kernel beside torch's", 15),
     "step_large": (Bench.step_large, "Training step, large batch", 8),
     "sampling": (Bench.sampling, "Sampling with guidance", 15),
     "sampling_long": (Bench.sampling_long, "Sampling with guidance, more steps", 12),
-    "compiled": (Bench.compiled, "Training step, compiled", 240),
+    "compiled": (Bench.compiled, "Training step, compiled", 150),
     "released": (Bench.released, "Training step, the released recipe", 12),
     "sampling_float32": (Bench.sampling_float32, "Sampling with guidance, float32, as evaluate.py draws", 30),
     "memory": (Bench.memory, "Memory of a step", 12),

@@ -39,7 +39,9 @@ def kernels_of(step: Callable[[], object]) -> list[Kernel]:
         step()
         if gpu:
             torch.cuda.synchronize()
-    events = [e for e in profiler.key_averages() if not gpu or e.device_type == torch.autograd.DeviceType.CUDA]
+    events = profiler.key_averages()
+    if gpu:  # without what torch marks on the device around several kernels, such as the optimizer's step
+        events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
     found = [Kernel(e.key, e.count, (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000) for e in events]
     return sorted((k for k in found if k.ms > 0), key=lambda k: -k.ms)
 

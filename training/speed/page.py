@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 from ..cli import write_text
@@ -51,13 +52,13 @@ class Page:
         self.write()
 
     def row(self, **values: Value) -> None:
-        """Adds a row to the part's table; its columns are the first row's."""
+        """Adds a row to the part's table, or begins the next one where its columns are others."""
         self._now["rows"].append(values)
         print("    " + ", ".join(f"{name} {shown(value)}" for name, value in values.items()), flush=True)
         self.write()
 
     def text(self, line: str) -> None:
-        """Adds a sentence under the part's table."""
+        """Adds a sentence under the part's tables."""
         self._now["texts"].append(line)
         print(f"    {line}", flush=True)
         self.write()
@@ -72,10 +73,9 @@ class Page:
         lines = [f"# {first[1]}", "", *(f"{name}: {value}  " for name, value in others)]
         for part in self.parts.values():
             lines += ["", f"## {part['title']}"]
-            if part["rows"]:
-                columns = list(part["rows"][0])
+            for columns, rows in groupby(part["rows"], list):
                 lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-                lines += ["| " + " | ".join(shown(row.get(column, "")) for column in columns) + " |" for row in part["rows"]]
+                lines += ["| " + " | ".join(map(shown, row.values())) + " |" for row in rows]
             for line in part["texts"]:
                 lines += ["", line]
             for what in ("not begun", "error"):
