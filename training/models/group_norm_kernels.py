@@ -75,7 +75,7 @@ def _launch(x: Tensor, groups: int) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and the sizes that both kernels take."""
     width = x.shape[1] // groups
     block_c = triton.next_power_of_2(width)
-    block_s = min(triton.next_power_of_2(x.shape[2] * x.shape[3]), max(1, 4096 // block_c))
+    block_s = min(triton.next_power_of_2(x.shape[2] * x.shape[3]), max(1, 2048 // block_c))
     return (len(x), groups), {"S": x.shape[2] * x.shape[3], "C": x.shape[1], "WIDTH": width, "BLOCK_S": block_s, "BLOCK_C": block_c}
 
 

@@ -277,15 +277,15 @@ PARTS = {
     "step": (Bench.step, "Training step, bf16, latents cached", 15),
     "upsampling": (Bench.upsampling, "The conditional encoder's upsampling alone", 2),
     "profile": (Bench.profile, "Where the step spends its time", 8),
-    "group_norm": (Bench.group_norm, "Group normalisation in channels_last, a Triton kernel beside torch's", 15),
     "step_large": (Bench.step_large, "Training step, large batch", 8),
     "sampling": (Bench.sampling, "Sampling with guidance", 15),
     "sampling_long": (Bench.sampling_long, "Sampling with guidance, more steps", 12),
-    "compiled": (Bench.compiled, "Training step, compiled", 150),
+    "group_norm": (Bench.group_norm, "Group normalisation in channels_last, a Triton kernel beside torch's", 30),
     "released": (Bench.released, "Training step, the released recipe", 12),
     "sampling_float32": (Bench.sampling_float32, "Sampling with guidance, float32, as evaluate.py draws", 30),
     "memory": (Bench.memory, "Memory of a step", 12),
     "branches": (Bench.branches, "Branches of train.py that no processor runs", 45),
+    "compiled": (Bench.compiled, "Training step, compiled", 150),  # last: it may take all the time that is left
 }
 
 
