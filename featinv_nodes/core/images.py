@@ -38,6 +38,11 @@ def as_seen(opened: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def as_tensor(image: Image.Image) -> Tensor:
+    """[1, 3, h, w] in 0..1 from an RGB picture."""
+    return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)[None].contiguous()
+
+
 def read_image(file: str | Path, square: int | None = None) -> Tensor:
     """[1, 3, h, w] in 0..1 from any format Pillow reads; turned upright, transparency on white.
 
@@ -58,4 +63,4 @@ def read_image(file: str | Path, square: int | None = None) -> Tensor:
         raise FeatInvError(f"{file} is not a picture that Pillow can read: {error}") from error
     if square:
         image = ImageOps.fit(image, (square, square), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)[None].contiguous()
+    return as_tensor(image)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.images import LARGEST, SMALLEST, as_seen
+from featinv_nodes.core.images import LARGEST, SMALLEST, as_seen, as_tensor
 from featinv_nodes.worlds import drawing_world
 from featinv_nodes.worlds.drawn.scenes import draw
 
@@ -76,7 +75,7 @@ class Pictures:
             raise Unreadable(f"{type(error).__name__}: {error}") from error
         if not (SMALLEST <= min(image.size) and max(image.size) <= LARGEST):
             raise Unreadable(f"{image.width} x {image.height} pixels; expected sides between {SMALLEST} and {LARGEST}")
-        return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1), False
+        return as_tensor(image)[0], False
 
 
 def imagenet_labels(classes: set[str]) -> tuple[dict[str, str], list[str]]:

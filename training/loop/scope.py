@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.images import find_images
 from featinv_nodes.core.weights import save_scope
 from featinv_nodes.worlds import drawing_world
 
 from ..config import TrainConfig
+from ..data.listing import open_listing
 from ..models import scope
 from ..models.pipeline import load_pipeline
 
 
 def check_scope_data(config: TrainConfig) -> None:
     """Raises FeatInvError if the pictures for end_with_scope are not there, or too few; before a long training."""
-    if config.scope and config.scope_data and not drawing_world(config.scope_data) and (there := len(find_images(config.scope_data))) < config.scope:
+    if config.scope and config.scope_data and not drawing_world(config.scope_data) and (there := len(open_listing(config.scope_data, None).names)) < config.scope:
         raise FeatInvError(f"scope_data {config.scope_data} holds {there} images; asked for {config.scope}: give a folder with more, or a smaller --scope")
 
 

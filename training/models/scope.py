@@ -12,13 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
-from featinv_nodes.core.images import find_images, read_image
+from featinv_nodes.core.images import as_seen, as_tensor
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
 from featinv_nodes.core.weights import load_scope, read_info, save_scope
 from featinv_nodes.worlds import drawing_world, model_file
 
+from ..data.listing import KEPT_BACK, open_listing
 from .pipeline import InversionPipeline, load_pipeline
 
 FIRST = 100_000  # the first held-out scene for the fit; reports use those from 0 on
@@ -26,20 +27,23 @@ TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels 
 DRAWN = 256  # reconstructions for the cycle cosine
 
 
-def pictures(pipeline: InversionPipeline, data: str, count: int, batch: int, first: int = FIRST) -> Iterator[Tensor]:
-    """Batches of preprocessed pictures: held-out scenes from number `first` on, or `count` of a folder in a random order that
-    is always the same, those that cannot be read left out and named. Raises FeatInvError for a folder with fewer."""
+def pictures(pipeline: InversionPipeline, data: str, count: int, batch: int, first: int = FIRST, kept_back: bool = False) -> Iterator[Tensor]:
+    """Batches of preprocessed pictures: held-out scenes from number `first` on, or `count` of what open_listing opens, in a
+    random order that is always the same, those that cannot be read left out and named. kept_back: only those that making
+    a world of photographs leaves aside. Raises FeatInvError where there are fewer."""
     if world := drawing_world(data):
         for numbers in torch.arange(first, first + count).split(batch):
             yield pipeline.backbone.preprocess(world.draw(numbers))
         return
-    files, read, some = find_images(data), 0, []
-    random.Random(0).shuffle(files)
-    for file in files:
+    listing, read, some = open_listing(data, None), 0, []
+    indices = list(range(0, len(listing.names), KEPT_BACK if kept_back else 1))
+    random.Random(0).shuffle(indices)
+    for index in indices:
         try:
-            some.append(pipeline.backbone.preprocess(read_image(file)))
-        except FeatInvError as error:
-            tqdm.write(f"left out: {error}")
+            with listing.open(index) as opened:
+                some.append(pipeline.backbone.preprocess(as_tensor(as_seen(opened))))
+        except Exception as error:  # decoders raise whatever they stumble over
+            tqdm.write(f"left out: {listing.names[index]} ({type(error).__name__}: {error})")
             continue
         read += 1
         if len(some) == batch or read == count:
@@ -50,14 +54,14 @@ def pictures(pipeline: InversionPipeline, data: str, count: int, batch: int, fir
     raise FeatInvError(f"{data} holds {read} readable images; asked for {count}. Give a folder with more, or a smaller --count")
 
 
-def fit(pipeline: InversionPipeline, sampling: Sampling, data: str, count: int, drawn: int, centres: int, batch: int = 32) -> Scope:
+def fit(pipeline: InversionPipeline, sampling: Sampling, data: str, count: int, drawn: int, centres: int, batch: int = 32, kept_back: bool = False) -> Scope:
     """The statistics of `count` pictures and the quantiles of `drawn` reconstructions' cycle cosines (0: none). sampling: without
-    guidance by the gradient, which raises the cosine of whatever map it is given."""
+    guidance by the gradient, which raises the cosine of whatever map it is given. kept_back: as in pictures."""
     some: list[FeatureMap] = []
 
     def maps() -> Iterator[FeatureMap]:
         with tqdm(total=count, desc="reading", unit="picture") as bar:
-            for pixel_values in pictures(pipeline, data, count, batch):
+            for pixel_values in pictures(pipeline, data, count, batch, kept_back=kept_back):
                 features = pipeline.features(pixel_values).to("cpu")
                 if sum(len(m) for m in some) < drawn:
                     some.append(features)
