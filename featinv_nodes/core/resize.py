@@ -16,7 +16,7 @@ def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    rows, columns = (_weights(given, wanted, x.device) for given, wanted in zip(x.shape[2:], size))
+    rows, columns = (_weights(source, target, x.device) for source, target in zip(x.shape[2:], size))
     with _without_autocast(x.device.type):
         if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
             return (rows @ (x.float() @ columns.T)).to(x.dtype)
@@ -31,8 +31,8 @@ def _without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
-def _weights(given: int, wanted: int, device: torch.device) -> Tensor:
-    """[wanted, given] float32: each row the shares of the two given cells nearest to the centre of a wanted one."""
-    centres = (torch.arange(wanted, device=device, dtype=torch.float32) + 0.5) * (given / wanted) - 0.5
-    cells = torch.arange(given, device=device, dtype=torch.float32)
-    return (1 - (centres.clamp(0, given - 1)[:, None] - cells).abs()).clamp(min=0)
+def _weights(source: int, target: int, device: torch.device) -> Tensor:
+    """[target, source] float32: each row the shares of the two source cells nearest to the centre of a target cell."""
+    centres = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * (source / target) - 0.5
+    cells = torch.arange(source, device=device, dtype=torch.float32)
+    return (1 - (centres.clamp(0, source - 1)[:, None] - cells).abs()).clamp(min=0)

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from training.models.group_norm_kernels import GroupNormLast
+from training.models.group_norm_kernels import GroupNormFunction
 
 CASES = [
     ((2, 12, 3, 5), 4, torch.float32), ((1, 40, 8, 8), 4, torch.float32), ((2, 8, 1, 1), 4, torch.float32),
@@ -17,12 +17,12 @@ def compare(shape, groups, dtype, device):
     weight, bias, weights = torch.randn(shape[1], device=device), torch.randn(shape[1], device=device), torch.randn(shape, device=device)
     ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
     theirs = [t.float().clone().requires_grad_() for t in (x, weight, bias)]
-    found, wanted = GroupNormLast.apply(*ours, groups, 1e-5), F.group_norm(theirs[0], groups, *theirs[1:], 1e-5)
-    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
-    gradients = [torch.autograd.grad((y * weights).sum(), inputs) for y, inputs in ((found, ours), (wanted, theirs))]
-    for own, other in zip((found, *gradients[0]), (wanted, *gradients[1])):
-        apart = ((own.float() - other).abs().max() / other.abs().max().clamp(min=1)).item()
-        assert apart < (1e-5 if dtype == torch.float32 else 1e-2), (shape, dtype, apart)
+    result, expected = GroupNormFunction.apply(*ours, groups, 1e-5), F.group_norm(theirs[0], groups, *theirs[1:], 1e-5)
+    assert result.dtype == dtype and result.is_contiguous(memory_format=torch.channels_last)
+    gradients = [torch.autograd.grad((y * weights).sum(), inputs) for y, inputs in ((result, ours), (expected, theirs))]
+    for actual, target in zip((result, *gradients[0]), (expected, *gradients[1])):
+        difference = ((actual.float() - target).abs().max() / target.abs().max().clamp(min=1)).item()
+        assert difference < (1e-5 if dtype == torch.float32 else 1e-2), (shape, dtype, difference)
 
 
 if __name__ == "__main__":

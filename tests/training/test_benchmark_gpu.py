@@ -23,23 +23,23 @@ def measure(folder, parts=None, minutes=5.0):
 def test_every_part_runs_and_is_on_the_page(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    monkeypatch.setattr(gpu, "at_once", lambda ways, settings: started.extend([*way, *settings] for way in ways.values()) or [("bf16", 1, ["begins", "fails"])])
+    monkeypatch.setattr(gpu, "run_concurrently", lambda ways, settings: started.extend([*way, *settings] for way in ways.values()) or [("bf16", 1, ["begins", "fails"])])
     parts, page = measure(tmp_path)
     assert list(parts) == list(gpu.PARTS) and not [part["error"] for part in parts.values() if "error" in part]
     assert all(part["rows"] and f"## {part['title']}\n" in page for part in parts.values())
     step = parts["step"]["rows"][0]
     assert step["images/s"] == pytest.approx(1000 * step["batch"] / step["ms"])
     assert all(row["largest difference"] < 1e-6 for row in parts["upsampling"]["rows"])
-    drawn = parts["sampling"]["rows"][0]
-    assert drawn["minutes for 10000"] == pytest.approx(10_000 / drawn["images/s"] / 60)
+    sampling = parts["sampling"]["rows"][0]
+    assert sampling["minutes for 10000"] == pytest.approx(10_000 / sampling["images/s"] / 60)
     assert "begins\nfails" in page and "group normalisation" in page and "benchmark.py" in page
     monkeypatch.setattr(sys, "argv", started[0])  # train.py takes what it would be started with
     assert parse_arguments("")[0].precision == "bf16"
 
 
 def test_a_failure_is_written_and_the_rest_goes_on(tmp_path, monkeypatch):
-    def fails(bench):
-        bench.page.row(step="first", ms=1.0)
+    def fails(benchmark):
+        benchmark.page.row(step="first", ms=1.0)
         raise torch.OutOfMemoryError("too large")
 
     monkeypatch.setitem(gpu.PARTS, "profile", (fails, "Fails", 1))
@@ -61,10 +61,10 @@ def test_the_clock_decides_what_is_begun_and_ends_what_is_running(tmp_path):
 
 def test_programs_run_side_by_side_each_with_its_status_and_what_it_wrote():
     ways = {"good": ["-c", "print('one'); print('two')"], "bad": ["-c", "raise SystemExit('no')"]}
-    assert list(gpu.at_once(ways, [])) == [("good", 0, ["one", "two"]), ("bad", 1, ["no"])]
+    assert list(gpu.run_concurrently(ways, [])) == [("good", 0, ["one", "two"]), ("bad", 1, ["no"])]
 
 
 def test_without_a_gpu_and_for_unknown_parts_it_says_what_to_do(tmp_path):
-    for given, said in ({"small": False, "parts": None}, "--small"), ({"small": True, "parts": "speed"}, "step,upsampling"):
-        with pytest.raises(FeatInvError, match=said):
-            gpu.gpu(Namespace(config=None, device="cpu", minutes=1, out=tmp_path, **given))
+    for options, message in ({"small": False, "parts": None}, "--small"), ({"small": True, "parts": "speed"}, "step,upsampling"):
+        with pytest.raises(FeatInvError, match=message):
+            gpu.gpu(Namespace(config=None, device="cpu", minutes=1, out=tmp_path, **options))

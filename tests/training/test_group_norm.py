@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.models.group_norm import GroupNormLast, keep_channels_last
+from training.models.group_norm import ChannelsLastGroupNorm, keep_channels_last
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,4 +26,4 @@ def test_a_model_keeps_its_weights_and_what_it_computes_on_a_processor():
     x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     before, names = model(x), list(model.state_dict())
     keep_channels_last(model)
-    assert isinstance(model[1], GroupNormLast) and list(model.state_dict()) == names and torch.equal(model(x), before)
+    assert isinstance(model[1], ChannelsLastGroupNorm) and list(model.state_dict()) == names and torch.equal(model(x), before)

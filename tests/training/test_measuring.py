@@ -28,8 +28,8 @@ def small(monkeypatch):
 def test_both_recipes_learn_the_same_at_equal_settings(small, capsys):
     pictures = torch.rand(2, 3, 176, 176)
     benchmark.agreement(argparse.Namespace(config=small, device="cpu", agreement=3), pictures)
-    said = capsys.readouterr().out
-    assert float(said.split("at most ")[1].split()[0]) < 1e-4  # float32, summed in another order
+    output = capsys.readouterr().out
+    assert float(output.split("at most ")[1].split()[0]) < 1e-4  # float32, summed in another order
 
 
 def test_our_step_is_compiled_where_the_configuration_says_so(small, monkeypatch):
@@ -56,9 +56,9 @@ def test_the_peak_is_what_is_held_at_once_each_storage_once():
         b = a.view(2, 512)
         c = a + 1
         del a, b
-        kept = peak.now
+        held = peak.now
         d = torch.zeros(100)  # 400 bytes in a block of 512
-    assert kept == 4096 and peak.now == 4096 + 512 and peak.peak == 8192 and len(c) + len(d) == 1124
+    assert held == 4096 and peak.now == 4096 + 512 and peak.peak == 8192 and len(c) + len(d) == 1124
 
 
 def test_memory_of_a_step_grows_with_the_batch_and_falls_with_checkpointing_and_small_moments(small):

@@ -43,7 +43,17 @@ from training.evaluation.sources import open_source
 from training.evaluation.spaces import TimmSpace
 from training.evaluation.suites.cost import drawing_gmac
 from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
-from training.experiments.ablation_rows import ABLATIONS, PAPER_SAMPLING, RECOMMENDED, Ablation, Row, chosen_rows, config_of, sampling_of, weights_of
+from training.experiments.ablation_rows import (
+    ABLATIONS,
+    PAPER_SAMPLING,
+    RECOMMENDED,
+    Ablation,
+    Row,
+    chosen_rows,
+    config_of,
+    sampling_of,
+    weights_of,
+)
 from training.files import make_folder, write_text
 from training.loop.training import train
 from training.models.pipeline import load_pipeline

@@ -21,23 +21,23 @@ def _forward(x, weight, bias, y, mean, rstd, S, C, eps, WIDTH: tl.constexpr, BLO
     for first in range(0, S, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
         total += tl.load(x + start + s[:, None] * C + c[None, :], (s[:, None] < S) & inside[None, :], 0.0).to(tl.float32)
-    centre = tl.sum(tl.sum(total, 1), 0) / (S * WIDTH)
+    mu = tl.sum(tl.sum(total, 1), 0) / (S * WIDTH)
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for first in range(0, S, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
         mask = (s[:, None] < S) & inside[None, :]
-        apart = tl.where(mask, tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32) - centre, 0.0)
-        total += apart * apart
-    scale = 1 / tl.sqrt(tl.sum(tl.sum(total, 1), 0) / (S * WIDTH) + eps)
-    tl.store(mean + image * tl.num_programs(1) + group, centre)
-    tl.store(rstd + image * tl.num_programs(1) + group, scale)
+        centred = tl.where(mask, tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32) - mu, 0.0)
+        total += centred * centred
+    inv_std = 1 / tl.sqrt(tl.sum(tl.sum(total, 1), 0) / (S * WIDTH) + eps)
+    tl.store(mean + image * tl.num_programs(1) + group, mu)
+    tl.store(rstd + image * tl.num_programs(1) + group, inv_std)
     w = tl.load(weight + group * WIDTH + c, inside, 0.0).to(tl.float32)
     b = tl.load(bias + group * WIDTH + c, inside, 0.0).to(tl.float32)
     for first in range(0, S, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
         mask = (s[:, None] < S) & inside[None, :]
-        found = (tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32) - centre) * scale
-        tl.store(y + start + s[:, None] * C + c[None, :], found * w[None, :] + b[None, :], mask)
+        normed = (tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32) - mu) * inv_std
+        tl.store(y + start + s[:, None] * C + c[None, :], normed * w[None, :] + b[None, :], mask)
 
 
 @triton.jit
@@ -46,29 +46,29 @@ def _backward(x, weight, mean, rstd, dy, dx, dweight, dbias, S, C, WIDTH: tl.con
     c = tl.arange(0, BLOCK_C)
     inside = c < WIDTH
     start = image.to(tl.int64) * S * C + group * WIDTH
-    centre = tl.load(mean + image * tl.num_programs(1) + group)
-    scale = tl.load(rstd + image * tl.num_programs(1) + group)
-    of_weight = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    of_bias = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    mu = tl.load(mean + image * tl.num_programs(1) + group)
+    inv_std = tl.load(rstd + image * tl.num_programs(1) + group)
+    weight_terms = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    bias_terms = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for first in range(0, S, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
         mask = (s[:, None] < S) & inside[None, :]
-        normed = (tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32) - centre) * scale
+        normed = (tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32) - mu) * inv_std
         gradient = tl.load(dy + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
-        of_weight += gradient * normed
-        of_bias += gradient
-    sum_weight, sum_bias = tl.sum(of_weight, 0), tl.sum(of_bias, 0)  # [BLOCK_C]
-    tl.store(dweight + image * C + group * WIDTH + c, sum_weight, inside)
-    tl.store(dbias + image * C + group * WIDTH + c, sum_bias, inside)
+        weight_terms += gradient * normed
+        bias_terms += gradient
+    weight_gradient, bias_gradient = tl.sum(weight_terms, 0), tl.sum(bias_terms, 0)  # [BLOCK_C]
+    tl.store(dweight + image * C + group * WIDTH + c, weight_gradient, inside)
+    tl.store(dbias + image * C + group * WIDTH + c, bias_gradient, inside)
     w = tl.load(weight + group * WIDTH + c, inside, 0.0).to(tl.float32)
-    along = tl.sum(w * sum_weight, 0) / (S * WIDTH)
-    level = tl.sum(w * sum_bias, 0) / (S * WIDTH)
+    c1 = tl.sum(w * weight_gradient, 0) / (S * WIDTH)
+    c2 = tl.sum(w * bias_gradient, 0) / (S * WIDTH)
     for first in range(0, S, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
         mask = (s[:, None] < S) & inside[None, :]
-        normed = (tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32) - centre) * scale
+        normed = (tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32) - mu) * inv_std
         gradient = tl.load(dy + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
-        tl.store(dx + start + s[:, None] * C + c[None, :], scale * (gradient * w[None, :] - level - normed * along), mask)
+        tl.store(dx + start + s[:, None] * C + c[None, :], inv_std * (gradient * w[None, :] - c2 - normed * c1), mask)
 
 
 def _launch(x: Tensor, groups: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -79,7 +79,7 @@ def _launch(x: Tensor, groups: int) -> tuple[tuple[int, int], dict[str, int]]:
     return (len(x), groups), {"S": x.shape[2] * x.shape[3], "C": x.shape[1], "WIDTH": width, "BLOCK_S": block_s, "BLOCK_C": block_c}
 
 
-class GroupNormLast(torch.autograd.Function):
+class GroupNormFunction(torch.autograd.Function):
     """F.group_norm of x [B, C, H, W] in channels_last, weight and bias [C]; calculated in float32, in x's dtype and layout."""
 
     @staticmethod
@@ -97,5 +97,5 @@ class GroupNormLast(torch.autograd.Function):
         dx, (grid, sizes) = torch.empty_like(x), _launch(x, ctx.groups)
         dweight, dbias = (torch.empty(x.shape[:2], device=x.device) for _ in range(2))
         _backward[grid](x, weight, mean, rstd, dy.contiguous(memory_format=torch.channels_last), dx, dweight, dbias, **sizes)
-        wanted = ctx.needs_input_grad
-        return dx, dweight.sum(0).to(weight.dtype) if wanted[1] else None, dbias.sum(0).to(bias.dtype) if wanted[2] else None, None, None
+        needed = ctx.needs_input_grad
+        return dx, dweight.sum(0).to(weight.dtype) if needed[1] else None, dbias.sum(0).to(bias.dtype) if needed[2] else None, None, None

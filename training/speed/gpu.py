@@ -23,32 +23,32 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.resize import resize_bilinear
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import InversionInfo
 
-from ..cli import make_folder
 from ..config import CONFIGS, TrainConfig
-from ..loop.floor import floor_gmac
+from ..files import make_folder
+from ..loop.flops import step_gmac
 from ..loop.log import device_peak, peak_memory
-from ..models.group_norm import GroupNormLast, keep_channels_last
-from ..models.inversion import Opened
-from ..models.pipeline import Sampling
+from ..models.group_norm import ChannelsLastGroupNorm, keep_channels_last
+from ..models.pipeline import InversionPipeline
 from . import kernels, real_size
 from .page import Page
 from .real_size import Parts, Step
 from .sampling import one_by_one
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-MANY = 10_000  # reconstructions: an evaluation's
-LOOPED = 2  # pictures drawn one at a time
+EVALUATION_SIZE = 10_000  # pictures that an evaluation draws
+LOOP_SIZE = 2  # pictures drawn one at a time
 
 
-class Bench:
+class GpuBenchmark:
     """The models of one configuration, and what is measured on them; each method named in PARTS is one part of the page."""
 
     def __init__(self, config: TrainConfig, device: str, page: Page, small: bool = False) -> None:
         """config: its precision is our step's. small: narrow models and few pictures, to try the program out."""
         self.config, self.device, self.page, self.small = config, device, page, small
-        self.batch, self.large, self.few, self.steps = (2, 3, 1, (2, 3)) if small else (64, 128, 8, (20, 50))
+        self.batch, self.large_batch, self.small_batch, self.steps = (2, 3, 1, (2, 3)) if small else (64, 128, 8, (20, 50))
         self.graph = device == "cuda"
 
     @cached_property
@@ -63,21 +63,21 @@ class Bench:
         return real_size.build(self.config, self.device, real_size.SMALL if self.small else None)
 
     @cached_property
-    def floor(self) -> float:
-        """GMAC per image and step, see floor_gmac."""
-        return floor_gmac(self.parts.base, self.parts.backbone, self.parts.model, self.config)
+    def gmac(self) -> float:
+        """The least GMAC per image and step, see step_gmac."""
+        return step_gmac(self.parts.base, self.parts.backbone, self.parts.model, self.config)
 
     @cached_property
-    def side(self) -> tuple[int, int]:
+    def input_size(self) -> tuple[int, int]:
         """(h, w) that the backbone reads."""
         return self.parts.backbone.input_size
 
     def pictures(self, batch: int) -> Tensor:
-        return torch.rand(batch, 3, *self.side, device=self.device)
+        return torch.rand(batch, 3, *self.input_size, device=self.device)
 
     def build_alone(self) -> Parts:
         """build(), with nothing else on the device."""
-        _ = self.floor, self.side
+        _ = self.gmac, self.input_size
         self.__dict__.pop("parts", None)
         self.free()
         return self.build()
@@ -91,13 +91,13 @@ class Bench:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    def ours(self, batch: int, graph: bool = False, compiled: bool = False) -> Step:
+    def our_step(self, batch: int, graph: bool = False, compiled: bool = False) -> Step:
         """Our step with cached latents."""
         parts = replace(self.parts, config=replace(self.config, compile=compiled))
         return real_size.our_step(parts, self.pictures(batch), ("moments",), graph)
 
     @contextmanager
-    def training(self, what: str, batch: int, make: Callable[[], Step], repeats: int = 10) -> Iterator[Step]:
+    def timed_step(self, what: str, batch: int, make: Callable[[], Step], repeats: int = 10) -> Iterator[Step]:
         """Makes a step, times it, and adds a row; the step is there in the block and gone after it."""
         self.free()
         if self.device == "cuda":
@@ -105,17 +105,17 @@ class Bench:
         began = time.perf_counter()
         step = make()
         step().item()
-        ready = time.perf_counter() - began
+        first = time.perf_counter() - began
         seconds = real_size.seconds(step, *((1, 0) if self.small else (repeats, 1)))
-        rate, peak = batch / seconds, device_peak(torch.device(self.device))
-        share = {"share of bf16 peak, %": 100 * 2e9 * self.floor * rate / peak} if peak else {}
-        self.page.row(**{"step": what, "batch": batch, "ms": 1000 * seconds, "images/s": rate} | share | {"GB": peak_memory(), "s until the first step": ready})
+        images_per_second, peak = batch / seconds, device_peak(torch.device(self.device))
+        share = {"share of bf16 peak, %": 100 * 2e9 * self.gmac * images_per_second / peak} if peak else {}
+        self.page.row(**{"step": what, "batch": batch, "ms": 1000 * seconds, "images/s": images_per_second} | share | {"GB": peak_memory(), "s until the first step": first})
         yield step
         del step
         self.free()
 
     def time_step(self, what: str, batch: int, make: Callable[[], Step], repeats: int = 10) -> None:
-        with self.training(what, batch, make, repeats):
+        with self.timed_step(what, batch, make, repeats):
             pass
 
     # Parts
@@ -125,8 +125,8 @@ class Bench:
         _ = self.parts
         built = time.perf_counter() - began
         parameters = sum(p.numel() for p in self.parts.model.parameters()) / 1e6
-        self.page.text(f"{parameters:.0f} M trained parameters; floor {self.floor:.1f} GMAC per image and step; models built in {built:.1f} s.")
-        self.time_step("one CUDA graph" if self.graph else "plain", self.batch, lambda: self.ours(self.batch, self.graph))
+        self.page.text(f"{parameters:.0f} M trained parameters; at least {self.gmac:.1f} GMAC per image and step; models built in {built:.1f} s.")
+        self.time_step("one CUDA graph" if self.graph else "plain", self.batch, lambda: self.our_step(self.batch, self.graph))
 
     def upsampling(self) -> None:
         source = self.parts.model.source
@@ -140,35 +140,35 @@ class Bench:
                 self.page.row(**{"upsampling": name, "layout": str(form).removeprefix("torch."), "batch": self.batch, "ms": ms, "largest difference": difference})
 
     def profile(self) -> None:
-        with self.training("plain", self.batch, lambda: self.ours(self.batch), 3) as step:
-            found = kernels.kernels_of(step)
-        whole = sum(kernel.ms for kernel in found)
-        self.page.text(f"{whole:.1f} ms in all, {sum(kernel.calls for kernel in found)} calls.")
-        for kind, ms in kernels.by_kind(found).items():
-            self.page.row(**{"kind": kind, "ms": ms, "share, %": 100 * ms / whole})
-        for kernel in found[:30]:
+        with self.timed_step("plain", self.batch, lambda: self.our_step(self.batch), 3) as step:
+            profiled = kernels.kernels_of(step)
+        total = sum(kernel.ms for kernel in profiled)
+        self.page.text(f"{total:.1f} ms in all, {sum(kernel.calls for kernel in profiled)} calls.")
+        for kind, ms in kernels.by_kind(profiled).items():
+            self.page.row(**{"kind": kind, "ms": ms, "share, %": 100 * ms / total})
+        for kernel in profiled[:30]:
             self.page.row(**{"the costliest": kernel.name[:120], "calls": kernel.calls, "ms": kernel.ms, "kind": kernel.kind})
 
     def group_norm(self) -> None:
         channels, side = self.parts.base.unet.config.block_out_channels[0], self.parts.base.latent_size
         x = torch.randn(self.batch, channels, side, side, device=self.device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
         plain = torch.nn.GroupNorm(32, channels).to(x)
-        wanted, (gradient,) = plain(x), torch.autograd.grad(plain(x).square().sum(), x)
-        for kind in (torch.nn.GroupNorm, GroupNormLast):
+        expected, (expected_gradient,) = plain(x), torch.autograd.grad(plain(x).square().sum(), x)
+        for kind in (torch.nn.GroupNorm, ChannelsLastGroupNorm):
             norm = kind(32, channels).to(x)
-            found, (own,) = norm(x), torch.autograd.grad(norm(x).square().sum(), x)
+            result, (gradient,) = norm(x), torch.autograd.grad(norm(x).square().sum(), x)
             ms = 1000 * real_size.seconds(lambda: torch.autograd.grad(norm(x).sum(), x), 1 if self.small else 10)  # noqa: B023
             self.page.row(**{"group normalisation": kind.__name__, "map": f"{tuple(x.shape)} bf16", "ms, forward and backward": ms,
-                             "largest difference": (found - wanted).abs().max().item(), "of the gradient": (own - gradient).abs().max().item()})  # fmt: skip
+                             "largest difference": (result - expected).abs().max().item(), "of the gradient": (gradient - expected_gradient).abs().max().item()})  # fmt: skip
         for part in (self.parts.base.unet, self.parts.model):
             keep_channels_last(part)
         try:
-            self.time_step("GroupNormLast", self.batch, lambda: self.ours(self.batch, self.graph))
+            self.time_step("ChannelsLastGroupNorm", self.batch, lambda: self.our_step(self.batch, self.graph))
         finally:
             del self.parts  # the other parts measure torch's
 
     def step_large(self) -> None:
-        self.time_step("one CUDA graph" if self.graph else "plain", self.large, lambda: self.ours(self.large, self.graph), 5)
+        self.time_step("one CUDA graph" if self.graph else "plain", self.large_batch, lambda: self.our_step(self.large_batch, self.graph), 5)
 
     def sampling(self) -> None:
         self.draw(self.parts, self.steps[0])
@@ -179,13 +179,13 @@ class Bench:
 
     def compiled(self) -> None:
         for graph in dict.fromkeys((self.graph, False)):
-            self.time_step(f"compiled{', one CUDA graph' if graph else ''}", self.batch, lambda: self.ours(self.batch, graph, True))  # noqa: B023
+            self.time_step(f"compiled{', one CUDA graph' if graph else ''}", self.batch, lambda: self.our_step(self.batch, graph, True))  # noqa: B023
 
     def released(self) -> None:
         def make() -> Step:
-            return real_size.released_step(self.build_alone(), self.pictures(self.few))
+            return real_size.released_step(self.build_alone(), self.pictures(self.small_batch))
 
-        self.time_step("released recipe, float32", self.few, make, 4)
+        self.time_step("released recipe, float32", self.small_batch, make, 4)
 
     def sampling_float32(self) -> None:
         parts = self.build_alone()
@@ -198,12 +198,12 @@ class Bench:
 
     def memory(self) -> None:
         unet, controlnet = self.parts.base.unet, self.parts.model.controlnet
-        for again in (False, True):
+        for checkpointing in (False, True):
             for part in (unet, controlnet):
-                (part.enable_gradient_checkpointing if again else part.disable_gradient_checkpointing)()
+                (part.enable_gradient_checkpointing if checkpointing else part.disable_gradient_checkpointing)()
             try:
-                for batch in sorted({1, self.few, self.batch}):
-                    self.time_step(f"plain{', checkpointing' if again else ''}", batch, lambda: self.ours(batch), 2)  # noqa: B023
+                for batch in sorted({1, self.small_batch, self.batch}):
+                    self.time_step(f"plain{', checkpointing' if checkpointing else ''}", batch, lambda: self.our_step(batch), 2)  # noqa: B023
             finally:
                 for part in (unet, controlnet):
                     part.disable_gradient_checkpointing()
@@ -215,46 +215,46 @@ class Bench:
             ways |= {"bf16, FSDP": [*fsdp, "--precision", "bf16"], "fp16": [str(TRAIN), "--precision", "fp16"], "bf16, CUDA graph": [str(TRAIN), "--graph", "true"]}
         images, batch = (2, 1) if self.small else (2560, 64)
         settings = ["--max-images", str(images), "--batch", str(batch), "--warmup", "0", "--panel-every", "1000000"]
-        for what, status, said in at_once(ways, [*settings, *(["--standardise", "false", "--cycle", "0"] if self.small else [])]):
-            self.page.row(**{"train.py, the drawn world": what, "images": images, "exit status": status, "last line": (said or [""])[-1]})
+        for what, status, lines in run_concurrently(ways, [*settings, *(["--standardise", "false", "--cycle", "0"] if self.small else [])]):
+            self.page.row(**{"train.py, the drawn world": what, "images": images, "exit status": status, "last line": (lines or [""])[-1]})
             if status:
-                self.page.text("\n".join(["```", *said[-25:], "```"]))
+                self.page.text("\n".join(["```", *lines[-25:], "```"]))
 
     def draw(self, parts: Parts, steps: int) -> None:
         """Adds a row of a batch drawn with guidance."""
-        opened, features = self.opened(parts)
-        start = opened.noise(range(self.batch))
+        pipeline, features = self.pipeline(parts)
+        start = pipeline.noise(range(self.batch))
         with real_size.in_precision(parts):
-            opened.draw(features, Sampling(steps=2), start, self.batch)
+            pipeline.draw(features, Sampling(steps=2), start, self.batch)
             began = time.perf_counter()
-            opened.draw(features, Sampling(steps=steps), start, self.batch)  # the pictures are on the CPU: nothing is still running
+            pipeline.draw(features, Sampling(steps=steps), start, self.batch)  # the pictures are on the CPU: nothing is still running
             seconds = time.perf_counter() - began
-        self.sampled(parts, "one batch", self.batch, steps, seconds)
+        self.sampling_row(parts, "one batch", self.batch, steps, seconds)
 
     def draw_one_by_one(self, parts: Parts, steps: int) -> None:
         """Adds a row of pictures drawn as the paper's released script does."""
-        opened, features = self.opened(parts)
-        start, few = opened.noise(range(LOOPED)), features.select(slice(0, LOOPED))
+        pipeline, features = self.pipeline(parts)
+        start, few = pipeline.noise(range(LOOP_SIZE)), features.select(slice(0, LOOP_SIZE))
         with real_size.in_precision(parts):
-            one_by_one(opened, few.select(slice(0, 1)), Sampling(steps=2), start[:1])
+            one_by_one(pipeline, few.select(slice(0, 1)), Sampling(steps=2), start[:1])
             began = time.perf_counter()
-            one_by_one(opened, few, Sampling(steps=steps), start)
+            one_by_one(pipeline, few, Sampling(steps=steps), start)
             seconds = time.perf_counter() - began
-        self.sampled(parts, "one picture at a time", LOOPED, steps, seconds)
+        self.sampling_row(parts, "one picture at a time", LOOP_SIZE, steps, seconds)
 
-    def opened(self, parts: Parts) -> tuple[Opened, FeatureMap]:
-        """The models as sampling takes them, and feature maps of a batch of pictures."""
+    def pipeline(self, parts: Parts) -> tuple[InversionPipeline, FeatureMap]:
+        """The models as a pipeline, and feature maps of a batch of pictures."""
         info = InversionInfo(parts.model.source, {}, {"name": "random"}, parts.config.prompt)
-        opened = Opened(info, parts.base, parts.backbone, parts.model)
+        pipeline = InversionPipeline(info, parts.base, parts.backbone, parts.model)
         with real_size.in_precision(parts):
-            return opened, opened.features(self.pictures(self.batch))
+            return pipeline, pipeline.features(self.pictures(self.batch))
 
-    def sampled(self, parts: Parts, what: str, count: int, steps: int, seconds: float) -> None:
+    def sampling_row(self, parts: Parts, what: str, count: int, steps: int, seconds: float) -> None:
         self.page.row(**{"sampling": what, "precision": parts.config.precision, "pictures": count, "steps": steps, "seconds": seconds,
-                         "images/s": count / seconds, f"minutes for {MANY}": MANY * seconds / count / 60, "GB": peak_memory()})  # fmt: skip
+                         "images/s": count / seconds, f"minutes for {EVALUATION_SIZE}": EVALUATION_SIZE * seconds / count / 60, "GB": peak_memory()})  # fmt: skip
 
 
-def at_once(ways: dict[str, list[str]], settings: list[str]) -> Iterator[tuple[str, int, list[str]]]:
+def run_concurrently(ways: dict[str, list[str]], settings: list[str]) -> Iterator[tuple[str, int, list[str]]]:
     """Runs programs of this Python side by side, each in a folder of its own; (name, exit status, lines it wrote) of each."""
     env = os.environ | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
     with tempfile.TemporaryDirectory() as folder:
@@ -274,18 +274,18 @@ def at_once(ways: dict[str, list[str]], settings: list[str]) -> Iterator[tuple[s
 
 #: name -> what runs, its title, and the seconds it is expected to take on an H100 at real size
 PARTS = {
-    "step": (Bench.step, "Training step, bf16, latents cached", 15),
-    "upsampling": (Bench.upsampling, "The conditional encoder's upsampling alone", 2),
-    "profile": (Bench.profile, "Where the step spends its time", 8),
-    "step_large": (Bench.step_large, "Training step, large batch", 8),
-    "sampling": (Bench.sampling, "Sampling with guidance", 15),
-    "sampling_long": (Bench.sampling_long, "Sampling with guidance, more steps", 12),
-    "group_norm": (Bench.group_norm, "Group normalisation in channels_last, a Triton kernel beside torch's", 30),
-    "released": (Bench.released, "Training step, the released recipe", 12),
-    "sampling_float32": (Bench.sampling_float32, "Sampling with guidance, float32, as evaluate.py draws", 30),
-    "memory": (Bench.memory, "Memory of a step", 12),
-    "branches": (Bench.branches, "Branches of train.py that no processor runs", 45),
-    "compiled": (Bench.compiled, "Training step, compiled", 150),  # last: it may take all the time that is left
+    "step": (GpuBenchmark.step, "Training step, bf16, latents cached", 15),
+    "upsampling": (GpuBenchmark.upsampling, "The conditional encoder's upsampling alone", 2),
+    "profile": (GpuBenchmark.profile, "Where the step spends its time", 8),
+    "step_large": (GpuBenchmark.step_large, "Training step, large batch", 8),
+    "sampling": (GpuBenchmark.sampling, "Sampling with guidance", 15),
+    "sampling_long": (GpuBenchmark.sampling_long, "Sampling with guidance, more steps", 12),
+    "group_norm": (GpuBenchmark.group_norm, "Group normalisation in channels_last, a Triton kernel beside torch's", 30),
+    "released": (GpuBenchmark.released, "Training step, the released recipe", 12),
+    "sampling_float32": (GpuBenchmark.sampling_float32, "Sampling with guidance, float32, as evaluate.py draws", 30),
+    "memory": (GpuBenchmark.memory, "Memory of a step", 12),
+    "branches": (GpuBenchmark.branches, "Branches of train.py that no processor runs", 45),
+    "compiled": (GpuBenchmark.compiled, "Training step, compiled", 150),  # last: it may take all the time that is left
 }
 
 
@@ -302,11 +302,11 @@ def gpu(args: argparse.Namespace) -> None:
     make_folder(args.out)
     config = replace(args.config, backbone="resnet10t", input_size=64, encoder_width=16) if args.small else args.config
     page = Page(args.out, args.minutes, facts(args.device, config))
-    bench = Bench(config, args.device, page, args.small)
+    benchmark = GpuBenchmark(config, args.device, page, args.small)
     for name in names:
         run, title, seconds = PARTS[name]
-        page.part(name, title, 1 if args.small else seconds, lambda: run(bench))  # noqa: B023
-        bench.free()
+        page.part(name, title, 1 if args.small else seconds, lambda: run(benchmark))  # noqa: B023
+        benchmark.free()
     print(page.markdown())
 
 

@@ -42,13 +42,13 @@ def kernels_of(step: Callable[[], object]) -> list[Kernel]:
     events = profiler.key_averages()
     if gpu:  # without what torch marks on the device around several kernels, such as the optimizer's step
         events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
-    found = [Kernel(e.key, e.count, (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000) for e in events]
-    return sorted((k for k in found if k.ms > 0), key=lambda k: -k.ms)
+    kernels = [Kernel(e.key, e.count, (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000) for e in events]
+    return sorted((k for k in kernels if k.ms > 0), key=lambda k: -k.ms)
 
 
 def by_kind(kernels: list[Kernel]) -> dict[str, float]:
     """kind -> ms, the costliest first."""
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
     for kernel in kernels:
-        found[kernel.kind] = found.get(kernel.kind, 0.0) + kernel.ms
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        times[kernel.kind] = times.get(kernel.kind, 0.0) + kernel.ms
+    return dict(sorted(times.items(), key=lambda item: -item[1]))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from ..cli import write_text
+from ..files import write_text
 
 Value = str | int | float
 
@@ -27,7 +27,7 @@ class Page:
         """minutes: after which nothing is running any more, from now on. facts: what was measured on, "device" first."""
         self.folder, self.facts, self.parts = folder, facts, {}
         self.ends = time.monotonic() + 60 * minutes
-        self._now: dict = {}
+        self._part: dict = {}
         self.write()
 
     def left(self) -> float:
@@ -37,29 +37,29 @@ class Page:
     def part(self, name: str, title: str, expected: float, run: Callable[[], None]) -> None:
         """Runs a part, which calls row and text, if the seconds it is expected to take are left; it is cut off when the
         time is up."""
-        self._now = self.parts[name] = {"title": title, "rows": [], "texts": []}
+        self._part = self.parts[name] = {"title": title, "rows": [], "texts": []}
         if self.left() < expected:
-            self._now["not begun"] = f"expected to take {expected:.0f} s, and {max(0.0, self.left()):.0f} s were left"
+            self._part["not begun"] = f"expected to take {expected:.0f} s, and {max(0.0, self.left()):.0f} s were left"
         else:
             print(f"{title} ...", flush=True)
             began = time.monotonic()
             try:
-                with cut_off(self.left()):
+                with time_limit(self.left()):
                     run()
             except Exception as error:  # one part out of memory must not lose the others
-                self._now["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-            self._now["seconds"] = round(time.monotonic() - began, 1)
+                self._part["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            self._part["seconds"] = round(time.monotonic() - began, 1)
         self.write()
 
     def row(self, **values: Value) -> None:
         """Adds a row to the part's table, or begins the next one where its columns are others."""
-        self._now["rows"].append(values)
-        print("    " + ", ".join(f"{name} {shown(value)}" for name, value in values.items()), flush=True)
+        self._part["rows"].append(values)
+        print("    " + ", ".join(f"{name} {format_cell(value)}" for name, value in values.items()), flush=True)
         self.write()
 
     def text(self, line: str) -> None:
         """Adds a sentence under the part's tables."""
-        self._now["texts"].append(line)
+        self._part["texts"].append(line)
         print(f"    {line}", flush=True)
         self.write()
 
@@ -75,7 +75,7 @@ class Page:
             lines += ["", f"## {part['title']}"]
             for columns, rows in groupby(part["rows"], list):
                 lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-                lines += ["| " + " | ".join(map(shown, row.values())) + " |" for row in rows]
+                lines += ["| " + " | ".join(map(format_cell, row.values())) + " |" for row in rows]
             for line in part["texts"]:
                 lines += ["", line]
             for what in ("not begun", "error"):
@@ -86,13 +86,13 @@ class Page:
         return "\n".join(lines) + "\n"
 
 
-def shown(value: Value) -> str:
+def format_cell(value: Value) -> str:
     """A table's cell: four digits of a number."""
     return (f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}") if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 @contextmanager
-def cut_off(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raises OutOfTime in the block after so many seconds, and again every five: libraries swallow exceptions here and
     there. Does nothing outside the main thread and on Windows, which has no such alarm."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):

@@ -60,9 +60,9 @@ def build(config: TrainConfig, device: str, changes: Mapping[str, dict] | None =
     """The configuration's backbone, Stable Diffusion 1.x, its ControlNet and encoder, float32 on `device`. changes: of
     fields of its parts, as SMALL has them."""
     torch.manual_seed(0)
-    own = {"unet": {}, "vae": {}, "text": {}} | dict(changes or {})
+    fields = {"unet": {}, "vae": {}, "text": {}} | dict(changes or {})
     with torch.device(device):
-        unet, vae, text = UNet2DConditionModel(**UNET | own["unet"]), AutoencoderKL(**VAE | own["vae"]), build_text_encoder(**own["text"])
+        unet, vae, text = UNet2DConditionModel(**UNET | fields["unet"]), AutoencoderKL(**VAE | fields["vae"]), build_text_encoder(**fields["text"])
         backbone = untrained_backbone(config.backbone, config.input_size)
         with torch.no_grad():
             embedding = text.eval()(empty_text(device))[0]
