@@ -163,7 +163,7 @@ def from_official(official: Mapping[str, Tensor], heads: int, file: str | Path) 
     """
     config = controlnet_config(official, heads)
     hidden, channels = _shape(official, FIRST_HINT)[:2]
-    settings = {"kind": "conv", "channels": channels, "out_channels": config["block_out_channels"][0], "width": hidden}
+    settings = {"kind": "conv", "channels": channels, "out_channels": config["block_out_channels"][0], "width": hidden, "kernel": 3}
     ours = {k: v for k, v in skeleton(config, settings).items() if k.removeprefix(ENCODER_PREFIX) not in ("mean", "deviation")}
     names = {official_name(key, config["layers_per_block"]): key for key in ours}
     require_fit({CONTROL + k: v for k, v in official.items()}, {CONTROL + k: ours[v] for k, v in names.items()}, file)

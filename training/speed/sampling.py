@@ -42,13 +42,13 @@ def compare(pipeline: InversionPipeline, features: FeatureMap, settings: Samplin
     difference of their pixels in 0..1: {"loop", "batched", "times", "difference"}."""
     start = pipeline.noise(range(len(features)))
     ways = {"loop": lambda f, x: one_by_one(pipeline, f, settings, x), "batched": lambda f, x: pipeline.draw(f, settings, x, batch)}
-    lrs, drawn = {}, {}
+    speeds, drawn = {}, {}
     for name, way in ways.items():
         way(features.select(slice(0, 1)), start[:1])
         began = time.perf_counter()
         drawn[name] = way(features, start)  # the pictures are on the CPU: nothing is still running
-        lrs[name] = len(features) / (time.perf_counter() - began)
-    return lrs | {"times": lrs["batched"] / lrs["loop"], "difference": (drawn["loop"] - drawn["batched"]).abs().max().item()}
+        speeds[name] = len(features) / (time.perf_counter() - began)
+    return speeds | {"times": speeds["batched"] / speeds["loop"], "difference": (drawn["loop"] - drawn["batched"]).abs().max().item()}
 
 
 def sampling(args: argparse.Namespace, count: int = 32) -> None:
