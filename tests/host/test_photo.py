@@ -22,8 +22,8 @@ def test_the_same_photograph_as_the_command_line(seen):
 
 
 def test_a_world_s_latent_is_of_its_own_size(seen):
-    """The stock Empty Latent Image, eight pixels to a cell, is right for one world only."""
-    assert seen["latents"]["drawn"]["cells"] == [1, 24, 8, 8] and seen["latents"]["photo"]["cells"][2:] == [8, 8]
+    """The size that its models were trained at."""
+    assert seen["latents"]["drawn"]["cells"] == [1, 24, 8, 8] and seen["latents"]["photo"]["cells"] == [1, 24, 16, 16]
     for result in seen["latents"].values():
         assert result["empty"] and result["picture"] == [1, result["side"], result["side"], 3]
 

@@ -104,7 +104,7 @@ class Ablation:
 ABLATIONS = {
     "drawn": Ablation(drawn_rows, "tiny_cnn_last.yaml", LAST, "tiny-cnn", "tiny-vit", SHARED, 51_200, 500),
     "photo": Ablation(
-        photo_rows, "photo_lite0_blocks4.yaml", "blocks.4", "tf_efficientnet_lite0.in1k", "tf_efficientnet_lite2.in1k", SHARED | {"compile": "false"}, 6_400, 100
+        photo_rows, "photo_lite0_blocks4.yaml", "blocks.4", "tf_efficientnet_lite0.in1k", "tf_efficientnet_lite2.in1k", SHARED | {"compile": "false"}, 6_400, 64
     ),
 }
 
