@@ -38,7 +38,7 @@ from featinv_nodes.core.viz import (
     parse_groups,
     signed_difference,
 )
-from featinv_nodes.worlds import concepts_file, model_file
+from featinv_nodes.worlds import CONCEPTS, concepts_file, model_file
 from training.cli import model_parser, pipeline_from, run
 from training.concepts.viz import visualize
 from training.files import make_folder, write_json
@@ -49,7 +49,7 @@ from training.report import Cell, panel, save_image, to_image
 def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__, gradient=0.0)  # of an edited map it draws less of the edit: docs/concepts.md
     parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
-    parser.add_argument("--concepts", type=Path, default=concepts_file("tiny_cnn_concepts"), help="concept file (default: the drawn world's)")
+    parser.add_argument("--concepts", default="tiny_cnn_concepts", help=f"concept file, or one of the shipped {', '.join(CONCEPTS)} (default: %(default)s)")
     parser.add_argument("--names", required=True, help='concepts, such as "object" or "0, 3; 1"')
     parser.add_argument("--factor", type=float, default=FACTOR, help="what they are multiplied by: 0.25 as in the paper, 0 removes, above 1 amplifies")
     parser.add_argument("--keep-length", action="store_true", help="scale vectors that grow back to the length they had")
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.seeds < 1 or not 0 <= args.threshold <= 1:
         raise FeatInvError(f"--seeds {args.seeds} --threshold {args.threshold}: expected at least 1, and 0 to 1")
     make_folder(args.out)
-    concepts, groups = load_concepts(args.concepts), parse_groups(args.names)
+    concepts, groups = load_concepts(concepts_file(args.concepts)), parse_groups(args.names)
     pictures = [read_image(file) for file in args.image]
     pipeline, sampling = pipeline_from(args)
     pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     save_image(panel(grid, names, heading, columns), args.out / "grid.png")
     save_image(panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading), args.out / "details.png")
     write_json(args.out / "results.json", {
-        "model": args.model, "concepts": str(args.concepts), "images": [str(f) for f in args.image], "sampling": asdict(sampling), "request": asdict(request), "maps": entries,
+        "model": args.model, "concepts": args.concepts, "images": [str(f) for f in args.image], "sampling": asdict(sampling), "request": asdict(request), "maps": entries,
     })
     for (name, visualization), scope in zip(details, scopes):
         print(f"{name}, {title(visualization)}: {visualization.slope.describe()}; scope: {scope.get('line', 'unknown')}")

@@ -53,8 +53,12 @@ def model_file(name: str) -> Path:
 
 
 def concepts_file(name: str) -> Path:
-    """The file of shipped concepts, by its name without suffix."""
-    return CONCEPTS[name].folder / f"{name}.safetensors"
+    """The file of shipped concepts, or an existing concept file. Raises FeatInvError, listing the names."""
+    if name in CONCEPTS:
+        return CONCEPTS[name].folder / f"{name}.safetensors"
+    if Path(name).is_file():
+        return Path(name)
+    raise FeatInvError(f"there are no concepts {name!r}: neither a file nor one of the shipped concept files {', '.join(CONCEPTS)}")
 
 
 def drawing_world(data: str) -> World | None:

@@ -80,7 +80,7 @@ class Photo(World):
     batch = ("amount", "Repeat Latent Batch")
     note = (
         "Runs at once, on a processor too: the models are part of the pack. Load a photograph of yours in place of the example. "
-        "The weights are at an early stage: from the layers blocks.2 and blocks.4 they draw what is where and in which colours, without detail; from the last layer little."
+        "From blocks.2 nearly the photograph comes back, from blocks.4 things, places and colours, from the last layer the kind of thing."
     )
     second = " For want of a second picture b is the example mirrored: load one of yours in the second Load Image, and bypass the node behind it."
     paint = (

@@ -30,4 +30,5 @@ PHOTO = World(
     backbones={LITE0.name: LITE0, LITE2.name: LITE2},
     independent={LITE0.name: LITE2.name},
     models=("photo_lite0_blocks2", "photo_lite0_blocks4", "photo_lite0_last", "photo_lite0_pooled"),
+    concepts=("photo_lite0_pagoda", "photo_lite0_sunflower"),
 )
