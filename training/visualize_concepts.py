@@ -94,11 +94,11 @@ def main(argv: list[str] | None = None) -> None:
     pipeline, sampling = pipeline_from(args)
     pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
     features = pipeline.features(pixel_values)
-    request = VizSettings(args.factor, args.seeds, args.seed, args.keep_length, args.closed_loop)
+    settings = VizSettings(args.factor, args.seeds, args.seed, args.keep_length, args.closed_loop)
     rows = []
     with tqdm(desc="drawing", unit="picture") as bar:
         for i in range(len(pixel_values)):
-            rows.append(visualize(pipeline, features.select(i), concepts, groups, request, sampling, args.batch, bar.update))
+            rows.append(visualize(pipeline, features.select(i), concepts, groups, settings, sampling, args.batch, bar.update))
     stems = [f"{i:03d}_{Path(file).stem}" for i, file in enumerate(args.image)]
     details = [(Path(file).name[:18], visualization) for file, row in zip(args.image, rows) for visualization in row]
     edited = concatenate([visualization.change.changed for _, visualization in details])
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     save_image(panel(grid, names, heading, columns), args.out / "grid.png")
     save_image(panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading), args.out / "details.png")
     write_json(args.out / "results.json", {
-        "model": args.model, "concepts": args.concepts, "images": [str(f) for f in args.image], "sampling": asdict(sampling), "request": asdict(request), "maps": entries,
+        "model": args.model, "concepts": args.concepts, "images": [str(f) for f in args.image], "sampling": asdict(sampling), "settings": asdict(settings), "maps": entries,
     })
     for (name, visualization), scope in zip(details, scopes):
         print(f"{name}, {title(visualization)}: {visualization.slope.describe()}; scope: {scope.get('line', 'unknown')}")

@@ -81,18 +81,18 @@ def discovered_track(pipeline: InversionPipeline, layer: str, method: str) -> Tr
     return Track(DISCOVERED[method], concepts, chosen, notes)
 
 
-def trials(pipeline: InversionPipeline, scene: Scenes, pixel_values: Tensor, track: Track, sampling: Sampling, request: VizSettings) -> Iterator[Trial]:
+def trials(pipeline: InversionPipeline, scene: Scenes, pixel_values: Tensor, track: Track, sampling: Sampling, settings: VizSettings) -> Iterator[Trial]:
     """The object and the background of one preprocessed scene [3, H, W], with every heat map."""
     features, layer = pipeline.features(pixel_values[None]), pipeline.info.source.layer
     covered = scene.masks[0].sum(0).clamp(max=1) > 0.5
     names = {"object": track.stands_for[OBJECT], "background": track.stands_for[BACKGROUNDS[scene.background[0]]]}
-    asked = visualize(pipeline, features, track.concepts, [[n] for n in names.values()], replace(request, closed=False), sampling)
+    asked = visualize(pipeline, features, track.concepts, [[n] for n in names.values()], replace(settings, closed=False), sampling)
     for (kind, name), visualization in zip(names.items(), asked):
         trial = Trial(kind, name, pixel_values, covered if kind == "object" else ~covered, visualizations={VIZ: visualization})
         if track.name == TRUE:
-            trial.visualizations[CLOSED] = visualization if visualization.slope.passed else visualize(pipeline, features, track.concepts, [[name]], replace(request, closed=True), sampling)[0]
+            trial.visualizations[CLOSED] = visualization if visualization.slope.passed else visualize(pipeline, features, track.concepts, [[name]], replace(settings, closed=True), sampling)[0]
             random = localisation.random_subspace(track.concepts, name, int(scene.centre.sum() * 1000))
-            trial.heats["random subspace"] = visualize(pipeline, features, random, [["random"]], replace(request, closed=False), sampling)[0].distance
+            trial.heats["random subspace"] = visualize(pipeline, features, random, [["random"]], replace(settings, closed=False), sampling)[0].distance
         trial.heats |= {method: one.distance for method, one in trial.visualizations.items()}
         if (null := null_difference(visualization.original)) is not None:
             trial.heats["seeds alone"] = null
@@ -138,14 +138,14 @@ def open_in_worker(args: argparse.Namespace, tracks: Sequence[Track]) -> None:
     if args.workers > 1:
         torch.set_num_threads(1)
     pipeline, sampling = pipeline_from(args)
-    _mine.update(pipeline=pipeline, sampling=sampling, tracks=tracks, request=VizSettings(args.factor, args.seeds))
+    _mine.update(pipeline=pipeline, sampling=sampling, tracks=tracks, settings=VizSettings(args.factor, args.seeds))
 
 
 def trials_of_scene(row: int) -> bytes:
     """All trials of a held-out scene per track, pickled by value: shared memory would take a file handle for each tensor."""
     pipeline, scenes = _mine["pipeline"], draw(0, torch.tensor([row]), "held-out")
     pixel_values = pipeline.backbone.preprocess(scenes.image)[0]
-    return pickle.dumps({t.name: list(trials(pipeline, scenes, pixel_values, t, _mine["sampling"], _mine["request"])) for t in _mine["tracks"]})
+    return pickle.dumps({t.name: list(trials(pipeline, scenes, pixel_values, t, _mine["sampling"], _mine["settings"])) for t in _mine["tracks"]})
 
 
 def in_workers(args: argparse.Namespace, tracks: Sequence[Track], rows: Sequence[int]) -> Iterator[bytes]:
