@@ -17,7 +17,7 @@ PICTURED = [f for f in EMBEDDED if any(FOLDER.glob(f"{f.stem.split('_')[0]}_*.pn
 LEAST = {
     "tiny_reconstruct": 0.9, "tiny_seeds": 0.9, "tiny_interpolate": 0.8, "tiny_compose": 0.65, "tiny_attenuate": 0.7, "tiny_viz": 0.7, "tiny_discover": 0.65,
     "tiny_backbones": 0.6, "tiny_two_guidances": 0.95, "tiny_faithful": 0.98,
-    "photo_reconstruct": 0.65, "photo_seeds": 0.65, "photo_interpolate": 0.4, "photo_compose": 0.4, "photo_viz": 0.4, "photo_depth": 0.3, "photo_concept": 0.45,
+    "photo_reconstruct": 0.55, "photo_seeds": 0.55, "photo_interpolate": 0.35, "photo_compose": 0.35, "photo_viz": 0.35, "photo_depth": 0.25, "photo_concept": 0.35,
 }  # fmt: skip
 
 
