@@ -43,7 +43,9 @@ SHORTEST = 5.0  # seconds of a stage, below which nothing is learned
 SHOWN = 8
 CYCLE = {"cycle": 0.5, "cycle_below": 500}  # of the inversion models; at equal time it brings more than twice the images do
 #: chosen on photographs that were kept back
-RECOMMENDED = {"strength": 1.0, "guidance": 3.0, "negative": "features", "steps": 10, "gradient": 0.06, "gradient_steps": 5}
+RECOMMENDED = {"strength": 1.0, "guidance": 3.0, "negative": "features", "steps": 10}
+#: of unpooled maps; a pooled one lets the gradient change pictures in ways that only the network sees
+GUIDED = RECOMMENDED | {"gradient": 0.06, "gradient_steps": 5}
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class Maker:
         start = next((str(file) for file in reversed(before) if file.exists()), self.args.init_from)
         config = TrainConfig(
             name, self.backbone.name, base.name, self.args.data[0], PHOTO.prompt, 1, layer=layer, pooled=pooled, encoder="conv_at_map", encoder_width=self.sizes.widths[0],
-            batch=self.batch, lr=self.args.lr, ema=0.999, compile=self.args.compile, **CYCLE, init_from=start, recommended=RECOMMENDED,
+            batch=self.batch, lr=self.args.lr, ema=0.999, compile=self.args.compile, **CYCLE, init_from=start, recommended=RECOMMENDED if pooled else GUIDED,
         )  # fmt: skip
         if self.views:
             draw = Kept(self.work / "kept", self.photographs, base, self.backbone, list(self.args.depths), self.views).draw(depth, self.device)
@@ -212,7 +214,7 @@ class Maker:
         model, _ = FeatureControlNet.load(self.file(depth), base)
         originals = self.photographs.held_out(SHOWN)
         features = self.backbone(self.backbone.preprocess(originals, "stretch"), layer, pooled)
-        drawn = base.decode(sample(base, model.to(self.device), features, self.noise(base, len(originals)), Sampling(**RECOMMENDED), PHOTO.prompt, self.backbone))
+        drawn = base.decode(sample(base, model.to(self.device), features, self.noise(base, len(originals)), Sampling(**config.recommended), PHOTO.prompt, self.backbone))
         scores = cosine(features, self.backbone(self.backbone.preprocess(drawn, "stretch"), layer, pooled))
         self.show(depth, "reconstruction", drawn, scores)
 
