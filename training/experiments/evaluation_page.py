@@ -67,7 +67,7 @@ RUNS = {
     "variability-pooled": Run("variability", 100, "--model tiny_cnn_pooled"),
     "guidances": Run("guidances", 500, "--guidances 1 1.25 1.5 2 3 --text-guidances 0 1 2 --gradient 0"),
     "cost": Run("cost", 500),
-    "photo-sweep": Run("sweep", 100, f"--model {MIDDLE} --gradient 0 --strengths 0.75 1 1.25 --guidances 1 1.5 2 3", "training"),
+    "photo-sweep": Run("sweep", 48, f"--model {MIDDLE} --gradient 0 --strengths 0.75 1 1.25 --guidances 1 2 3 4", "training"),
     "photo-depths": Run("layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0", "held-out"),
     "photo-gradient": Run("layers", 500, f"--models {MIDDLE} {LAST}", "held-out"),
 }
