@@ -209,27 +209,26 @@ def to_markdown(results: dict) -> str:
     r = {name: f"{x['value']:.2f} (95 % interval {x['low']:.2f} to {x['high']:.2f}, n = {x['n']})" for name, x in results["rank_correlation"].items()}
     return f"""# What the scope statistics see: {results["model"]}
 
-A weights file says what held-out feature maps are like (`python training/fit_scope.py` adds it), so that a manipulated map
-can be judged before it is drawn: *inside*; *at the edge*, more unusual than 95 % of held-out maps; *outside*, than 99 %.
-Four statistics take part: the **direction** of each feature vector (distance to the nearest of a bank), its **magnitude**,
-its **distance** from the mean vector (of Mahalanobis, too near counts as well as too far), and how well its eight
-**neighbours** predict it. The score is the surprise of the most unusual one.
+A weights file can say what held-out feature maps are like (`python training/fit_scope.py` adds that). A manipulated map is then
+judged before it is drawn: *inside*; *at the edge*, more unusual than 95 % of held-out maps; *outside*, more unusual than 99 %. Four
+statistics take part: the **direction** of each feature vector (distance to the nearest of a bank), its **magnitude**, its
+**distance** from the mean vector (Mahalanobis; too near counts as well as too far), and how well its eight **neighbours** predict
+it. The score is that of the most unusual one.
 
 `python training/experiments/measure_scope.py --model {results["model"]}` on {results["count"]} held-out maps of {results["features"]},
-none of them behind the statistics. AUROC: the chance that an edited map scores higher than an unedited one, 0.5 where the
-two cannot be told apart; the score's and the cycle cosine's with 95 % bootstrap intervals. The cycle cosine, of the
-reconstruction's features with the map asked for, is measured after rendering, one seed, on {results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.
+none of which made the statistics. AUROC is the chance that an edited map scores higher than an unedited one; at 0.5 the two cannot
+be told apart. The score's and the cycle cosine's have 95 % bootstrap intervals. The cycle cosine compares the reconstruction's
+features with the map asked for, after rendering, with one seed, on {results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.
 
 {chr(10).join(lines)}
 
 Score below an AUROC of 0.9: {", ".join(missed) or "none"}.
-What the score misses shows after rendering, where it shows at all.
+Where the reconstructions differ, the cycle cosine finds these after rendering.
 
 Told apart, yet drawn about as well as unedited maps (AUROC of the cycle cosine below 0.6): {", ".join(harmless) or "none"}.
 A cosine does not see the length of vectors.
 
-Spearman's rank correlation of the score with the cycle cosine of the reconstruction, negative where a high score predicts
-a bad reconstruction:
+Spearman's rank correlation of the score with the cycle cosine; negative where a high score predicts a bad reconstruction:
 
 {chr(10).join(f"- {name}: {text}" for name, text in r.items())}
 
