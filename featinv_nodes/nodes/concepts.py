@@ -53,15 +53,15 @@ class ConceptAttenuate(io.ComfyNode):
             inputs=[
                 Features.Input("features", tooltip="The feature map, from the backbone and layer of the concepts."),
                 ConceptSet.Input("concepts", tooltip="From Load Concepts or Discover Concepts."),
-                io.String.Input("names", default="0", tooltip="Which concepts: numbers or names. Commas join what is turned down together; semicolons part variants, each a feature map of its own."),
+                io.String.Input("names", default="0", tooltip="Which concepts, by number or name. Commas join concepts that are turned down together. Semicolons separate variants, each with a feature map of its own."),
                 io.Float.Input("factor", default=FACTOR, min=0.0, max=4.0, step=0.01, tooltip="What the concept is multiplied by: 0.25 as in the paper, 0 removes it, 1 changes nothing. Above 1 the map may leave what the inversion model knows."),
-                io.Boolean.Input("keep_length", default=True, tooltip="Above factor 1: feature vectors that grow are scaled back to the length they had. The map stays nearer to what the inversion model knows; the concept grows by less than the factor."),
+                io.Boolean.Input("keep_length", default=True, tooltip="Above factor 1: scales feature vectors that grow back to their old length. The map stays nearer to what the inversion model knows, and the concept grows by less than the factor."),
                 Control.Input("control_net", optional=True, tooltip="The inversion model, to judge whether the changed map is inside what it knows."),
             ],
             outputs=[
                 Features.Output("attenuated", display_name="features", tooltip="The changed feature map, or a batch of the variants one after the other."),
                 Change.Output("edit", display_name="edit", tooltip="Which concepts were changed and how, for Paired Latents and FeatInv-Viz."),
-                io.String.Output("scope", display_name="scope", tooltip="Whether the changed map is inside what the inversion model knows, and if not, what of it is off. Connect Preview Any."),
+                io.String.Output("scope", display_name="scope", tooltip="Whether the changed map is inside what the inversion model knows, and if not, what is unusual about it. Connect Preview Any."),
             ],
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ class FeatInvControlNet(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The positive prompt: the one in the weights file's 'about', or your own."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt: the empty text."),
                 Control.Input("control_net", tooltip="The inversion model, from Load FeatInv ControlNet."),
-                Features.Input("features", tooltip="The feature map to draw, from the backbone and layer of the inversion model. A batch gives each latent its own map; one map serves all latents, fewer maps than latents are repeated in turn, of more the first are used."),
+                Features.Input("features", tooltip="The feature map to draw, from the backbone and layer of the inversion model. A batch gives each latent its own map. One map serves all latents, fewer maps than latents are repeated in turn, and extra maps are ignored."),
                 io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01, tooltip="Control strength: how much the feature map decides. 0 leaves the sampler alone."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001, tooltip="When control begins, as a share of the sampling process."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="When control ends."),
@@ -28,7 +28,7 @@ class FeatInvControlNet(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output("positive_out", display_name="positive", tooltip="For KSampler's positive."),
                 io.Conditioning.Output("negative_out", display_name="negative", tooltip="For KSampler's negative."),
-                io.String.Output("scope", display_name="scope", tooltip="Whether the feature map is inside what the inversion model knows, and if not, what of it is off. Connect Preview Any."),
+                io.String.Output("scope", display_name="scope", tooltip="Whether the feature map is inside what the inversion model knows, and if not, what is unusual about it. Connect Preview Any."),
                 io.Conditioning.Output("features_only", display_name="features only", tooltip="The negative prompt's text with the features: cond2 of Dual CFG Guider, where the features (cfg_cond2_negative) and the prompt (cfg_conds) have a guidance scale each."),
             ],
         )  # fmt: skip

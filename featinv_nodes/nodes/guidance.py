@@ -19,7 +19,7 @@ class FeatureGuidance(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model, on its way to the sampler."),
                 io.Vae.Input("vae", tooltip="The model's autoencoder."),
                 Backbone.Input("backbone", tooltip="The backbone that made the features."),
-                Features.Input("features", tooltip="The feature map to move towards, the same as FeatInv ControlNet's. One map serves all latents; fewer maps than latents are repeated in turn, of more the first are used."),
+                Features.Input("features", tooltip="The feature map to move towards, the same as FeatInv ControlNet's. One map serves all latents. Fewer maps than latents are repeated in turn; extra maps are ignored."),
                 io.Float.Input("step", default=0.05, min=0.0, max=1.0, step=0.01, tooltip="How far the latents move at each step, as a share of their own length. 0 leaves the sampler alone."),
                 io.Float.Input("last", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="The share of the sampler's steps, counted from the end, in which they move."),
             ],
@@ -43,13 +43,13 @@ class KeepMostSimilar(io.ComfyNode):
             description="The best of many: the backbone reads the pictures, and those whose feature maps are most like the one asked for are kept.",
             inputs=[
                 io.Image.Input("image", tooltip="What was drawn of the features, a batch from different noise."),
-                Features.Input("features", tooltip="The feature map asked for; of several, each is compared with its own pictures, in turn as FeatInv ControlNet gives them to the latents."),
+                Features.Input("features", tooltip="The feature map asked for. With several maps each is compared with its own pictures, in the order in which FeatInv ControlNet gives maps to latents."),
                 Backbone.Input("backbone", tooltip="The backbone that made them."),
                 io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many pictures to keep of each feature map."),
             ],
             outputs=[
-                io.Image.Output("kept", display_name="image", tooltip="The pictures kept, the best first; those of the first map before those of the second."),
-                io.String.Output("cosines", display_name="cosines", tooltip="A line per picture kept: its number in the batch, from 0, and its cosine similarity; then the range of all. Connect Preview Any."),
+                io.Image.Output("kept", display_name="image", tooltip="The pictures kept, map by map, the best first."),
+                io.String.Output("cosines", display_name="cosines", tooltip="A line per picture kept with its number in the batch (from 0) and its cosine similarity, then the range of all. Connect Preview Any."),
             ],
         )  # fmt: skip
 

@@ -136,7 +136,7 @@ class TinyWorldScenes(io.ComfyNode):
             category=CATEGORY,
             description="Draws scenes of the drawn world that no model has seen in training: pictures to invert.",
             inputs=[
-                io.Int.Input("first", default=0, min=0, max=2**31 - 1, tooltip="Number of the first scene; the same number gives the same scene for ever."),
+                io.Int.Input("first", default=0, min=0, max=2**31 - 1, tooltip="Number of the first scene. The same number always gives the same scene."),
                 io.Int.Input("count", default=1, min=1, max=64, tooltip="How many scenes, one after the other."),
             ],
             outputs=[

@@ -17,7 +17,7 @@ class FeatureSimilarity(io.ComfyNode):
             category=CATEGORY,
             description="How faithful a reconstruction is: the backbone reads it again, and the cosine similarity with the feature map asked for is written under the picture.",
             inputs=[
-                Features.Input("features", tooltip="The feature map asked for; one for all pictures, or one per picture; fewer are taken in turn."),
+                Features.Input("features", tooltip="The feature map asked for: one for all pictures, or one per picture. Fewer maps are repeated in turn."),
                 Backbone.Input("backbone", tooltip="The backbone that made it."),
                 io.Image.Input("image", tooltip="The reconstruction, one picture or a batch."),
             ],

@@ -23,7 +23,7 @@ class PairedLatents(io.ComfyNode):
             ],
             outputs=[
                 Features.Output("features", display_name="features", tooltip="The original map once per seed, then each variant once per seed, for FeatInv ControlNet."),
-                io.Latent.Output("paired", display_name="latent", tooltip="As many latents, those of one seed with the same noise, for KSampler. Use a sampler that adds no noise of its own, such as ddim or euler."),
+                io.Latent.Output("paired", display_name="latent", tooltip="One latent for each of these maps, with the same noise for equal seeds, for KSampler. Use a sampler that adds no noise of its own, such as ddim or euler."),
             ],
         )  # fmt: skip
 
@@ -53,8 +53,8 @@ class FeatInvViz(io.ComfyNode):
                 io.Image.Output("difference", display_name="difference", tooltip="Per variant the normalised difference as a heat map."),
                 io.Image.Output("signed", display_name="signed", tooltip="Per variant how much darker (blue) or brighter (red) each pixel becomes; full colour is the largest change."),
                 io.Mask.Output("mask", display_name="mask", tooltip="Per variant the affected pixels."),
-                io.String.Output("report", display_name="report", tooltip="A line per variant: the slope, what of the concept the backbone finds in the pictures again, and whether that is what was asked. Connect Preview Any."),
-                io.Float.Output("slope", display_name="slope", tooltip="The slope, mean over the variants: the factor if the pictures show what was asked, 1 if they show no change."),
+                io.String.Output("report", display_name="report", tooltip="A line per variant: the slope (how much of the concept the backbone still finds in the pictures), and whether that is what was asked. Connect Preview Any."),
+                io.Float.Output("slope", display_name="slope", tooltip="The mean slope of the variants. It equals the factor if the pictures show what was asked, and 1 if they show no change."),
             ],
         )  # fmt: skip
 

@@ -121,9 +121,13 @@ TRIED: list[tuple[str, str, dict]] = [
 
 PROSE = """# Backbones that were tried
 
-Each row is a timm model at random weights with two random pictures. Head: how far the model's head on the extracted last map is from the model's own output; pictures: how far the outputs of the two pictures are from each other; map: how far the extracted map is from the last of timm's `forward_intermediates`; each the largest difference relative to the largest value.
-Equal: head is at most 1e-5 and at most a thousandth of pictures. Map is "-" where the two have different sizes, and not 0 where the head reads what comes after the last named layer.
-Written by `python training/experiments/backbone_table.py`; `python training/experiments/backbone_table.py NAME` prints the row of another model. timm {timm}, torch {torch}, float32 on the CPU.
+Each row is a timm model at random weights with two random pictures. Three columns give the largest difference, relative to the largest value:
+
+- *head*: of the model's head on the extracted last map and the model's own output;
+- *pictures*: of the model's outputs for the two pictures;
+- *map*: of the extracted map and the last of timm's `forward_intermediates`. It is "-" where the two have different sizes, and not 0 where the head reads what comes after the last named layer.
+
+*Equal* means that head is at most 1e-5 and at most a thousandth of pictures. `python training/experiments/backbone_table.py` writes this page; with a timm name it prints the row of that model. timm {timm}, torch {torch}, float32 on the CPU.
 
 """
 HEADER = (
