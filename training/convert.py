@@ -339,7 +339,7 @@ def arguments() -> argparse.ArgumentParser:
     own = parser.add_argument_group("for a weights file")
     own.add_argument("--backbone", help="timm name, timm-hub folder or embedded backbone whose features the checkpoint inverts")
     own.add_argument("--layer", default=LAST, help="layer of the backbone (default: %(default)s)")
-    own.add_argument("--pooled", action="store_true", help="features averaged over the locations")
+    own.add_argument("--pooled", action="store_true", help="the features are averaged over the locations")
     own.add_argument("--input-size", type=int, help="pixels the backbone reads, where not timm's default for its name")
     own.add_argument("--base", default=BASE, help="base model's name or diffusers folder (default: %(default)s)")
     own.add_argument("--heads", type=int, default=8, help="attention heads (default: %(default)s, as in SD 1.x)")

@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG", help=f"YAML file, or one of {', '.join(sorted(f.stem for f in CONFIGS.glob('*.yaml')))}")
     parser.add_argument("--to", type=Path, default=ROOT / "models", metavar="DIR", help="models folder (run.py names that of the ComfyUI checkout it finds)")
-    parser.add_argument("--base", metavar="REPOSITORY", help="another base model than the configuration's")
+    parser.add_argument("--base", metavar="REPOSITORY", help="base model to fetch instead of the configuration's")
     args = parser.parse_args(arguments)
     file = Path(args.config)
     if not file.is_file() and file.name == args.config:

@@ -41,12 +41,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--samples", type=int, default=1, help="reconstructions of each feature map")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise, the same for every feature map")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the starting noise, the same for every feature map")
     parser.add_argument("--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size")
     mixing = parser.add_mutually_exclusive_group()
     mixing.add_argument("--mix", type=float, nargs="+", metavar="W", help="mix two pictures; each W is the share of the second")
     mixing.add_argument("--mask", help="picture whose bright part takes the first picture's features, the rest the second's")
-    parser.add_argument("--soft", action="store_true", help="let cells on the mask's edge blend")
+    parser.add_argument("--soft", action="store_true", help="blend the two maps in cells on the mask's edge")
     return parser
 
 

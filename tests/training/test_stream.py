@@ -95,7 +95,7 @@ def test_other_readers_begin_anew_and_say_so(data, capsys):
     state = reading(data, workers=2).state(False)
     expected = numbers(reading(data), 4)
     assert numbers(reading(data, state=state), 4) == expected
-    assert "was read by 2 readers, 2 each process, and now by 1: it begins anew" in capsys.readouterr().out
+    assert "was read by 2 readers, 2 each process, and now by 1: it starts from its beginning" in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_is_replaced_and_named(tmp_path, monkeypatch):

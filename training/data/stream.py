@@ -159,14 +159,14 @@ class Readers(IterableDataset):
 
 class Reading(Iterator[Batch]):
     """The batches of one process. state: its own of what `states` gave, to go on from there; where there are other processes
-    or workers now, the stream begins anew, which is said."""
+    or workers now, the stream starts from its beginning and says so."""
 
     def __init__(self, stream: Stream, batch: int, rank: int, processes: int, workers: int, pin: bool = False, state: dict | None = None) -> None:
         self._readers = readers = Readers(stream, batch, rank, processes, workers)
         if state is not None and (state["all"], len(state["places"])) == (readers.all, readers.count):
             readers.turn, readers.positions = state["turn"], [Position(*position) for position in state["places"]]
         elif state is not None and rank == 0:
-            tqdm.write(f"{stream.data} was read by {state['all']} readers, {len(state['places'])} each process, and now by {readers.all}: it begins anew")
+            tqdm.write(f"{stream.data} was read by {state['all']} readers, {len(state['places'])} each process, and now by {readers.all}: it starts from its beginning")
         self._turn, self._positions = readers.turn, list(readers.positions)
         self._last: tuple[int, Position] | None = None
         self._batches = plainly(DataLoader(readers, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals))

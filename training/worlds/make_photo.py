@@ -64,13 +64,13 @@ class Sizes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="FOLDER", help="folders of photographs, or of tar shards of them")
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="training in all, shared out among the stages")
-    length.add_argument("--images", type=int, help="images seen in all, likewise")
+    length.add_argument("--minutes", type=float, help="minutes of training in all, shared out among the stages")
+    length.add_argument("--images", type=int, help="images to see in all, shared out among the stages")
     parser.add_argument("--stage", help="autoencoder, base or a depth: run this stage alone, for all the minutes or images")
     parser.add_argument("--depths", nargs="+", default=list(DEPTHS), help="layers to invert, or pooled for the last layer's mean (default: %(default)s)")
     parser.add_argument("--backbone", default=next(iter(PHOTO.backbones)), help="an embedded one, or a timm name or timm-hub folder (default: %(default)s)")
     parser.add_argument("--backbone-weights", help="its .safetensors file")
-    parser.add_argument("--input-size", type=int, help="side of the pictures it reads, where not its own")
+    parser.add_argument("--input-size", type=int, help="side in pixels of the pictures the backbone reads, where not its own")
     parser.add_argument("--name", default="photo_lite0", help="the weights files are NAME_DEPTH.safetensors (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/worlds/photo"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="folder of the checkpoints (default: OUT/work)")
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", type=int, default=Sizes.latents, help="channels of a latent cell")
     parser.add_argument("--widths", type=int, nargs="+", default=list(Sizes.widths), help="channels of the U-Net's levels")
     parser.add_argument("--init-from", help="weights file whose ControlNet the first inversion model starts from")
-    parser.add_argument("--further", action="store_true", help="stages without a checkpoint start from the weights in --out, not anew")
+    parser.add_argument("--further", action="store_true", help="start stages without a checkpoint from the weights in --out, not from random ones")
     parser.add_argument("--compile", action="store_true", help="torch.compile, worth its minutes in long stages on a processor")
 
 

@@ -52,7 +52,7 @@ class BesideRCDM(Several):
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--rcdm", help="published checkpoint, as rcdm_ema_supervised.pt (default: the one that make_world.py drawn --stage rcdm makes)")
-        parser.add_argument("--rcdm-steps", type=int, help="its DDIM steps (default: 100, that one 50)")
+        parser.add_argument("--rcdm-steps", type=int, help="RCDM's DDIM steps (default: 100, the drawn world's own 50)")
 
     def chosen(self) -> dict[str, ModelSpec]:
         """--models, or --model alone; beside the embedded RCDM both shipped models of its features."""
