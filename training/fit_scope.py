@@ -22,8 +22,8 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import save_scope
 from featinv_nodes.worlds import model_file
 from training.cli import model_parser, pipeline_from, require_weights_name, run
+from training.data.scope import CENTRES, DRAWN, TINY_CENTRES, centres_for, fit
 from training.files import make_folder
-from training.models.scope import CENTRES, DRAWN, TINY_CENTRES, centres_for, fit
 
 
 def arguments() -> argparse.ArgumentParser:

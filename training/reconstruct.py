@@ -29,10 +29,10 @@ from featinv_nodes.core.mixing import compose, interpolate
 from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.worlds import model_file
 from training.cli import model_parser, pipeline_from, run
+from training.data.scope import scope_entries
 from training.files import make_folder, write_json
 from training.models.pipeline import ATTEMPT, InversionPipeline
 from training.models.sampling import noise
-from training.models.scope import scope_entries
 from training.report import panel, save_image, to_image
 
 

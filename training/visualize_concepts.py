@@ -41,8 +41,8 @@ from featinv_nodes.core.viz import (
 from featinv_nodes.worlds import CONCEPTS, concepts_file, model_file
 from training.cli import model_parser, pipeline_from, run
 from training.concepts.viz import visualize
+from training.data.scope import scope_entries
 from training.files import make_folder, write_json
-from training.models.scope import scope_entries
 from training.report import Cell, panel, save_image, to_image
 
 

@@ -141,7 +141,7 @@ def test_cycle_consistency_that_does_not_count_yet_costs_nothing(tmp_path, monke
 
 
 def test_a_run_can_end_with_scope_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.models.scope.DRAWN", 2)
+    monkeypatch.setattr("training.data.scope.DRAWN", 2)
     file = run(tmp_path, 16, scope="200", recommended="{strength: 1.0, guidance: 1.0, negative: text, steps: 1}")
     scope = load_scope(file)
     assert scope.maps == 200 and "cycle" in scope.quantiles and load_pipeline(str(file)).info.images_seen == 16

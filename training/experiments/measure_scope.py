@@ -33,9 +33,9 @@ from featinv_nodes.core.viz import edit
 from featinv_nodes.core.weights import load_scope
 from featinv_nodes.worlds import concepts_file, model_file
 from training.cli import model_parser, pipeline_from, run
+from training.data.scope import pictures
 from training.files import make_folder, write_json, write_text
 from training.models.pipeline import InversionPipeline
-from training.models.scope import pictures
 from training.report import panel, save_image
 
 FIRST = 200_000  # the first held-out scene measured on

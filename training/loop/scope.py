@@ -11,8 +11,8 @@ from featinv_nodes.core.weights import save_scope
 from featinv_nodes.worlds import drawing_world
 
 from ..config import TrainConfig
+from ..data import scope
 from ..data.listing import open_listing
-from ..models import scope
 from ..models.pipeline import load_pipeline
 
 

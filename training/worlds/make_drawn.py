@@ -21,11 +21,11 @@ from featinv_nodes.worlds import concepts_file, open_backbone
 from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import CONFIGS, read_config
+from training.data.scope import ship_scope
 from training.evaluation.rcdm import EMBEDDED, save_rcdm
 from training.loop.graph import check_device
 from training.loop.training import train
 from training.models.base_model import load_base, load_vae
-from training.models.scope import ship_scope
 
 from . import autoencoder, backbones, base, rcdm
 from .card import write_card

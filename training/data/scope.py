@@ -19,8 +19,8 @@ from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
 from featinv_nodes.core.weights import load_scope, read_info, save_scope
 from featinv_nodes.worlds import drawing_world, model_file
 
-from ..data.listing import KEPT_BACK, open_listing
-from .pipeline import InversionPipeline, load_pipeline
+from ..models.pipeline import InversionPipeline, load_pipeline
+from .listing import KEPT_BACK, open_listing
 
 FIRST = 100_000  # the first held-out scene for the fit; reports use those from 0 on
 TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels each
