@@ -1,6 +1,7 @@
 """Scope statistics as programs fit, keep, measure and show them."""
 
 import json
+import tarfile
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from featinv_nodes.core.weights import load_scope
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import fit_scope, reconstruct
+from training.data.scope import pictures
 from training.experiments import measure_scope
 from training.experiments.measure_scope import auroc, rank_correlation
+from training.models.pipeline import load_pipeline
 
 MODEL = "tiny_cnn_pooled"
 
@@ -107,3 +110,23 @@ def test_reconstruct_says_what_is_outside(tmp_path, bare):
         reconstruct.main(["--image", *scenes, "--mix", name, "--steps", "1", "--out", str(tmp_path / name)])
     heights = [Image.open(tmp_path / name / "panel.png").height for name in ("0", "0.5")]
     assert heights[1] - heights[0] == 18  # the line of the map that is outside
+
+
+def test_fit_takes_every_25th_picture_of_tar_files_that_a_world_keeps_back(bare, tmp_path):
+    """The ones that training/worlds/photographs.py leaves aside, by their index in the folder."""
+    save_scenes(tmp_path / "p", range(60))
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for file in sorted((tmp_path / "p").iterdir()):
+            tar.add(file, file.name)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (tmp_path / "all.tar").rename(shards / "all.tar")
+    pipeline = load_pipeline(str(bare))
+    batches = pictures(pipeline, str(shards), 3, 2, kept_back=True)
+    names = sorted(f"{number}.png" for number in range(60))
+    expected = draw(0, torch.tensor([int(name.removesuffix(".png")) for name in names[::25]]), "held-out").image
+    found = torch.cat(list(batches))
+    apart = (found[:, None] - pipeline.backbone.preprocess(expected)[None]).abs().amax((2, 3, 4))
+    assert sorted(apart.argmin(1).tolist()) == [0, 1, 2] and apart.amin(1).max() < 0.01  # bytes of 8 bits
+    with pytest.raises(FeatInvError, match="3 readable images; asked for 4"):
+        list(pictures(pipeline, str(shards), 4, 2, kept_back=True))
