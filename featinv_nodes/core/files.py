@@ -74,7 +74,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
             f"{file} was not opened, because it is damaged or holds objects besides tensors, which could run foreign code ({reason}). "
             "If you trust its origin, save its state_dict alone where it was made: torch.save({'state_dict': model.state_dict()}, ...)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except Exception as error:  # of a file that is cut off, the reader raises whatever it stumbles over
         raise FeatInvError(f"{file} is not a complete PyTorch checkpoint ({type(error).__name__}: {str(error)[:120]}); download or copy it again") from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from featinv_nodes.core.encoders import ConvEncoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from featinv_nodes.core.files import SCALE, is_in_8_bits, read_weights, write_safetensors, write_weights
+from featinv_nodes.core.files import SCALE, is_in_8_bits, read_pickle, read_weights, write_safetensors, write_weights
 from featinv_nodes.core.scope import fit_scope
 from featinv_nodes.core.weights import InversionInfo, load_inversion, load_scope, save_inversion, save_scope
 
@@ -148,3 +148,15 @@ def test_on_a_full_disk_the_old_file_stays_and_nothing_else(tmp_path):
         write_safetensors(file, {"a": torch.zeros(100_000)}, {"format": "pt"})
     assert error.value.errno == errno.ENOSPC
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["w.safetensors"]
+
+
+def test_a_checkpoint_cut_off_anywhere_is_named(tmp_path):
+    """A file of before PyTorch 1.6, whose reader raises something else at almost every length."""
+    file = tmp_path / "cut.pth"
+    torch.save({"a": torch.zeros(3)}, file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    assert read_pickle(file)["a"].shape == (3,)
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(FeatInvError, match="cut.pth"):
+            read_pickle(file)
