@@ -76,3 +76,17 @@ def test_convolutions_on_the_map_cost_a_thirteenth_for_convnext():
     latent, at_map = gmac("conv"), gmac("conv_at_map")
     print(f"{latent:.2f} GMAC on the latent grid, {at_map:.2f} on the map: {latent / at_map:.1f} times fewer")
     assert latent == pytest.approx(8.76, abs=0.02) and at_map == pytest.approx(0.69, abs=0.01) and latent / at_map == pytest.approx((32 / 9) ** 2, rel=0.01)
+
+
+def test_a_kernel_of_one_is_enough_for_a_pooled_map():
+    """Of larger kernels it meets the centre alone, the rest sees the padding."""
+    torch.manual_seed(0)
+    small, large = (MapConvEncoder(6, 8, 10, kernel=kernel) for kernel in (1, 3))
+    torch.nn.init.normal_(small.block[-1].weight)
+    with torch.no_grad():
+        for one, other in zip(small.block[::2], large.block[::2]):
+            other.weight[:, :, 1:2, 1:2] = one.weight
+            other.bias.copy_(one.bias)
+    pooled = torch.randn(2, 6, 1, 1)
+    assert torch.allclose(small(pooled, (4, 5)), large(pooled, (4, 5)), atol=1e-6)
+    assert build_encoder(small.settings).block[0].weight.shape == (10, 6, 1, 1)
