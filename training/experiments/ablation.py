@@ -161,14 +161,17 @@ def _signed(entry: dict | None) -> str:
     return f"{entry['value']:+.3f} ({entry['low']:+.3f} to {entry['high']:+.3f})" if entry else ""
 
 
-def write_page(page: Path, report: Report, notes: list[str]) -> None:
-    """Puts tables and panel between the page's marks. Raises FeatInvError if it has none."""
+def write_page(page: Path, report: Report, notes: list[str], panel: bool) -> None:
+    """Puts the tables between the page's marks, and the panel where it may be shown: photographs of research sets may not.
+    Raises FeatInvError if the page has no marks."""
     text, picture = page.read_text(encoding="utf-8"), page.with_suffix(".png")
+    panels = {picture.name: report.panels["panel.png"]} if panel else {}
     if any(text.count(mark) != 1 for mark in MARKS):
         raise FeatInvError(f"{page}: expected the lines {MARKS[0]} and {MARKS[1]} once each")
     before, rest = text.split(MARKS[0])
-    body = to_markdown(replace(report, panels={picture.name: report.panels["panel.png"]}), notes).split("\n", 2)[2]  # without the title
-    save_image(report.panels["panel.png"], picture)
+    body = to_markdown(replace(report, panels=panels), notes).split("\n", 2)[2]  # without the title
+    if panel:
+        save_image(report.panels["panel.png"], picture)
     write_text(page, "\n".join([before + MARKS[0], "", body.strip(), "", MARKS[1] + rest.split(MARKS[1])[1]]))
 
 
@@ -182,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, help="held-out pictures")
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once")
     parser.add_argument("--out", type=Path, default=Path("out/ablation"))
-    parser.add_argument("--page", action="store_true", help="write table and panel into docs/faithfulness.md, or docs/photographs.md")
+    parser.add_argument("--page", action="store_true", help="write tables and panel into docs/faithfulness.md, or tables into docs/photographs.md")
     args = parser.parse_args(argv)
     if (args.world == "photo") != bool(args.data and args.photos):
         raise FeatInvError("--world photo needs --data and --photos, folders of photographs; the drawn world takes neither")
@@ -202,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     about = {"images": args.images, "count": args.count, "configs": {name: asdict(config) for name, config in configs.items()}, "sampling": {row.name: asdict(sampling_of(rows, row)) for row in chosen}}
     print(write(args.out, report, about, notes))
     if args.page:
-        write_page(PAGES[args.world], report, notes)
+        write_page(PAGES[args.world], report, notes, args.world == "drawn")
 
 
 if __name__ == "__main__":

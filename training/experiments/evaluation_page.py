@@ -32,7 +32,7 @@ from training.files import make_folder, write_text
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "evaluation.md"
-MIDDLE, LAST = "photo_lite0_blocks4", "photo_lite0_last"
+MIDDLE = "photo_lite0_blocks4"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ RUNS = {
     "cost": Run("cost", 500),
     "photo-sweep": Run("sweep", 48, f"--model {MIDDLE} --gradient 0 --strengths 0.75 1 1.25 --guidances 1 2 3 4", "training"),
     "photo-depths": Run("layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0", "held-out"),
-    "photo-gradient": Run("layers", 500, f"--models {MIDDLE} {LAST}", "held-out"),
+    "photo-gradient": Run("layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0.06 --gradient-steps 5", "held-out"),
 }
 
 
