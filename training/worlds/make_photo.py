@@ -44,7 +44,7 @@ SHOWN = 8
 CYCLE = {"cycle": 0.5, "cycle_below": 500}  # of the inversion models; at equal time it brings more than twice the images do
 #: chosen on photographs that were kept back
 RECOMMENDED = {"strength": 1.0, "guidance": 3.0, "negative": "features", "steps": 10}
-#: of unpooled maps; a pooled one lets the gradient change pictures in ways that only the network sees
+#: of unpooled maps; with a pooled one the gradient pleases the network far more than an independent one: docs/photographs.md
 GUIDED = RECOMMENDED | {"gradient": 0.06, "gradient_steps": 5}
 
 
