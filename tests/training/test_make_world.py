@@ -139,6 +139,7 @@ def test_a_whole_world_opens_and_draws(made, network):
         assert is_in_8_bits(out / name) and pipeline.info.images_seen == SEEN[name.removesuffix(".safetensors")]
         assert pipeline.info.source == backbone.source("last" if depth == "pooled" else depth, depth == "pooled")
         sampling = pipeline.recommended()
+        assert pipeline.info.config["cycle"] == 0.5  # worth more than twice the images
         assert (sampling.steps, sampling.negative, sampling.gradient > 0) == (10, "features", depth != "pooled")
         drawn = pipeline.draw(pipeline.extract(torch.rand(2, 3, 80, 80)), pipeline.recommended(steps=2), pipeline.noise([0, 1]))
         assert drawn.shape == (2, 3, 32, 32) and drawn.std() > 0.01

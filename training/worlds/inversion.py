@@ -154,8 +154,9 @@ def train_inversion(
     def keep(average: FeatureControlNet) -> None:
         seen = (before or 0) + images_seen(work, config.name)
         info = InversionInfo(
-            model.source, model.encoder.settings, base.describe(), config.prompt, config.recommended, seen, {"name": config.name, "seed": config.seed}
-        )
+            model.source, model.encoder.settings, base.describe(), config.prompt, config.recommended, seen,
+            {"name": config.name, "seed": config.seed, "cycle": config.cycle, "cycle_below": config.cycle_below},
+        )  # fmt: skip
         average.save(file, info, dtype)
 
     train_stage(config.name, model, loss_of, batch=config.batch, lr=config.lr, work=work, ema=config.ema, decay=config.weight_decay,
