@@ -53,7 +53,7 @@ class TrainConfig:
 
     name: str = option("name of the run and of its weights file")
     backbone: str = option('network to invert: an embedded one ("tiny-cnn"), a timm name or a timm-hub folder')
-    base: str = option("base model: an embedded world's (tiny), a diffusers folder, a file of Stable Diffusion 1.x, or owner/name in the hub's cache")
+    base: str = option("base model: an embedded world's (tiny or photo), a diffusers folder, a file of Stable Diffusion 1.x, or owner/name in the hub's cache")
     data: str = option(
         'pictures: "drawn", a folder of images or of plain tar files (webdataset), "hf:" and a Hugging Face data set (a folder of '
         'save_to_disk, or a name with its split after a colon), or "stream:" and one that is read as it comes'

@@ -28,7 +28,7 @@ from training.files import make_folder
 
 def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__, gradient=0.0)
-    parser.add_argument("--data", required=True, help='folder of images that training did not see, or "drawn" for held-out scenes')
+    parser.add_argument("--data", required=True, help='folder of images, or of tar files of them, that training did not see, or "drawn" for held-out scenes')
     parser.add_argument("--kept-back", action="store_true", help="use only every 25th picture of the folder, on which make_world.py never trains")
     parser.add_argument("--count", type=int, default=4000, help="how many pictures, spread over the folder; at least 2,000 for the outer quantiles to mean something")
     parser.add_argument("--drawn", type=int, default=DRAWN, help="how many of them are reconstructed for the cycle cosine's quantiles, 0 for none")

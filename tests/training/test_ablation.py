@@ -58,6 +58,8 @@ def test_photographs_rows_train_from_few_images_or_draw_with_shipped_weights():
             ablation.main(["--world", "photo", *options])
     with pytest.raises(FeatInvError, match="the drawn world takes neither"):
         ablation.main(["--data", "a", "--photos", "b"])
+    with pytest.raises(FeatInvError, match="the drawn world takes neither"):
+        ablation.main(["--data", "a"])
 
 
 @pytest.fixture

@@ -162,6 +162,11 @@ class Chosen:
         return self._whole.open(self.indices[index])
 
 
+def kept_back(whole: Listing) -> Chosen:
+    """The pictures that making a world of photographs from this listing leaves aside."""
+    return Chosen(whole, list(range(0, len(whole.names), KEPT_BACK)))
+
+
 class Part(Chosen):
     """`count` of a listing's pictures, evenly spread over it."""
 

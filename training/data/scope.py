@@ -20,7 +20,8 @@ from featinv_nodes.core.weights import load_scope, read_info, save_scope
 from featinv_nodes.worlds import drawing_world, model_file
 
 from ..models.pipeline import InversionPipeline, load_pipeline
-from .listing import KEPT_BACK, open_listing
+from .listing import kept_back as listing_kept_back
+from .listing import open_listing
 
 FIRST = 100_000  # the first held-out scene for the fit; reports use those from 0 on
 TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels each
@@ -36,7 +37,8 @@ def pictures(pipeline: InversionPipeline, data: str, count: int, batch: int, fir
             yield pipeline.backbone.preprocess(world.draw(numbers))
         return
     listing, read, some = open_listing(data, None), 0, []
-    indices = list(range(0, len(listing.names), KEPT_BACK if kept_back else 1))
+    listing = listing_kept_back(listing) if kept_back else listing
+    indices = list(range(len(listing.names)))
     random.Random(0).shuffle(indices)
     for index in indices:
         try:

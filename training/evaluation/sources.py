@@ -22,7 +22,8 @@ from featinv_nodes.worlds import drawing_world
 from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..data.batch import Unreadable
-from ..data.listing import HUGGING_FACE, KEPT_BACK, Chosen, Listing, Part, TarShards, fingerprint, open_listing
+from ..data.listing import HUGGING_FACE, Chosen, Listing, Part, TarShards, fingerprint, open_listing
+from ..data.listing import kept_back as listing_kept_back
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -120,7 +121,7 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
     listing: Listing = TarShards([file]) if file.suffix == ".tar" and file.is_file() else open_listing(data, None)
     shards = isinstance(listing, TarShards)
     if kept_back:
-        listing = Chosen(listing, list(range(0, len(listing.names), KEPT_BACK)))
+        listing = listing_kept_back(listing)
     count_all = len(listing.names)
     if data.startswith(HUGGING_FACE):
         classes = getattr(listing, "classes", None) or [None] * count_all  # a data set's own labels

@@ -30,7 +30,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import bootstrap
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import read_info
-from featinv_nodes.worlds import model_file, open_backbone
+from featinv_nodes.worlds import drawing_world, model_file, open_backbone
 from training.cli import run
 from training.config import TrainConfig
 from training.evaluation.context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec, ModelUnderTest
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/ablation"))
     parser.add_argument("--page", action="store_true", help="write tables and panel into docs/faithfulness.md, or tables into docs/photographs.md")
     args = parser.parse_args(argv)
-    if (args.world == "photo") != bool(args.data and args.photos):
+    if drawing_world(args.world) and (args.data or args.photos) or not drawing_world(args.world) and not (args.data and args.photos):
         raise FeatInvError("--world photo needs --data and --photos, folders of photographs; the drawn world takes neither")
     ablation = ABLATIONS[args.world]
     args.images, args.count = (given if given is not None else own for given, own in ((args.images, ablation.images), (args.count, ablation.count)))
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     about = {"images": args.images, "count": args.count, "configs": {name: asdict(config) for name, config in configs.items()}, "sampling": {row.name: asdict(sampling_of(rows, row)) for row in chosen}}
     print(write(args.out, report, about, notes))
     if args.page:
-        write_page(PAGES[args.world], report, notes, args.world == "drawn")
+        write_page(PAGES[args.world], report, notes, bool(drawing_world(args.world)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of docs/evaluation.md, each from the results.json of a run of training/experiments/evaluation_page.py."""
+"""The tables of docs/evaluation.md and docs/photographs.md, each from the results.json of a run of training/experiments/evaluation_page.py."""
 
 from __future__ import annotations
 
