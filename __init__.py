@@ -22,5 +22,7 @@ async def comfy_entrypoint() -> ComfyExtension:
 
     folders.register()
     if find_spec("timm") is None:
-        logging.warning("FeatInv: the package timm is missing; run `pip install timm` with the Python that runs ComfyUI")
+        logging.warning(
+            "FeatInv: the package timm is missing; run `pip install timm` with the Python that runs ComfyUI"
+        )
     return FeatInv()

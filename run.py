@@ -5,7 +5,8 @@
     python3 run.py test [PYTEST ARGUMENTS]    set up, then run every test
     python3 run.py comfy [HOST ARGUMENTS]     start ComfyUI (COMFYUI_PATH, or ~/comfy/ComfyUI) with the pack linked in
     python3 run.py download CONFIG [--to DIR] set up, then fetch the backbone and base model of a training configuration
-                                              into DIR: the models folder of that ComfyUI, or models/ where there is none
+                                              into DIR: the models folder of that ComfyUI, or models/ where there is
+                                              none
 
 All but comfy make .venv beside this file and use it again the next time. --no-venv uses the running Python instead.
 comfy runs the checkout with its own environment and installs nothing.
@@ -22,7 +23,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-REQUIREMENTS = {"demo": ["requirements.txt"], "test": ["requirements.txt", "training/requirements.txt"], "download": ["requirements.txt"]}
+REQUIREMENTS = {
+    "demo": ["requirements.txt"],
+    "test": ["requirements.txt", "training/requirements.txt"],
+    "download": ["requirements.txt"],
+}
 
 
 def step(what: str, command: list[str]) -> None:
@@ -45,14 +50,18 @@ def environment(files: list[str], use_running: bool) -> str:
     if not stamp.exists() or stamp.read_text() != expected:
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
         # torch and torchvision together, so that a matching pair is chosen before anything else asks for one of them
-        step("install torch and torchvision (several GB on Linux with their GPU libraries)", [*pip, "torch", "torchvision"])
+        step(
+            "install torch and torchvision (several GB on Linux with their GPU libraries)",
+            [*pip, "torch", "torchvision"],
+        )
         step("install the other requirements", [*pip, "--quiet", *(part for f in files for part in ("-r", f))])
         stamp.write_text(expected)
     return str(python)
 
 
 def comfy_checkouts() -> list[Path]:
-    """Where ComfyUI is looked for: COMFYUI_PATH, several joined by the platform's separator, or comfy-cli's default place."""
+    """Where ComfyUI is looked for: COMFYUI_PATH, several joined by the platform's separator, or comfy-cli's default
+    place."""
     named = [Path(p) for p in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if p]
     return named or [Path.home() / "comfy" / "ComfyUI"]
 

@@ -64,4 +64,6 @@ def test_the_demo_is_given_the_users_pictures(monkeypatch):
     monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: called.append(command) or 0)
     monkeypatch.setattr(sys, "argv", ["run.py", "--no-venv", "demo", "--image", "a photo.jpg", "--world", "drawn"])
     assert run.main() == 0
-    assert called == [[sys.executable, str(run.ROOT / "training" / "demo.py"), "--image", "a photo.jpg", "--world", "drawn"]]
+    assert called == [
+        [sys.executable, str(run.ROOT / "training" / "demo.py"), "--image", "a photo.jpg", "--world", "drawn"]
+    ]

@@ -6,10 +6,10 @@
     python training/benchmark.py training        real size: a training step beside that of the paper's released code
     python training/benchmark.py memory          real size: GB of a training step on a GPU, counted without one
     python training/benchmark.py sampling        batches beside a loop that draws one picture at a time
-    python training/benchmark.py gpu --minutes N --out FOLDER      real size: a page on the GPU at hand, the most important first
+    python training/benchmark.py gpu --minutes N --out FOLDER     real size: a page on the GPU at hand, by importance
 
-The last five take --config NAME (default convnext_last; sampling on a GPU only), the first three of them --precision, model and
-training --batch, --graph and --compile, and training --profile.
+The last five take --config NAME (default convnext_last; sampling on a GPU only), the first three of them --precision,
+model and training --batch, --graph and --compile, and training --profile.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
         pipeline.draw(pipeline.features(pixel_values), settings, start)
         times.append(time.perf_counter() - began)
     times = sorted(times[1:])
-    print(f"16 pictures, 20 steps, guidance {settings.guidance}: {times[len(times) // 2]:.2f} s (median of {repeats}, {times[0]:.2f} to {times[-1]:.2f})")
+    print(
+        f"16 pictures, 20 steps, guidance {settings.guidance}: {times[len(times) // 2]:.2f} s (median of {repeats},"
+        f" {times[0]:.2f} to {times[-1]:.2f})"
+    )
     print(f"peak memory {peak_memory():.2f} GB, {torch.get_num_threads()} threads")
 
 
@@ -74,7 +77,10 @@ def model(args: argparse.Namespace) -> None:
     picture = torch.rand(args.batch, 3, *parts.backbone.input_size, device=device)
     with torch.inference_mode():
         hint = parts.model.hint(parts.backbone.values(picture, config.layer, config.pooled), (32, 32))
-        x, t = torch.randn(args.batch, 4, 32, 32, device=device), torch.zeros(args.batch, dtype=torch.long, device=device)
+        x, t = (
+            torch.randn(args.batch, 4, 32, 32, device=device),
+            torch.zeros(args.batch, dtype=torch.long, device=device),
+        )
         context = parts.base.text[""].expand(args.batch, -1, -1)
         seconds = real_size.seconds(lambda: parts.model.predict(parts.base.unet, x, t, context, hint), 1, 1)
     print(f"sampling step, float32, batch {args.batch}: {seconds:.2f} s, peak memory {peak_memory():.1f} GB")
@@ -83,8 +89,8 @@ def model(args: argparse.Namespace) -> None:
 
 
 def training(args: argparse.Namespace) -> None:
-    """Images per second of the released recipe (batch 8 or less) and of ours, with what a cache may hold and without; and
-    whether the two learn the same at equal settings (batch, float32, no clipping, the same noise)."""
+    """Images per second of the released recipe (batch 8 or less) and of ours, with what a cache may hold and without;
+    and whether the two learn the same at equal settings (batch, float32, no clipping, the same noise)."""
     config, device = args.config, args.device
     (gmac, side), small = least_gmac(config), min(8, args.batch)
     print(f"at least {gmac:.1f} GMAC per image and step")
@@ -95,7 +101,12 @@ def training(args: argparse.Namespace) -> None:
     del step  # before the next is built
     for what, cached in reversed(real_size.CACHES.items()):
         step = real_size.our_step(real_size.build(config, device), pictures, cached, args.graph)
-        rate = report(args, gmac, f"ours, {config.precision}{', compiled' if config.compile else ''}, {what}", real_size.seconds(step, args.repeats, 1))
+        rate = report(
+            args,
+            gmac,
+            f"ours, {config.precision}{', compiled' if config.compile else ''}, {what}",
+            real_size.seconds(step, args.repeats, 1),
+        )
         print(f"    {rate / first:.2f} times the released recipe", flush=True)
         if args.profile:
             print(real_size.costliest(step, args.profile), flush=True)
@@ -115,7 +126,11 @@ def agreement(args: argparse.Namespace, pictures: torch.Tensor) -> None:
     for name, recipe in recipes.items():
         step = recipe(real_size.build(plain, args.device))
         curves[name] = real_size.losses(step, args.agreement)
-        print(f"{name}: {gmac_of(step) / len(pictures):.1f} GMAC per image; losses {', '.join(f'{x:.6f}' for x in curves[name])}", flush=True)
+        print(
+            f"{name}: {gmac_of(step) / len(pictures):.1f} GMAC per image; losses"
+            f" {', '.join(f'{x:.6f}' for x in curves[name])}",
+            flush=True,
+        )
         del step
     apart = max(abs(a - b) / a for a, b in zip(*curves.values()))
     print(f"loss curves of {args.agreement} steps at equal settings: at most {apart:.1e} apart, relatively")
@@ -123,13 +138,25 @@ def agreement(args: argparse.Namespace, pictures: torch.Tensor) -> None:
 
 def memory(args: argparse.Namespace) -> None:
     """The configuration's table of GB for batches, optimizers and checkpointing, at args.precision."""
-    print("| optimizer | moving average | checkpointing | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |\n" + "|---" * (3 + len(BATCHES)) + "|")
+    print(
+        "| optimizer | moving average | checkpointing | "
+        + " | ".join(f"batch {batch}" for batch in BATCHES)
+        + " |\n"
+        + "|---" * (3 + len(BATCHES))
+        + "|"
+    )
     parts = step_memory.without_memory(args.config)
-    activations = {again: [step_memory.activation_gigabytes(parts, batch, again) for batch in BATCHES] for again in (False, True)}
+    activations = {
+        again: [step_memory.activation_gigabytes(parts, batch, again) for batch in BATCHES] for again in (False, True)
+    }
     for optimizer, ema in (("adamw", 0.9995), ("adamw", 0.0), ("adamw8bit", 0.0)):
         others = step_memory.needed(parts, bool(ema), MOMENTS[optimizer])
         for again, row in activations.items():
-            print(f"| {optimizer} | {ema or 'none'} | {'yes' if again else 'no'} | " + " | ".join(f"{others + gb:.1f}" for gb in row) + " |")
+            print(
+                f"| {optimizer} | {ema or 'none'} | {'yes' if again else 'no'} | "
+                + " | ".join(f"{others + gb:.1f}" for gb in row)
+                + " |"
+            )
 
 
 def least_gmac(config: TrainConfig) -> tuple[float, tuple[int, int]]:
@@ -145,14 +172,25 @@ def report(args: argparse.Namespace, gmac: float, what: str, seconds: float, bat
     flops = 2e9 * gmac * rate
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     share = f", {flops / peak:.1%} of the bf16 peak" if peak else ""
-    print(f"{what}, batch {batch}: {seconds:.3f} s, {rate:.3g} images/s, {flops / 1e12:.3g} TFLOP/s of the least that a step needs{share}, "
-          f"peak memory{' so far' if args.device == 'cpu' else ''} {peak_memory():.1f} GB ({name})", flush=True)  # fmt: skip
+    print(
+        f"{what}, batch {batch}: {seconds:.3f} s, {rate:.3g} images/s, {flops / 1e12:.3g} TFLOP/s of the least that a"
+        f" step needs{share}, peak memory{' so far' if args.device == 'cpu' else ''} {peak_memory():.1f} GB ({name})",
+        flush=True,
+    )
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # each row has its own
     return rate
 
 
-PARTS = {"reconstruct": reconstruct, "world": world, "model": model, "training": training, "memory": memory, "sampling": sampling, "gpu": gpu}
+PARTS = {
+    "reconstruct": reconstruct,
+    "world": world,
+    "model": model,
+    "training": training,
+    "memory": memory,
+    "sampling": sampling,
+    "gpu": gpu,
+}
 BATCHES = (1, 4, 8, 16, 32, 64)
 
 if __name__ == "__main__":
@@ -164,12 +202,28 @@ if __name__ == "__main__":
     parser.add_argument("--precision", default="bf16", help="precision of our step")
     parser.add_argument("--agreement", type=int, default=4, help="steps whose losses are compared, 0 for none")
     parser.add_argument("--graph", action="store_true", help="our step as one CUDA graph")
-    parser.add_argument("--compile", action="store_true", help="our step through torch.compile, as the *_fast configurations have it")
-    parser.add_argument("--profile", type=int, metavar="ROWS", help="training: print this many rows of what our step spends most time in")
-    parser.add_argument("--minutes", type=float, default=10, help="gpu: time for the page; parts that would not end in time are left out")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmark"), help="gpu: folder for benchmark.md and benchmark.json")
+    parser.add_argument(
+        "--compile", action="store_true", help="our step through torch.compile, as the *_fast configurations have it"
+    )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        metavar="ROWS",
+        help="training: print this many rows of what our step spends most time in",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="gpu: time for the page; parts that would not end in time are left out",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/benchmark"), help="gpu: folder for benchmark.md and benchmark.json"
+    )
     parser.add_argument("--parts", help=f"gpu: some of {','.join(GPU_PARTS)}, in the order to take them")
-    parser.add_argument("--small", action="store_true", help="gpu: narrow models and few pictures, to try it out on any computer")
+    parser.add_argument(
+        "--small", action="store_true", help="gpu: narrow models and few pictures, to try it out on any computer"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     file = Path(args.config) if args.config.endswith(".yaml") else CONFIGS / f"{args.config}.yaml"

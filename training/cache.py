@@ -3,9 +3,9 @@
     python training/cache.py --config FILE --data FOLDER --base ... --cache DIR --views 1
     accelerate launch training/cache.py --config FILE ...                  over several devices
 
-The options are those of train.py, which then reads the cache instead of running the autoencoder. Each view of a picture is a
-crop with its flips, a function of (seed, picture, view), the same in the cache and in training. Stopped at any moment, the
-same command goes on; what is there already is read back first, and what is damaged is made again.
+The options are those of train.py, which then reads the cache instead of running the autoencoder. Each view of a picture
+is a crop with its flips, a function of (seed, picture, view), the same in the cache and in training. Stopped at any
+moment, the same command goes on; what is there already is read back first, and what is damaged is made again.
 """
 
 from __future__ import annotations
@@ -81,17 +81,26 @@ def fill(config: TrainConfig) -> None:
         for part in parts:
             part.begin()
     own = parts[0].shards()[accelerator.process_index :: accelerator.num_processes]
-    missed = {shard: todo for shard in tqdm(own, "reading back", unit="shard", disable=not main) if (todo := missing(parts, *shard))}
+    missed = {
+        shard: todo
+        for shard in tqdm(own, "reading back", unit="shard", disable=not main)
+        if (todo := missing(parts, *shard))
+    }
     loader = DataLoader(
-        Entries(source), batch_sampler=list(batches(list(missed), len(source), config.batch)), num_workers=config.workers,
-        collate_fn=as_it_is, pin_memory=device.type == "cuda" and config.workers > 0,
-    )  # fmt: skip
+        Entries(source),
+        batch_sampler=list(batches(list(missed), len(source), config.batch)),
+        num_workers=config.workers,
+        collate_fn=as_it_is,
+        pin_memory=device.type == "cuda" and config.workers > 0,
+    )
     rows: dict[str, list[Tensor]] = {part.name: [] for part in parts}
     failed: dict[int, str] = {}
     for entries, tensors, wrong in tqdm(loader, "caching", unit="batch", disable=not main):
         with accelerator.autocast():
             batch = {name: x.to(device) for name, x in tensors.items()}
-            computed = {"moments": observed_moments(base, batch)} | ({"features": observed_features(backbone, batch, config)} if config.cache_features else {})
+            computed = {"moments": observed_moments(base, batch)} | (
+                {"features": observed_features(backbone, batch, config)} if config.cache_features else {}
+            )
         done = sum(map(len, rows[parts[0].name]))
         failed |= {done + row: reason for row, reason in wrong.items()}
         for name, values in computed.items():
@@ -104,7 +113,10 @@ def fill(config: TrainConfig) -> None:
     accelerator.wait_for_everyone()
     if main:
         size = sum(file.stat().st_size for part in parts for file in part.folder.glob("*.safetensors")) / 1e9
-        print(f"{len(source)} pictures, {parts[0].views} views, {size:.2f} GB in {config.cache}; {len(missed)} of this process's {len(own)} shards were made now")
+        print(
+            f"{len(source)} pictures, {parts[0].views} views, {size:.2f} GB in {config.cache}; {len(missed)} of this"
+            f" process's {len(own)} shards were made now"
+        )
 
 
 if __name__ == "__main__":

@@ -20,27 +20,55 @@ from featinv_nodes.worlds import MODELS
 from .models.pipeline import InversionPipeline, load_pipeline
 
 #: the settings of Sampling that are options of every program; without one the weights file's own holds
-SAMPLING = ("steps", "strength", "guidance", "negative", "solver", "text_guidance", "gradient", "gradient_steps", "best_of")
+SAMPLING = (
+    "steps",
+    "strength",
+    "guidance",
+    "negative",
+    "solver",
+    "text_guidance",
+    "gradient",
+    "gradient_steps",
+    "best_of",
+)
 
 
 def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
-    """A parser with the arguments that choose a model and how it draws. defaults: of settings of Sampling that a program
-    does not take from the weights file."""
+    """A parser with the arguments that choose a model and how it draws. defaults: of settings of Sampling that a
+    program does not take from the weights file."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny_cnn_last", help=f"weights file, or one of {', '.join(MODELS)}")
     other = "".join(f", but --{name} {value:g}" for name, value in defaults.items())
-    parser.add_argument("--steps", type=int, help=f"solver's steps (default for this and the next eight: the weights file's own{other})")
+    parser.add_argument(
+        "--steps", type=int, help=f"solver's steps (default for this and the next eight: the weights file's own{other})"
+    )
     parser.add_argument("--strength", type=float, help="control strength")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none")
-    parser.add_argument("--negative", choices=NEGATIVES, help="what guidance pushes away from: the empty text with the same features, or neither text nor features")
+    parser.add_argument(
+        "--negative",
+        choices=NEGATIVES,
+        help="what guidance pushes away from: the empty text with the same features, or neither text nor features",
+    )
     parser.add_argument("--solver", choices=SOLVERS, help="solver that takes the steps")
-    parser.add_argument("--text-guidance", type=float, help="separate guidance scale of the text; --guidance is then the features' alone. Needs --negative features")
-    parser.add_argument("--gradient", type=float, help="length of the move along the gradient of the features, in units of the latents; 0 for none")
+    parser.add_argument(
+        "--text-guidance",
+        type=float,
+        help="separate guidance scale of the text; --guidance is then the features' alone. Needs --negative features",
+    )
+    parser.add_argument(
+        "--gradient",
+        type=float,
+        help="length of the move along the gradient of the features, in units of the latents; 0 for none",
+    )
     parser.add_argument("--gradient-steps", type=int, help="number of last steps in which the gradient guides")
-    parser.add_argument("--best-of", type=int, help="draw this many pictures of each map and keep the one with the highest cosine")
+    parser.add_argument(
+        "--best-of", type=int, help="draw this many pictures of each map and keep the one with the highest cosine"
+    )
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
     parser.add_argument("--base", help="base model folder, where it is not the one named in the weights file")
-    parser.add_argument("--backbone", help="the backbone's timm-hub folder or name, where it is not the one named in the weights file")
+    parser.add_argument(
+        "--backbone", help="the backbone's timm-hub folder or name, where it is not the one named in the weights file"
+    )
     parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(**defaults)
@@ -53,7 +81,10 @@ def pipeline_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Inve
     if args.batch < 1:
         raise FeatInvError(f"--batch {args.batch}: expected at least 1")
     if not chooses and args.best_of not in (None, 1):
-        raise FeatInvError(f"--best-of {args.best_of}: this program draws each picture once; reconstruct.py and evaluate.py choose among several")
+        raise FeatInvError(
+            f"--best-of {args.best_of}: this program draws each picture once; reconstruct.py and evaluate.py choose"
+            " among several"
+        )
     require_device(args.device)
     pipeline = load_pipeline(args.model, args.base, args.backbone_weights, args.backbone, args.device)
     return pipeline, pipeline.recommended(**{name: getattr(args, name) for name in SAMPLING})
@@ -74,7 +105,8 @@ def require_weights_name(file: Path) -> None:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Runs a program; bad input and a full disk become one line on standard error and exit status 2, Ctrl-C status 130."""
+    """Runs a program; bad input and a full disk become one line on standard error and exit status 2, Ctrl-C status
+    130."""
     try:
         main()
     except KeyboardInterrupt:

@@ -23,7 +23,18 @@ CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "tiny_cnn_last.yaml"
 STREAM = "stream:"  # how data begins that is read as it comes
 #: fields that a run cannot change when it goes on
-MODEL_FIELDS = ("backbone", "input_size", "layer", "pooled", "base", "prompt", "encoder", "encoder_width", "standardise", "optimizer")
+MODEL_FIELDS = (
+    "backbone",
+    "input_size",
+    "layer",
+    "pooled",
+    "base",
+    "prompt",
+    "encoder",
+    "encoder_width",
+    "standardise",
+    "optimizer",
+)
 CHOICES = {
     "encoder": tuple(KINDS),
     "schedule": ("constant", "cosine"),
@@ -34,10 +45,28 @@ CHOICES = {
 }
 #: least and largest values
 RANGES = {
-    **dict.fromkeys(("batch", "accumulate", "keep", "panel_every", "save_every", "max_images", "images", "input_size", "encoder_width"), (1, math.inf)),
-    **dict.fromkeys(("lr", "warmup", "weight_decay", "cycle", "cycle_after", "min_snr", "encoder_first", "workers", "views"), (0, math.inf)),
-    "dropout": (0, 1), "ema": (0, 0.999999), "cycle_below": (0, 1000),
-}  # fmt: skip
+    **dict.fromkeys(
+        (
+            "batch",
+            "accumulate",
+            "keep",
+            "panel_every",
+            "save_every",
+            "max_images",
+            "images",
+            "input_size",
+            "encoder_width",
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        ("lr", "warmup", "weight_decay", "cycle", "cycle_after", "min_snr", "encoder_first", "workers", "views"),
+        (0, math.inf),
+    ),
+    "dropout": (0, 1),
+    "ema": (0, 0.999999),
+    "cycle_below": (0, 1000),
+}
 
 
 def option(help: str, default: object = MISSING) -> Any:  # noqa: ANN401 - of whatever type the field has
@@ -49,43 +78,60 @@ def option(help: str, default: object = MISSING) -> Any:  # noqa: ANN401 - of wh
 
 @dataclass
 class TrainConfig:
-    """Everything that decides a run. Counts are in images unless said otherwise. Each field is an option of train.py."""
+    """Everything that decides a run. Counts are in images unless said otherwise. Each field is an option of
+    train.py."""
 
     name: str = option("name of the run and of its weights file")
     backbone: str = option('network to invert: an embedded one ("tiny-cnn"), a timm name or a timm-hub folder')
-    base: str = option("base model: an embedded world's (tiny or photo), a diffusers folder, a file of Stable Diffusion 1.x, or owner/name in the hub's cache")
+    base: str = option(
+        "base model: an embedded world's (tiny or photo), a diffusers folder, a file of Stable Diffusion 1.x, or"
+        " owner/name in the hub's cache"
+    )
     data: str = option(
-        'pictures: "drawn", a folder of images or of plain tar files (webdataset), "hf:" and a Hugging Face data set (a folder of '
-        'save_to_disk, or a name with its split after a colon), or "stream:" and one that is read as it comes'
+        'pictures: "drawn", a folder of images or of plain tar files (webdataset), "hf:" and a Hugging Face data set (a'
+        ' folder of save_to_disk, or a name with its split after a colon), or "stream:" and one that is read as it'
+        " comes"
     )
     prompt: str = option("text of the positive prompt")
     max_images: int = option("images after which the run ends")
     backbone_weights: str | None = option("the backbone's .safetensors file", None)
-    input_size: int | None = option("side in pixels of the pictures that the backbone reads, where that is not timm's default", None)
+    input_size: int | None = option(
+        "side in pixels of the pictures that the backbone reads, where that is not timm's default", None
+    )
     layer: str = option("layer that is inverted: last, or a name from timm's feature_info", "last")
     pooled: bool = option("invert the mean over the layer's locations", False)
     encoder: str = option("conditional encoder: conv (the paper), conv_at_map (it upsamples last) or perceiver", "conv")
     encoder_width: int = option("hidden channels of the encoder (the paper: 512)", 512)
     standardise: bool = option("take out each channel's mean and standard deviation, of the first 256 pictures", False)
     dropout: float = option("share of the samples that lose features and text together", 0.15)
-    cycle: float = option("weight of the cycle consistency, 1 - cos of the features of the predicted picture; 0 for none (the paper)", 0.0)
+    cycle: float = option(
+        "weight of the cycle consistency, 1 - cos of the features of the predicted picture; 0 for none (the paper)", 0.0
+    )
     cycle_below: int = option("timesteps, of the base model's 1000, below which the cycle consistency counts", 1000)
-    cycle_after: int = option("images before the cycle consistency counts and costs anything: fine-tuning at the end, as in ControlNet++", 0)
+    cycle_after: int = option(
+        "images before the cycle consistency counts and costs anything: fine-tuning at the end, as in ControlNet++", 0
+    )
     batch: int = option("images per process and pass", 8)
     lr: float = option("learning rate of AdamW", 1e-5)
     schedule: str = option("learning rate after the warm-up: constant (the paper), or cosine to zero", "constant")
     warmup: int = option("images in which the learning rate grows from zero", 1000)
     weight_decay: float = option("weight decay of AdamW", 0.01)
     ema: float = option("decay per step of the moving average that is saved, 0 for none", 0.0)
-    min_snr: float = option("gamma of the min-SNR weighting of timesteps (Hang et al. 2023: 5), 0 for none (the paper)", 0.0)
+    min_snr: float = option(
+        "gamma of the min-SNR weighting of timesteps (Hang et al. 2023: 5), 0 for none (the paper)", 0.0
+    )
     accumulate: int = option("passes per step, so that a step counts batch x accumulate x processes images", 1)
     checkpointing: bool = option("compute activations again for the gradient, which saves memory and costs time", False)
-    optimizer: str = option("adamw, or adamw8bit whose moments take a quarter of the memory (needs bitsandbytes)", "adamw")
+    optimizer: str = option(
+        "adamw, or adamw8bit whose moments take a quarter of the memory (needs bitsandbytes)", "adamw"
+    )
     nan: str = option("what happens to a step whose loss or gradients are not finite: stop or skip", "stop")
     precision: str = option("fp32, bf16 (also for the frozen weights) or fp16", "bf16")
     compile: bool = option("use torch.compile, worth its minute on long runs", False)
     graph: bool = option("run the whole step as one CUDA graph, for small models on one GPU", False)
-    init_from: str | None = option("weights file to start from: its ControlNet, and its encoder too where that inverts the same features", None)
+    init_from: str | None = option(
+        "weights file to start from: its ControlNet, and its encoder too where that inverts the same features", None
+    )
     encoder_first: int = option("images during which the encoder alone learns", 0)
     workers: int = option("data loading processes", 0)
     images: int | None = option("only so many of the data's pictures, evenly spread", None)
@@ -98,8 +144,13 @@ class TrainConfig:
     save_every: int = option("images between checkpoints", 10_000)
     keep: int = option("checkpoints kept", 2)
     trackers: list = option("accelerate's trackers, such as [tensorboard]", [])
-    recommended: dict = option("sampling settings written into the weights file", {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50})
-    scope: int = option("pictures from which the file's scope statistics are fitted at the end (see fit_scope.py), 0 for none", 0)
+    recommended: dict = option(
+        "sampling settings written into the weights file",
+        {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50},
+    )
+    scope: int = option(
+        "pictures from which the file's scope statistics are fitted at the end (see fit_scope.py), 0 for none", 0
+    )
     scope_data: str | None = option("folder of these pictures, which training does not see", None)
 
     def __post_init__(self) -> None:
@@ -108,23 +159,36 @@ class TrainConfig:
                 raise FeatInvError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         for name, (least, most) in RANGES.items():
             if (value := getattr(self, name)) is not None and not least <= value <= most:
-                raise FeatInvError(f"{name} {value}: expected {f'at least {least}' if most == math.inf else f'{least} to {most}'}")
+                raise FeatInvError(
+                    f"{name} {value}: expected {f'at least {least}' if most == math.inf else f'{least} to {most}'}"
+                )
         try:
             Sampling(**self.recommended)
         except TypeError as error:
             raise FeatInvError(f"recommended {self.recommended}: {error}") from error
         if self.data.startswith(STREAM) and (self.cache or self.views or self.images):
-            raise FeatInvError(f"data {self.data}: what comes by in a stream cannot be counted or cached; leave --cache, --views and --images out")
+            raise FeatInvError(
+                f"data {self.data}: what comes by in a stream cannot be counted or cached; leave --cache, --views and"
+                " --images out"
+            )
         if self.cache and not self.views and not drawing_world(self.data):
             raise FeatInvError("a cache holds a number of views of each picture: say how many with --views")
         if self.cache_features and not self.cache:
             raise FeatInvError("cache_features: say where with --cache DIR")
         if self.cycle_after and not self.cycle:
-            raise FeatInvError(f"cycle_after {self.cycle_after}: there is no cycle consistency to wait for; give --cycle too")
+            raise FeatInvError(
+                f"cycle_after {self.cycle_after}: there is no cycle consistency to wait for; give --cycle too"
+            )
         if self.cycle_after and self.graph:
-            raise FeatInvError(f"cycle_after {self.cycle_after}: one CUDA graph cannot change what a step computes; leave --graph or --cycle_after out")
+            raise FeatInvError(
+                f"cycle_after {self.cycle_after}: one CUDA graph cannot change what a step computes; leave --graph or"
+                " --cycle_after out"
+            )
         if self.encoder_first and not self.init_from:
-            raise FeatInvError(f"encoder_first {self.encoder_first}: without --init-from the ControlNet starts at nothing, through which no encoder learns")
+            raise FeatInvError(
+                f"encoder_first {self.encoder_first}: without --init-from the ControlNet starts at nothing, through"
+                " which no encoder learns"
+            )
         if self.scope and self.scope < 2 * FEWEST:
             raise FeatInvError(f"scope {self.scope}: expected 0 or at least {2 * FEWEST}")
         if self.scope and not self.scope_data and not drawing_world(self.data):
@@ -142,7 +206,9 @@ class TrainConfig:
         """
         if file.exists():
             old, new = yaml.safe_load(file.read_text()), asdict(self)
-            differing = [f"{name}: {old.get(name)} there, {new[name]} now" for name in MODEL_FIELDS if old.get(name) != new[name]]
+            differing = [
+                f"{name}: {old.get(name)} there, {new[name]} now" for name in MODEL_FIELDS if old.get(name) != new[name]
+            ]
             if differing:
                 raise FeatInvError(f"{file.parent} holds another run ({'; '.join(differing)}); choose another --output")
         write_text(file, yaml.safe_dump(asdict(self), sort_keys=False))
@@ -152,9 +218,13 @@ def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainCon
     """A YAML file, over those it names under `extends`, with fields replaced by YAML texts. Raises FeatInvError for
     unknown or missing fields and for values of the wrong type."""
     if not file.is_file():
-        raise FeatInvError(f"configuration {file} does not exist; shipped: {', '.join(sorted(f.name for f in CONFIGS.glob('*.yaml')))}")
+        raise FeatInvError(
+            f"configuration {file} does not exist; shipped: {', '.join(sorted(f.name for f in CONFIGS.glob('*.yaml')))}"
+        )
     known = {f.name: f for f in fields(TrainConfig)}
-    values = _values(file) | {name: _parsed(text, str(known[name].type) if name in known else "") for name, text in (overrides or {}).items()}
+    values = _values(file) | {
+        name: _parsed(text, str(known[name].type) if name in known else "") for name, text in (overrides or {}).items()
+    }
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise FeatInvError(f"{file}: unknown fields {unknown}; known: {', '.join(known)}")
@@ -219,11 +289,18 @@ def parse_arguments(description: str) -> tuple[TrainConfig, Path]:
 
 def add_fields(parser: argparse.ArgumentParser) -> None:
     """An option for every field of the configuration, each with its help."""
-    group = parser.add_argument_group("fields of the configuration, which replace the file's", "Defaults hold where the file has no such field.")
+    group = parser.add_argument_group(
+        "fields of the configuration, which replace the file's", "Defaults hold where the file has no such field."
+    )
     for f in fields(TrainConfig):
         unset = "" if f.default in (MISSING, None) else f" (default: {f.default})"
         names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
-        group.add_argument(*names, dest=f.name, metavar=str(f.type).removesuffix(" | None").upper(), help=(f.metadata["help"] + unset).replace("%", "%%"))
+        group.add_argument(
+            *names,
+            dest=f.name,
+            metavar=str(f.type).removesuffix(" | None").upper(),
+            help=(f.metadata["help"] + unset).replace("%", "%%"),
+        )
 
 
 def given_fields(args: argparse.Namespace) -> dict[str, str]:

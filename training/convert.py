@@ -1,6 +1,7 @@
 """Converts checkpoints of the FeatInv paper's own code into weights files, and weights files into other layouts.
 
-    python training/convert.py control_featinv_convnext.ckpt convnext.safetensors --backbone convnext_base.fb_in22k_ft_in1k --input-size 288
+    python training/convert.py control_featinv_convnext.ckpt convnext.safetensors \\
+        --backbone convnext_base.fb_in22k_ft_in1k --input-size 288
     python training/convert.py pooled.ckpt pooled.safetensors --backbone resnet50.a1_in1k --pooled
     python training/convert.py convnext.safetensors control.ckpt --to official
     python training/convert.py convnext.safetensors FOLDER --to diffusers
@@ -55,8 +56,14 @@ BASE = "miniSD"
 ENCODER_FILE = "feature_encoder.safetensors"
 PICKLES = (".ckpt", ".pth", ".pt")
 
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-          "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 TIME = {"linear_1": "0", "linear_2": "2"}
 
 
@@ -64,7 +71,8 @@ def official_name(name: str, layers: int) -> str:
     """The official name of a tensor in our weights file, the encoder's included. layers: residual blocks per level.
 
     The official code numbers blocks through all levels: input_blocks.0 is the first convolution, then each level has
-    its residual blocks (.0, attention .1) and a downsampler. Raises KeyError or ValueError for names without counterpart.
+    its residual blocks (.0, attention .1) and a downsampler. Raises KeyError or ValueError for names without
+    counterpart.
     """
 
     def block(level: str, index: int) -> str:
@@ -111,11 +119,17 @@ def controlnet_config(official: Mapping[str, Tensor], heads: int) -> dict:
             levels[-1].append(number)
     sizes = [len(level) for level in levels]
     if len(set(sizes)) > 1 or not sizes[0]:
-        raise FeatInvError(f"{CONTROL}input_blocks form levels of {sizes} residual blocks; expected the same number in each, as in SD 1.x (2)")
+        raise FeatInvError(
+            f"{CONTROL}input_blocks form levels of {sizes} residual blocks; expected the same number in each, as in SD"
+            " 1.x (2)"
+        )
     widths = [_shape(official, f"zero_convs.{level[-1]}.0.weight")[0] for level in levels]
     wrong = [w for w in widths if w % 32 or heads < 1 or w % heads]
     if wrong:
-        raise FeatInvError(f"the blocks' widths are {widths}; expected multiples of 32 and of the {heads} attention heads. Is --heads right?")
+        raise FeatInvError(
+            f"the blocks' widths are {widths}; expected multiples of 32 and of the {heads} attention heads. Is --heads"
+            " right?"
+        )
     attention = [any(_has(official, f"input_blocks.{number}.1.") for number in level) for level in levels]
     return {
         "in_channels": _shape(official, "input_blocks.0.0.weight")[1],
@@ -149,11 +163,26 @@ def skeleton(config: dict, encoder: dict) -> dict[str, Tensor]:
 
 def require_fit(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: str | Path) -> None:
     """Raises FeatInvError, listing up to eight of each, for missing, unexpected and misshapen tensors."""
-    shapes = [f"{k} {tuple(actual[k].shape)} instead of {tuple(expected[k].shape)}" for k in actual if k in expected and actual[k].shape != expected[k].shape]
-    groups = {"missing": [k for k in expected if k not in actual], "unexpected": [k for k in actual if k not in expected], "misshapen": shapes}
-    texts = [f"{name}: {', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}" for name, keys in groups.items() if keys]
+    shapes = [
+        f"{k} {tuple(actual[k].shape)} instead of {tuple(expected[k].shape)}"
+        for k in actual
+        if k in expected and actual[k].shape != expected[k].shape
+    ]
+    groups = {
+        "missing": [k for k in expected if k not in actual],
+        "unexpected": [k for k in actual if k not in expected],
+        "misshapen": shapes,
+    }
+    texts = [
+        f"{name}: {', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}"
+        for name, keys in groups.items()
+        if keys
+    ]
     if texts:
-        raise FeatInvError(f"{file} does not fit the ControlNet that its blocks describe. {'; '.join(texts)}. Is it a complete FeatInv checkpoint of the SD 1.x kind?")
+        raise FeatInvError(
+            f"{file} does not fit the ControlNet that its blocks describe. {'; '.join(texts)}. Is it a complete FeatInv"
+            " checkpoint of the SD 1.x kind?"
+        )
 
 
 def from_official(official: Mapping[str, Tensor], heads: int, file: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -163,21 +192,36 @@ def from_official(official: Mapping[str, Tensor], heads: int, file: str | Path) 
     """
     config = controlnet_config(official, heads)
     hidden, channels = _shape(official, FIRST_HINT)[:2]
-    settings = {"kind": "conv", "channels": channels, "out_channels": config["block_out_channels"][0], "width": hidden, "kernel": 3}
-    ours = {k: v for k, v in skeleton(config, settings).items() if k.removeprefix(ENCODER_PREFIX) not in ("mean", "deviation")}
+    settings = {
+        "kind": "conv",
+        "channels": channels,
+        "out_channels": config["block_out_channels"][0],
+        "width": hidden,
+        "kernel": 3,
+    }
+    ours = {
+        k: v
+        for k, v in skeleton(config, settings).items()
+        if k.removeprefix(ENCODER_PREFIX) not in ("mean", "deviation")
+    }
     names = {official_name(key, config["layers_per_block"]): key for key in ours}
     require_fit({CONTROL + k: v for k, v in official.items()}, {CONTROL + k: ours[v] for k, v in names.items()}, file)
     return settings, {names[key]: value for key, value in official.items()}
 
 
-def to_official(tensors: Mapping[str, Tensor], encoder: nn.Module, heads: int, file: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """A weights file's ControlNet and encoder -> (ControlNetModel settings, tensors under official names, without prefix).
+def to_official(
+    tensors: Mapping[str, Tensor], encoder: nn.Module, heads: int, file: str | Path
+) -> tuple[dict, dict[str, Tensor]]:
+    """A weights file's ControlNet and encoder -> (ControlNetModel settings, tensors under official names, without
+    prefix).
 
-    The encoder's mean and deviation have no official name and are left out. Raises FeatInvError as from_official does, and
-    for an encoder of another kind than the paper's.
+    The encoder's mean and deviation have no official name and are left out. Raises FeatInvError as from_official does,
+    and for an encoder of another kind than the paper's.
     """
     if (kind := encoder.settings["kind"]) != "conv":
-        raise FeatInvError(f"{file} has the conditional encoder {kind!r}; other programs know the paper's, 'conv', alone")
+        raise FeatInvError(
+            f"{file} has the conditional encoder {kind!r}; other programs know the paper's, 'conv', alone"
+        )
     layers = len({key.split(".")[3] for key in tensors if key.startswith("down_blocks.0.resnets.")})
     ours = {**tensors, **{ENCODER_PREFIX + k: v for k, v in encoder.state_dict().items()}}
     official = {}
@@ -200,10 +244,15 @@ def read_official(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise FeatInvError(f"checkpoint {file} does not exist")
     state = _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-    control = {k.removeprefix(CONTROL): v for k, v in state.items() if str(k).startswith(CONTROL) and isinstance(v, Tensor)}
+    control = {
+        k.removeprefix(CONTROL): v for k, v in state.items() if str(k).startswith(CONTROL) and isinstance(v, Tensor)
+    }
     if not control:
         parts = sorted({".".join(str(k).split(".")[:2]) for k in state})
-        raise FeatInvError(f"{file} has no tensors {CONTROL}*; it has {', '.join(parts[:8]) or 'none at all'}. Give a checkpoint of the ControlNet, not of the base model")
+        raise FeatInvError(
+            f"{file} has no tensors {CONTROL}*; it has {', '.join(parts[:8]) or 'none at all'}. Give a checkpoint of"
+            " the ControlNet, not of the base model"
+        )
     return control
 
 
@@ -211,7 +260,9 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, "pt") as opened:
             if "featinv" in (opened.metadata() or {}):
-                raise FeatInvError(f"{file} is a FeatInv weights file already; to convert it, give --to official or --to diffusers")
+                raise FeatInvError(
+                    f"{file} is a FeatInv weights file already; to convert it, give --to official or --to diffusers"
+                )
             keys = list(opened.keys())
             chosen = [key for key in keys if key.startswith(CONTROL)]
             return {key: opened.get_tensor(key) for key in chosen} or dict.fromkeys(keys)
@@ -230,7 +281,10 @@ def describe_source(name: str, layer: str, pooled: bool, side: int | None = None
 def write_weights_file(args: argparse.Namespace) -> str:
     """Official -> ours."""
     if not args.backbone:
-        raise FeatInvError(f"{args.input} does not say which features it inverts; give --backbone, and --layer and --pooled where they differ")
+        raise FeatInvError(
+            f"{args.input} does not say which features it inverts; give --backbone, and --layer and --pooled where they"
+            " differ"
+        )
     if args.output.suffix != ".safetensors":
         raise FeatInvError(f"{args.output}: a weights file's name ends in .safetensors")
     uniform = {"strength": 1.5, "guidance": 8.0} if args.pooled else {"strength": 1.0, "guidance": 1.75}
@@ -240,11 +294,21 @@ def write_weights_file(args: argparse.Namespace) -> str:
     settings, tensors = from_official(read_official(args.input), args.heads, args.input)
     source = describe_source(args.backbone, args.layer, args.pooled, args.input_size)
     if source.channels != settings["channels"]:
-        raise FeatInvError(f"{args.input} inverts features of {settings['channels']} channels, but {source.describe()}. Name the backbone and layer it was trained for")
+        raise FeatInvError(
+            f"{args.input} inverts features of {settings['channels']} channels, but {source.describe()}. Name the"
+            " backbone and layer it was trained for"
+        )
     encoder = build_encoder(settings)  # mean 0 and deviation 1: the paper does not standardise
-    encoder.load_state_dict({k.removeprefix(ENCODER_PREFIX): v for k, v in tensors.items() if k.startswith(ENCODER_PREFIX)}, strict=False)
-    base = {"name": args.base, "width": settings["out_channels"], "context": tensors["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-            "latent_channels": tensors["conv_in.weight"].shape[1], "heads": args.heads}  # fmt: skip
+    encoder.load_state_dict(
+        {k.removeprefix(ENCODER_PREFIX): v for k, v in tensors.items() if k.startswith(ENCODER_PREFIX)}, strict=False
+    )
+    base = {
+        "name": args.base,
+        "width": settings["out_channels"],
+        "context": tensors["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        "latent_channels": tensors["conv_in.weight"].shape[1],
+        "heads": args.heads,
+    }
     info = InversionInfo(source, settings, base, args.prompt, recommended, config={"converted_from": args.input.name})
     save_inversion(args.output, info, tensors, encoder)
     return f"{len(tensors)} tensors, {source.describe()}"
@@ -257,7 +321,10 @@ def write_official(args: argparse.Namespace) -> str:
     info, tensors, encoder = load_inversion(args.input)
     _, official = to_official(tensors, encoder, info.base["heads"], args.input)
     if encoder.mean.any() or (encoder.deviation != 1).any():
-        raise FeatInvError(f"{args.input} standardises its features, for which the official layout has no place; use --to diffusers, or train with standardise: false")
+        raise FeatInvError(
+            f"{args.input} standardises its features, for which the official layout has no place; use --to diffusers,"
+            " or train with standardise: false"
+        )
     state = {CONTROL + key: value.contiguous() for key, value in official.items()}
     if args.output.suffix == ".safetensors":
         write_safetensors(args.output, state, {"format": "pt"})
@@ -275,8 +342,9 @@ README = """# FeatInv ControlNet: {source}
 
 Made from {file} for diffusers. Base model: {base}. Prompt: {prompt!r}. Recommended: {recommended}.
 
-`{encoder_file}` is the conditional encoder: it turns a feature map [B, {channels}, h, w] into the hint [B, {out_channels}, H, W] on
-the latents' grid. The ControlNet takes that hint as it is, so its own embedding for pictures (zeros here) is replaced:
+`{encoder_file}` is the conditional encoder: it turns a feature map [B, {channels}, h, w] into the hint
+[B, {out_channels}, H, W] on the latents' grid. The ControlNet takes that hint as it is, so its own embedding for
+pictures (zeros here) is replaced:
 
 ```python
 import torch
@@ -294,11 +362,13 @@ def encode(features, size):
     x = (features - weights["mean"][:, None, None]) / weights["deviation"][:, None, None]
     x = F.interpolate(x, size, mode="bilinear", align_corners=False)
     for layer in (0, 2, 4):
-        x = F.conv2d(x if layer == 0 else F.silu(x), weights[f"block.{{layer}}.weight"], weights[f"block.{{layer}}.bias"], padding=1)
+        x = x if layer == 0 else F.silu(x)
+        x = F.conv2d(x, weights[f"block.{{layer}}.weight"], weights[f"block.{{layer}}.bias"], padding=1)
     return x
 ```
 
-One step: `controlnet(latents, timestep, text_embedding, encode(features, latents.shape[2:]), conditioning_scale=strength)`.
+One step: `controlnet(latents, timestep, text_embedding, hint, conditioning_scale=strength)` with
+`hint = encode(features, latents.shape[2:])`.
 """
 
 
@@ -319,8 +389,15 @@ def write_diffusers(args: argparse.Namespace) -> str:
         model.save_config(part)
         write_safetensors(part / "diffusion_pytorch_model.safetensors", {**blank, **tensors}, {"format": "pt"})
         write_safetensors(part / ENCODER_FILE, encoder.state_dict(), {"featinv_encoder": json.dumps(asdict(info))})
-        text = README.format(source=info.source.describe(), file=args.input.name, base=info.base["name"], prompt=info.prompt,
-                             recommended=json.dumps(info.recommended), encoder_file=ENCODER_FILE, **info.encoder)  # fmt: skip
+        text = README.format(
+            source=info.source.describe(),
+            file=args.input.name,
+            base=info.base["name"],
+            prompt=info.prompt,
+            recommended=json.dumps(info.recommended),
+            encoder_file=ENCODER_FILE,
+            **info.encoder,
+        )
         write_text(part / "README.md", text)
         os.replace(part, args.output)
     finally:
@@ -333,11 +410,21 @@ WRITERS = {"featinv": write_weights_file, "official": write_official, "diffusers
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="IN", help="checkpoint of the paper's code; with --to official or diffusers, a weights file or a shipped model's name")
+    parser.add_argument(
+        "input",
+        metavar="IN",
+        help=(
+            "checkpoint of the paper's code; with --to official or diffusers, a weights file or a shipped model's name"
+        ),
+    )
     parser.add_argument("output", metavar="OUT", type=Path, help="file, or folder with --to diffusers")
-    parser.add_argument("--to", choices=WRITERS, default="featinv", help="what to write (default: a FeatInv weights file)")
+    parser.add_argument(
+        "--to", choices=WRITERS, default="featinv", help="what to write (default: a FeatInv weights file)"
+    )
     own = parser.add_argument_group("for a weights file")
-    own.add_argument("--backbone", help="timm name, timm-hub folder or embedded backbone whose features the checkpoint inverts")
+    own.add_argument(
+        "--backbone", help="timm name, timm-hub folder or embedded backbone whose features the checkpoint inverts"
+    )
     own.add_argument("--layer", default=LAST, help="layer of the backbone (default: %(default)s)")
     own.add_argument("--pooled", action="store_true", help="the features are averaged over the locations")
     own.add_argument("--input-size", type=int, help="pixels the backbone reads, where not timm's default for its name")
@@ -347,7 +434,9 @@ def arguments() -> argparse.ArgumentParser:
     own.add_argument("--strength", type=float, help="recommended control strength (default: 1, pooled 1.5)")
     own.add_argument("--guidance", type=float, help="recommended guidance scale (default: 1.75, pooled 8)")
     own.add_argument("--steps", type=int, default=50, help="recommended DDIM steps (default: %(default)s)")
-    own.add_argument("--negative", choices=NEGATIVES, default="text", help="what guidance pushes away from (default: %(default)s)")
+    own.add_argument(
+        "--negative", choices=NEGATIVES, default="text", help="what guidance pushes away from (default: %(default)s)"
+    )
     return parser
 
 
@@ -355,7 +444,9 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     args.input = Path(args.input) if args.to == "featinv" else Path(model_file(args.input))
     if args.to != "featinv" and args.input.suffix != ".safetensors":
-        raise FeatInvError(f"--to {args.to} reads a FeatInv weights file (.safetensors), not {args.input}; convert that to one first")
+        raise FeatInvError(
+            f"--to {args.to} reads a FeatInv weights file (.safetensors), not {args.input}; convert that to one first"
+        )
     if args.output.resolve() == args.input.resolve():
         raise FeatInvError(f"{args.output} would overwrite the input; choose another name")
     make_folder(args.output.parent)

@@ -1,4 +1,5 @@
-"""The whole method on an embedded world: invert pictures and the user's own, mix two, and look at the network's classes.
+"""The whole method on an embedded world: invert pictures and the user's own, mix two, and look at the network's
+classes.
 
     python training/demo.py [--image FILE ...] [--out DIR]     photographs, at four depths of an ImageNet network
     python training/demo.py --world drawn [--image FILE ...]   drawn scenes, with figures of held-out ones
@@ -46,7 +47,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="steps of each drawing (default: the models' own)")
     parser.add_argument("--model", choices=DRAWN.models, help=f"drawn: the inversion model (default: {MODEL})")
     parser.add_argument("--count", type=int, help=f"drawn: held-out pictures to measure on (default: {COUNT})")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="folder for the results (default: out/demo)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "demo", help="folder for the results (default: out/demo)"
+    )
     return parser
 
 
@@ -56,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(args.out)
     own = [(Path(file).name, read_image(file)) for file in args.image]
     if args.world == "drawn":
-        sheet, paragraphs, results = demo_drawn.show(own, say, args.steps, args.model or MODEL, COUNT if args.count is None else args.count)
+        sheet, paragraphs, results = demo_drawn.show(
+            own, say, args.steps, args.model or MODEL, COUNT if args.count is None else args.count
+        )
     elif args.model is not None or args.count is not None:
         raise FeatInvError("--model and --count belong to the drawn scenes; give --world drawn as well")
     else:
@@ -64,8 +69,15 @@ def main(argv: list[str] | None = None) -> None:
     save_image(sheet, args.out / "panel.png")
     write_text(args.out / "index.html", page("FeatInv: what the model sees", sheet, paragraphs))
     seconds = time.perf_counter() - began
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__, "timm": timm.__version__}
-    write_json(args.out / "results.json", {"world": args.world, **results, "seconds": round(seconds, 1), "versions": versions})
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "timm": timm.__version__,
+    }
+    write_json(
+        args.out / "results.json", {"world": args.world, **results, "seconds": round(seconds, 1), "versions": versions}
+    )
     for paragraph in paragraphs:
         say(paragraph)
     say(f"done in {seconds:.0f} s: see {args.out / 'panel.png'} and {args.out / 'index.html'}")

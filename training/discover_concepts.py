@@ -1,10 +1,10 @@
 """Finds concepts in a backbone's feature maps of a folder of pictures and writes one concept file and a page about it.
 
-    python training/discover_concepts.py --data FOLDER --backbone resnet50.a1_in1k --backbone-weights FILE --out concepts.safetensors
+    python training/discover_concepts.py --data FOLDER --backbone resnet50.a1_in1k --backbone-weights FILE --out FILE
     python training/discover_concepts.py                 (drawn scenes and their CNN)
     python training/discover_concepts.py --concepts auto        (as many clusters as completeness asks for)
     python training/discover_concepts.py --method sae --concepts 256 --active 8
-    python training/discover_concepts.py --directions FILE      (your own directions or sparse autoencoder, instead of a method)
+    python training/discover_concepts.py --directions FILE      (your own directions or sparse autoencoder)
 
 The folder holds the pictures of one class, or a folder per class. Prints for each concept its dimension, its share of
 the feature norm (shares of oblique parts sum to more than one), its relevance (the share of the top classes' logits,
@@ -42,17 +42,39 @@ SCENES, AUTO = 400, "auto"
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="drawn", help=f"folder of pictures, or drawn for {SCENES} drawn scenes")
-    parser.add_argument("--backbone", default="tiny-cnn", help=f"timm-hub folder or name, or one of {', '.join(BACKBONES)}")
+    parser.add_argument(
+        "--backbone", default="tiny-cnn", help=f"timm-hub folder or name, or one of {', '.join(BACKBONES)}"
+    )
     parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
-    parser.add_argument("--input-size", type=int, help="side in pixels of the pictures the backbone reads, where not its own; must be the inversion model's")
+    parser.add_argument(
+        "--input-size",
+        type=int,
+        help="side in pixels of the pictures the backbone reads, where not its own; must be the inversion model's",
+    )
     parser.add_argument("--layer", default=LAST, help="layer of the backbone; relevance is known for the last one only")
-    parser.add_argument("--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size")
+    parser.add_argument(
+        "--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size"
+    )
     parser.add_argument("--method", choices=METHODS, default="mcd")
-    parser.add_argument("--directions", type=Path, help="safetensors file of your own directions or sparse autoencoder, instead of a method")
-    parser.add_argument("--count", type=int, default=20_000, help="most feature vectors to use, drawn evenly from the pictures")
-    parser.add_argument("--concepts", default="8", help="clusters, directions or atoms to look for; auto: clusters until they are complete (mcd)")
-    parser.add_argument("--active", type=int, help="sae: atoms active in each vector (default: an eighth of all, 16 at most)")
-    parser.add_argument("--centred", action="store_true", help="mcd: bases by PCA about each cluster's mean, as published")
+    parser.add_argument(
+        "--directions",
+        type=Path,
+        help="safetensors file of your own directions or sparse autoencoder, instead of a method",
+    )
+    parser.add_argument(
+        "--count", type=int, default=20_000, help="most feature vectors to use, drawn evenly from the pictures"
+    )
+    parser.add_argument(
+        "--concepts",
+        default="8",
+        help="clusters, directions or atoms to look for; auto: clusters until they are complete (mcd)",
+    )
+    parser.add_argument(
+        "--active", type=int, help="sae: atoms active in each vector (default: an eighth of all, 16 at most)"
+    )
+    parser.add_argument(
+        "--centred", action="store_true", help="mcd: bases by PCA about each cluster's mean, as published"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/concepts.safetensors"), help="the concept file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +82,8 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
-    """The feature vectors and what the concepts are evaluated on, with progress; says what was read and what could not be."""
+    """The feature vectors and what the concepts are evaluated on, with progress; says what was read and what could not
+    be."""
     if drawing_world(args.data):
         pictures = Pictures(draw(args.seed, torch.arange(SCENES)).image, backbone, name="scene")
     elif Path(args.data).is_dir():
@@ -68,7 +91,9 @@ def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
     else:
         raise FeatInvError(f"data {args.data!r} is neither 'drawn' nor a folder")
     with tqdm(total=len(pictures), desc="features", unit="picture") as bar:
-        collected = collect(pictures, lambda x: backbone.extract(x.to(args.device), args.layer), args.count, args.seed, advance(bar))
+        collected = collect(
+            pictures, lambda x: backbone.extract(x.to(args.device), args.layer), args.count, args.seed, advance(bar)
+        )
     print("\n".join(filter(None, [pictures.skipped(), f"read {collected.describe()}"])))
     return collected
 
@@ -78,7 +103,9 @@ def find(backbone: Backbone, args: argparse.Namespace, collected: Collected, num
     vectors, maps = collected.vectors, collected.maps
     weights = None if number else top_weights(backbone, maps)
     with tqdm(total=len(vectors), desc=args.method, unit="step") as bar:
-        return discover(vectors, maps.source, args.method, number, args.seed, args.centred, advance(bar), weights, args.active)
+        return discover(
+            vectors, maps.source, args.method, number, args.seed, args.centred, advance(bar), weights, args.active
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,7 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     write_text(args.out.with_suffix(".html"), page(concepts, collected, stats))
     print(table(concepts, stats))
     print(*remarks(concepts, stats), sep="\n")
-    print(f"wrote {len(concepts)} concepts of {concepts.source.describe()} to {args.out}; look at {args.out.with_suffix('.html')}")
+    print(
+        f"wrote {len(concepts)} concepts of {concepts.source.describe()} to {args.out}; look at"
+        f" {args.out.with_suffix('.html')}"
+    )
 
 
 def advance(bar: tqdm) -> Callable[[int, int], None]:

@@ -34,8 +34,9 @@ MODEL_PARTS = ("unet", "vae", "text_encoder")
 
 @dataclass(frozen=True)
 class Need:
-    """A repository to bring. folder: where its files go. choose: names that are there -> the ones to take, each with its
-    name here; raises FeatInvError if one lacks. use: options of the training programs. node: its place in ComfyUI."""
+    """A repository to bring. folder: where its files go. choose: names that are there -> the ones to take, each with
+    its name here; raises FeatInvError if one lacks. use: options of the training programs. node: its place in
+    ComfyUI."""
 
     repository: str
     folder: Path
@@ -64,7 +65,13 @@ def _backbone(config: TrainConfig, to: Path) -> Need | None:
         raise FeatInvError(f"timm knows no weights of the name {name!r} on the hub; similar names: {near}")
     folder = to / "backbones" / f"{known.architecture}.{known.tag}"
     use = ["--backbone", str(folder), *(["--backbone-weights", "null"] if weights else [])]
-    return Need(known.hf_hub_id, folder, _named("config.json", "model.safetensors"), use, f"Load Backbone, weights: {folder.name}/model.safetensors")
+    return Need(
+        known.hf_hub_id,
+        folder,
+        _named("config.json", "model.safetensors"),
+        use,
+        f"Load Backbone, weights: {folder.name}/model.safetensors",
+    )
 
 
 def _base(name: str, to: Path) -> Need | None:
@@ -72,10 +79,19 @@ def _base(name: str, to: Path) -> Need | None:
         return None
     parts = HUB_NAME.fullmatch(name)
     if not parts:
-        raise FeatInvError(f"base model {name!r} is neither a folder here nor a hub repository; expected owner/name or owner/name/FILE.safetensors")
+        raise FeatInvError(
+            f"base model {name!r} is neither a folder here nor a hub repository; expected owner/name or"
+            " owner/name/FILE.safetensors"
+        )
     repository, file = parts["repository"], parts["file"]
     if file:
-        return Need(repository, to / "checkpoints", _named(file), ["--base", str(to / "checkpoints" / file)], f"Load Checkpoint: {file}")
+        return Need(
+            repository,
+            to / "checkpoints",
+            _named(file),
+            ["--base", str(to / "checkpoints" / file)],
+            f"Load Checkpoint: {file}",
+        )
     folder = to / "diffusers" / repository.split("/")[1]
     return Need(repository, folder, choose_base, ["--base", str(folder)], f"DiffusersLoader: {folder.name}")
 
@@ -96,11 +112,22 @@ def choose_base(names: Collection[str]) -> dict[str, str]:
     One weights file for each part: float32 before float16, then .safetensors before .bin. Half precision loses the
     .fp16 in its name, under which both look for it. Raises FeatInvError that names what is missing.
     """
-    chosen = {name: name for name in names if name == "model_index.json" or name.rpartition("/")[0] in ("scheduler", "tokenizer")}
-    missing = [name for name in ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt") if name not in chosen]
+    chosen = {
+        name: name
+        for name in names
+        if name == "model_index.json" or name.rpartition("/")[0] in ("scheduler", "tokenizer")
+    }
+    missing = [
+        name
+        for name in ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
+        if name not in chosen
+    ]
     for part in MODEL_PARTS:
         safe, pickled = ("model", "pytorch_model") if part == "text_encoder" else ("diffusion_pytorch_model",) * 2
-        options = [f"{part}/{file}" for file in (f"{safe}.safetensors", f"{pickled}.bin", f"{safe}.fp16.safetensors", f"{pickled}.fp16.bin")]
+        options = [
+            f"{part}/{file}"
+            for file in (f"{safe}.safetensors", f"{pickled}.bin", f"{safe}.fp16.safetensors", f"{pickled}.fp16.bin")
+        ]
         weights = next((name for name in options if name in names), options[0])
         missing += [name for name in (f"{part}/config.json", weights) if name not in names]
         chosen |= {f"{part}/config.json": f"{part}/config.json", weights: weights.replace(".fp16", "")}
@@ -126,7 +153,9 @@ def bring(need: Need) -> None:
     missing = {target: file for target, file in files.items() if not file.matches(target)}
     for target in files:
         if target in missing and target.exists():
-            raise FeatInvError(f"{target} is not the file that {need.repository} has; move it away, or name another folder with --to")
+            raise FeatInvError(
+                f"{target} is not the file that {need.repository} has; move it away, or name another folder with --to"
+            )
         if target not in missing:
             print(f"  {target.relative_to(need.folder)}: already there")
     _require_space(need.folder, sum(file.size for file in missing.values()))
@@ -136,7 +165,8 @@ def bring(need: Need) -> None:
 
 
 def _require_local(need: Need, error: Unreachable) -> None:
-    """Raises the error if a file is missing here. A file that is here is whole: it was checked before it got its name."""
+    """Raises the error if a file is missing here. A file that is here is whole: it was checked before it got its
+    name."""
     try:
         need.choose([file.relative_to(need.folder).as_posix() for file in need.folder.rglob("*") if file.is_file()])
     except FeatInvError as missing:
@@ -147,13 +177,26 @@ def _require_space(folder: Path, size: int) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if size > free:
-        raise FeatInvError(f"{existing} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed: make room, or name another folder with --to")
+        raise FeatInvError(
+            f"{existing} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed: make room, or name another"
+            " folder with --to"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG", help=f"YAML file, or one of {', '.join(sorted(f.stem for f in CONFIGS.glob('*.yaml')))}")
-    parser.add_argument("--to", type=Path, default=ROOT / "models", metavar="DIR", help="models folder (run.py names that of the ComfyUI checkout it finds)")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help=f"YAML file, or one of {', '.join(sorted(f.stem for f in CONFIGS.glob('*.yaml')))}",
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        default=ROOT / "models",
+        metavar="DIR",
+        help="models folder (run.py names that of the ComfyUI checkout it finds)",
+    )
     parser.add_argument("--base", metavar="REPOSITORY", help="base model to fetch instead of the configuration's")
     args = parser.parse_args(arguments)
     file = Path(args.config)

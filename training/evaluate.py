@@ -1,16 +1,17 @@
-"""The paper's tables and figures for any inversion model, beside the unconditional baseline and the autoencoder's round trip.
+"""The paper's tables and figures for any inversion model, beside the unconditional baseline and the autoencoder's round
+trip.
 
     python training/evaluate.py                                     the embedded model, 500 held-out scenes
     accelerate launch training/evaluate.py --model FILE --data SOURCE --suite NAME --out DIR
     python training/evaluate.py --data IMAGENET/val --per-class 10 --model FILE ...
 
-Suites: quality (Tables 1, 3), layers (Figs. 4, 14), cross-model (Table 2), sweep (Figs. 9 to 11), variability (Fig. 12),
-mixing (Figs. 7, 8), baseline (Table 3), rcdm (Table 4), corruptions (Appendix C), natural-adversarial and ood (Sec. 4.2); and beyond
-the paper guidances (a scale each for features and text) and cost (solvers, steps, the gradient).
+Suites: quality (Tables 1, 3), layers (Figs. 4, 14), cross-model (Table 2), sweep (Figs. 9 to 11), variability (Fig.
+12), mixing (Figs. 7, 8), baseline (Table 3), rcdm (Table 4), corruptions (Appendix C), natural-adversarial and ood
+(Sec. 4.2); and beyond the paper guidances (a scale each for features and text) and cost (solvers, steps, the gradient).
 
-SOURCE: "drawn", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Pictures are
-taken in the order of their names; a picture's number in that order is its seed. Unconditional: what the base model draws without
-features. Round trip: the autoencoder's. Stopped at any moment, the same command goes on where it was.
+SOURCE: "drawn", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Pictures
+are taken in the order of their names; a picture's number in that order is its seed. Unconditional: what the base model
+draws without features. Round trip: the autoencoder's. Stopped at any moment, the same command goes on where it was.
 Writes results.json, report.md, index.html and the pictures in them.
 """
 

@@ -1,13 +1,14 @@
-"""Fits the scope statistics of a weights file: what held-out feature maps are like, by which a manipulated one is judged.
+"""Fits the scope statistics of a weights file: what held-out feature maps are like, by which a manipulated one is
+judged.
 
     python training/fit_scope.py --model FILE --data FOLDER                    in place
     python training/fit_scope.py --model FILE --data FOLDER --count 10000 --out FILE
 
     python training/fit_scope.py --model photo_lite0_blocks4 --data FOLDER --kept-back --count 1400 --centres 512
 
-FOLDER holds pictures, or tar files of them, that training did not see; "drawn" stands for held-out scenes of the drawn world. Half of the
-pictures make the statistics, the other half their quantiles; the first of all are drawn for the quantiles of the cycle
-cosine. Everything else in the file stays as it is.
+FOLDER holds pictures, or tar files of them, that training did not see; "drawn" stands for held-out scenes of the drawn
+world. Half of the pictures make the statistics, the other half their quantiles; the first of all are drawn for the
+quantiles of the cycle cosine. Everything else in the file stays as it is.
 """
 
 from __future__ import annotations
@@ -28,11 +29,31 @@ from training.files import make_folder
 
 def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__, gradient=0.0)
-    parser.add_argument("--data", required=True, help='folder of images, or of tar files of them, that training did not see, or "drawn" for held-out scenes')
-    parser.add_argument("--kept-back", action="store_true", help="use only every 25th picture of the folder, on which make_world.py never trains")
-    parser.add_argument("--count", type=int, default=4000, help="how many pictures, spread over the folder; at least 2,000 for the outer quantiles to mean something")
-    parser.add_argument("--drawn", type=int, default=DRAWN, help="how many of them are reconstructed for the cycle cosine's quantiles, 0 for none")
-    parser.add_argument("--centres", type=int, help=f"directions in the bank (default {CENTRES:,}, in the drawn world {TINY_CENTRES})")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help='folder of images, or of tar files of them, that training did not see, or "drawn" for held-out scenes',
+    )
+    parser.add_argument(
+        "--kept-back",
+        action="store_true",
+        help="use only every 25th picture of the folder, on which make_world.py never trains",
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=4000,
+        help="how many pictures, spread over the folder; at least 2,000 for the outer quantiles to mean something",
+    )
+    parser.add_argument(
+        "--drawn",
+        type=int,
+        default=DRAWN,
+        help="how many of them are reconstructed for the cycle cosine's quantiles, 0 for none",
+    )
+    parser.add_argument(
+        "--centres", type=int, help=f"directions in the bank (default {CENTRES:,}, in the drawn world {TINY_CENTRES})"
+    )
     parser.add_argument("--out", type=Path, help="weights file to write (default: the same one)")
     return parser
 
@@ -45,10 +66,22 @@ def main(argv: list[str] | None = None) -> None:
         require_weights_name(args.out)
         make_folder(args.out.parent)
     pipeline, sampling = pipeline_from(args)
-    scope = fit(pipeline, sampling, args.data, args.count, args.drawn, args.centres or centres_for(args.data), args.batch, args.kept_back)
+    scope = fit(
+        pipeline,
+        sampling,
+        args.data,
+        args.count,
+        args.drawn,
+        args.centres or centres_for(args.data),
+        args.batch,
+        args.kept_back,
+    )
     out = args.out or model_file(args.model)
     save_scope(model_file(args.model), scope, out)
-    print(f"wrote the scope of {scope.source.describe()}, from {scope.maps:,} pictures, {sum(t.nbytes for t in scope.tensors().values()):,} bytes, to {out}")
+    print(
+        f"wrote the scope of {scope.source.describe()}, from {scope.maps:,} pictures,"
+        f" {sum(t.nbytes for t in scope.tensors().values()):,} bytes, to {out}"
+    )
 
 
 if __name__ == "__main__":

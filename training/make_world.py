@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     worlds = parser.add_subparsers(dest="world", required=True, metavar="WORLD")
     for name, kind in KINDS.items():
         summary = kind.__doc__.splitlines()[0]
-        own = worlds.add_parser(name, help=summary, description=kind.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        own = worlds.add_parser(
+            name, help=summary, description=kind.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         own.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
         kind.add_arguments(own)

@@ -4,9 +4,9 @@
     python training/reconstruct.py --image a.png b.png --mix 0 0.25 0.5 0.75 1 --out DIR
     python training/reconstruct.py --image inner.png outer.png --mask mask.png --out DIR
 
-Writes every picture, panel.png with the cosine similarity under each, and results.json. With --best-of N each picture is
-the one of the highest cosine among N, which results.json says. Where the weights file has scope
-statistics, results.json says whether each map is inside what the model knows, and the panel where it is not.
+Writes every picture, panel.png with the cosine similarity under each, and results.json. With --best-of N each picture
+is the one of the highest cosine among N, which results.json says. Where the weights file has scope statistics,
+results.json says whether each map is inside what the model knows, and the panel where it is not.
 """
 
 from __future__ import annotations
@@ -41,16 +41,26 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--samples", type=int, default=1, help="reconstructions of each feature map")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the starting noise, the same for every feature map")
-    parser.add_argument("--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the starting noise, the same for every feature map"
+    )
+    parser.add_argument(
+        "--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size"
+    )
     mixing = parser.add_mutually_exclusive_group()
-    mixing.add_argument("--mix", type=float, nargs="+", metavar="W", help="mix two pictures; each W is the share of the second")
-    mixing.add_argument("--mask", help="picture whose bright part takes the first picture's features, the rest the second's")
+    mixing.add_argument(
+        "--mix", type=float, nargs="+", metavar="W", help="mix two pictures; each W is the share of the second"
+    )
+    mixing.add_argument(
+        "--mask", help="picture whose bright part takes the first picture's features, the rest the second's"
+    )
     parser.add_argument("--soft", action="store_true", help="blend the two maps in cells on the mask's edge")
     return parser
 
 
-def target_maps(pipeline: InversionPipeline, args: argparse.Namespace, pixel_values: Tensor) -> list[tuple[str, FeatureMap]]:
+def target_maps(
+    pipeline: InversionPipeline, args: argparse.Namespace, pixel_values: Tensor
+) -> list[tuple[str, FeatureMap]]:
     """The feature maps to invert, each with a name: one per picture, per weight, or the composition."""
     features = pipeline.features(pixel_values)
     if args.mix is None and args.mask is None:
@@ -84,7 +94,11 @@ def main(argv: list[str] | None = None) -> None:
         drawn, attempts = pipeline.best(target, sampling, start_of, args.batch, bar.update)
     scores = pipeline.score(target, drawn).tolist()
     scopes = scope_entries(model_file(args.model), target, scores, sampling)
-    off = [f"{name}: {scopes[m * args.samples]['line']}" for m, (name, _) in enumerate(maps) if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]]
+    off = [
+        f"{name}: {scopes[m * args.samples]['line']}"
+        for m, (name, _) in enumerate(maps)
+        if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]
+    ]
 
     rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(pixel_values, args.image)]], []
     for m, (name, _) in enumerate(maps):
@@ -93,15 +107,34 @@ def main(argv: list[str] | None = None) -> None:
         for s, i in enumerate(picks):
             file = args.out / f"{m:03d}_{name}_{s}.png"
             save_image(to_image(drawn[i]), file)
-            entries.append({"file": file.name, "map": name, "sample": s, "seed": args.seed, "attempt": attempts[i].item(), "cosine": scores[i], "scope": scopes[i]})
-    chosen = [f"Each picture is the one of the highest cosine among {sampling.best_of}."] if sampling.best_of > 1 else []
+            entries.append(
+                {
+                    "file": file.name,
+                    "map": name,
+                    "sample": s,
+                    "seed": args.seed,
+                    "attempt": attempts[i].item(),
+                    "cosine": scores[i],
+                    "scope": scopes[i],
+                }
+            )
+    chosen = (
+        [f"Each picture is the one of the highest cosine among {sampling.best_of}."] if sampling.best_of > 1 else []
+    )
     note = "\n".join([*([pipeline.world.outside] if pipeline.world and pipeline.world.outside else []), *chosen, *off])
     titles = ["original", *(name[:18] for name, _ in maps)]
     save_image(panel(rows, titles, pipeline.info.source.describe(), note), args.out / "panel.png")
-    write_json(args.out / "results.json", {
-        "model": args.model, "source": pipeline.info.source.to_dict(), "images": [str(f) for f in args.image],
-        "sampling": asdict(sampling), "note": note, "pictures": entries,
-    })
+    write_json(
+        args.out / "results.json",
+        {
+            "model": args.model,
+            "source": pipeline.info.source.to_dict(),
+            "images": [str(f) for f in args.image],
+            "sampling": asdict(sampling),
+            "note": note,
+            "pictures": entries,
+        },
+    )
     print(f"wrote {len(entries)} pictures, panel.png and results.json to {args.out}")
 
 

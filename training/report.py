@@ -11,7 +11,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-TILE, GAP, CAPTION, LINE = 144, 8, 20, 16  # a picture's side, between pictures, a caption's first line, each further one
+TILE, GAP, CAPTION, LINE = (
+    144,
+    8,
+    20,
+    16,
+)  # a picture's side, between pictures, a caption's first line, each further one
 SMALL = 96  # pixels: smaller pictures are enlarged pixel by pixel
 INK, GREY, PALE, PAPER = (30, 30, 34), (105, 105, 112), (222, 222, 226), (255, 255, 255)
 Cell = tuple[Tensor, str]
@@ -29,13 +34,16 @@ def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
 
 def panel(rows: Sequence[Sequence[Cell]], titles: Sequence[str], heading: str = "", note: str = "") -> Image.Image:
     """A grid of pictures with captions: rows of (picture, caption), a title to the left of each row; note: lines below.
-    Captions and titles may have several lines; a caption's first is dark, and what is too long for the picture is cut."""
+    Captions and titles may have several lines; a caption's first is dark, and what is too long for the picture is cut.
+    """
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     notes = note.splitlines()
     left = 12 + max((round(font.getlength(line)) for title in titles for line in title.split("\n")), default=0)
     width = left + GAP + max(len(row) for row in rows) * (TILE + GAP)
     top = 36 if heading else GAP
-    heights = [TILE + CAPTION + LINE * max((caption.count("\n") for _, caption in row), default=0) + GAP for row in rows]
+    heights = [
+        TILE + CAPTION + LINE * max((caption.count("\n") for _, caption in row), default=0) + GAP for row in rows
+    ]
     height = top + sum(heights) + (8 + 18 * len(notes) if notes else 0)
     large = ImageFont.load_default(18)
     lengths = [large.getlength(heading), *(small.getlength(line) for line in notes)]
@@ -50,7 +58,13 @@ def panel(rows: Sequence[Sequence[Cell]], titles: Sequence[str], heading: str = 
             pen.rectangle((x - 1, y - 1, x + TILE, y + TILE), outline=PALE)  # where a picture is white, too
             sheet.paste(to_image(picture, TILE), (x, y))
             for number, line in enumerate(caption.split("\n")):
-                pen.text((x + TILE / 2, y + TILE + 2 + LINE * number), shortened(line, small), GREY if number else INK, small, anchor="ma")
+                pen.text(
+                    (x + TILE / 2, y + TILE + 2 + LINE * number),
+                    shortened(line, small),
+                    GREY if number else INK,
+                    small,
+                    anchor="ma",
+                )
         y += row_height
     for n, line in enumerate(reversed(notes)):
         pen.text((10, height - 22 - 18 * n), line, INK, small)
@@ -67,17 +81,24 @@ def shortened(line: str, font: ImageFont.FreeTypeFont, width: int = TILE + GAP) 
 
 
 def page(title: str, image: Image.Image, paragraphs: Sequence[str], body: str = "") -> str:
-    """One HTML file with the picture inside it, which opens without a server. body: HTML between paragraphs and picture."""
+    """One HTML file with the picture inside it, which opens without a server. body: HTML between paragraphs and
+    picture."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     text = "".join(f"<p>{html.escape(p)}</p>" for p in paragraphs)
     style = (
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:1700px;margin:2rem auto;padding:0 1rem}img{max-width:100%}"
-        "table{border-collapse:collapse;font-size:14px;margin:1rem 0}td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:left}"
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:1700px;margin:2rem auto;padding:0"
+        " 1rem}img{max-width:100%}table{border-collapse:collapse;font-size:14px;margin:1rem 0}td,th{border:1px solid"
+        " #ccc;padding:.2rem .6rem;text-align:left}"
     )
-    picture = f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    picture = (
+        f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    )
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    return f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1>{text}{body}{picture}</html>\n'
+    return (
+        f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title><style>{style}</style>'
+        f"<h1>{html.escape(title)}</h1>{text}{body}{picture}</html>\n"
+    )
 
 
 def save_image(image: Image.Image, file: Path) -> None:

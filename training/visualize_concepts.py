@@ -5,9 +5,10 @@
     python training/visualize_concepts.py --image a.png --names object --factor 2 --keep-length --out DIR
 
 --names: numbers or names; commas join concepts that are turned down together, semicolons part the variants of a row.
-Writes grid.png (a row per picture, a column per variant), details.png (both reconstructions, the difference and its sign),
-each map as a PNG, and results.json. Every variant carries its slope: what the backbone, reading the reconstructions again,
-finds of the concept, against what was asked; and its scope, whether the edited map is inside what the model knows.
+Writes grid.png (a row per picture, a column per variant), details.png (both reconstructions, the difference and its
+sign), each map as a PNG, and results.json. Every variant carries its slope: what the backbone, reading the
+reconstructions again, finds of the concept, against what was asked; and its scope, whether the edited map is inside
+what the model knows.
 """
 
 from __future__ import annotations
@@ -49,15 +50,35 @@ from training.report import Cell, panel, save_image, to_image
 def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__, gradient=0.0)  # of an edited map it draws less of the edit: docs/concepts.md
     parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
-    parser.add_argument("--concepts", default="tiny_cnn_concepts", help=f"concept file, or one of the shipped {', '.join(CONCEPTS)} (default: %(default)s)")
+    parser.add_argument(
+        "--concepts",
+        default="tiny_cnn_concepts",
+        help=f"concept file, or one of the shipped {', '.join(CONCEPTS)} (default: %(default)s)",
+    )
     parser.add_argument("--names", required=True, help='concepts, such as "object" or "0, 3; 1"')
-    parser.add_argument("--factor", type=float, default=FACTOR, help="factor for the concepts: 0.25 as in the paper, 0 removes them, above 1 amplifies")
+    parser.add_argument(
+        "--factor",
+        type=float,
+        default=FACTOR,
+        help="factor for the concepts: 0.25 as in the paper, 0 removes them, above 1 amplifies",
+    )
     parser.add_argument("--keep-length", action="store_true", help="scale vectors that grow back to their old length")
-    parser.add_argument("--closed-loop", action="store_true", help="search for the factor that gives the slope asked for, at up to five times the cost")
+    parser.add_argument(
+        "--closed-loop",
+        action="store_true",
+        help="search for the factor that gives the slope asked for, at up to five times the cost",
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="reconstructions of each map")
     parser.add_argument("--seed", type=int, default=0, help="of their noise")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share of the largest difference below which a pixel counts as unaffected")
-    parser.add_argument("--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        help="share of the largest difference below which a pixel counts as unaffected",
+    )
+    parser.add_argument(
+        "--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     return parser
 
@@ -79,9 +100,11 @@ def grid_row(picture: torch.Tensor, row: list[Visualization], threshold: float) 
 def detail_row(visualization: Visualization) -> list[Cell]:
     signed = signed_difference(visualization.original, visualization.changed)
     return [
-        (visualization.original[0], "reconstruction"), (visualization.changed[0], f"changed, x{visualization.commanded:.2f}"),
-        (heat_map(normalised(visualization.distance)[None])[0], "difference"), (diverging(signed[None], float(signed.abs().amax().clamp(min=1e-3)))[0], "darker, brighter"),
-    ]  # fmt: skip
+        (visualization.original[0], "reconstruction"),
+        (visualization.changed[0], f"changed, x{visualization.commanded:.2f}"),
+        (heat_map(normalised(visualization.distance)[None])[0], "difference"),
+        (diverging(signed[None], float(signed.abs().amax().clamp(min=1e-3)))[0], "darker, brighter"),
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,25 +121,44 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     with tqdm(desc="drawing", unit="picture") as bar:
         for i in range(len(pixel_values)):
-            rows.append(visualize(pipeline, features.select(i), concepts, groups, settings, sampling, args.batch, bar.update))
+            rows.append(
+                visualize(pipeline, features.select(i), concepts, groups, settings, sampling, args.batch, bar.update)
+            )
     stems = [f"{i:03d}_{Path(file).stem}" for i, file in enumerate(args.image)]
     details = [(Path(file).name[:18], visualization) for file, row in zip(args.image, rows) for visualization in row]
     edited = concatenate([visualization.change.changed for _, visualization in details])
     scores = [pipeline.score(s.change.changed.repeat(args.seeds), s.changed).mean().item() for _, s in details]
     scopes = scope_entries(model_file(args.model), edited, scores, sampling)
-    entries = [save(args, stem, number, visualization) for stem, row in zip(stems, rows) for number, visualization in enumerate(row)]
+    entries = [
+        save(args, stem, number, visualization)
+        for stem, row in zip(stems, rows)
+        for number, visualization in enumerate(row)
+    ]
     entries = [entry | {"cosine": cosine, "scope": scope} for entry, cosine, scope in zip(entries, scores, scopes)]
     heading = f"{pipeline.info.source.describe()}; concepts x{args.factor:g}, {args.seeds} seeds"
     names = [Path(file).name[:18] for file in args.image]
     grid = [grid_row(x, row, args.threshold) for x, row in zip(pixel_values, rows)]
     columns = "   ".join(f"{n + 1}: {title(visualization)}" for n, visualization in enumerate(rows[0]))
     save_image(panel(grid, names, heading, columns), args.out / "grid.png")
-    save_image(panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading), args.out / "details.png")
-    write_json(args.out / "results.json", {
-        "model": args.model, "concepts": args.concepts, "images": [str(f) for f in args.image], "sampling": asdict(sampling), "settings": asdict(settings), "maps": entries,
-    })
+    save_image(
+        panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading),
+        args.out / "details.png",
+    )
+    write_json(
+        args.out / "results.json",
+        {
+            "model": args.model,
+            "concepts": args.concepts,
+            "images": [str(f) for f in args.image],
+            "sampling": asdict(sampling),
+            "settings": asdict(settings),
+            "maps": entries,
+        },
+    )
     for (name, visualization), scope in zip(details, scopes):
-        print(f"{name}, {title(visualization)}: {visualization.slope.describe()}; scope: {scope.get('line', 'unknown')}")
+        print(
+            f"{name}, {title(visualization)}: {visualization.slope.describe()}; scope: {scope.get('line', 'unknown')}"
+        )
     print(f"wrote grid.png, details.png and results.json to {args.out}")
 
 
@@ -126,9 +168,14 @@ def save(args: argparse.Namespace, stem: str, number: int, visualization: Visual
     for kind, values in files.items():
         save_image(to_image(values.expand(3, -1, -1)), args.out / f"{stem}_{number}_{kind}.png")
     return {
-        "picture": stem, "variant": number, "concepts": list(visualization.change.groups[0]), "commanded": visualization.commanded, "passed": visualization.slope.passed, **asdict(visualization.slope),
+        "picture": stem,
+        "variant": number,
+        "concepts": list(visualization.change.groups[0]),
+        "commanded": visualization.commanded,
+        "passed": visualization.slope.passed,
+        **asdict(visualization.slope),
         **{kind: f"{stem}_{number}_{kind}.png" for kind in files},
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

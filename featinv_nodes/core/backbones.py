@@ -49,7 +49,9 @@ class Backbone(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.name, self.classes = name, classes
         config = timm.data.resolve_model_data_config(model)
-        built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)  # a transformer may be built for another size
+        built_for = getattr(
+            getattr(model, "patch_embed", None), "img_size", None
+        )  # a transformer may be built for another size
         self.input_size: tuple[int, int] = tuple(built_for or config["input_size"][1:])
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.interpolation, self.crop_pct = config["interpolation"], config["crop_pct"]
@@ -68,15 +70,17 @@ class Backbone(nn.Module):
         """Where maps of a layer come from. Raises FeatInvError for a layer that the model does not offer."""
         if layer not in self._sources:
             channels, grid = self._size(layer)
-            self._sources[layer] = FeatureSource(self.name, layer, False, channels, grid, self.input_size, self.mean, self.std)
+            self._sources[layer] = FeatureSource(
+                self.name, layer, False, channels, grid, self.input_size, self.mean, self.std
+            )
         known = self._sources[layer]
         return FeatureSource(**{**known.to_dict(), "pooled": pooled})
 
     def preprocess(self, images: Tensor, resize_mode: str = "crop") -> Tensor:
         """Cuts and scales pictures [B, 3, h, w] in 0..1 to what the backbone reads, [B, 3, *input_size] in 0..1.
 
-        resize_mode "crop": the largest centred region of the input's aspect, times timm's crop_pct, as in the model's own
-        evaluation; "stretch": the whole picture. Antialiased, by the model's own interpolation.
+        resize_mode "crop": the largest centred region of the input's aspect, times timm's crop_pct, as in the model's
+        own evaluation; "stretch": the whole picture. Antialiased, by the model's own interpolation.
         """
         if resize_mode not in RESIZE_MODES:
             raise FeatInvError(f"resize_mode {resize_mode!r}: expected one of {RESIZE_MODES}")
@@ -92,7 +96,8 @@ class Backbone(nn.Module):
         return F.interpolate(images.float(), self.input_size, mode=mode, antialias=True).clamp(0, 1)
 
     def forward(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
-        """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1. Gradients reach the pictures if they ask."""
+        """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1. Gradients reach the pictures if they
+        ask."""
         values, prefix = self._spatial(self._normalised(pixel_values), layer)
         features = FeatureMap(values.float(), self.source(layer), prefix)
         return features.pool() if pooled else features
@@ -107,13 +112,17 @@ class Backbone(nn.Module):
         """The values [B, C, H, W] of several layers from one pass, as `values` gives them one by one."""
         named = [layer for layer in layers if layer != LAST]
         indices = [self._stages[layer] for layer in named] or 1  # timm cannot give none
-        last, outputs = self.model.forward_intermediates(self._normalised(pixel_values), indices=indices, output_fmt="NCHW")
+        last, outputs = self.model.forward_intermediates(
+            self._normalised(pixel_values), indices=indices, output_fmt="NCHW"
+        )
         maps = dict(zip(sorted(named, key=self._stages.__getitem__), outputs))
         return {layer: self._grid(last) if layer == LAST else maps[layer] for layer in layers}
 
     def stages(self, pixel_values: Tensor) -> list[Tensor]:
         """The maps [B, C, H, W] of every stage that timm names, from one pass."""
-        return self.model.forward_intermediates(self._normalised(pixel_values), output_fmt="NCHW", intermediates_only=True)
+        return self.model.forward_intermediates(
+            self._normalised(pixel_values), output_fmt="NCHW", intermediates_only=True
+        )
 
     def _normalised(self, pixel_values: Tensor) -> Tensor:
         return (pixel_values.to(self._mean) - self._mean) / self._std
@@ -129,7 +138,10 @@ class Backbone(nn.Module):
         if not layers:
             return {}
         parts = [self.several(part, layers) for part in pixel_values.split(batch)]
-        return {layer: FeatureMap(torch.cat([part[layer] for part in parts]).float(), self.source(layer)) for layer in layers}
+        return {
+            layer: FeatureMap(torch.cat([part[layer] for part in parts]).float(), self.source(layer))
+            for layer in layers
+        }
 
     def logits(self, features: FeatureMap) -> Tensor:
         """[B, classes] the model's own head on its last-layer map; equals the model's own forward.
@@ -138,7 +150,9 @@ class Backbone(nn.Module):
         has lost them (after mixing).
         """
         if features.source.layer != LAST or features.source.pooled:
-            raise FeatInvError(f"the classifier head of {self.name} reads layer {LAST!r}, unpooled; got {features.source.describe()}")
+            raise FeatInvError(
+                f"the classifier head of {self.name} reads layer {LAST!r}, unpooled; got {features.source.describe()}"
+            )
         features.source.require(self.source(), "the feature map", "the backbone")
         values, prefix = features.values.to(self._mean), features.prefix
         if prefix is None and self.last_map.prefix:
@@ -146,7 +160,9 @@ class Backbone(nn.Module):
             ramp = torch.linspace(-1, 1, values.shape[1]).to(values).expand(len(values), self.last_map.prefix, -1)
             answer, other = self._head(values, ramp), self._head(values, -ramp)
             if not torch.equal(answer, other):
-                raise FeatInvError(f"the head of {self.name} reads the class token, which this feature map no longer has")
+                raise FeatInvError(
+                    f"the head of {self.name} reads the class token, which this feature map no longer has"
+                )
             return answer
         return self._head(values, prefix)
 
@@ -177,7 +193,8 @@ class Backbone(nn.Module):
 
     @cached_property
     def last_map(self) -> LastMap:
-        """The last map's layout, from one or two passes of zeros. Raises FeatInvError if the head reads no spatial map."""
+        """The last map's layout, from one or two passes of zeros. Raises FeatInvError if the head reads no spatial
+        map."""
         with torch.inference_mode():
             out = self.model.forward_features(self._blank())
         if not isinstance(out, Tensor):
@@ -260,7 +277,10 @@ def load_backbone(name: str, weights: str | Path | None = None, input_size: int 
         return _from_folder(folder, input_size)
     backbone = untrained_backbone(name, input_size)
     if weights is None:
-        raise FeatInvError(f"backbone {name} needs a local weights file (.safetensors) or a timm-hub folder: python3 run.py download CONFIG, or {HUB}/timm/{name}")
+        raise FeatInvError(
+            f"backbone {name} needs a local weights file (.safetensors) or a timm-hub folder: python3 run.py download"
+            f" CONFIG, or {HUB}/timm/{name}"
+        )
     _fill(backbone.model, name, Path(weights))
     return backbone
 
@@ -297,20 +317,27 @@ def _build(what: str, name: str, classes: list[str] | None, known: dict, side: i
     if side and tuple(known.get("test_input_size") or ()) == overlay["input_size"]:
         overlay["crop_pct"] = known.get("test_crop_pct") or known.get("crop_pct", 1.0)  # timm evaluates at that size so
     try:
-        backbone = Backbone(timm.create_model(what, pretrained=False, pretrained_cfg_overlay=overlay or None), name, classes)
+        backbone = Backbone(
+            timm.create_model(what, pretrained=False, pretrained_cfg_overlay=overlay or None), name, classes
+        )
         if side:  # whether it runs at that size, whatever its head reads
             with torch.inference_mode():
                 backbone.model.forward_features(backbone._blank())
     except (RuntimeError, AssertionError) as error:
         raise FeatInvError(f"timm cannot run {name}{f' at {side} pixels' if side else ''}: {error}") from error
     if side and backbone.input_size != (side, side):
-        raise FeatInvError(f"{name} reads {backbone.input_size[0]} x {backbone.input_size[1]} pixels and cannot be set to {side}; leave the input size out")
+        raise FeatInvError(
+            f"{name} reads {backbone.input_size[0]} x {backbone.input_size[1]} pixels and cannot be set to {side};"
+            " leave the input size out"
+        )
     return backbone
 
 
 def _fill(model: nn.Module, name: str, file: Path) -> None:
     if not file.is_file():
-        raise FeatInvError(f"backbone weights {file} do not exist; python3 run.py download CONFIG fetches a configuration's")
+        raise FeatInvError(
+            f"backbone weights {file} do not exist; python3 run.py download CONFIG fetches a configuration's"
+        )
     try:
         state = load_file(file)
     except SafetensorError as error:
@@ -320,14 +347,16 @@ def _fill(model: nn.Module, name: str, file: Path) -> None:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise FeatInvError(
-            f"{file} does not fit {name}: {_misfits(model.state_dict(), state)}. Give the "
-            "weights of this model, or the name they were made for (a timm-hub folder, if classes or input size are not timm's)"
+            f"{file} does not fit {name}: {_misfits(model.state_dict(), state)}. Give the weights of this model, or the"
+            " name they were made for (a timm-hub folder, if classes or input size are not timm's)"
         ) from error
 
 
 def _misfits(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> str:
     """Which keys differ, a few of each kind by name; without BatchNorm's counters, which torch fills in."""
-    expected, actual = ({k: v.shape for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (expected, actual))
+    expected, actual = (
+        {k: v.shape for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (expected, actual)
+    )
     reshaped = [k for k in expected if k in actual and actual[k] != expected[k]]
     kinds = {
         "missing": [k for k in expected if k not in actual],

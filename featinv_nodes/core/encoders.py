@@ -1,4 +1,5 @@
-"""Conditional encoders: from a feature map to the diffusion model's first internal representation (paper Sec. 2, App. A.1)."""
+"""Conditional encoders: from a feature map to the diffusion model's first internal representation (paper Sec. 2, App.
+A.1)."""
 
 from __future__ import annotations
 
@@ -43,7 +44,13 @@ class ConvEncoder(Encoder):
         """channels: C_f of the feature map. out_channels: C_d, the base model's first width. width: hidden channels.
         kernel: side of the convolutions; 1 is enough for a pooled map that is not upsampled first."""
         super().__init__(channels)
-        self.settings = {"kind": self.kind, "channels": channels, "out_channels": out_channels, "width": width, "kernel": kernel}
+        self.settings = {
+            "kind": self.kind,
+            "channels": channels,
+            "out_channels": out_channels,
+            "width": width,
+            "kernel": kernel,
+        }
         self.block = nn.Sequential(
             nn.Conv2d(channels, width, kernel, padding=kernel // 2),
             nn.SiLU(),
@@ -86,19 +93,36 @@ class PerceiverEncoder(Encoder):
     """
 
     def __init__(
-        self, channels: int, out_channels: int, width: int = 512, tokens: tuple[int, int] = (1, 1), queries: tuple[int, int] = (32, 32), heads: int = 8
+        self,
+        channels: int,
+        out_channels: int,
+        width: int = 512,
+        tokens: tuple[int, int] = (1, 1),
+        queries: tuple[int, int] = (32, 32),
+        heads: int = 8,
     ) -> None:
         """channels: C_f. out_channels: C_d. width: of queries and tokens. tokens: (h, w) of the map. queries: latent
         grid (H, W) of training. heads: of the attention, dividing width."""
         super().__init__(channels)
-        self.settings = {"kind": "perceiver", "channels": channels, "out_channels": out_channels, "width": width,
-                         "tokens": list(tokens), "queries": list(queries), "heads": heads}  # fmt: skip
+        self.settings = {
+            "kind": "perceiver",
+            "channels": channels,
+            "out_channels": out_channels,
+            "width": width,
+            "tokens": list(tokens),
+            "queries": list(queries),
+            "heads": heads,
+        }
         self.heads = heads
         self.queries = nn.Parameter(torch.randn(1, width, *queries) * 0.02)
         self.position = nn.Parameter(torch.randn(1, width, *tokens) * 0.02)
         self.in_proj = nn.Conv2d(channels, width, 1)
         self.query_norm, self.token_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_query, self.to_key_value, self.out_proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.to_query, self.to_key_value, self.out_proj = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.out = nn.Linear(width, out_channels)
         nn.init.zeros_(self.out.weight)

@@ -72,9 +72,13 @@ class FeatureMap:
         s = self.source
         expected = (s.channels, *((1, 1) if s.pooled else s.grid))
         if self.values.ndim != 4 or tuple(self.values.shape[1:]) != expected:
-            raise FeatInvError(f"feature map of shape {tuple(self.values.shape)}; expected [B, {expected}] from {s.describe()}")
+            raise FeatInvError(
+                f"feature map of shape {tuple(self.values.shape)}; expected [B, {expected}] from {s.describe()}"
+            )
         if not self.values.isfinite().all():
-            raise FeatInvError(f"feature map from {s.describe()} holds NaN or infinite values; check the picture and the weights")
+            raise FeatInvError(
+                f"feature map from {s.describe()} holds NaN or infinite values; check the picture and the weights"
+            )
 
     def __len__(self) -> int:
         return len(self.values)

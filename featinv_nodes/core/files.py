@@ -71,23 +71,31 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = re.search(r"Unsupported (global: GLOBAL \S+|.*)|$", str(error))[0] or type(error).__name__
         raise FeatInvError(
-            f"{file} was not opened, because it is damaged or holds objects besides tensors, which could run foreign code ({reason}). "
-            "If you trust its origin, save its state_dict alone where it was made: torch.save({'state_dict': model.state_dict()}, ...)"
+            f"{file} was not opened, because it is damaged or holds objects besides tensors, which could run foreign"
+            f" code ({reason}). If you trust its origin, save its state_dict alone where it was made:"
+            " torch.save({'state_dict': model.state_dict()}, ...)"
         ) from error
     except Exception as error:  # of a file that is cut off, the reader raises whatever it stumbles over
-        raise FeatInvError(f"{file} is not a complete PyTorch checkpoint ({type(error).__name__}: {str(error)[:120]}); download or copy it again") from error
+        raise FeatInvError(
+            f"{file} is not a complete PyTorch checkpoint ({type(error).__name__}: {str(error)[:120]}); download or"
+            " copy it again"
+        ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict):
-        raise FeatInvError(f"{file} holds a {type(state).__name__}; expected a state dict, or a Lightning checkpoint with one")
+        raise FeatInvError(
+            f"{file} holds a {type(state).__name__}; expected a state dict, or a Lightning checkpoint with one"
+        )
     return state
 
 
 SCALE = ".scale"  # after the name of a tensor in 8 bits: what each output channel is multiplied by
 
 
-def write_weights(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dtype, metadata: dict[str, str] | None = None) -> None:
-    """Writes the weights of a model whole or not at all. dtype: of the floating-point tensors; torch.int8 for 8 bits with a
-    scale per output channel in matrices and kernels, and fp16 for the rest."""
+def write_weights(
+    file: str | Path, tensors: dict[str, Tensor], dtype: torch.dtype, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes the weights of a model whole or not at all. dtype: of the floating-point tensors; torch.int8 for 8 bits
+    with a scale per output channel in matrices and kernels, and fp16 for the rest."""
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
         value = value.detach().cpu()
@@ -105,12 +113,14 @@ def write_weights(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
 
 
 def read_weights(file: str | Path, skip: str | None = None) -> dict[str, Tensor]:
-    """What write_weights wrote, or any other safetensors file: floating-point tensors in float32, on the CPU; skip: without
-    those whose names begin so. Raises FeatInvError for a file that is missing or cut off."""
+    """What write_weights wrote, or any other safetensors file: floating-point tensors in float32, on the CPU; skip:
+    without those whose names begin so. Raises FeatInvError for a file that is missing or cut off."""
     try:
         stored = read_tensors(file)
     except (SafetensorError, OSError) as error:
-        raise FeatInvError(f"{file} is missing or not a complete safetensors file ({error}); download or copy it again") from error
+        raise FeatInvError(
+            f"{file} is missing or not a complete safetensors file ({error}); download or copy it again"
+        ) from error
     weights = {}
     for name, value in stored.items():
         if name.endswith(SCALE) and name.removesuffix(SCALE) in stored or skip and name.startswith(skip):
@@ -122,8 +132,8 @@ def read_weights(file: str | Path, skip: str | None = None) -> dict[str, Tensor]
 
 
 def is_in_8_bits(file: str | Path) -> bool:
-    """Whether a safetensors file holds tensors with a scale, as write_weights stores 8 bits. Raises FeatInvError for a file
-    that is cut off."""
+    """Whether a safetensors file holds tensors with a scale, as write_weights stores 8 bits. Raises FeatInvError for a
+    file that is cut off."""
     try:
         with safe_open(file, "pt") as opened:
             return any(name.endswith(SCALE) for name in opened.keys())

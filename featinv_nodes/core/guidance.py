@@ -2,8 +2,8 @@
 
 Classifier-free guidance pushes the prediction away from one without the text, or without text and features. Guidance by
 the gradient moves the clean latents that a sampler predicts toward given features. Its distance is the cycle
-consistency that ControlNet++ (Li et al. 2024) trains on; it is used at sampling time as in universal guidance (Bansal et
-al. 2023, Sec. 3.2). The latter is not in the paper.
+consistency that ControlNet++ (Li et al. 2024) trains on; it is used at sampling time as in universal guidance (Bansal
+et al. 2023, Sec. 3.2). The latter is not in the paper.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from .feature_map import FeatInvError, FeatureMap
 NEGATIVES = ("text", "features")
 
 
-def guidance_weights(guidance: float, negative: str, text_guidance: float | None = None, controlled: bool = True) -> dict[tuple[bool, bool], float]:
+def guidance_weights(
+    guidance: float, negative: str, text_guidance: float | None = None, controlled: bool = True
+) -> dict[tuple[bool, bool], float]:
     """(with features, with text) -> weight of that prediction in the guided one. The weights sum to 1; a prediction
     without a weight need not be evaluated.
 
-    One scale (Ho & Salimans 2022, Eq. 6): e(away) + guidance (e(f, p) - e(away)), away being (f, "") for negative "text"
-    and (0, "") for "features". Two scales, as InstructPix2Pix composes two conditions (Brooks et al. 2023, Eq. 3):
-    e(0, "") + guidance (e(f, "") - e(0, "")) + text_guidance (e(f, p) - e(f, "")). Not controlled: features make no
+    One scale (Ho & Salimans 2022, Eq. 6): e(away) + guidance (e(f, p) - e(away)), away being (f, "") for negative
+    "text" and (0, "") for "features". Two scales, as InstructPix2Pix composes two conditions (Brooks et al. 2023, Eq.
+    3): e(0, "") + guidance (e(f, "") - e(0, "")) + text_guidance (e(f, p) - e(f, "")). Not controlled: features make no
     difference and count as absent.
     """
     if text_guidance is not None:
@@ -42,17 +44,23 @@ def guidance_weights(guidance: float, negative: str, text_guidance: float | None
     return {branch: weight for branch, weight in weights.items() if abs(weight) > 1e-9}  # of rounding
 
 
-def toward_features(clean: Tensor, picture_of: Callable[[Tensor], Tensor], backbone: Backbone, target: FeatureMap, step: float) -> Tensor:
+def toward_features(
+    clean: Tensor, picture_of: Callable[[Tensor], Tensor], backbone: Backbone, target: FeatureMap, step: float
+) -> Tensor:
     """x0_hat [B, C, H, W] -> x0_hat - step * rms(x0_hat) * g / rms(g), g the gradient of feature_distance at x0_hat.
 
-    Both root mean squares are per sample, so that `step` is the length of the move in units of the latents' own, for any
-    model and picture. picture_of: latents -> pictures [B, 3, h, w] in 0..1, differentiable, with parameters that ask for
-    no gradients. target: a map per row, of a layer of `backbone`. Works inside no_grad and inference_mode, and keeps
-    type and device of `clean`. Raises FeatInvError if the map is not the backbone's or the rows differ in number.
+    Both root mean squares are per sample, so that `step` is the length of the move in units of the latents' own, for
+    any model and picture. picture_of: latents -> pictures [B, 3, h, w] in 0..1, differentiable, with parameters that
+    ask for no gradients. target: a map per row, of a layer of `backbone`. Works inside no_grad and inference_mode, and
+    keeps type and device of `clean`. Raises FeatInvError if the map is not the backbone's or the rows differ in number.
     """
-    target.source.require(backbone.source(target.source.layer, target.source.pooled), "the target features", "the backbone")
+    target.source.require(
+        backbone.source(target.source.layer, target.source.pooled), "the target features", "the backbone"
+    )
     if len(target.values) != len(clean):
-        raise FeatInvError(f"gradient guidance: {len(target.values)} feature maps for {len(clean)} latents; expected one each")
+        raise FeatInvError(
+            f"gradient guidance: {len(target.values)} feature maps for {len(clean)} latents; expected one each"
+        )
     leave_inference(backbone)
     with torch.inference_mode(False), torch.enable_grad():
         x = clean.detach().clone().requires_grad_(True)
@@ -64,8 +72,8 @@ def toward_features(clean: Tensor, picture_of: Callable[[Tensor], Tensor], backb
 
 
 def feature_distance(pictures: Tensor, backbone: Backbone, values: Tensor, layer: str, pooled: bool) -> Tensor:
-    """[B] mean over the locations of 1 - cos(F(picture), f), pictures [B, 3, h, w] in 0..1 scaled whole to the backbone's
-    input, f the values [B, C_f, h', w'] of its layer. Gradients reach the pictures."""
+    """[B] mean over the locations of 1 - cos(F(picture), f), pictures [B, 3, h, w] in 0..1 scaled whole to the
+    backbone's input, f the values [B, C_f, h', w'] of its layer. Gradients reach the pictures."""
     features = backbone.values(backbone.preprocess(pictures, "stretch"), layer, pooled)
     return 1 - F.cosine_similarity(features.float(), values.float().to(features.device), dim=1).mean((1, 2))
 

@@ -26,10 +26,12 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def as_seen(opened: Image.Image) -> Image.Image:
-    """An opened picture as RGB, as a viewer shows it: turned upright, transparency on white, 16 bits scaled to 8. Raises
-    whatever the decoder raises, and ValueError for pixels of no known range."""
+    """An opened picture as RGB, as a viewer shows it: turned upright, transparency on white, 16 bits scaled to 8.
+    Raises whatever the decoder raises, and ValueError for pixels of no known range."""
     if opened.mode == "F" or opened.mode == "I" and opened.format != "PNG":
-        raise ValueError(f"its pixels are of mode {opened.mode}, whose black and white are unknown; save it with 8 or 16 bits")
+        raise ValueError(
+            f"its pixels are of mode {opened.mode}, whose black and white are unknown; save it with 8 or 16 bits"
+        )
     image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I"):  # grey with 16 bits, which convert would clip
         image = Image.fromarray((np.asarray(image).clip(0, 65_535) / 257).round().astype(np.uint8))
@@ -53,7 +55,9 @@ def read_image(file: str | Path, square: int | None = None) -> Tensor:
         with Image.open(file) as opened:
             width, height = opened.size
             if not (SMALLEST <= min(width, height) and max(width, height) <= LARGEST):
-                raise FeatInvError(f"{file} has {width} x {height} pixels; expected sides between {SMALLEST} and {LARGEST}")
+                raise FeatInvError(
+                    f"{file} has {width} x {height} pixels; expected sides between {SMALLEST} and {LARGEST}"
+                )
             image = as_seen(opened)
     except FileNotFoundError as error:
         raise FeatInvError(f"{file} does not exist") from error

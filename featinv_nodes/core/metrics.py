@@ -37,7 +37,10 @@ def best_rows(similarity: Tensor, maps: int, keep: int) -> Tensor:
     a whole number of rows to a map, and at least `keep`.
     """
     if len(similarity) % maps or not 1 <= keep <= len(similarity) // maps:
-        raise FeatInvError(f"{len(similarity)} pictures of {maps} feature maps, {keep} of each to keep: expected a multiple of {maps} pictures, and at least as many of each as to keep")
+        raise FeatInvError(
+            f"{len(similarity)} pictures of {maps} feature maps, {keep} of each to keep: expected a multiple of {maps}"
+            " pictures, and at least as many of each as to keep"
+        )
     best = similarity.unflatten(0, (-1, maps)).topk(keep, dim=0).indices  # [keep, maps]
     return (best * maps + torch.arange(maps, device=best.device)).T.flatten()
 
@@ -56,14 +59,18 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     gap = (a.mean(0) - b.mean(0)).square().sum()
     a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))  # covariances a^T a and b^T b
-    if max(len(a), len(b)) < a.shape[1]:  # fewer vectors than channels: tr sqrt(a^T a b^T b) is the nuclear norm of a b^T
+    if (
+        max(len(a), len(b)) < a.shape[1]
+    ):  # fewer vectors than channels: tr sqrt(a^T a b^T b) is the nuclear norm of a b^T
         root = torch.linalg.matrix_norm(a @ b.T, "nuc")
     else:
         root = torch.linalg.eigvals(a.T @ a @ b.T @ b).real.clamp(min=0).sqrt().sum()
     return float(gap + a.square().sum() + b.square().sum() - 2 * root)
 
 
-def bootstrap(values: Tensor, statistic: Callable[[np.ndarray], np.ndarray] | None = None, draws: int = 2000, seed: int = 0) -> dict:
+def bootstrap(
+    values: Tensor, statistic: Callable[[np.ndarray], np.ndarray] | None = None, draws: int = 2000, seed: int = 0
+) -> dict:
     """Mean (or `statistic` over axis 1) of [N] values with its 95 % percentile bootstrap interval:
     {"value", "low", "high", "n"}."""
     x = values.double().cpu().numpy()

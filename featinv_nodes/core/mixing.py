@@ -40,8 +40,8 @@ def at_grid(mask: Tensor, grid: tuple[int, int], soft: bool = False) -> Tensor:
 def compose(inside: FeatureMap, outside: FeatureMap, mask: Tensor, soft: bool = False) -> FeatureMap:
     """`inside` where the mask [B or 1, h, w] is set, `outside` elsewhere.
 
-    The prefix tokens belong to neither picture any more and are dropped. Raises FeatInvError for pooled maps, for another
-    number of masks, and for a mask that selects nothing.
+    The prefix tokens belong to neither picture any more and are dropped. Raises FeatInvError for pooled maps, for
+    another number of masks, and for a mask that selects nothing.
     """
     inside.source.require(outside.source, "the inner feature map", "the outer one")
     if inside.source.pooled:
@@ -51,5 +51,8 @@ def compose(inside: FeatureMap, outside: FeatureMap, mask: Tensor, soft: bool = 
     m = at_grid(mask, inside.source.grid, soft).to(inside.values)
     if not m.any():
         grid = " x ".join(map(str, inside.source.grid))
-        raise FeatInvError(f"the mask covers no cell of the {grid} feature map by half; make it larger, or blend the cells on its edge (soft)")
+        raise FeatInvError(
+            f"the mask covers no cell of the {grid} feature map by half; make it larger, or blend the cells on its edge"
+            " (soft)"
+        )
     return inside.with_values(m * inside.values + (1 - m) * outside.values)

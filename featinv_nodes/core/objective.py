@@ -47,8 +47,8 @@ def sample_noise(shape: tuple[int, ...], timesteps: int, dropout: float, device:
 
 
 def latents_from(moments: Tensor, noise: Tensor) -> Tensor:
-    """Latents [B, C, H, W] drawn from their posterior N(mean, exp(log-variance)), as the paper's code and REPA (Yu et al.
-    2025) do. moments: [B, 2 C, H, W], mean and log-variance. noise: standard normal [B, C, H, W]."""
+    """Latents [B, C, H, W] drawn from their posterior N(mean, exp(log-variance)), as the paper's code and REPA (Yu et
+    al. 2025) do. moments: [B, 2 C, H, W], mean and log-variance. noise: standard normal [B, C, H, W]."""
     mean, log_variance = moments.float().chunk(2, 1)
     return mean + (log_variance / 2).exp() * noise
 
@@ -63,8 +63,8 @@ def drop_jointly(features: Tensor, text: Tensor, empty: Tensor, dropped: Tensor)
 
 
 def target_of(scheduler: Any, latents: Tensor, sample: NoiseSample) -> Tensor:  # noqa: ANN401
-    """What the base model is to predict: the noise (Ho et al. 2020, Eq. 14), or the velocity sqrt(a) noise - sqrt(1 - a)
-    latents, a = alphas_cumprod[t] (Salimans & Ho 2022, App. D). [B, C, H, W]."""
+    """What the base model is to predict: the noise (Ho et al. 2020, Eq. 14), or the velocity sqrt(a) noise - sqrt(1 -
+    a) latents, a = alphas_cumprod[t] (Salimans & Ho 2022, App. D). [B, C, H, W]."""
     return scheduler.get_velocity(latents, sample.noise, sample.t) if predicts_velocity(scheduler) else sample.noise
 
 
@@ -89,7 +89,9 @@ class Cycle(NamedTuple):
     share: float
 
 
-def cycle_loss(scheduler: Any, noisy: Tensor, pred: Tensor, features: Tensor, sample: NoiseSample, cycle: Cycle) -> Tensor:  # noqa: ANN401
+def cycle_loss(
+    scheduler: Any, noisy: Tensor, pred: Tensor, features: Tensor, sample: NoiseSample, cycle: Cycle
+) -> Tensor:  # noqa: ANN401
     """Mean distance between the features of the predicted picture, F(D(x0_hat)), and the given ones f.
 
     As many rows are decoded as count on average, so that memory and shapes stay the same from step to step.
@@ -103,9 +105,16 @@ def cycle_loss(scheduler: Any, noisy: Tensor, pred: Tensor, features: Tensor, sa
 
 
 def training_loss(
-    predict: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], scheduler: Any, latents: Tensor, features: Tensor,  # noqa: ANN401
-    text: Tensor, empty: Tensor, sample: NoiseSample, min_snr: float = 0.0, cycle: Cycle | None = None,
-) -> Tensor:  # fmt: skip
+    predict: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    scheduler: Any,
+    latents: Tensor,
+    features: Tensor,  # noqa: ANN401
+    text: Tensor,
+    empty: Tensor,
+    sample: NoiseSample,
+    min_snr: float = 0.0,
+    cycle: Cycle | None = None,
+) -> Tensor:
     """The loss of a batch (paper Sec. 2): || target - e(x_t, t, text, f) ||^2, mean over all elements.
 
     predict: (noisy [B, C, H, W], t [B], context [B, T, D], features [B, C_f, h, w]) -> prediction [B, C, H, W].
@@ -116,7 +125,9 @@ def training_loss(
     noisy = scheduler.add_noise(latents, sample.noise, sample.t)
     pred, target = predict(noisy, sample.t, context, cond).float(), target_of(scheduler, latents, sample).float()
     if min_snr:
-        weight = min_snr_weight(scheduler.alphas_cumprod.to(sample.t.device)[sample.t], min_snr, predicts_velocity(scheduler))
+        weight = min_snr_weight(
+            scheduler.alphas_cumprod.to(sample.t.device)[sample.t], min_snr, predicts_velocity(scheduler)
+        )
         loss = (weight * F.mse_loss(pred, target, reduction="none").mean((1, 2, 3))).mean()
     else:
         loss = F.mse_loss(pred, target)

@@ -39,7 +39,8 @@ class PatchAutoencoder(nn.Module):
     """encode: linear projection of each p x p patch plus a convolutional correction; decode: its inverse, alike."""
 
     def __init__(self, patch: int = 8, latents: int = 24, refined: bool = True) -> None:
-        """patch: its side p in pixels, a multiple of 4. latents: channels C. refined: whether encode has its correction."""
+        """patch: its side p in pixels, a multiple of 4. latents: channels C. refined: whether encode has its
+        correction."""
         super().__init__()
         self.patch, self.latents, self.refined = patch, latents, refined
         self.register_buffer("mean", torch.zeros(latents, 1, 1))
@@ -47,14 +48,32 @@ class PatchAutoencoder(nn.Module):
         self.project = nn.Conv2d(3 * patch**2, latents, 1)
         self.expand = nn.Conv2d(latents, 3 * patch**2, 1)
         fold = patch // 4
-        self.encoder = None if not refined else nn.Sequential(
-            nn.PixelUnshuffle(4), nn.Conv2d(48, 64, 3, padding=1), Residual(64), nn.PixelUnshuffle(fold),
-            nn.Conv2d(64 * fold**2, 128, 1), Residual(128), Residual(128), Residual(128), _zero(nn.Conv2d(128, latents, 1)),
-        )  # fmt: skip
+        self.encoder = (
+            None
+            if not refined
+            else nn.Sequential(
+                nn.PixelUnshuffle(4),
+                nn.Conv2d(48, 64, 3, padding=1),
+                Residual(64),
+                nn.PixelUnshuffle(fold),
+                nn.Conv2d(64 * fold**2, 128, 1),
+                Residual(128),
+                Residual(128),
+                Residual(128),
+                _zero(nn.Conv2d(128, latents, 1)),
+            )
+        )
         self.decoder = nn.Sequential(
-            nn.Conv2d(latents, 128, 3, padding=1), *(Residual(128) for _ in range(4)), nn.Conv2d(128, 256, 1), nn.PixelShuffle(2),
-            *(Residual(64) for _ in range(3)), nn.Conv2d(64, 128, 1), nn.PixelShuffle(2),
-            *(Residual(32) for _ in range(2)), _zero(nn.Conv2d(32, 3 * fold**2, 3, padding=1)), nn.PixelShuffle(fold),
+            nn.Conv2d(latents, 128, 3, padding=1),
+            *(Residual(128) for _ in range(4)),
+            nn.Conv2d(128, 256, 1),
+            nn.PixelShuffle(2),
+            *(Residual(64) for _ in range(3)),
+            nn.Conv2d(64, 128, 1),
+            nn.PixelShuffle(2),
+            *(Residual(32) for _ in range(2)),
+            _zero(nn.Conv2d(32, 3 * fold**2, 3, padding=1)),
+            nn.PixelShuffle(fold),
         )
 
     @classmethod
@@ -68,7 +87,12 @@ class PatchAutoencoder(nn.Module):
     @property
     def config(self) -> dict:
         """What config.json holds."""
-        return {"_class_name": type(self).__name__, "patch": self.patch, "latents": self.latents, "refined": self.refined}
+        return {
+            "_class_name": type(self).__name__,
+            "patch": self.patch,
+            "latents": self.latents,
+            "refined": self.refined,
+        }
 
     def encode(self, x: Tensor) -> Tensor:
         """Pictures -> latents of zero mean and unit variance over the training pictures."""

@@ -34,7 +34,13 @@ def in_own_precision(frozen: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def controlled_prediction(
-    unet: Callable[..., Any], controlnet: Callable[..., Any], noisy: Tensor, t: Tensor, context: Tensor, hint: Tensor, strength: float = 1.0
+    unet: Callable[..., Any],
+    controlnet: Callable[..., Any],
+    noisy: Tensor,
+    t: Tensor,
+    context: Tensor,
+    hint: Tensor,
+    strength: float = 1.0,
 ) -> Tensor:
     """The frozen base model's prediction, steered by features: e(x_t, t, text, f), paper Sec. 2.
 
@@ -45,14 +51,16 @@ def controlled_prediction(
     down, mid = controlnet(noisy, t, context, hint, conditioning_scale=strength, return_dict=False)
     with in_own_precision(unet) as own:
         down, mid = [own(x) for x in down], own(mid)
-        return unet(own(noisy), t, own(context), down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+        return unet(
+            own(noisy), t, own(context), down_block_additional_residuals=down, mid_block_additional_residual=mid
+        ).sample
 
 
 def predicted_clean(scheduler: Any, noisy: Tensor, pred: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401
     """The clean latents x0_hat [B, C, H, W] that a prediction amounts to.
 
-    With a = alphas_cumprod[t]: (x_t - sqrt(1 - a) e) / sqrt(a) for a prediction e of the noise (Ho et al. 2020, Eq. 15),
-    sqrt(a) x_t - sqrt(1 - a) v for a velocity v (Salimans & Ho 2022, App. D). t: a timestep for all rows, or [B].
+    With a = alphas_cumprod[t]: (x_t - sqrt(1 - a) e) / sqrt(a) for a prediction e of the noise (Ho et al. 2020, Eq.
+    15), sqrt(a) x_t - sqrt(1 - a) v for a velocity v (Salimans & Ho 2022, App. D). t: a timestep for all rows, or [B].
     """
     signal, spread = _scales(scheduler, noisy, t)
     return signal * noisy - spread * pred if predicts_velocity(scheduler) else (noisy - spread * pred) / signal

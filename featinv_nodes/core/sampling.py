@@ -27,8 +27,9 @@ SOLVERS = ("ddim", "dpmpp_2m", "unipc")
 @dataclass(frozen=True)
 class Sampling:
     """How to draw. steps: of the solver. strength: factor on the control residuals. guidance: classifier-free guidance
-    scale, 1 for none. negative: see guidance.NEGATIVES. start, end: share of the steps in which control acts. solver: one
-    of SOLVERS. text_guidance: the text's own scale, guidance being that of the features then; None for one scale of both.
+    scale, 1 for none. negative: see guidance.NEGATIVES. start, end: share of the steps in which control acts. solver:
+    one of SOLVERS. text_guidance: the text's own scale, guidance being that of the features then; None for one scale of
+    both.
     gradient: step of guidance.toward_features, 0 for none, in the last gradient_steps steps. best_of: so many pictures
     are drawn of each map, and the one of the highest cosine similarity is kept.
     """
@@ -53,11 +54,14 @@ class Sampling:
         if self.steps < 1 or not 0 <= self.guidance < math.inf or not 0 <= self.start <= self.end <= 1:
             raise FeatInvError(f"{self}: expected steps >= 1, guidance >= 0 and 0 <= start <= end <= 1")
         if self.text_guidance is not None and self.text_guidance < 0:
-            raise FeatInvError(f"text guidance {self.text_guidance}: expected a scale of at least 0, or None for one scale of features and text")
+            raise FeatInvError(
+                f"text guidance {self.text_guidance}: expected a scale of at least 0, or None for one scale of features"
+                " and text"
+            )
         if self.text_guidance is not None and self.negative == "text":
             raise FeatInvError(
-                f"text guidance {self.text_guidance} beside negative 'text': two guidances apart start from neither text nor features; "
-                "set negative to 'features', or leave the text guidance out"
+                f"text guidance {self.text_guidance} beside negative 'text': two guidances apart start from neither"
+                " text nor features; set negative to 'features', or leave the text guidance out"
             )
         if self.gradient < 0 or self.gradient_steps < 0 or self.best_of < 1:
             raise FeatInvError(f"{self}: expected gradient >= 0, gradient_steps >= 0 and best_of >= 1")
@@ -89,15 +93,22 @@ class Sampling:
 
 
 def starting_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal noise on the CPU, the same numbers that ComfyUI draws for a batch of this shape with this seed."""
+    """Standard normal noise on the CPU, the same numbers that ComfyUI draws for a batch of this shape with this
+    seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.inference_mode()
 def sample_latents(
-    unet: Callable[..., Any], controlnet: Callable[..., Any] | None, hints: Mapping[bool, Tensor], solver: Any, noise: Tensor,  # noqa: ANN401
-    text: Mapping[bool, Tensor], sampling: Sampling, toward: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+    unet: Callable[..., Any],
+    controlnet: Callable[..., Any] | None,
+    hints: Mapping[bool, Tensor],
+    solver: Any,
+    noise: Tensor,  # noqa: ANN401
+    text: Mapping[bool, Tensor],
+    sampling: Sampling,
+    toward: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Latents [B, C, H, W] drawn from starting noise [B, C, H, W], without further noise: FeatInv(phi, seed) of
     Algorithm 1.
 

@@ -4,12 +4,12 @@ Four statistics of a map, each turned into a share of held-out maps by stored qu
 
 direction   how far the unit vector of a location is from the nearest of a bank of directions: 1 - max_k u . c_k, the
             centres c_k from k-means on held-out unit vectors; a map's is the mean over its locations.
-magnitude   ln |x|; a map's is the mean. Read on both sides.
-distance    from the mean vector, of Mahalanobis: |W (x - mu)|^2 / C with the shrunk covariance of Ledoit and Wolf (2004);
+magnitude   ln |x|; a map's is the mean. Read on both sides. distance    from the mean vector, of Mahalanobis: |W (x -
+mu)|^2 / C with the shrunk covariance of Ledoit and Wolf (2004);
             a map's is the mean. Read on both sides: a mixture of two maps lies nearer to mu than real ones do.
-neighbours  how badly the eight neighbours predict a location: z = V (u - m) in the first principal directions of the unit
-            vectors, r = z - R n with n the mean of the neighbours' z, |S r|^2 / d; a map's is the mean of its worst tenth.
-            Seams and shuffled locations show here alone. A pooled map has none.
+neighbours  how badly the eight neighbours predict a location: z = V (u - m) in the first principal directions of the
+            unit vectors, r = z - R n with n the mean of the neighbours' z, |S r|^2 / d; a map's is the mean of its
+            worst tenth. Seams and shuffled locations show here alone. A pooled map has none.
 
 What every one of them misses: a wrong picture made of right vectors in right surroundings.
 """
@@ -45,8 +45,8 @@ class ScopeReport:
 
     surprise: statistic -> [B], -log10 of the share of held-out maps that are as unusual; extrapolated where there are
     none. combined: [B], per cent of held-out maps of a lower score. low: statistic -> [B] bool, unusual for being low.
-    locations: statistic -> [B, H, W], per cent of held-out locations that are less unusual; where: [B, H, W], of a lower
-    score.
+    locations: statistic -> [B, H, W], per cent of held-out locations that are less unusual; where: [B, H, W], of a
+    lower score.
     """
 
     surprise: Mapping[str, Tensor]
@@ -87,8 +87,13 @@ class ScopeReport:
     def lines(self) -> list[str]:
         """Per map the caption and the figures behind it."""
         shares = self.share
-        figures = [", ".join(f"{name} {per_cent(share[i].item())}" for name, share in shares.items()) for i in range(len(self.combined))]
-        return [f"{caption} ({text} of held-out maps are less unusual)" for caption, text in zip(self.captions(), figures)]
+        figures = [
+            ", ".join(f"{name} {per_cent(share[i].item())}" for name, share in shares.items())
+            for i in range(len(self.combined))
+        ]
+        return [
+            f"{caption} ({text} of held-out maps are less unusual)" for caption, text in zip(self.captions(), figures)
+        ]
 
     def describe(self) -> str:
         """One line for messages; of several maps, how many are inside and the furthest one."""
@@ -106,8 +111,8 @@ class Scope:
     scale: the vectors' root mean square length, by which magnitudes are divided. bank: [K, C] fp16 unit vectors.
     mean: [C] fp32 and whiten: [C, C] fp16, of the scaled vectors. centre: [C], axes: [d, C], predict: [d, d] and
     residual: [d, d], fp16, the neighbours' statistic; empty for a pooled source. quantiles: name -> [len(LEVELS)] of
-    each statistic and the score, for maps ("direction") and for locations ("direction at"), and of "cycle", the cosine of
-    held-out reconstructions, where it was measured. maps: how many held-out maps, half of them behind the quantiles.
+    each statistic and the score, for maps ("direction") and for locations ("direction at"), and of "cycle", the cosine
+    of held-out reconstructions, where it was measured. maps: how many held-out maps, half of them behind the quantiles.
     """
 
     source: FeatureSource
@@ -153,7 +158,9 @@ class Scope:
         odds = {name: self._log_odds(whole(name, values), name) for name, values in raw.items()}
         surprise = {name: surprise_of(x, name) for name, x in odds.items()}
         at = {name: surprise_of(self._log_odds(values, f"{name} at"), name) for name, values in raw.items()}
-        combined, where = (100 * self._log_odds(most(x), name).sigmoid() for x, name in ((surprise, "score"), (at, "score at")))
+        combined, where = (
+            100 * self._log_odds(most(x), name).sigmoid() for x, name in ((surprise, "score"), (at, "score at"))
+        )
         low = {name: two_sided(name) & (x < 0) for name, x in odds.items()}
         return ScopeReport(surprise, combined, low, {name: less_unusual(x) for name, x in at.items()}, where)
 
@@ -162,7 +169,9 @@ class Scope:
         verdicts). cosine: [B] of the reconstructions with the maps asked for, drawn as the weights file recommends.
         Raises FeatInvError where the held-out reconstructions were not measured."""
         if "cycle" not in self.quantiles:
-            raise FeatInvError("these scope statistics hold no cycle cosines; fit them with training/fit_scope.py --drawn 256")
+            raise FeatInvError(
+                "these scope statistics hold no cycle cosines; fit them with training/fit_scope.py --drawn 256"
+            )
         share = 100 * (-self._log_odds(cosine.float().cpu(), "cycle")).sigmoid()
         return share, [verdict_of(x) for x in share.tolist()]
 
@@ -181,14 +190,26 @@ class Scope:
 
     def about(self) -> dict:
         """The rest, as JSON keeps it; the source is the weights file's own."""
-        return {"levels": LEVELS, "scale": self.scale, "maps": self.maps, "quantiles": {name: q.tolist() for name, q in self.quantiles.items()}}
+        return {
+            "levels": LEVELS,
+            "scale": self.scale,
+            "maps": self.maps,
+            "quantiles": {name: q.tolist() for name, q in self.quantiles.items()},
+        }
 
     @classmethod
     def read(cls, source: FeatureSource, about: dict, tensors: dict[str, Tensor]) -> Scope:
         """The inverse of tensors and about. Raises FeatInvError for missing or misshapen parts."""
         needed = {f.name for f in fields(cls)} - {"source", "scale", "maps", "quantiles"}
-        if tensors.keys() != needed or tuple(about.get("levels", ())) != LEVELS or tensors["bank"].shape[1] != source.channels:
-            raise FeatInvError(f"scope statistics with the tensors {sorted(tensors)} do not fit {source.describe()}; fit them again with training/fit_scope.py")
+        if (
+            tensors.keys() != needed
+            or tuple(about.get("levels", ())) != LEVELS
+            or tensors["bank"].shape[1] != source.channels
+        ):
+            raise FeatInvError(
+                f"scope statistics with the tensors {sorted(tensors)} do not fit {source.describe()}; fit them again"
+                " with training/fit_scope.py"
+            )
         quantiles = {name: torch.tensor(values) for name, values in about["quantiles"].items()}
         return cls(source=source, scale=about["scale"], maps=about["maps"], quantiles=quantiles, **tensors)
 
@@ -269,10 +290,14 @@ def fit_scope(maps: FeatureMap | Iterable[FeatureMap], seed: int = 0, centres: i
 
 
 def sampled(values: Tensor, picks: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Up to PER_MAP random vectors of each map [B, C, H, W] and the mean of their neighbours' unit vectors, [n, C] each."""
+    """Up to PER_MAP random vectors of each map [B, C, H, W] and the mean of their neighbours' unit vectors, [n, C]
+    each."""
     indices = torch.rand(len(values), values[0, 0].numel(), generator=picks).argsort(1)[:, :PER_MAP]
     means = neighbour_mean(F.normalize(values, dim=1)) if indices.shape[1] > 1 else values
-    return tuple(v.flatten(2).gather(2, indices[:, None].expand(-1, v.shape[1], -1)).transpose(1, 2).flatten(0, 1) for v in (values, means))
+    return tuple(
+        v.flatten(2).gather(2, indices[:, None].expand(-1, v.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+        for v in (values, means)
+    )
 
 
 def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled: bool) -> dict:
@@ -282,9 +307,16 @@ def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled:
 
     scale = x.norm(dim=1).square().mean().sqrt().item()
     if scale == 0 or x.var(0).sum() == 0:
-        raise FeatInvError("constant features: all vectors are equal, so that nothing tells inside from outside; check the pictures and the layer")
+        raise FeatInvError(
+            "constant features: all vectors are equal, so that nothing tells inside from outside; check the pictures"
+            " and the layer"
+        )
     u, scaled = F.normalize(x, dim=1), (x / scale).double()
-    means = MiniBatchKMeans(min(centres, len(u) // 4), random_state=seed, n_init=1, batch_size=4096).fit(u.numpy()).cluster_centers_
+    means = (
+        MiniBatchKMeans(min(centres, len(u) // 4), random_state=seed, n_init=1, batch_size=4096)
+        .fit(u.numpy())
+        .cluster_centers_
+    )
     mean = scaled.mean(0)
     parts = {"scale": scale, "bank": F.normalize(torch.from_numpy(means), dim=1).half(), "mean": mean.float()}
     parts["whiten"] = whitening(ledoit_wolf((scaled - mean).numpy(), assume_centered=True)[0])
@@ -297,7 +329,9 @@ def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled:
     z, n = ((v - centre) @ axes.T for v in (u, around))
     z, n = z.double(), n.double()
     gram = n.T @ n
-    predict = torch.linalg.solve(gram + 1e-3 * gram.trace() / len(gram) * torch.eye(len(gram)), n.T @ z).T  # ridge regression
+    predict = torch.linalg.solve(
+        gram + 1e-3 * gram.trace() / len(gram) * torch.eye(len(gram)), n.T @ z
+    ).T  # ridge regression
     residual = whitening(ledoit_wolf((z - n @ predict.T).numpy(), assume_centered=True)[0])
     return parts | {"centre": centre.half(), "axes": axes.half(), "predict": predict.half(), "residual": residual}
 
@@ -316,6 +350,8 @@ def calibrated(scope: Scope, maps: Iterable[FeatureMap]) -> Scope:
     for at, values_of in (("", {name: whole(name, values) for name, values in raw.items()}), (" at", raw)):
         quantiles |= {name + at: quantiles_of(values) for name, values in values_of.items()}
         known = replace(scope, quantiles=quantiles)
-        score = most({name: surprise_of(known._log_odds(values, name + at), name) for name, values in values_of.items()})
+        score = most(
+            {name: surprise_of(known._log_odds(values, name + at), name) for name, values in values_of.items()}
+        )
         quantiles[f"score{at}"] = quantiles_of(score)
     return replace(scope, quantiles=quantiles)

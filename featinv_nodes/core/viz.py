@@ -44,26 +44,37 @@ class Edit:
         return concatenate([self.original.with_values(self.original.values), self.changed]).repeat(seeds)
 
     def unpaired(self, pictures: Tensor) -> Tensor:
-        """Pictures [(1 + groups) * seeds, 3, H, W], drawn from `paired` -> [1 + groups, seeds, 3, H, W]. Raises FeatInvError
-        for another number of pictures, and as `paired` does."""
+        """Pictures [(1 + groups) * seeds, 3, H, W], drawn from `paired` -> [1 + groups, seeds, 3, H, W]. Raises
+        FeatInvError for another number of pictures, and as `paired` does."""
         self._require_single()
         parts = 1 + len(self.groups)
         if not len(pictures) or len(pictures) % parts:
-            raise FeatInvError(f"{len(pictures)} pictures for the original and {parts - 1} changed maps; expected a multiple of {parts}, the same seeds for each")
+            raise FeatInvError(
+                f"{len(pictures)} pictures for the original and {parts - 1} changed maps; expected a multiple of"
+                f" {parts}, the same seeds for each"
+            )
         return pictures.unflatten(0, (parts, -1))
 
     def _require_single(self) -> None:
         if len(self.original) != 1:
-            raise FeatInvError(f"FeatInv-Viz shows one picture at a time; this edit is of {len(self.original)} feature maps, give one")
+            raise FeatInvError(
+                f"FeatInv-Viz shows one picture at a time; this edit is of {len(self.original)} feature maps, give one"
+            )
 
 
-def edit(features: FeatureMap, concepts: Concepts, groups: Sequence[Sequence[str | int]], factor: float = FACTOR, keep_length: bool = False) -> Edit:
+def edit(
+    features: FeatureMap,
+    concepts: Concepts,
+    groups: Sequence[Sequence[str | int]],
+    factor: float = FACTOR,
+    keep_length: bool = False,
+) -> Edit:
     """phi' = sum of the other parts + factor * phi_c for the concepts c of each group (Algorithm 1, first line).
 
-    factor: 0.25 in the paper; above 1 amplifies. keep_length: above 1, vectors that grow are scaled back to the length they
-    had, since longer ones than the inversion model was trained on lead it astray (Appendix D); the concept then grows by
-    less than the factor, at the others' cost.
-    Raises FeatInvError for a concept that there is not, an empty group, or maps of another source.
+    factor: 0.25 in the paper; above 1 amplifies. keep_length: above 1, vectors that grow are scaled back to the length
+    they had, since longer ones than the inversion model was trained on lead it astray (Appendix D); the concept then
+    grows by less than the factor, at the others' cost. Raises FeatInvError for a concept that there is not, an empty
+    group, or maps of another source.
     """
     if not groups or not all(groups):
         raise FeatInvError(f"no concept named; give numbers or names out of {', '.join(concepts.names[:24])}")
@@ -71,12 +82,15 @@ def edit(features: FeatureMap, concepts: Concepts, groups: Sequence[Sequence[str
     changed = [concepts.scale(features, dict.fromkeys(group, factor)) for group in named]
     if keep_length and factor > 1:
         length = features.values.norm(dim=1, keepdim=True)
-        changed = [m.with_values(m.values * (length / m.values.norm(dim=1, keepdim=True).clamp(min=1e-8)).clamp(max=1)) for m in changed]
+        changed = [
+            m.with_values(m.values * (length / m.values.norm(dim=1, keepdim=True).clamp(min=1e-8)).clamp(max=1))
+            for m in changed
+        ]
     return Edit(features, concatenate(changed), concepts, named, factor)
 
 
 def parse_groups(text: str) -> list[list[str]]:
-    """"sky, bird; branch" -> [["sky", "bird"], ["branch"]]: commas join concepts, semicolons part the variants."""
+    """ "sky, bird; branch" -> [["sky", "bird"], ["branch"]]: commas join concepts, semicolons part the variants."""
     groups = ([name.strip() for name in group.split(",") if name.strip()] for group in text.split(";"))
     return [group for group in groups if group]
 
@@ -107,8 +121,8 @@ def _require_pairs(original: Tensor, changed: Tensor) -> None:
 
 
 def null_difference(original: Tensor) -> Tensor | None:
-    """[H, W] what `difference` would be if nothing were edited and the seeds alone differed: reconstructions [n, 3, H, W]
-    of the unedited map against one another, each seed with the next. None for a single one."""
+    """[H, W] what `difference` would be if nothing were edited and the seeds alone differed: reconstructions [n, 3, H,
+    W] of the unedited map against one another, each seed with the next. None for a single one."""
     return difference(original, original.roll(1, 0)) if len(original) > 1 else None
 
 
@@ -128,9 +142,9 @@ class Slope:
     """How the edited concepts' part came back when the backbone read the reconstructions again.
 
     asked: the factor. own: slope of the re-read part on the original one, through the origin, over locations, seeds and
-    channels. others: the same for all other concepts together, 1 if they are unchanged (1 where there are none). untouched: `own` in the
-    reconstructions of the unedited map, 1 for a faithful inversion model. null: mean of the difference map over that of
-    the null map, None for a single seed.
+    channels. others: the same for all other concepts together, 1 if they are unchanged (1 where there are none).
+    untouched: `own` in the reconstructions of the unedited map, 1 for a faithful inversion model. null: mean of the
+    difference map over that of the null map, None for a single seed.
     """
 
     asked: float
@@ -151,7 +165,9 @@ class Slope:
         return f"slope {self.own:.2f} for {self.asked:g} asked ({verdict}), other concepts {self.others:.2f}{null}"
 
 
-def measure_slope(change: Edit, group: int, pictures: tuple[Tensor, Tensor], reread: tuple[FeatureMap, FeatureMap]) -> Slope:
+def measure_slope(
+    change: Edit, group: int, pictures: tuple[Tensor, Tensor], reread: tuple[FeatureMap, FeatureMap]
+) -> Slope:
     """What a group's edit came to. pictures: the reconstructions [n, 3, H, W] of the original and of the changed map;
     reread: their feature maps, read again by the backbone."""
     concepts, phi = change.concepts, change.original.to(reread[1].values.device)
@@ -164,11 +180,12 @@ def measure_slope(change: Edit, group: int, pictures: tuple[Tensor, Tensor], rer
         others=slope(concepts, others, phi, reread[1]) if others else 1.0,
         untouched=slope(concepts, own, phi, reread[0]),
         null=None if null is None else float(difference(*pictures).mean() / null.mean().clamp(min=1e-8)),
-    )  # fmt: skip
+    )
 
 
 def measure_slopes(change: Edit, pictures: Tensor, reread: FeatureMap) -> list[Slope]:
-    """What each group's edit came to. pictures: as in Edit.unpaired; reread: their feature maps, read again by the backbone.
+    """What each group's edit came to. pictures: as in Edit.unpaired; reread: their feature maps, read again by the
+    backbone.
 
     Raises FeatInvError if these are of another source than the edited map, or as Edit.unpaired does.
     """
@@ -200,13 +217,13 @@ def slope(concepts: Concepts, numbers: Sequence[int], original: FeatureMap, agai
 
 
 def closed_loop(slope_at: Callable[[float], float], asked: float, rounds: int = 5) -> tuple[float, float]:
-    """(factor to command, slope it gives): the factor whose re-read slope passes or, if none does, comes nearest to the one
-    asked for.
+    """(factor to command, slope it gives): the factor whose re-read slope passes or, if none does, comes nearest to the
+    one asked for.
 
     Attenuated maps are seldom maps that a picture has; the inversion model draws the nearest picture, in which the
     concept is often whole. slope_at draws with a commanded factor and measures; it is called `rounds` times at most,
-    bisecting from the asked factor towards twice the asked change, or towards 1 where too much changed, and ends early on
-    a slope that passes.
+    bisecting from the asked factor towards twice the asked change, or towards 1 where too much changed, and ends early
+    on a slope that passes.
     """
     best = asked, slope_at(asked)
     little, much = (asked, 2 * asked - 1) if arrived(asked, best[1]) < 1 else (1.0, asked)
@@ -240,7 +257,8 @@ class VizSettings:
 @dataclass(frozen=True)
 class Visualization:
     """FeatInv-Viz of one group of concepts. change: the edit, of this group alone. original, changed: reconstructions
-    [n, 3, h, w]. distance: the difference map [h, w] (Algorithm 1). slope: what came of it. commanded: the factor used."""
+    [n, 3, h, w]. distance: the difference map [h, w] (Algorithm 1). slope: what came of it. commanded: the factor used.
+    """
 
     change: Edit
     original: Tensor
@@ -251,7 +269,11 @@ class Visualization:
 
 
 def visualize(
-    draw: Callable[[FeatureMap], tuple[Tensor, FeatureMap]], features: FeatureMap, concepts: Concepts, groups: list[list[str]], settings: VizSettings
+    draw: Callable[[FeatureMap], tuple[Tensor, FeatureMap]],
+    features: FeatureMap,
+    concepts: Concepts,
+    groups: list[list[str]],
+    settings: VizSettings,
 ) -> list[Visualization]:
     """Algorithm 1 for each group of concepts in one feature map [1, C, H, W]; the original is drawn once.
 
@@ -262,15 +284,23 @@ def visualize(
     asked = edit(features, concepts, groups, settings.factor, settings.keep_length)
     pictures, reread = draw(asked.paired(settings.seeds))
     first, *others = pictures.split(settings.seeds)
-    again, *changed_again = [reread.select(slice(i, i + settings.seeds)) for i in range(0, len(pictures), settings.seeds)]
+    again, *changed_again = [
+        reread.select(slice(i, i + settings.seeds)) for i in range(0, len(pictures), settings.seeds)
+    ]
 
     def result(group: list[str], commanded: float, changed: Tensor, features_of_changed: FeatureMap) -> Visualization:
         change = edit(features, concepts, [group], commanded, settings.keep_length)
-        slope = measure_slope(replace(change, factor=settings.factor), 0, (first, changed), (again, features_of_changed))
+        slope = measure_slope(
+            replace(change, factor=settings.factor), 0, (first, changed), (again, features_of_changed)
+        )
         return Visualization(change, first, changed, difference(first, changed), slope, commanded)
 
     def draw_at(group: list[str], factor: float) -> Visualization:
-        return result(group, factor, *draw(edit(features, concepts, [group], factor, settings.keep_length).changed.repeat(settings.seeds)))
+        return result(
+            group,
+            factor,
+            *draw(edit(features, concepts, [group], factor, settings.keep_length).changed.repeat(settings.seeds)),
+        )
 
     results = [result(group, settings.factor, *pair) for group, *pair in zip(groups, others, changed_again)]
     if settings.closed:

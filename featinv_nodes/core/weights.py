@@ -1,8 +1,8 @@
 """The weights file: one safetensors file per inversion model, read alike by the nodes and the programs.
 
-Tensors: the ControlNet in the diffusers layout, in 32, 16 or 8 bits (see files.write_weights), the conditional encoder under
-`controlnet_cond_embedding.`, and the scope statistics, where the file has them, under `scope.`. Metadata: a JSON text
-under the key "featinv", and one under "featinv_scope" with the statistics' quantiles.
+Tensors: the ControlNet in the diffusers layout, in 32, 16 or 8 bits (see files.write_weights), the conditional encoder
+under `controlnet_cond_embedding.`, and the scope statistics, where the file has them, under `scope.`. Metadata: a JSON
+text under the key "featinv", and one under "featinv_scope" with the statistics' quantiles.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class InversionInfo:
     """What a weights file says of itself.
 
     source: the features it inverts. encoder: settings for build_encoder. base: {"name", "width" (first block),
-    "context" (cross-attention width), "latent_channels", "heads" (attention heads)}. prompt: text of the positive prompt. recommended:
-    {"strength", "guidance", "steps", "negative"}, "negative" being what guidance pushes away from: "text" or
-    "features", and optionally "gradient" and "gradient_steps", the step of toward_features and in how many of the last
-    steps (10). images_seen: pictures in training. config: the training configuration.
+    "context" (cross-attention width), "latent_channels", "heads" (attention heads)}. prompt: text of the positive
+    prompt. recommended: {"strength", "guidance", "steps", "negative"}, "negative" being what guidance pushes away from:
+    "text" or "features", and optionally "gradient" and "gradient_steps", the step of toward_features and in how many of
+    the last steps (10). images_seen: pictures in training. config: the training configuration.
     metrics: as measured when it was saved.
     """
 
@@ -40,17 +40,26 @@ class InversionInfo:
     encoder: dict
     base: dict
     prompt: str
-    recommended: dict = field(default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50})
+    recommended: dict = field(
+        default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
+    )
     images_seen: int = 0
     config: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
     format: int = FORMAT
 
 
-def save_inversion(file: str | Path, info: InversionInfo, controlnet: dict[str, Tensor], encoder: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+def save_inversion(
+    file: str | Path,
+    info: InversionInfo,
+    controlnet: dict[str, Tensor],
+    encoder: nn.Module,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Writes a weights file whole or not at all.
 
-    controlnet: state dict in the diffusers layout without its own conditioning embedding. dtype: as write_weights takes it.
+    controlnet: state dict in the diffusers layout without its own conditioning embedding. dtype: as write_weights takes
+    it.
     """
     tensors = {k: v for k, v in controlnet.items() if not k.startswith(ENCODER_PREFIX)}
     tensors |= {ENCODER_PREFIX + k: v for k, v in encoder.state_dict().items()}
@@ -67,7 +76,9 @@ def read_info(file: str | Path) -> InversionInfo:
         raise FeatInvError(f"{file} has format version {about.get('format')}; this release reads version {FORMAT}")
     info = InversionInfo(**{**about, "source": FeatureSource.from_dict(about["source"])})
     if info.encoder.get("kind") not in KINDS:
-        raise FeatInvError(f"{file} needs the conditional encoder {info.encoder.get('kind')!r}; known: {', '.join(KINDS)}")
+        raise FeatInvError(
+            f"{file} needs the conditional encoder {info.encoder.get('kind')!r}; known: {', '.join(KINDS)}"
+        )
     return info
 
 

@@ -36,7 +36,10 @@ def tag_negative(options: dict, negative: bool) -> dict:
     A guider numbers its conditionings as it likes, so the number does not tell. The note stands among the model's
     conditions, the one part that the host takes from the text when it makes a conditioning for an area's opposite.
     """
-    return {**options, "model_conds": {**options.get("model_conds", {}), NEGATIVE: comfy.conds.CONDRegular(torch.tensor([negative]))}}
+    return {
+        **options,
+        "model_conds": {**options.get("model_conds", {}), NEGATIVE: comfy.conds.CONDRegular(torch.tensor([negative]))},
+    }
 
 
 def record_areas(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):  # noqa: ANN001, ANN201
@@ -63,7 +66,14 @@ class FeatureControl(comfy.controlnet.ControlNet):
     like, None where the weights file does not say.
     """
 
-    def __init__(self, control_model: torch.nn.Module | None, encoder: torch.nn.Module | None, info: InversionInfo, scope: Scope | None, **options) -> None:
+    def __init__(
+        self,
+        control_model: torch.nn.Module | None,
+        encoder: torch.nn.Module | None,
+        info: InversionInfo,
+        scope: Scope | None,
+        **options,
+    ) -> None:
         super().__init__(control_model, compression_ratio=1, **options)
         self.encoder = None if encoder is None else managed(encoder)
         self.info, self.scope = info, scope
@@ -71,7 +81,9 @@ class FeatureControl(comfy.controlnet.ControlNet):
         self.negative = NEGATIVES[0]
         self.encoded: dict[tuple[tuple[int, int], int], tuple[Tensor, Tensor | None]] = {}
 
-    def applied(self, features: FeatureMap, strength: float, span: tuple[float, float], negative: str) -> FeatureControl:
+    def applied(
+        self, features: FeatureMap, strength: float, span: tuple[float, float], negative: str
+    ) -> FeatureControl:
         """A copy that steers towards `features`; span: start and end as shares of the sampling process."""
         features.source.require(self.info.source, "the feature map", "the inversion model")
         if negative not in NEGATIVES:
@@ -83,13 +95,20 @@ class FeatureControl(comfy.controlnet.ControlNet):
         return control
 
     def evaluate(self, features: FeatureMap) -> str:
-        """One line: whether the map is inside what the inversion model knows. Raises FeatInvError for another source."""
+        """One line: whether the map is inside what the inversion model knows. Raises FeatInvError for another
+        source."""
         features.source.require(self.info.source, "the feature map", "the inversion model")
         return self.scope.evaluate(features).describe() if self.scope else "no scope statistics in this weights file"
 
     def copy(self) -> FeatureControl:
-        other = FeatureControl(None, None, self.info, self.scope, load_device=self.load_device, manual_cast_dtype=self.manual_cast_dtype)
-        other.control_model, other.control_model_wrapped, other.encoder = self.control_model, self.control_model_wrapped, self.encoder
+        other = FeatureControl(
+            None, None, self.info, self.scope, load_device=self.load_device, manual_cast_dtype=self.manual_cast_dtype
+        )
+        other.control_model, other.control_model_wrapped, other.encoder = (
+            self.control_model,
+            self.control_model_wrapped,
+            self.encoder,
+        )
         other.features, other.negative = self.features, self.negative
         self.copy_to(other)
         return other
@@ -102,19 +121,36 @@ class FeatureControl(comfy.controlnet.ControlNet):
         """Raises FeatInvError if the base model is not of the kind that the weights were trained on."""
         config = getattr(model.model_config, "unet_config", {})
         # an inpainting model takes more channels in, of which a ControlNet gets the latents alone
-        have = {"width": config.get("model_channels"), "context": config.get("context_dim"), "latent_channels": model.latent_format.latent_channels}
-        wrong = [f"{key} {self.info.base[key]} in the weights file, {there} in the model" for key, there in have.items() if self.info.base[key] != there]
+        have = {
+            "width": config.get("model_channels"),
+            "context": config.get("context_dim"),
+            "latent_channels": model.latent_format.latent_channels,
+        }
+        wrong = [
+            f"{key} {self.info.base[key]} in the weights file, {there} in the model"
+            for key, there in have.items()
+            if self.info.base[key] != there
+        ]
         if wrong:
             name = self.info.base["name"]
             world = find_world(name)
-            source = f"Load World with {world.name!r}" if world else f"Load Checkpoint with {name} or another SD 1.x model"
-            raise FeatInvError(f"FeatInvControlNet and the sampler's model do not fit: {'; '.join(wrong)}. The weights were trained on {name}; connect {source}")
+            source = (
+                f"Load World with {world.name!r}" if world else f"Load Checkpoint with {name} or another SD 1.x model"
+            )
+            raise FeatInvError(
+                f"FeatInvControlNet and the sampler's model do not fit: {'; '.join(wrong)}. The weights were trained on"
+                f" {name}; connect {source}"
+            )
 
-    def get_control(self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict) -> dict | None:
+    def get_control(
+        self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict
+    ) -> dict | None:
         recorded = transformer_options.get(AREAS, {"size": tuple(x_noisy.shape[2:]), "areas": {}})
         per_chunk = x_noisy.shape[0] // batched_number
         steered, null = self.hints(recorded["size"], per_chunk)
-        negatives = cond[NEGATIVE].view(batched_number, -1)[:, 0].tolist() if NEGATIVE in cond else [False] * batched_number
+        negatives = (
+            cond[NEGATIVE].view(batched_number, -1)[:, 0].tolist() if NEGATIVE in cond else [False] * batched_number
+        )
         chunks = []
         for negative, uuid in zip(negatives, transformer_options["uuids"]):
             hint = null if null is not None and negative else steered
@@ -140,7 +176,9 @@ class FeatureControl(comfy.controlnet.ControlNet):
         """Bytes, an estimate: the ControlNet's activations are about half of the base model's, which the host knows;
         the encoder's are its widest layers on a 64 x 64 latent, float32."""
         widest = self.info.encoder["channels"] + 2 * self.info.encoder.get("width", 512)
-        return super().inference_memory_requirements(dtype) + 4 * 64 * 64 * widest * min(len(self.features), ENCODER_BATCH)
+        return super().inference_memory_requirements(dtype) + 4 * 64 * 64 * widest * min(
+            len(self.features), ENCODER_BATCH
+        )
 
     def cleanup(self) -> None:
         self.encoded = {}
@@ -163,12 +201,22 @@ def load_feature_control(file: Path) -> FeatureControl:
     device = management.get_torch_device()
     dtype = management.unet_dtype(model_params=-1, supported_dtypes=[torch.float16, torch.bfloat16, torch.float32])
     cast = management.unet_manual_cast(dtype, device)
-    config |= {"dtype": dtype, "device": management.unet_offload_device(), "operations": comfy.ops.pick_operations(dtype, cast, disable_fast_fp8=True)}
+    config |= {
+        "dtype": dtype,
+        "device": management.unet_offload_device(),
+        "operations": comfy.ops.pick_operations(dtype, cast, disable_fast_fp8=True),
+    }
     config["hint_channels"] = 3  # the stock hint block, replaced below
     config.pop("out_channels")
     model = comfy.cldm.cldm.ControlNet(**config)
-    model.input_hint_block = comfy.ldm.modules.diffusionmodules.openaimodel.TimestepEmbedSequential()  # hints arrive encoded
+    model.input_hint_block = (
+        comfy.ldm.modules.diffusionmodules.openaimodel.TimestepEmbedSequential()
+    )  # hints arrive encoded
     missing, unexpected = model.load_state_dict(own, strict=False)
     if missing or unexpected:
-        raise FeatInvError(f"{file} does not fit the SD 1.x architecture: missing {missing[:4]}, unexpected {unexpected[:4]}")
-    return FeatureControl(model.eval().requires_grad_(False), encoder, info, load_scope(file), load_device=device, manual_cast_dtype=cast)
+        raise FeatInvError(
+            f"{file} does not fit the SD 1.x architecture: missing {missing[:4]}, unexpected {unexpected[:4]}"
+        )
+    return FeatureControl(
+        model.eval().requires_grad_(False), encoder, info, load_scope(file), load_device=device, manual_cast_dtype=cast
+    )

@@ -17,7 +17,15 @@ from .models import ManagedBackbone
 STEPS = 1000  # of the bar: half for the features, half for the method
 
 
-def find(backbone: ManagedBackbone, pictures: Pictures | Folder, layer: str, method: str, concepts: int, vectors: int, seed: int) -> tuple[Concepts, Statistics, Collected]:
+def find(
+    backbone: ManagedBackbone,
+    pictures: Pictures | Folder,
+    layer: str,
+    method: str,
+    concepts: int,
+    vectors: int,
+    seed: int,
+) -> tuple[Concepts, Statistics, Collected]:
     """Concepts of a managed backbone's features, what they are worth, and what was read. concepts: 0 to grow."""
     bar = comfy.utils.ProgressBar(STEPS)
 
@@ -25,10 +33,14 @@ def find(backbone: ManagedBackbone, pictures: Pictures | Folder, layer: str, met
         return lambda done, total: bar.update_absolute(start + STEPS * done // (2 * total))
 
     def extract(pixel_values: Tensor) -> FeatureMap:
-        management.load_models_gpu([backbone.patcher], memory_required=pixel_values.numel() * 4 * 64)  # as ManagedBackbone does
+        management.load_models_gpu(
+            [backbone.patcher], memory_required=pixel_values.numel() * 4 * 64
+        )  # as ManagedBackbone does
         return backbone.backbone.extract(pixel_values.to(backbone.patcher.load_device), layer)
 
     collected = collect(pictures, extract, vectors, seed, half(0))
     weights = None if concepts else top_weights(backbone.backbone, collected.maps)
-    result = discover(collected.vectors, collected.maps.source, method, concepts, seed, progress=half(STEPS // 2), weights=weights)
+    result = discover(
+        collected.vectors, collected.maps.source, method, concepts, seed, progress=half(STEPS // 2), weights=weights
+    )
     return result, concept_statistics(backbone.backbone, result, collected.maps), collected

@@ -1,4 +1,5 @@
-"""The pack's model folders, `models/backbones`, `models/featinv` and `models/featinv_concepts`, wherever the host keeps them."""
+"""The pack's model folders, `models/backbones`, `models/featinv` and `models/featinv_concepts`, wherever the host keeps
+them."""
 
 from __future__ import annotations
 
@@ -40,5 +41,7 @@ def path(folder: str, name: str) -> Path:
         places = ", ".join(folder_paths.get_folder_paths(folder))
         page = f"{HUB}/timm/{name.removesuffix('.safetensors').removesuffix('/model')}"
         fetch = f" (from {page}, or by python3 run.py download CONFIG)" if folder == BACKBONES else ""
-        raise FeatInvError(f"{name} is not in {places}. Put the .safetensors file there{fetch} and press R to refresh the list")
+        raise FeatInvError(
+            f"{name} is not in {places}. Put the .safetensors file there{fetch} and press R to refresh the list"
+        )
     return Path(full)

@@ -1,4 +1,5 @@
-"""Guidance by the gradient of the features in the host's sampling: the clean latents moved after each step's prediction."""
+"""Guidance by the gradient of the features in the host's sampling: the clean latents moved after each step's
+prediction."""
 
 from __future__ import annotations
 
@@ -14,21 +15,30 @@ from ..core.guidance import leave_inference, toward_features
 from .models import ManagedBackbone
 
 KEY = "featinv_guidance"
-GRAPH = 4  # memory of a decoding whose gradient is taken, in units of one without: SD's decoder keeps 2.6 for the way back
+GRAPH = (
+    4  # memory of a decoding whose gradient is taken, in units of one without: SD's decoder keeps 2.6 for the way back
+)
 
 
-def guided(model: ModelPatcher, vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap, step: float, last: float) -> ModelPatcher:
-    """A clone of the model whose predicted clean latents move towards `target`, by `step` of their own length at each of
-    the last steps; last: which share of all. Whatever guider draws with it, what it has guided is moved.
+def guided(
+    model: ModelPatcher, vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap, step: float, last: float
+) -> ModelPatcher:
+    """A clone of the model whose predicted clean latents move towards `target`, by `step` of their own length at each
+    of the last steps; last: which share of all. Whatever guider draws with it, what it has guided is moved.
 
     One map serves any batch, fewer maps than latents are repeated in turn. The autoencoder and the backbone are loaded
     with the model, so that none pushes another out between steps. Raises FeatInvError if the map is not the backbone's
     or the autoencoder not the model's.
     """
-    target.source.require(backbone.backbone.source(target.source.layer, target.source.pooled), "the feature map", "the backbone")
+    target.source.require(
+        backbone.backbone.source(target.source.layer, target.source.pooled), "the feature map", "the backbone"
+    )
     channels = model.model.latent_format.latent_channels
     if vae.latent_channels != channels:
-        raise FeatInvError(f"the autoencoder has {vae.latent_channels} latent channels, the model {channels}; connect the VAE that belongs to the model")
+        raise FeatInvError(
+            f"the autoencoder has {vae.latent_channels} latent channels, the model {channels}; connect the VAE that"
+            " belongs to the model"
+        )
     decoder = whole(vae.patcher)
 
     def predict(executor, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None) -> Tensor:  # noqa: ANN001
@@ -39,14 +49,23 @@ def guided(model: ModelPatcher, vae: comfy.sd.VAE, backbone: ManagedBackbone, ta
         leave_inference(decoder.model)
 
         def picture_of(latents: Tensor) -> Tensor:
-            decoded = decoder.model.decode(unscaled(latents).to(vae.device, vae.vae_dtype))  # which may be another device
+            decoded = decoder.model.decode(
+                unscaled(latents).to(vae.device, vae.vae_dtype)
+            )  # which may be another device
             return vae.process_output(decoded.float()).to(latents.device)
 
         maps = target.in_turn(len(clean))
         need = GRAPH * vae.memory_used_decode((1, *clean.shape[1:]), vae.vae_dtype)
         rows = max(1, int(management.get_free_memory(clean.device) / need))
         parts = range(0, len(clean), rows)
-        return torch.cat([toward_features(clean[i : i + rows], picture_of, backbone.backbone, maps.select(slice(i, i + rows)), step) for i in parts])
+        return torch.cat(
+            [
+                toward_features(
+                    clean[i : i + rows], picture_of, backbone.backbone, maps.select(slice(i, i + rows)), step
+                )
+                for i in parts
+            ]
+        )
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)

@@ -13,7 +13,11 @@ def with_equal_noise(latent: dict, times: int) -> dict:
     host's own Repeat Latent Batch, which counts on.
     """
     count = len(latent["samples"])
-    paired = {**latent, "samples": torch.cat([latent["samples"]] * times), "batch_index": list(latent.get("batch_index", range(count))) * times}
+    paired = {
+        **latent,
+        "samples": torch.cat([latent["samples"]] * times),
+        "batch_index": list(latent.get("batch_index", range(count))) * times,
+    }
     if len(latent.get("noise_mask", ())) > 1:  # a single mask serves all
         paired["noise_mask"] = torch.cat([comfy.utils.repeat_to_batch_size(latent["noise_mask"], count)] * times)
     return paired

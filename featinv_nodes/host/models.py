@@ -30,7 +30,9 @@ class Whole(comfy.model_patcher.ModelPatcher):
 
 def managed(model: nn.Module, load: torch.device | None = None) -> Whole:
     """A patcher for a float32 module: it computes on the host's device and rests where the host lets models rest."""
-    return Whole(model, load_device=load or management.get_torch_device(), offload_device=management.unet_offload_device())
+    return Whole(
+        model, load_device=load or management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
 
 
 class ManagedBackbone:
@@ -51,7 +53,9 @@ class ManagedBackbone:
         bar = comfy.utils.ProgressBar(len(pixel_values))
         parts = []
         for part in pixel_values.split(self.BATCH):
-            parts.append(self._run(lambda x: self.backbone(x, layer, pooled).to(management.intermediate_device()), part))
+            parts.append(
+                self._run(lambda x: self.backbone(x, layer, pooled).to(management.intermediate_device()), part)
+            )
             bar.update(len(part))
         return concatenate(parts)
 

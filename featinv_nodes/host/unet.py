@@ -43,13 +43,25 @@ def ldm_config(tensors: Mapping[str, Tensor], heads: int) -> dict:
     output = [depths[sum(residuals[:level])] for level in range(levels) for _ in range(residuals[level] + 1)]
     context = next(t.shape[1] for key, t in tensors.items() if key.endswith("attn2.to_k.weight"))
     return {
-        "image_size": 32, "in_channels": tensors["conv_in.weight"].shape[1], "out_channels": tensors["conv_in.weight"].shape[1],
-        "model_channels": width, "channel_mult": [Ratio(w / width) for w in widths], "num_res_blocks": residuals,
-        "transformer_depth": depths, "transformer_depth_output": output,
+        "image_size": 32,
+        "in_channels": tensors["conv_in.weight"].shape[1],
+        "out_channels": tensors["conv_in.weight"].shape[1],
+        "model_channels": width,
+        "channel_mult": [Ratio(w / width) for w in widths],
+        "num_res_blocks": residuals,
+        "transformer_depth": depths,
+        "transformer_depth_output": output,
         "transformer_depth_middle": count(tensors, "mid_block.attentions.0.transformer_blocks."),
-        "use_spatial_transformer": True, "use_linear_in_transformer": False, "context_dim": context, "legacy": False,
-        "adm_in_channels": None, "num_heads": heads, "num_head_channels": -1, "use_temporal_attention": False, "use_temporal_resblock": False,
-    }  # fmt: skip
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": False,
+        "context_dim": context,
+        "legacy": False,
+        "adm_in_channels": None,
+        "num_heads": heads,
+        "num_head_channels": -1,
+        "use_temporal_attention": False,
+        "use_temporal_resblock": False,
+    }
 
 
 def to_ldm(tensors: Mapping[str, Tensor], config: dict) -> dict[str, Tensor]:

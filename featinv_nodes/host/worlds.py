@@ -55,7 +55,9 @@ def load_model(world: World, vae: PatchAutoencoder) -> ModelPatcher:
     described.set_inference_dtype(torch.float32, None)
     model = described.get_model({}, "")
     model.diffusion_model.load_state_dict(to_ldm(tensors, config), strict=True)
-    return Patcher(model.eval(), load_device=management.get_torch_device(), offload_device=management.unet_offload_device())
+    return Patcher(
+        model.eval(), load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
 
 
 def load_vae(world: World) -> PatchAutoencoder:

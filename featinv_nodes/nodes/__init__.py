@@ -2,4 +2,13 @@
 
 from . import concepts, control, discover, features, guidance, loaders, preview, viz
 
-ALL = [*loaders.NODES, *features.NODES, *control.NODES, *guidance.NODES, *concepts.NODES, *discover.NODES, *viz.NODES, *preview.NODES]
+ALL = [
+    *loaders.NODES,
+    *features.NODES,
+    *control.NODES,
+    *guidance.NODES,
+    *concepts.NODES,
+    *discover.NODES,
+    *viz.NODES,
+    *preview.NODES,
+]

@@ -20,15 +20,31 @@ class LoadConcepts(io.ComfyNode):
             node_id="FeatInv_LoadConcepts",
             display_name="Load Concepts",
             category=CATEGORY,
-            description="Opens a concept file: directions in the feature space of one backbone and layer that belong together.",
+            description=(
+                "Opens a concept file: directions in the feature space of one backbone and layer that belong together."
+            ),
             inputs=[
-                io.Combo.Input("file", options=[*SHIPPED, *folders.names(folders.CONCEPTS)], default=SHIPPED[0], tooltip="A concept file in models/featinv_concepts, or an embedded one."),
+                io.Combo.Input(
+                    "file",
+                    options=[*SHIPPED, *folders.names(folders.CONCEPTS)],
+                    default=SHIPPED[0],
+                    tooltip="A concept file in models/featinv_concepts, or an embedded one.",
+                ),
             ],
             outputs=[
-                ConceptSet.Output("concepts", display_name="concepts", tooltip="The concepts, for Concept Attenuate and Concept Map."),
-                io.String.Output("names", display_name="names", tooltip="Their numbers and names, one per line; the last is the rest that no concept explains. Connect Preview Any."),
+                ConceptSet.Output(
+                    "concepts", display_name="concepts", tooltip="The concepts, for Concept Attenuate and Concept Map."
+                ),
+                io.String.Output(
+                    "names",
+                    display_name="names",
+                    tooltip=(
+                        "Their numbers and names, one per line; the last is the rest that no concept explains. Connect"
+                        " Preview Any."
+                    ),
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
@@ -38,7 +54,9 @@ class LoadConcepts(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         from ..core.concepts import load_concepts
 
-        concepts = load_concepts(concepts_file(file.removesuffix(EMBEDDED)) if file in SHIPPED else folders.path(folders.CONCEPTS, file))
+        concepts = load_concepts(
+            concepts_file(file.removesuffix(EMBEDDED)) if file in SHIPPED else folders.path(folders.CONCEPTS, file)
+        )
         return io.NodeOutput(concepts, "\n".join(f"{i} {name}" for i, name in enumerate(concepts.names)))
 
 
@@ -49,26 +67,76 @@ class ConceptAttenuate(io.ComfyNode):
             node_id="FeatInv_ConceptAttenuate",
             display_name="Concept Attenuate",
             category=CATEGORY,
-            description="Turns concepts in a feature map down or up. Invert the result and see what the concept is to the model.",
+            description=(
+                "Turns concepts in a feature map down or up. Invert the result and see what the concept is to the"
+                " model."
+            ),
             inputs=[
                 Features.Input("features", tooltip="The feature map, from the backbone and layer of the concepts."),
                 ConceptSet.Input("concepts", tooltip="From Load Concepts or Discover Concepts."),
-                io.String.Input("names", default="0", tooltip="Which concepts, by number or name. Commas join concepts that are turned down together. Semicolons separate variants, each with a feature map of its own."),
-                io.Float.Input("factor", default=FACTOR, min=0.0, max=4.0, step=0.01, tooltip="What the concept is multiplied by: 0.25 as in the paper, 0 removes it, 1 changes nothing. Above 1 the map may leave what the inversion model knows."),
-                io.Boolean.Input("keep_length", default=True, tooltip="Above factor 1: scales feature vectors that grow back to their old length. The map stays nearer to what the inversion model knows, and the concept grows by less than the factor."),
-                Control.Input("control_net", optional=True, tooltip="The inversion model, to judge whether the changed map is inside what it knows."),
+                io.String.Input(
+                    "names",
+                    default="0",
+                    tooltip=(
+                        "Which concepts, by number or name. Commas join concepts that are turned down together."
+                        " Semicolons separate variants, each with a feature map of its own."
+                    ),
+                ),
+                io.Float.Input(
+                    "factor",
+                    default=FACTOR,
+                    min=0.0,
+                    max=4.0,
+                    step=0.01,
+                    tooltip=(
+                        "What the concept is multiplied by: 0.25 as in the paper, 0 removes it, 1 changes nothing."
+                        " Above 1 the map may leave what the inversion model knows."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "keep_length",
+                    default=True,
+                    tooltip=(
+                        "Above factor 1: scales feature vectors that grow back to their old length. The map stays"
+                        " nearer to what the inversion model knows, and the concept grows by less than the factor."
+                    ),
+                ),
+                Control.Input(
+                    "control_net",
+                    optional=True,
+                    tooltip="The inversion model, to judge whether the changed map is inside what it knows.",
+                ),
             ],
             outputs=[
-                Features.Output("attenuated", display_name="features", tooltip="The changed feature map, or a batch of the variants one after the other."),
-                Change.Output("edit", display_name="edit", tooltip="Which concepts were changed and how, for Paired Latents and FeatInv-Viz."),
-                io.String.Output("scope", display_name="scope", tooltip="Whether the changed map is inside what the inversion model knows, and if not, what is unusual about it. Connect Preview Any."),
+                Features.Output(
+                    "attenuated",
+                    display_name="features",
+                    tooltip="The changed feature map, or a batch of the variants one after the other.",
+                ),
+                Change.Output(
+                    "edit",
+                    display_name="edit",
+                    tooltip="Which concepts were changed and how, for Paired Latents and FeatInv-Viz.",
+                ),
+                io.String.Output(
+                    "scope",
+                    display_name="scope",
+                    tooltip=(
+                        "Whether the changed map is inside what the inversion model knows, and if not, what is unusual"
+                        " about it. Connect Preview Any."
+                    ),
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, features, concepts, names, factor, keep_length, control_net=None) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, features, concepts, names, factor, keep_length, control_net=None) -> io.NodeOutput:
         change = edit(features, concepts, parse_groups(names), factor, keep_length)
-        scope = control_net.evaluate(change.changed) if control_net else "connect the inversion model to see whether the map is still in scope"
+        scope = (
+            control_net.evaluate(change.changed)
+            if control_net
+            else "connect the inversion model to see whether the map is still in scope"
+        )
         return io.NodeOutput(change.changed, change, scope)
 
 
@@ -79,16 +147,28 @@ class ConceptMap(io.ComfyNode):
             node_id="FeatInv_ConceptMap",
             display_name="Concept Map",
             category=CATEGORY,
-            description="Where each concept is active in a feature map, and how strongly: a heat map per concept, its name and largest share below.",
+            description=(
+                "Where each concept is active in a feature map, and how strongly: a heat map per concept, its name and"
+                " largest share below."
+            ),
             inputs=[
                 Features.Input("features", tooltip="The feature map; of a batch the first is shown."),
                 ConceptSet.Input("concepts", tooltip="From Load Concepts or Discover Concepts."),
             ],
-            outputs=[io.Image.Output("maps", display_name="maps", tooltip="A picture per concept, the rest last; dark 0, bright 1 (the length of the picture's longest feature vector).")],
-        )  # fmt: skip
+            outputs=[
+                io.Image.Output(
+                    "maps",
+                    display_name="maps",
+                    tooltip=(
+                        "A picture per concept, the rest last; dark 0, bright 1 (the length of the picture's longest"
+                        " feature vector)."
+                    ),
+                )
+            ],
+        )
 
     @classmethod
-    def execute(cls, features, concepts) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, features, concepts) -> io.NodeOutput:
         from ..core.pictures import captioned, heat_map
 
         activation = concepts.activation(features)[:, 0]

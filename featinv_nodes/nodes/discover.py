@@ -22,29 +22,101 @@ class DiscoverConcepts(io.ComfyNode):
             node_id="FeatInv_DiscoverConcepts",
             display_name="Discover Concepts",
             category=CATEGORY,
-            description="Finds concepts in what a backbone sees in many pictures: directions in its feature space that belong together, to be turned down by Concept Attenuate.",
+            description=(
+                "Finds concepts in what a backbone sees in many pictures: directions in its feature space that belong"
+                " together, to be turned down by Concept Attenuate."
+            ),
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
-                io.String.Input("folder", default="", tooltip="A folder of pictures: below ComfyUI's input folder, or an absolute path. One class, or a folder per class. Empty if images are connected."),
-                io.String.Input("layer", default="last", tooltip="The layer to find concepts in, as in Extract Features; relevance is known for 'last' only."),
-                io.Combo.Input("method", options=list(METHODS), default="mcd", tooltip="mcd finds subspaces (multi-dimensional concept discovery). mcd-elastic-net does the same with the published clustering, which takes minutes for thousands of vectors. pca, nmf and kmeans find single directions, sae a sparse autoencoder's dictionary."),
-                io.Int.Input("concepts", default=8, min=0, max=4096, tooltip="How many clusters, directions or atoms to look for. 0 (mcd, layer 'last'): as many clusters as the concepts need to hold half of what the classes read."),
-                io.Int.Input("vectors", default=20_000, min=1, max=1_000_000, tooltip="The most feature vectors to use, drawn evenly from the pictures. Must be at least the layer's number of channels. 20,000 vectors of 1,024 channels take about 1 GB."),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip="The same pictures and seed give the same concepts."),
-                io.Combo.Input("fit", options=["crop", "stretch"], default="crop", tooltip="How a picture comes to the model's input size, as in Extract Features."),
-                io.String.Input("name", default="", tooltip="Saved under this name in models/featinv_concepts, for Load Concepts; a file of that name is replaced. Empty: not saved."),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip=(
+                        "A folder of pictures: below ComfyUI's input folder, or an absolute path. One class, or a"
+                        " folder per class. Empty if images are connected."
+                    ),
+                ),
+                io.String.Input(
+                    "layer",
+                    default="last",
+                    tooltip=(
+                        "The layer to find concepts in, as in Extract Features; relevance is known for 'last' only."
+                    ),
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="mcd",
+                    tooltip=(
+                        "mcd finds subspaces (multi-dimensional concept discovery). mcd-elastic-net does the same with"
+                        " the published clustering, which takes minutes for thousands of vectors. pca, nmf and kmeans"
+                        " find single directions, sae a sparse autoencoder's dictionary."
+                    ),
+                ),
+                io.Int.Input(
+                    "concepts",
+                    default=8,
+                    min=0,
+                    max=4096,
+                    tooltip=(
+                        "How many clusters, directions or atoms to look for. 0 (mcd, layer 'last'): as many clusters as"
+                        " the concepts need to hold half of what the classes read."
+                    ),
+                ),
+                io.Int.Input(
+                    "vectors",
+                    default=20_000,
+                    min=1,
+                    max=1_000_000,
+                    tooltip=(
+                        "The most feature vectors to use, drawn evenly from the pictures. Must be at least the layer's"
+                        " number of channels. 20,000 vectors of 1,024 channels take about 1 GB."
+                    ),
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,
+                    tooltip="The same pictures and seed give the same concepts.",
+                ),
+                io.Combo.Input(
+                    "fit",
+                    options=["crop", "stretch"],
+                    default="crop",
+                    tooltip="How a picture comes to the model's input size, as in Extract Features.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="",
+                    tooltip=(
+                        "Saved under this name in models/featinv_concepts, for Load Concepts; a file of that name is"
+                        " replaced. Empty: not saved."
+                    ),
+                ),
                 io.Image.Input("images", optional=True, tooltip="A batch of pictures instead of a folder."),
             ],
             outputs=[
-                ConceptSet.Output("found", display_name="concepts", tooltip="The concepts, for Concept Attenuate and Concept Map."),
-                io.String.Output("names", display_name="names", tooltip="Number, name, dimension, share of the feature norm, relevance and classes of each, and what was rejected. Connect Preview Any."),
+                ConceptSet.Output(
+                    "found", display_name="concepts", tooltip="The concepts, for Concept Attenuate and Concept Map."
+                ),
+                io.String.Output(
+                    "names",
+                    display_name="names",
+                    tooltip=(
+                        "Number, name, dimension, share of the feature norm, relevance and classes of each, and what"
+                        " was rejected. Connect Preview Any."
+                    ),
+                ),
             ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str | None = "", **others) -> str:  # noqa: ANN003
-        """Changes when pictures below the folder are added, replaced or taken away. What comes through a link is None here."""
+    def fingerprint_inputs(cls, folder: str | None = "", **others) -> str:
+        """Changes when pictures below the folder are added, replaced or taken away. What comes through a link is None
+        here."""
         try:
             pictures = find_images(located(folder)) if folder and folder.strip() else []
         except FeatInvError:  # said by execute
@@ -52,7 +124,7 @@ class DiscoverConcepts(io.ComfyNode):
         return sha256(str([(str(file), folders.stamp(file)) for file in pictures]).encode()).hexdigest()
 
     @classmethod
-    def execute(cls, backbone, folder, layer, method, concepts, vectors, seed, fit, name, images=None) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, backbone, folder, layer, method, concepts, vectors, seed, fit, name, images=None) -> io.NodeOutput:
         from ..core.concepts import save_concepts
         from ..core.concepts.collect import Folder, Pictures
         from ..core.concepts.statistics import remarks, table, with_statistics
@@ -68,14 +140,22 @@ class DiscoverConcepts(io.ComfyNode):
         result, worth, collected = find(backbone, pictures, layer.strip(), method, concepts, vectors, seed)
         if file:
             save_concepts(file, with_statistics(result, worth, read=collected.read, classes=collected.classes))
-        lines = [pictures.skipped(), f"read {collected.describe()}", table(result, worth), *remarks(result, worth), f"saved as {name.strip().removesuffix('.safetensors')}.safetensors" if file else ""]
+        lines = [
+            pictures.skipped(),
+            f"read {collected.describe()}",
+            table(result, worth),
+            *remarks(result, worth),
+            f"saved as {name.strip().removesuffix('.safetensors')}.safetensors" if file else "",
+        ]
         text = "\n".join(filter(None, lines))
         return io.NodeOutput(result, text, ui=ui.PreviewText(text))
 
 
 def located(folder: str) -> Path:
     """The folder that a text names, below the host's input folder unless it is absolute."""
-    return Path(folder_paths.get_input_directory(), Path(folder.strip().strip("\"'")).expanduser())  # as paths are copied
+    return Path(
+        folder_paths.get_input_directory(), Path(folder.strip().strip("\"'")).expanduser()
+    )  # as paths are copied
 
 
 def named(name: str) -> Path:

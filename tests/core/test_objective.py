@@ -16,6 +16,7 @@ TEXT, EMPTY = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
 
 def scheduler(prediction_type):
     """The three equations by hand, with ten timesteps."""
+
     def scales(t):
         a = ALPHA_BAR[t][:, None, None, None]
         return a.sqrt(), (1 - a).sqrt()
@@ -37,7 +38,16 @@ def batch():
     """Latents, features and a sample of which the second row is dropped."""
     torch.manual_seed(0)
     latents, features = torch.randn(4, 2, 3, 3), torch.randn(4, 5, 1, 1)
-    return latents, features, NoiseSample(torch.randn(4, 2, 3, 3), torch.tensor([0, 3, 6, 9]), torch.tensor([False, True, False, False]), torch.zeros(0))
+    return (
+        latents,
+        features,
+        NoiseSample(
+            torch.randn(4, 2, 3, 3),
+            torch.tensor([0, 3, 6, 9]),
+            torch.tensor([False, True, False, False]),
+            torch.zeros(0),
+        ),
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -63,7 +73,9 @@ def test_features_and_text_are_dropped_together(batch):
 def test_dropout_is_the_share_of_the_samples_and_rows_of_a_batch_are_those_of_the_whole():
     torch.manual_seed(0)
     sample = sample_noise((4000, 1, 1, 1), 10, 0.15, "cpu")
-    assert abs(sample.dropped.float().mean() - 0.15) < 4 * (0.15 * 0.85 / 4000) ** 0.5 and set(sample.t.tolist()) == set(range(10))
+    assert abs(sample.dropped.float().mean() - 0.15) < 4 * (0.15 * 0.85 / 4000) ** 0.5 and set(
+        sample.t.tolist()
+    ) == set(range(10))
     assert all(torch.equal(part, whole[10:13]) for part, whole in zip(sample.rows(10, 3), sample))
 
 
@@ -73,7 +85,8 @@ def test_latents_have_the_posteriors_mean_and_deviation():
 
 
 def test_the_cycle_counts_rows_that_see_features_below_its_timestep(batch):
-    """Rows 0 and 2 of four: the second is dropped, the fourth beyond. The clean latents of a perfect prediction are the latents."""
+    """Rows 0 and 2 of four: the second is dropped, the fourth beyond. The clean latents of a perfect prediction are the
+    latents."""
     latents, features, sample = batch
     s, asked = scheduler("epsilon"), []
 
@@ -81,14 +94,28 @@ def test_the_cycle_counts_rows_that_see_features_below_its_timestep(batch):
         asked.append((clean, values))
         return values[:, 0, 0, 0]
 
-    loss = training_loss(lambda *_: sample.noise, s, latents, features, TEXT, EMPTY, sample, cycle=Cycle(distance, 2.0, 7, 0.75))
+    loss = training_loss(
+        lambda *_: sample.noise, s, latents, features, TEXT, EMPTY, sample, cycle=Cycle(distance, 2.0, 7, 0.75)
+    )
     assert loss.item() == pytest.approx(2 * features[[0, 2], 0].mean().item(), rel=1e-5)
     ((clean, values),) = asked
-    assert len(clean) == 3 and torch.allclose(clean[:2], latents[[0, 2]], atol=1e-4) and torch.equal(values[:2], features[[0, 2]])
+    assert (
+        len(clean) == 3
+        and torch.allclose(clean[:2], latents[[0, 2]], atol=1e-4)
+        and torch.equal(values[:2], features[[0, 2]])
+    )
 
 
 def test_the_method_imports_neither_the_host_nor_diffusers():
     folder = Path(__file__).parents[2] / "featinv_nodes" / "core"
     names = [".".join(file.relative_to(folder.parents[1]).with_suffix("").parts) for file in folder.rglob("*.py")]
-    code = f"import importlib, sys; [importlib.import_module(name) for name in {names}]; print([m for m in sys.modules if m.split('.')[0] in ('comfy', 'diffusers', 'accelerate', 'training')])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=folder.parents[1], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {names}]; print([m for m in sys.modules if"
+        " m.split('.')[0] in ('comfy', 'diffusers', 'accelerate', 'training')])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=folder.parents[1], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

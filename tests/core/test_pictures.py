@@ -44,7 +44,11 @@ def test_captions_stand_below_the_enlarged_picture():
     pictures = torch.full((2, 3, 64, 64), 0.5)
     captioned_pictures = captioned(pictures, ["cosine 0.912", ""])
     assert captioned_pictures.shape[0] == 2 and captioned_pictures.shape[3] == 256 and captioned_pictures.shape[2] > 256
-    assert captioned_pictures[0, :, 256:].min() < 0.3 and captioned_pictures[1, :, 256:].min() == 1 and (captioned_pictures[:, :, :256] == 0.5).all()
+    assert (
+        captioned_pictures[0, :, 256:].min() < 0.3
+        and captioned_pictures[1, :, 256:].min() == 1
+        and (captioned_pictures[:, :, :256] == 0.5).all()
+    )
     assert enlarge(pictures, 64).shape == pictures.shape
 
 
@@ -62,7 +66,11 @@ def test_feature_files_come_back_bit_for_bit(tmp_path):
     features = FeatureMap(torch.randn(2, 6, 4, 4), SOURCE, torch.randn(2, 1, 6))
     save_features(tmp_path / "f.safetensors", features)
     again = load_features(tmp_path / "f.safetensors")
-    assert torch.equal(again.values, features.values) and torch.equal(again.prefix, features.prefix) and again.source == SOURCE
+    assert (
+        torch.equal(again.values, features.values)
+        and torch.equal(again.prefix, features.prefix)
+        and again.source == SOURCE
+    )
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes()[:100])
     for name, words in {"foreign": "no feature map", "cut": "not a complete", "none": "does not exist"}.items():

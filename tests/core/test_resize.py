@@ -8,9 +8,16 @@ from featinv_nodes.core.encoders import ConvEncoder
 from featinv_nodes.core.resize import resize_bilinear
 
 SIZES = [
-    ((9, 9), (32, 32)), ((10, 10), (16, 16)), ((20, 20), (16, 16)), ((1, 1), (16, 16)), ((8, 8), (8, 8)),
-    ((3, 7), (12, 5)), ((7, 3), (64, 40)), ((32, 32), (9, 11)), ((5, 4), (1, 1)),
-]  # fmt: skip
+    ((9, 9), (32, 32)),
+    ((10, 10), (16, 16)),
+    ((20, 20), (16, 16)),
+    ((1, 1), (16, 16)),
+    ((8, 8), (8, 8)),
+    ((3, 7), (12, 5)),
+    ((7, 3), (64, 40)),
+    ((32, 32), (9, 11)),
+    ((5, 4), (1, 1)),
+]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

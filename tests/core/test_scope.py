@@ -9,7 +9,17 @@ import torch
 from torch.nn import functional as F
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from featinv_nodes.core.scope import EDGE, LEVELS, OUTSIDE, STATISTICS, VERDICTS, Scope, fit_scope, neighbour_mean, verdict_of
+from featinv_nodes.core.scope import (
+    EDGE,
+    LEVELS,
+    OUTSIDE,
+    STATISTICS,
+    VERDICTS,
+    Scope,
+    fit_scope,
+    neighbour_mean,
+    verdict_of,
+)
 from featinv_nodes.core.weights import load_scope
 from featinv_nodes.worlds import model_file, open_backbone
 from featinv_nodes.worlds.drawn import DRAWN
@@ -23,8 +33,14 @@ def maps(count, seed, source=SOURCE):
     """Smooth non-negative maps on a curved surface of few dimensions, as a network's are."""
     random = torch.Generator().manual_seed(seed)
     mixing = torch.randn(24, 6, generator=torch.Generator().manual_seed(99))
-    coarse = F.interpolate(torch.randn(count, 6, 2, 2, generator=random), source.grid, mode="bilinear", align_corners=True)
-    values = torch.einsum("cd,bdhw->bchw", mixing, coarse).relu() + 0.3 + 0.05 * torch.rand(count, 24, *source.grid, generator=random)
+    coarse = F.interpolate(
+        torch.randn(count, 6, 2, 2, generator=random), source.grid, mode="bilinear", align_corners=True
+    )
+    values = (
+        torch.einsum("cd,bdhw->bchw", mixing, coarse).relu()
+        + 0.3
+        + 0.05 * torch.rand(count, 24, *source.grid, generator=random)
+    )
     result = FeatureMap(values, SOURCE)
     return result.pool() if source.pooled else result
 
@@ -108,7 +124,11 @@ def test_words(spatial):
     values[2] /= 20
     report = scope.evaluate(unseen.with_values(values))
     assert report.verdict[1:] == ["outside", "outside"]
-    assert "magnitude too large" in report.off[1] and "too far from the mean" in report.off[1] and "magnitude too small" in report.off[2]
+    assert (
+        "magnitude too large" in report.off[1]
+        and "too far from the mean" in report.off[1]
+        and "magnitude too small" in report.off[2]
+    )
     assert report.captions()[1].startswith("outside: ")
     inside = next(i for i, verdict in enumerate(scope.evaluate(unseen).verdict) if verdict == "inside")
     line = scope.evaluate(unseen.select(inside)).describe()
@@ -127,7 +147,9 @@ def test_a_map_is_judged_alike_alone_and_in_a_batch(fitted):
 def test_the_same_maps_in_batches_give_the_same_scope():
     whole = maps(300, 0)
     one = fit_scope(whole, centres=16)
-    assert all(torch.equal(a, b) for a, b in zip(one.tensors().values(), fit_scope(whole, centres=16).tensors().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.tensors().values(), fit_scope(whole, centres=16).tensors().values())
+    )
     parts = fit_scope((whole.select(slice(i, i + 7)) for i in range(0, 300, 7)), centres=16)
     assert parts.maps == 300 and torch.allclose(one.quantiles["magnitude"], parts.quantiles["magnitude"])
 
@@ -194,5 +216,8 @@ def test_shipped_models_know_held_out_scenes_from_noise(name):
     features = backbone.extract(pictures, scope.source.layer, scope.source.pooled)
     counts = Counter(scope.evaluate(features).verdict)
     assert counts["inside"] >= 180 and counts["outside"] <= 8
-    noise = torch.randn(features.values.shape, generator=torch.Generator().manual_seed(0)) * features.values.std() + features.values.mean()
+    noise = (
+        torch.randn(features.values.shape, generator=torch.Generator().manual_seed(0)) * features.values.std()
+        + features.values.mean()
+    )
     assert set(scope.evaluate(features.with_values(noise)).verdict) == {"outside"}

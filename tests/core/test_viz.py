@@ -29,7 +29,11 @@ def draw(*shape, seed=0):
 @pytest.fixture(params=["orthogonal", "oblique"])
 def concepts(request):
     """Three subspaces and a rest, in general position or all orthogonal."""
-    rows = torch.linalg.qr(draw(12, 12))[0] if request.param == "orthogonal" else torch.nn.functional.normalize(draw(12, 12))
+    rows = (
+        torch.linalg.qr(draw(12, 12))[0]
+        if request.param == "orthogonal"
+        else torch.nn.functional.normalize(draw(12, 12))
+    )
     return Concepts(rows[:6].split([1, 2, 3]), ["a", "b", "c"], SOURCE)
 
 
@@ -58,7 +62,9 @@ def test_the_original_and_every_change_once_per_seed(concepts, features):
 def test_an_edit_that_cannot_be_shown_says_why(concepts, features):
     change = edit(features, concepts, [["a"], ["b"]])
     for wrong in (0, 4):
-        with pytest.raises(FeatInvError, match=f"{wrong} pictures for the original and 2 changed maps; expected a multiple of 3"):
+        with pytest.raises(
+            FeatInvError, match=f"{wrong} pictures for the original and 2 changed maps; expected a multiple of 3"
+        ):
             change.unpaired(torch.zeros(wrong, 3, 4, 4))
     several = edit(features.repeat(2), concepts, [["a"], ["b"]])
     assert len(several.changed) == 4
@@ -77,7 +83,9 @@ def test_length_is_kept_where_an_amplified_vector_grows(concepts, features):
     free, kept = (edit(features, concepts, [["c"]], 3.0, keep).changed.values for keep in (False, True))
     grown = free.norm(dim=1) > length
     assert grown.any() and torch.allclose(kept.norm(dim=1)[grown], length[grown])
-    assert torch.allclose(torch.cosine_similarity(kept, free), torch.ones(1), atol=CLOSE)  # the direction is the edited one
+    assert torch.allclose(
+        torch.cosine_similarity(kept, free), torch.ones(1), atol=CLOSE
+    )  # the direction is the edited one
 
 
 def test_vectors_that_shrink_or_are_turned_down_keep_what_they_are():
@@ -99,7 +107,9 @@ def test_groups_are_written_with_commas_and_semicolons():
 
 def test_a_concept_named_twice_is_scaled_once(concepts, features):
     change = edit(features, concepts, [["a", "0", 0, "b"]], 0.5)
-    assert change.groups == (("a", "b"),) and torch.allclose(change.changed.values, concepts.scale(features, {"a": 0.5, "b": 0.5}).values)
+    assert change.groups == (("a", "b"),) and torch.allclose(
+        change.changed.values, concepts.scale(features, {"a": 0.5, "b": 0.5}).values
+    )
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.25, 2.0])
@@ -117,7 +127,11 @@ def test_slopes_where_nothing_changed_or_all_did(concepts, features):
     drawn = (torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4))
     whole, half = features.repeat(2), features.with_values(features.values / 2).repeat(2)
     stubborn, faded = measure_slope(change, 0, drawn, (whole, whole)), measure_slope(change, 0, drawn, (half, half))
-    assert stubborn.own == pytest.approx(1, abs=CLOSE) and stubborn.others == pytest.approx(1, abs=CLOSE) and not stubborn.passed
+    assert (
+        stubborn.own == pytest.approx(1, abs=CLOSE)
+        and stubborn.others == pytest.approx(1, abs=CLOSE)
+        and not stubborn.passed
+    )
     assert [faded.own, faded.others, faded.untouched] == pytest.approx([0.5] * 3, abs=CLOSE) and not faded.passed
     everything = edit(features, concepts, [["a", "b", "c", REST]], 0.25)
     assert measure_slope(everything, 0, drawn, (whole, everything.changed.repeat(2))).others == 1
@@ -141,7 +155,9 @@ def test_a_concept_that_the_map_lacks_has_no_slope():
 def test_pictures_read_by_another_backbone_are_refused(concepts, features):
     other = FeatureSource(**{**SOURCE.to_dict(), "backbone": "other.tag"})
     change = edit(features, concepts, [["a"]])
-    with pytest.raises(FeatInvError, match="what the backbone reads in the pictures \\(other.tag.*backbone: other.tag against net.tag"):
+    with pytest.raises(
+        FeatInvError, match="what the backbone reads in the pictures \\(other.tag.*backbone: other.tag against net.tag"
+    ):
         measure_slopes(change, torch.zeros(4, 3, 8, 8), FeatureMap(draw(4, 12, 3, 2), other))
 
 
@@ -168,11 +184,19 @@ def test_the_sign_says_darker_or_brighter():
 
 
 def test_a_failed_slope_says_so():
-    for asked, own, verdict in ((0.25, 0.26, "(as asked)"), (0.25, 0.95, "NOT as asked: too little"), (0.25, -0.4, "NOT as asked: too much"),
-                                (2, 1.9, "(as asked)"), (2, 1.1, "NOT as asked: too little"), (2, 2.5, "NOT as asked: too much")):  # fmt: skip
+    for asked, own, verdict in (
+        (0.25, 0.26, "(as asked)"),
+        (0.25, 0.95, "NOT as asked: too little"),
+        (0.25, -0.4, "NOT as asked: too much"),
+        (2, 1.9, "(as asked)"),
+        (2, 1.1, "NOT as asked: too little"),
+        (2, 2.5, "NOT as asked: too much"),
+    ):
         said = Slope(asked, own, 0.97, 1.0, 3.04)
         assert verdict in said.describe() and said.passed == ("NOT" not in verdict)
-        assert said.describe().startswith(f"slope {own:.2f} for {asked:g} asked") and said.describe().endswith("other concepts 0.97; 3.0 times the difference between seeds")
+        assert said.describe().startswith(f"slope {own:.2f} for {asked:g} asked") and said.describe().endswith(
+            "other concepts 0.97; 3.0 times the difference between seeds"
+        )
     assert "seeds" not in Slope(0.25, 0.25, 1.0, 1.0, None).describe()
     assert [passes(0.25, s) for s in (0.14, 0.16, 0.39, 0.41)] == [False, True, True, False]
 

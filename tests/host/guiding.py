@@ -24,7 +24,14 @@ def by(world: World, guider, conditionings: list, *scales, **options) -> torch.T
         made.set_cfg(*scales, **options)
     sigmas = comfy.samplers.calculate_sigmas(world.model.get_model_object("model_sampling"), "simple", STEPS)
     latent = torch.zeros(BATCH, 24, 8, 8)
-    return made.sample(comfy.sample.prepare_noise(latent, SEED), latent, comfy.samplers.sampler_object("ddim"), sigmas, disable_pbar=True, seed=SEED)
+    return made.sample(
+        comfy.sample.prepare_noise(latent, SEED),
+        latent,
+        comfy.samplers.sampler_object("ddim"),
+        sigmas,
+        disable_pbar=True,
+        seed=SEED,
+    )
 
 
 def guiders(world: World) -> dict:
@@ -41,10 +48,15 @@ def guiders(world: World) -> dict:
         "calls": len(calls),
         "equal scales": relative(equal, both),
         "equal scales, nested": relative(by(world, Guider_DualCFG, three, 1.0, 3.0, nested=True), both),
-        "features alone": relative(by(world, Guider_DualCFG, three, 0.0, 3.0), world.draw((features_only, negative), 3.0)),
+        "features alone": relative(
+            by(world, Guider_DualCFG, three, 0.0, 3.0), world.draw((features_only, negative), 3.0)
+        ),
         "text alone": relative(by(world, Guider_DualCFG, three, 3.0, 1.0), world.draw((positive, features_only), 3.0)),
         "no guidance": relative(by(world, Guider_DualCFG, three, 1.0, 1.0), one),
-        "two controls": relative(by(world, Guider_DualCFG, [twice[0], twice[3], twice[1]], 3.0, 2.0), by(world, Guider_DualCFG, [(t := world.outputs(strength=0.6))[0], t[3], t[1]], 3.0, 2.0)),
+        "two controls": relative(
+            by(world, Guider_DualCFG, [twice[0], twice[3], twice[1]], 3.0, 2.0),
+            by(world, Guider_DualCFG, [(t := world.outputs(strength=0.6))[0], t[3], t[1]], 3.0, 2.0),
+        ),
         "perpendicular": relative(by(world, Guider_PerpNeg, [positive, negative, negative], 3.0, 1.0), both),
         "basic": relative(by(world, Guider_Basic, [positive]), one),
         "swapped": relative(world.draw((negative, positive), 0.0), one),
@@ -60,7 +72,14 @@ def two_scales(world: World) -> list[dict]:
     for features, text in ((2.0, 1.0), (3.0, 0.0), (1.5, 4.0)):
         ours = by(world, Guider_DualCFG, [positive, features_only, negative], text, features)
         sampling = Sampling(STEPS, 1.0, features, "features", text_guidance=text)
-        theirs = sample(pipeline.base, pipeline.model, world.features, noise(pipeline.base, SEED, BATCH), sampling, pipeline.info.prompt)
+        theirs = sample(
+            pipeline.base,
+            pipeline.model,
+            world.features,
+            noise(pipeline.base, SEED, BATCH),
+            sampling,
+            pipeline.info.prompt,
+        )
         result.append({"case": [features, text], "difference": relative(ours, theirs)})
     return result
 
@@ -76,22 +95,32 @@ def cosine_of(world: World, features, pictures: torch.Tensor) -> float:
 def best(world: World) -> dict:
     """The best of four pictures of each of two maps, against similarities taken one by one."""
     maps = world.features.select(slice(0, 2))
-    pictures = decoded(world, world.draw(world.apply(features=maps, strength=0.3), batch=8))  # a weak control: they differ
+    pictures = decoded(
+        world, world.draw(world.apply(features=maps, strength=0.3), batch=8)
+    )  # a weak control: they differ
     inputs = {"features": maps, "backbone": world.backbone}
     scores = [cosine_of(world, maps.select(i % 2), pictures[i : i + 1]) for i in range(8)]
     order = [sorted(range(m, 8, 2), key=lambda i: -scores[i])[:2] for m in (0, 1)]
     kept, text = run("FeatInv_KeepMostSimilar", image=pictures, keep=2, **inputs)
     return {
         "kept": relative(kept, pictures[order[0] + order[1]]),
-        "text": text.splitlines(), "expected": [f"number {i}: cosine {scores[i]:.3f}" for i in order[0] + order[1]],
+        "text": text.splitlines(),
+        "expected": [f"number {i}: cosine {scores[i]:.3f}" for i in order[0] + order[1]],
         "uneven": error_of(run, "FeatInv_KeepMostSimilar", image=pictures[:7], keep=1, **inputs),
         "too few": error_of(run, "FeatInv_KeepMostSimilar", image=pictures, keep=5, **inputs),
-    }  # fmt: skip
+    }
 
 
 def guided(world: World, **changes):
     """The world's model with feature guidance."""
-    inputs = {"model": world.model, "vae": world.vae, "backbone": world.backbone, "features": world.features, "step": 0.05, "last": 0.5}
+    inputs = {
+        "model": world.model,
+        "vae": world.vae,
+        "backbone": world.backbone,
+        "features": world.features,
+        "step": 0.05,
+        "last": 0.5,
+    }
     return run("FeatInv_FeatureGuidance", **inputs | changes)
 
 
@@ -106,7 +135,15 @@ def gradient(world: World) -> dict:
     with torch.inference_mode(False):  # as the command line loads it
         pipeline = load_pipeline("tiny_cnn_last")
     sampling = Sampling(STEPS, 1.0, 3.0, "features", gradient=0.05, gradient_steps=STEPS // 2)
-    theirs = sample(pipeline.base, pipeline.model, world.features, noise(pipeline.base, SEED, BATCH), sampling, pipeline.info.prompt, pipeline.backbone)
+    theirs = sample(
+        pipeline.base,
+        pipeline.model,
+        world.features,
+        noise(pipeline.base, SEED, BATCH),
+        sampling,
+        pipeline.info.prompt,
+        pipeline.backbone,
+    )
     world.model = guided(world, model=before, features=world.features.select(0))
     one = world.draw(world.apply(features=world.features.select(0)))
     world.model = before

@@ -38,9 +38,13 @@ class Host:
     def run_inside(self, program: Path, *arguments: str | Path, timeout: int = 600) -> dict:
         """Runs a program in the host's environment; returns the JSON on the last line that it prints."""
         command = [self.python, str(program), str(self.root), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         if done.returncode:
-            raise RuntimeError(f"{program.name} failed in ComfyUI {self.version}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+            raise RuntimeError(
+                f"{program.name} failed in ComfyUI {self.version}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+            )
         return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -62,11 +66,24 @@ class Server:
             self.port = free.getsockname()[1]
         self.base, self.log_file = base, base / "log.txt"
         command = [
-            host.python, str(host.root / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
-            "--disable-auto-launch", "--disable-api-nodes", "--database-url", f"sqlite:///{base}/user/c.db",
-        ]  # fmt: skip
+            host.python,
+            str(host.root / "main.py"),
+            "--cpu",
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(base),
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            "--database-url",
+            f"sqlite:///{base}/user/c.db",
+        ]
         with open(self.log_file, "w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=base, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=base, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
         self.wait(lambda: self.get("/system_stats"), 180, "start")
 
     @property
@@ -86,7 +103,9 @@ class Server:
             return answer.read()
 
     def post(self, path: str, body: dict) -> tuple[int, dict]:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status, json.loads(answer.read() or b"{}")

@@ -1,6 +1,6 @@
 """Runs in a host's environment, in the host's process, and prints one line of JSON: what the tests assert on.
 
-    python inside.py HOST_ROOT PACK BASE_DIRECTORY
+python inside.py HOST_ROOT PACK BASE_DIRECTORY
 """
 
 import asyncio
@@ -13,7 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from opening import BASE, IMPORTED, NODES, PACK, SEED, STEPS, World, error_of, pack, relative, run  # before anything else of the host
+from opening import (
+    BASE,
+    IMPORTED,
+    NODES,
+    PACK,
+    SEED,
+    STEPS,
+    World,
+    error_of,
+    pack,
+    relative,
+    run,
+)  # before anything else of the host
 
 sys.path.append(PACK)
 import comfy.controlnet
@@ -35,16 +47,42 @@ from training.models.sampling import noise, sample
 def parity(world: World) -> list[dict]:
     """The host's sampler against training/reconstruct.py's, same file, seed and steps."""
     pipeline = load_pipeline("tiny_cnn_last")
-    features = pipeline.features(pipeline.backbone.preprocess(torch.from_numpy(run("FeatInv_TinyWorldScenes", first=0, count=3)[0].numpy()).movedim(-1, 1)))
+    features = pipeline.features(
+        pipeline.backbone.preprocess(
+            torch.from_numpy(run("FeatInv_TinyWorldScenes", first=0, count=3)[0].numpy()).movedim(-1, 1)
+        )
+    )
     result = []
     for away, negative in (("text and features", "features"), ("text", "text")):
-        for strength, guidance, end, size in ((0.6, 1.0, 1.0, (8, 8)), (1.0, 4.0, 1.0, (8, 8)), (0.6, 4.0, 0.5, (6, 12)), (1.0, 4.0, 0.5, (8, 8)), (1.0, 1.0, 1.0, (16, 12))):
-            ours = world.draw(world.apply(strength=strength, end_percent=end, guide_away_from=away), guidance, size=size)
+        for strength, guidance, end, size in (
+            (0.6, 1.0, 1.0, (8, 8)),
+            (1.0, 4.0, 1.0, (8, 8)),
+            (0.6, 4.0, 0.5, (6, 12)),
+            (1.0, 4.0, 0.5, (8, 8)),
+            (1.0, 1.0, 1.0, (16, 12)),
+        ):
+            ours = world.draw(
+                world.apply(strength=strength, end_percent=end, guide_away_from=away), guidance, size=size
+            )
             sampling = Sampling(STEPS, strength, guidance, negative, 0.0, end)
-            theirs = sample(pipeline.base, pipeline.model, features, noise(pipeline.base, SEED, 3, size), sampling, pipeline.info.prompt)
+            theirs = sample(
+                pipeline.base,
+                pipeline.model,
+                features,
+                noise(pipeline.base, SEED, 3, size),
+                sampling,
+                pipeline.info.prompt,
+            )
             result.append({"case": [away, strength, guidance, end, size], "difference": relative(ours, theirs)})
     halves = world.apply(*world.apply(strength=0.3), strength=0.3)  # residuals add up, so two halves are one whole
-    theirs = sample(pipeline.base, pipeline.model, features, noise(pipeline.base, SEED, 3), Sampling(STEPS, 0.6, 4.0, "features"), pipeline.info.prompt)
+    theirs = sample(
+        pipeline.base,
+        pipeline.model,
+        features,
+        noise(pipeline.base, SEED, 3),
+        Sampling(STEPS, 0.6, 4.0, "features"),
+        pipeline.info.prompt,
+    )
     result.append({"case": "stacked", "difference": relative(world.draw(halves, 4.0), theirs)})
     return result
 
@@ -57,14 +95,23 @@ def stock_control(world: World) -> comfy.controlnet.ControlNet:
     from comfy.ops import disable_weight_init
 
     module = sys.modules["pack of any name.featinv_nodes.host.unet"]
-    tensors, _ = sys.modules["pack of any name.featinv_nodes.core.weights"].load_inversion(f"{PACK}/featinv_nodes/worlds/drawn/tiny_cnn_last.safetensors")[1:]
-    config = module.ldm_config(tensors, 4) | {"hint_channels": 3, "dtype": torch.float32, "operations": disable_weight_init}
+    tensors, _ = sys.modules["pack of any name.featinv_nodes.core.weights"].load_inversion(
+        f"{PACK}/featinv_nodes/worlds/drawn/tiny_cnn_last.safetensors"
+    )[1:]
+    config = module.ldm_config(tensors, 4) | {
+        "hint_channels": 3,
+        "dtype": torch.float32,
+        "operations": disable_weight_init,
+    }
     config.pop("out_channels")
     torch.manual_seed(1)
     model = ControlNet(**config)
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.02 if "hint" in name else 0.05)
-    model.load_state_dict({k: v for k, v in copy.deepcopy(world.control.control_model).state_dict().items() if "hint" not in k}, strict=False)
+    model.load_state_dict(
+        {k: v for k, v in copy.deepcopy(world.control.control_model).state_dict().items() if "hint" not in k},
+        strict=False,
+    )
     return comfy.controlnet.ControlNet(model, load_device=torch.device("cpu"))
 
 
@@ -90,7 +137,10 @@ def counts(world: World) -> dict:
 
         return hook
 
-    hooks = [world.control.control_model.zero_convs[0].register_forward_hook(count("control")), world.control.encoder.model.register_forward_hook(count("encoder"))]
+    hooks = [
+        world.control.control_model.zero_convs[0].register_forward_hook(count("control")),
+        world.control.encoder.model.register_forward_hook(count("encoder")),
+    ]
     world.draw(world.apply())
     for hook in hooks:
         hook.remove()
@@ -114,43 +164,98 @@ def scope(world: World) -> dict[str, str]:
     """What the node says of a map: a scene's, one of noise, and with a weights file that holds no statistics."""
     bare = world.control.copy()
     bare.scope = None
-    inputs = {"positive": world.positive, "negative": world.negative, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "guide_away_from": "text"}
-    noise = world.features.with_values(torch.randn(world.features.values.shape, generator=torch.Generator().manual_seed(0)))
+    inputs = {
+        "positive": world.positive,
+        "negative": world.negative,
+        "strength": 1.0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "guide_away_from": "text",
+    }
+    noise = world.features.with_values(
+        torch.randn(world.features.values.shape, generator=torch.Generator().manual_seed(0))
+    )
     cases = {"scene": (world.control, world.features.select(0)), "noise": (world.control, noise), "none": (bare, noise)}
-    return {name: run("FeatInvControlNet", control_net=control, features=features, **inputs)[2] for name, (control, features) in cases.items()}
+    return {
+        name: run("FeatInvControlNet", control_net=control, features=features, **inputs)[2]
+        for name, (control, features) in cases.items()
+    }
 
 
 def edited(world: World, names: str, factor: float = 0.25, **changes) -> tuple:
     """Concept Attenuate's outputs for the first scene's map."""
     concepts, _ = run("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)")
-    return run("FeatInv_ConceptAttenuate", **{"features": world.features.select(0), "concepts": concepts, "names": names, "factor": factor, "keep_length": True, **changes})
+    return run(
+        "FeatInv_ConceptAttenuate",
+        **{
+            "features": world.features.select(0),
+            "concepts": concepts,
+            "names": names,
+            "factor": factor,
+            "keep_length": True,
+            **changes,
+        },
+    )
 
 
 def paired(world: World) -> dict:
-    """FeatInv-Viz by nodes around one run of the stock sampler, against training/concepts/viz.py, and what else the nodes say."""
+    """FeatInv-Viz by nodes around one run of the stock sampler, against training/concepts/viz.py, and what else the
+    nodes say."""
     pipeline, seeds, groups, guidance = load_pipeline("tiny_cnn_last"), 3, [["object"], ["sky", "night"]], 3.0
     result = {}
     for factor in (0.25, 2.0):
         _, change, _ = edited(world, "object; sky, night", factor)
-        maps, latent = run("FeatInv_PairedLatents", edit=change, latent=nodes.EmptyLatentImage().generate(64, 64, seeds)[0])
-        (sampled,) = nodes.KSampler().sample(world.model, SEED, STEPS, guidance, "ddim", "simple", *world.apply(features=maps), latent)
+        maps, latent = run(
+            "FeatInv_PairedLatents", edit=change, latent=nodes.EmptyLatentImage().generate(64, 64, seeds)[0]
+        )
+        (sampled,) = nodes.KSampler().sample(
+            world.model, SEED, STEPS, guidance, "ddim", "simple", *world.apply(features=maps), latent
+        )
         (pictures,) = nodes.VAEDecode().decode(world.vae, sampled)
         outputs = run("FeatInv_Viz", pictures=pictures, edit=change, backbone=world.backbone, threshold=0.33)
         sampling = Sampling(STEPS, 1.0, guidance, "features")
-        theirs = visualize(pipeline, change.original, change.concepts, groups, viz.VizSettings(factor, seeds, SEED, keep_length=True), sampling)
+        theirs = visualize(
+            pipeline,
+            change.original,
+            change.concepts,
+            groups,
+            viz.VizSettings(factor, seeds, SEED, keep_length=True),
+            sampling,
+        )
         drawn = torch.cat([theirs[0].original, *(one.changed for one in theirs)]).movedim(1, -1)
         result[str(factor)] = {
-            "pictures": float((pictures - drawn).abs().max()), "slope": outputs[5] - sum(one.slope.own for one in theirs) / 2,
-            "report": outputs[4].splitlines(), "expected": [f"{' + '.join(group)}: {one.slope.describe()}" for group, one in zip(groups, theirs)],
-            "mask": float((outputs[3] - torch.stack([viz.affected(one.distance) for one in theirs])).abs().mean()), "shapes": [list(x.shape) for x in outputs[:4]],
-        }  # fmt: skip
+            "pictures": float((pictures - drawn).abs().max()),
+            "slope": outputs[5] - sum(one.slope.own for one in theirs) / 2,
+            "report": outputs[4].splitlines(),
+            "expected": [f"{' + '.join(group)}: {one.slope.describe()}" for group, one in zip(groups, theirs)],
+            "mask": float((outputs[3] - torch.stack([viz.affected(one.distance) for one in theirs])).abs().mean()),
+            "shapes": [list(x.shape) for x in outputs[:4]],
+        }
     starts = comfy.sample.prepare_noise(torch.zeros(9, 24, 8, 8), SEED, latent["batch_index"])
-    cut = nodes.LatentFromBatch().frombatch(nodes.EmptyLatentImage().generate(64, 64, 8)[0], 2, 2)[0] | {"noise_mask": torch.rand(2, 1, 8, 8)}
+    cut = nodes.LatentFromBatch().frombatch(nodes.EmptyLatentImage().generate(64, 64, 8)[0], 2, 2)[0] | {
+        "noise_mask": torch.rand(2, 1, 8, 8)
+    }
     _, again = run("FeatInv_PairedLatents", edit=change, latent=cut)
-    result |= {"noise": torch.equal(starts, noise(pipeline.base, SEED, seeds).repeat(3, 1, 1, 1)), "batch_index": again["batch_index"], "masks": torch.equal(again["noise_mask"], cut["noise_mask"].repeat(3, 1, 1, 1))}
-    result["order"] = [relative(maps.values[i : i + 1], m.values) for i, m in ((0, change.original), (2, change.original), (3, change.changed.select(0)), (8, change.changed.select(1)))]
+    result |= {
+        "noise": torch.equal(starts, noise(pipeline.base, SEED, seeds).repeat(3, 1, 1, 1)),
+        "batch_index": again["batch_index"],
+        "masks": torch.equal(again["noise_mask"], cut["noise_mask"].repeat(3, 1, 1, 1)),
+    }
+    result["order"] = [
+        relative(maps.values[i : i + 1], m.values)
+        for i, m in (
+            (0, change.original),
+            (2, change.original),
+            (3, change.changed.select(0)),
+            (8, change.changed.select(1)),
+        )
+    ]
     with_scope = {"control_net": world.control, "keep_length": False}
-    result["scope"] = [edited(world, "object")[2], edited(world, "object", 1.0, **with_scope)[2], edited(world, "object; sky", 4.0, **with_scope)[2]]
+    result["scope"] = [
+        edited(world, "object")[2],
+        edited(world, "object", 1.0, **with_scope)[2],
+        edited(world, "object; sky", 4.0, **with_scope)[2],
+    ]
     return result
 
 
@@ -171,7 +276,9 @@ def batches(world: World) -> dict:
 def areas(world: World) -> dict:
     """Area conditioning: a cut-out gets its own part of the encoded features, set before or after our node."""
     hints = []
-    hook = world.control.control_model.input_hint_block.register_forward_hook(lambda module, inputs, output: hints.append(output.clone()))
+    hook = world.control.control_model.input_hint_block.register_forward_hook(
+        lambda module, inputs, output: hints.append(output.clone())
+    )
     whole = world.draw(world.apply())
     full = hints[-1]
     hints.clear()
@@ -188,7 +295,9 @@ def areas(world: World) -> dict:
     steered = slice(3, 6) if full.shape[0] == 6 and not torch.equal(full[3], full[4]) else slice(0, 3)
     return {
         "after": relative(seen[-1][-3:] if seen[-1].shape[0] == 3 else seen[-1][steered], full[steered][..., 4:]),
-        "before": relative(seen_before[-1][-3:] if seen_before[-1].shape[0] == 3 else seen_before[-1][steered], full[steered][..., 4:]),
+        "before": relative(
+            seen_before[-1][-3:] if seen_before[-1].shape[0] == 3 else seen_before[-1][steered], full[steered][..., 4:]
+        ),
         "whole": relative(world.draw((everywhere, negative)), whole),
     }
 
@@ -221,11 +330,27 @@ def unloading(world: World) -> dict:
     """All models out of memory, and back."""
     reference = world.draw(world.apply())
     managed = {id(m.model) for m in management.current_loaded_models}
-    ours = {"backbone": world.backbone.patcher, "control": world.control.control_model_wrapped, "encoder": world.control.encoder, "model": world.model}
-    was = {name: id(patcher) in managed or any(m.model is not None and m.model.model is patcher.model for m in management.current_loaded_models) for name, patcher in ours.items()}
+    ours = {
+        "backbone": world.backbone.patcher,
+        "control": world.control.control_model_wrapped,
+        "encoder": world.control.encoder,
+        "model": world.model,
+    }
+    was = {
+        name: (
+            id(patcher) in managed
+            or any(m.model is not None and m.model.model is patcher.model for m in management.current_loaded_models)
+        )
+        for name, patcher in ours.items()
+    }
     management.unload_all_models()
     left = len(management.current_loaded_models)
-    return {"managed": was, "left": left, "again": relative(world.draw(world.apply()), reference), "features": relative(world.extract(0, 3).values, world.features.values)}
+    return {
+        "managed": was,
+        "left": left,
+        "again": relative(world.draw(world.apply()), reference),
+        "features": relative(world.extract(0, 3).values, world.features.values),
+    }
 
 
 def low_memory(world: World) -> dict:
@@ -241,9 +366,14 @@ def low_memory(world: World) -> dict:
 
 
 def left_behind(world: World) -> dict[str, int]:
-    """Tensors of plain modules that a device with room for next to nothing does not get; nor does it let go of a part."""
+    """Tensors of plain modules that a device with room for next to nothing does not get; nor does it let go of a
+    part."""
     models, result = sys.modules["pack of any name.featinv_nodes.host.models"], {}
-    for name, module in {"backbone": world.backbone.backbone, "encoder": world.control.encoder.model, "autoencoder": world.vae.first_stage_model}.items():
+    for name, module in {
+        "backbone": world.backbone.backbone,
+        "encoder": world.control.encoder.model,
+        "autoencoder": world.vae.first_stage_model,
+    }.items():
         meta = torch.device("meta")
         patcher = models.managed(deepcopy(module), meta)
         patcher.partially_load(meta, 0.1)
@@ -256,13 +386,27 @@ def features_nodes(world: World) -> dict:
     """Masks come to the map as pictures do, file names are taken as they are, classes belong to their groups."""
     wide, mask = torch.rand(1, 64, 160, 3), torch.zeros(1, 64, 160)
     mask[..., 64:96] = 1  # the middle of the picture, of which a centre crop keeps columns 48 to 112
-    a, b = (run("FeatInv_ExtractFeatures", backbone=world.backbone, image=x, layer="last", pooled=False, fit="crop")[0] for x in (wide, 1 - wide))
-    mix = {"features_a": a, "features_b": b, "mode": "compose", "weight_a": 0.5, "weight_b": 0.5, "steps": 5, "soft_edge": False}
+    a, b = (
+        run("FeatInv_ExtractFeatures", backbone=world.backbone, image=x, layer="last", pooled=False, fit="crop")[0]
+        for x in (wide, 1 - wide)
+    )
+    mix = {
+        "features_a": a,
+        "features_b": b,
+        "mode": "compose",
+        "weight_a": 0.5,
+        "weight_b": 0.5,
+        "steps": 5,
+        "soft_edge": False,
+    }
     composed = run("FeatInv_FeatureMix", **mix, mask=mask, backbone=world.backbone)
     columns = (composed.values == b.values).all(1).all(1)[0].nonzero().flatten().tolist()
     names = [NODES["FeatInv_SaveFeatures"].execute(world.features, "features/cat[1]").ui["text"][0] for _ in range(2)]
     picture, _ = run("FeatInv_TinyWorldScenes", first=0, count=1)
-    lines = [run("FeatInv_ClassifyImage", backbone=world.backbone, image=picture, fit="stretch", top=top)[0] for top in (1, 10)]
+    lines = [
+        run("FeatInv_ClassifyImage", backbone=world.backbone, image=picture, fit="stretch", top=top)[0]
+        for top in (1, 10)
+    ]
     pictures = Path(BASE) / "pictures"
     (pictures / "a" / "deep").mkdir(parents=True)
     seen = []
@@ -271,10 +415,14 @@ def features_nodes(world: World) -> dict:
         seen.append(NODES["FeatInv_DiscoverConcepts"].fingerprint_inputs(folder=f'"{pictures}"', name=""))
     three = run("FeatInv_FeatureSimilarity", features=world.features, backbone=world.backbone, image=picture)[2]
     return {
-        "columns": columns, "names": names, "folders": len({*seen, NODES["FeatInv_DiscoverConcepts"].fingerprint_inputs(folder=None, name=None)}), "caption": relative(lines[1], lines[0]), "similar": three,
+        "columns": columns,
+        "names": names,
+        "folders": len({*seen, NODES["FeatInv_DiscoverConcepts"].fingerprint_inputs(folder=None, name=None)}),
+        "caption": relative(lines[1], lines[0]),
+        "similar": three,
         "small mask": error_of(run, "FeatInv_FeatureMix", **mix, mask=torch.zeros(1, 64, 160), backbone=world.backbone),
         "masks": error_of(run, "FeatInv_FeatureMix", **mix, mask=torch.ones(2, 64, 160), backbone=world.backbone),
-    }  # fmt: skip
+    }
 
 
 def real_size(folder: Path) -> dict:
@@ -286,15 +434,23 @@ def real_size(folder: Path) -> dict:
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=32, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, attention_head_dim=8,
-    )  # fmt: skip
+        sample_size=32,
+        cross_attention_dim=768,
+        block_out_channels=(320, 640, 1280, 1280),
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        attention_head_dim=8,
+    )
     described = {"name": "MiniSD", "width": 320, "context": 768, "latent_channels": 4, "heads": 8}
-    source = FeatureSource("convnext_base.fb_in22k_ft_in1k", "last", False, 1024, (9, 9), (288, 288), (0.5,) * 3, (0.5,) * 3)
+    source = FeatureSource(
+        "convnext_base.fb_in22k_ft_in1k", "last", False, 1024, (9, 9), (288, 288), (0.5,) * 3, (0.5,) * 3
+    )
     from featinv_nodes.core.encoders import build_encoder
 
     settings = {"kind": "conv", "channels": 1024, "out_channels": 320, "width": 512}
-    model = FeatureControlNet(ControlNetModel.from_unet(unet), build_encoder(settings), source).eval().requires_grad_(False)
+    model = (
+        FeatureControlNet(ControlNetModel.from_unet(unet), build_encoder(settings), source).eval().requires_grad_(False)
+    )
     del unet
     for name, p in model.named_parameters():
         if p.abs().max() == 0 and "norm" not in name:
@@ -304,11 +460,21 @@ def real_size(folder: Path) -> dict:
     load = sys.modules["pack of any name.featinv_nodes.host.controlnet"].load_feature_control
     with torch.inference_mode():
         control = load(file)
-        values, x, t, text = torch.randn(1, 1024, 9, 9), torch.randn(1, 4, 32, 32), torch.tensor([500]), torch.randn(1, 77, 768)
+        values, x, t, text = (
+            torch.randn(1, 1024, 9, 9),
+            torch.randn(1, 4, 32, 32),
+            torch.tensor([500]),
+            torch.randn(1, 77, 768),
+        )
         theirs, middle = model.controlnet(x, t, text, model.hint(values, (32, 32)), return_dict=False)
-        ours = control.control_model(x=x, hint=control.encoder.model(values, (32, 32)), timesteps=t.float(), context=text)
+        ours = control.control_model(
+            x=x, hint=control.encoder.model(values, (32, 32)), timesteps=t.float(), context=text
+        )
     file.unlink()
-    return {"difference": max(relative(a, b) for a, b in zip([*ours["output"], *ours["middle"]], [*theirs, middle])), "residuals": len(theirs) + 1}
+    return {
+        "difference": max(relative(a, b) for a, b in zip([*ours["output"], *ours["middle"]], [*theirs, middle])),
+        "residuals": len(theirs) + 1,
+    }
 
 
 def bad_inputs(world: World, folder: Path) -> dict[str, str]:
@@ -326,30 +492,62 @@ def bad_inputs(world: World, folder: Path) -> dict[str, str]:
     other, _ = run("FeatInv_LoadFeatInvControlNet", weights="tiny_vit_last (embedded)")
     broken = world.features.values.index_fill(1, torch.tensor([0]), float("nan"))
     wide = world.control.copy()
-    wide.info = replace(world.control.info, base={**world.control.info.base, "name": "MiniSD", "width": 320, "context": 768})
+    wide.info = replace(
+        world.control.info, base={**world.control.info.base, "name": "MiniSD", "width": 320, "context": 768}
+    )
     load = "FeatInv_LoadFeatInvControlNet"
     return {
         "other backbone": error_of(world.apply, features=world.extract(0, 1, backbone=vit)),
         "other layer": error_of(world.apply, features=world.extract(0, 1, layer="layer2")),
         "other pooling": error_of(world.apply, features=world.extract(0, 1, pooled=True)),
         "unknown layer": error_of(world.extract, 0, 1, layer="layer9"),
-        "other normalisation": error_of(world.apply, features=replace(world.features, source=replace(world.features.source, mean=(0.4, 0.4, 0.4)))),
+        "other normalisation": error_of(
+            world.apply, features=replace(world.features, source=replace(world.features.source, mean=(0.4, 0.4, 0.4)))
+        ),
         "nan": error_of(replace, world.features, values=broken),
         "base model": error_of(world.draw, world.apply(control_net=wide)),
         "concepts": error_of(edited, world, "0", features=world.extract(0, 1, backbone=vit)),
         "concept number": error_of(edited, world, "99"),
         "no concept": error_of(edited, world, " ; ,"),
         "judged by another": error_of(edited, world, "0", control_net=other),
-        "several maps": error_of(run, "FeatInv_PairedLatents", edit=several, latent={"samples": torch.zeros(2, 4, 8, 8)}),
-        "several maps shown": error_of(run, "FeatInv_Viz", pictures=torch.rand(6, 64, 64, 3), edit=several, backbone=world.backbone, threshold=0.33),
-        "pictures": error_of(run, "FeatInv_Viz", pictures=torch.rand(5, 64, 64, 3), edit=change, backbone=world.backbone, threshold=0.33),
-        "read by another": error_of(run, "FeatInv_Viz", pictures=torch.rand(4, 64, 64, 3), edit=change, backbone=vit, threshold=0.33),
+        "several maps": error_of(
+            run, "FeatInv_PairedLatents", edit=several, latent={"samples": torch.zeros(2, 4, 8, 8)}
+        ),
+        "several maps shown": error_of(
+            run, "FeatInv_Viz", pictures=torch.rand(6, 64, 64, 3), edit=several, backbone=world.backbone, threshold=0.33
+        ),
+        "pictures": error_of(
+            run, "FeatInv_Viz", pictures=torch.rand(5, 64, 64, 3), edit=change, backbone=world.backbone, threshold=0.33
+        ),
+        "read by another": error_of(
+            run, "FeatInv_Viz", pictures=torch.rand(4, 64, 64, 3), edit=change, backbone=vit, threshold=0.33
+        ),
         "truncated": error_of(control.load_feature_control, weights / "cut.safetensors"),
         "foreign": error_of(control.load_feature_control, weights / "foreign.safetensors"),
         "missing": error_of(run, load, weights="none.safetensors"),
-        "no mask": error_of(run, "FeatInv_FeatureMix", features_a=world.features, features_b=world.features, mode="compose", weight_a=0.5, weight_b=0.5, steps=5, soft_edge=False),
-        "mixed sources": error_of(run, "FeatInv_FeatureMix", features_a=world.features, features_b=world.extract(0, 3, layer="layer2"), mode="interpolate", weight_a=0.5, weight_b=0.5, steps=5, soft_edge=False),
-    }  # fmt: skip
+        "no mask": error_of(
+            run,
+            "FeatInv_FeatureMix",
+            features_a=world.features,
+            features_b=world.features,
+            mode="compose",
+            weight_a=0.5,
+            weight_b=0.5,
+            steps=5,
+            soft_edge=False,
+        ),
+        "mixed sources": error_of(
+            run,
+            "FeatInv_FeatureMix",
+            features_a=world.features,
+            features_b=world.extract(0, 3, layer="layer2"),
+            mode="interpolate",
+            weight_a=0.5,
+            weight_b=0.5,
+            steps=5,
+            soft_edge=False,
+        ),
+    }
 
 
 def main() -> None:

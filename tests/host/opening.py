@@ -1,6 +1,6 @@
 """The pack opened in a host's process, and the embedded world in it; what to run is for others to say.
 
-    python PROGRAM HOST_ROOT PACK BASE_DIRECTORY        a program that imports this module before anything of the host
+python PROGRAM HOST_ROOT PACK BASE_DIRECTORY        a program that imports this module before anything of the host
 """
 
 import asyncio
@@ -18,7 +18,9 @@ import comfy.samplers
 import torch
 
 before = set(sys.modules)
-spec = importlib.util.spec_from_file_location("pack of any name", f"{PACK}/__init__.py", submodule_search_locations=[PACK])
+spec = importlib.util.spec_from_file_location(
+    "pack of any name", f"{PACK}/__init__.py", submodule_search_locations=[PACK]
+)
 pack = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = pack
 spec.loader.exec_module(pack)
@@ -56,15 +58,25 @@ class World:
 
     def extract(self, first: int, count: int, **changes):
         image, _ = run("FeatInv_TinyWorldScenes", first=first, count=count)
-        return run("FeatInv_ExtractFeatures", **{"backbone": self.backbone, "image": image, "layer": "last", "pooled": False, "fit": "crop", **changes})[0]
+        return run(
+            "FeatInv_ExtractFeatures",
+            **{"backbone": self.backbone, "image": image, "layer": "last", "pooled": False, "fit": "crop", **changes},
+        )[0]
 
     def outputs(self, positive=None, negative=None, **changes):
         """What FeatInv ControlNet gives: positive, negative, scope, features only."""
         inputs = {
-            "control_net": self.control, "features": self.features, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0,
-            "guide_away_from": "text and features", **changes,
-        }  # fmt: skip
-        return run("FeatInvControlNet", positive=positive or self.positive, negative=negative or self.negative, **inputs)
+            "control_net": self.control,
+            "features": self.features,
+            "strength": 1.0,
+            "start_percent": 0.0,
+            "end_percent": 1.0,
+            "guide_away_from": "text and features",
+            **changes,
+        }
+        return run(
+            "FeatInvControlNet", positive=positive or self.positive, negative=negative or self.negative, **inputs
+        )
 
     def apply(self, positive=None, negative=None, **changes):
         """The positive and the negative conditioning of the steered sampler."""
@@ -73,4 +85,16 @@ class World:
     def draw(self, conditioning, guidance=3.0, batch=3, size=(8, 8), callback=None) -> torch.Tensor:
         latent = torch.zeros(batch, 24, *size)
         start = comfy.sample.prepare_noise(latent, SEED)
-        return comfy.sample.sample(self.model, start, STEPS, guidance, "ddim", "simple", *conditioning, latent, seed=SEED, callback=callback, disable_pbar=True)
+        return comfy.sample.sample(
+            self.model,
+            start,
+            STEPS,
+            guidance,
+            "ddim",
+            "simple",
+            *conditioning,
+            latent,
+            seed=SEED,
+            callback=callback,
+            disable_pbar=True,
+        )

@@ -1,6 +1,7 @@
-"""Runs in a host's environment, in the host's process: the world of photographs, latents of both worlds, weights in 8 bits.
+"""Runs in a host's environment, in the host's process: the world of photographs, latents of both worlds, weights in 8
+bits.
 
-    python photo.py HOST_ROOT PACK BASE_DIRECTORY
+python photo.py HOST_ROOT PACK BASE_DIRECTORY
 """
 
 import json
@@ -39,7 +40,10 @@ def with_control(name: str) -> InversionPipeline:
 
 def photographs() -> torch.Tensor:
     """IMAGE [2, h, w, 3]: the two of scikit-learn."""
-    return torch.stack([torch.from_numpy(load_sample_image(name).copy()) for name in ("china.jpg", "flower.jpg")]).float() / 255
+    return (
+        torch.stack([torch.from_numpy(load_sample_image(name).copy()) for name in ("china.jpg", "flower.jpg")]).float()
+        / 255
+    )
 
 
 def parity(name: str) -> dict:
@@ -49,14 +53,30 @@ def parity(name: str) -> dict:
     model, positive, negative, vae, latent = run("FeatInv_LoadTinyWorld", world="photo")
     backbone, _ = run("FeatInv_LoadBackbone", weights=f"{source.backbone} (embedded)", timm_name="", input_size=0)
     control, _ = run("FeatInv_LoadFeatInvControlNet", weights=f"{name}.safetensors")
-    features, seen = run("FeatInv_ExtractFeatures", backbone=backbone, image=photographs(), layer=source.layer, pooled=source.pooled, fit="crop")
+    features, seen = run(
+        "FeatInv_ExtractFeatures",
+        backbone=backbone,
+        image=photographs(),
+        layer=source.layer,
+        pooled=source.pooled,
+        fit="crop",
+    )
     sampling: Sampling = replace(pipeline.recommended(), steps=STEPS, gradient=0.0, text_guidance=None)
     conditioning = run(
-        "FeatInvControlNet", positive=positive, negative=negative, control_net=control, features=features, strength=sampling.strength, start_percent=sampling.start,
-        end_percent=sampling.end, guide_away_from={"text": "text", "features": "text and features"}[sampling.negative],
-    )  # fmt: skip
+        "FeatInvControlNet",
+        positive=positive,
+        negative=negative,
+        control_net=control,
+        features=features,
+        strength=sampling.strength,
+        start_percent=sampling.start,
+        end_percent=sampling.end,
+        guide_away_from={"text": "text", "features": "text and features"}[sampling.negative],
+    )
     (latents,) = nodes.RepeatLatentBatch().repeat(latent, COUNT)
-    (drawn,) = nodes.KSampler().sample(model, SEED, sampling.steps, sampling.guidance, "ddim", "simple", *conditioning[:2], latents)
+    (drawn,) = nodes.KSampler().sample(
+        model, SEED, sampling.steps, sampling.guidance, "ddim", "simple", *conditioning[:2], latents
+    )
     (pictures,) = nodes.VAEDecode().decode(vae, drawn)
 
     own = pipeline.features(pipeline.backbone.preprocess(photographs().movedim(-1, 1)))
@@ -64,21 +84,30 @@ def parity(name: str) -> dict:
     theirs = sample(pipeline.base, pipeline.model, own, start, sampling, pipeline.info.prompt)
     unconditional = sample(pipeline.base, None, None, start, sampling, pipeline.info.prompt)
     return {
-        "features": relative(features.values, own.values), "latents": relative(drawn["samples"], theirs),
-        "pictures": relative(pictures.movedim(-1, 1), pipeline.base.decode(theirs)), "control matters": relative(theirs, unconditional),
-        "seen": list(seen.shape), "drawn": list(pictures.shape),
-    }  # fmt: skip
+        "features": relative(features.values, own.values),
+        "latents": relative(drawn["samples"], theirs),
+        "pictures": relative(pictures.movedim(-1, 1), pipeline.base.decode(theirs)),
+        "control matters": relative(theirs, unconditional),
+        "seen": list(seen.shape),
+        "drawn": list(pictures.shape),
+    }
 
 
 def latents(world: str) -> dict:
     """What Load World's latent is, and how large the picture is that its own autoencoder makes of it."""
     *_, vae, latent = run("FeatInv_LoadTinyWorld", world=world)
     (picture,) = nodes.VAEDecode().decode(vae, latent)
-    return {"empty": not latent["samples"].any(), "cells": list(latent["samples"].shape), "picture": list(picture.shape), "side": WORLDS[world].side}
+    return {
+        "empty": not latent["samples"].any(),
+        "cells": list(latent["samples"].shape),
+        "picture": list(picture.shape),
+        "side": WORLDS[world].side,
+    }
 
 
 def eight_bits() -> dict:
-    """The drawn world's model as shipped and stored in 8 bits: how alike their pictures are to the features asked for."""
+    """The drawn world's model as shipped and stored in 8 bits: how alike their pictures are to the features asked
+    for."""
     pipeline, world = load_pipeline("tiny_cnn_last"), World()
     shipped, file = model_file("tiny_cnn_last"), FOLDER / "eight.safetensors"
     pipeline.model.save(file, pipeline.info, torch.int8)
@@ -87,11 +116,16 @@ def eight_bits() -> dict:
     for name, one in (("shipped", world.control), ("8 bits", control)):
         drawn = world.draw(world.apply(control_net=one), pipeline.recommended().guidance)
         (pictures[name],) = nodes.VAEDecode().decode(world.vae, {"samples": drawn})
-        cosine[name] = run("FeatInv_FeatureSimilarity", features=world.features, backbone=world.backbone, image=pictures[name])[2]
+        cosine[name] = run(
+            "FeatInv_FeatureSimilarity", features=world.features, backbone=world.backbone, image=pictures[name]
+        )[2]
     return {
-        "stored": is_in_8_bits(file), "about": about, "size": file.stat().st_size / shipped.stat().st_size, "cosine": cosine,
+        "stored": is_in_8_bits(file),
+        "about": about,
+        "size": file.stat().st_size / shipped.stat().st_size,
+        "cosine": cosine,
         "moved": relative(pictures["8 bits"], pictures["shipped"]),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -15,12 +15,16 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 #: files that the workflows of real models name; empty, so that the frontend finds them
 PLACEHOLDERS = {
     "models/checkpoints": ["miniSD.ckpt"],
-    "models/backbones": ["convnext_base.fb_in22k_ft_in1k.safetensors", "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k.safetensors"],
+    "models/backbones": [
+        "convnext_base.fb_in22k_ft_in1k.safetensors",
+        "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k.safetensors",
+    ],
     "models/featinv": ["convnext_last.safetensors", "swinv2_last.safetensors"],
     "models/featinv_concepts": ["convnext_last_concepts.safetensors"],
 }
 pytestmark = pytest.mark.skipif(
-    not (shutil.which("node") and Path(CORE).is_dir() and CHROMIUM), reason="no browser: needs node, playwright-core (PLAYWRIGHT_CORE) and Chromium"
+    not (shutil.which("node") and Path(CORE).is_dir() and CHROMIUM),
+    reason="no browser: needs node, playwright-core (PLAYWRIGHT_CORE) and Chromium",
 )
 
 
@@ -38,7 +42,13 @@ def seen(host, tmp_path_factory):
     try:
         files = [*sorted(FOLDER.glob("*.json")), *sorted(FOLDER.glob("*.png"))]
         command = ["node", str(HERE / "browser.mjs"), server.url, str(base / "shots"), *map(str, files)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=os.environ | {"PLAYWRIGHT_CORE": CORE, "CHROMIUM": CHROMIUM})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=1200,
+            env=os.environ | {"PLAYWRIGHT_CORE": CORE, "CHROMIUM": CHROMIUM},
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.strip().splitlines()[-1])
     finally:
@@ -47,7 +57,10 @@ def seen(host, tmp_path_factory):
 
 def test_every_workflow_opens_without_a_missing_node_a_red_box_or_an_error(seen):
     for name, state in seen.items():
-        assert state["nodes"] > 5 and not state["unknown"] and not state["dialogs"] and not state["unlinked"], (name, state)
+        assert state["nodes"] > 5 and not state["unknown"] and not state["dialogs"] and not state["unlinked"], (
+            name,
+            state,
+        )
         ours = [line for line in state["trouble"] if "404" not in line and "Content Security Policy" not in line]
         assert not ours, (name, ours)  # the frontend's own look-ups of help pages and downloads apart
 
@@ -56,4 +69,7 @@ def test_queueing_shows_progress_and_pictures(seen):
     for name, state in seen.items():
         if not name.startswith("minisd") and name.endswith(".json"):
             # newer hosts leave out progress between the first and the last step where steps are fast
-            assert state["ran"]["error"] is None and state["ran"]["progress"] > 1 and state["ran"]["pictures"] > 0, (name, state)
+            assert state["ran"]["error"] is None and state["ran"]["progress"] > 1 and state["ran"]["pictures"] > 0, (
+                name,
+                state,
+            )

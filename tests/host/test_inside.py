@@ -17,7 +17,8 @@ def test_a_missing_requirement_gives_one_line(measured):
 
 
 def test_the_same_picture_as_the_command_line(measured):
-    """Every strength, guidance, range, negative, size and batch, and two stacked controls: one weights file, one result."""
+    """Every strength, guidance, range, negative, size and batch, and two stacked controls: one weights file, one
+    result."""
     assert len(measured["parity"]) == 11
     assert {str(p["case"]): p["difference"] for p in measured["parity"] if not p["difference"] <= CLOSE} == {}
 
@@ -35,7 +36,8 @@ def test_encodes_once_per_run_and_keeps_both_conditionings_in_one_batch(measured
 
 
 def test_other_guiders_give_the_pictures_that_their_arithmetic_says(measured):
-    """Dual CFG in its limits, Perp-Neg, Basic, conditionings swapped: who is the negative is known whatever its number."""
+    """Dual CFG in its limits, Perp-Neg, Basic, conditionings swapped: who is the negative is known whatever its
+    number."""
     result = dict(measured["guiders"])
     assert result.pop("calls") == 10 and result.pop("they differ") > 0.01  # three conditionings in one batch
     assert {name: value for name, value in result.items() if not value <= CLOSE} == {}
@@ -47,8 +49,13 @@ def test_two_guidances_are_the_command_line_s(measured):
 
 def test_the_best_of_many_are_kept_map_by_map(measured):
     result = measured["best"]
-    assert result["kept"] == 0 and result["text"][:-1] == result["expected"] and result["text"][-1].startswith("all 8: ")
-    assert "7 pictures of 2 feature maps" in result["uneven"] and "8 pictures of 2 feature maps, 5 of each" in result["too few"]
+    assert (
+        result["kept"] == 0 and result["text"][:-1] == result["expected"] and result["text"][-1].startswith("all 8: ")
+    )
+    assert (
+        "7 pictures of 2 feature maps" in result["uneven"]
+        and "8 pictures of 2 feature maps, 5 of each" in result["too few"]
+    )
 
 
 def test_guidance_by_the_gradient_makes_pictures_more_alike(measured):
@@ -57,13 +64,17 @@ def test_guidance_by_the_gradient_makes_pictures_more_alike(measured):
     assert result["moved"] > result["plain"] + 0.01 and result["bypass"] and result["after"] == 0
     assert max(result["dual"], result["one"]) <= CLOSE
     assert result["command line"] <= 5e-4  # each guided step enlarges the float32 differences before it; 8e-5 seen
-    assert "Use the same backbone" in result["other backbone"] and "3 latent channels, the model 24" in result["other vae"]
+    assert (
+        "Use the same backbone" in result["other backbone"] and "3 latent channels, the model 24" in result["other vae"]
+    )
 
 
 def test_says_whether_a_map_is_inside(measured):
     said = measured["scope"]
     assert said["scene"].startswith("inside (direction ")
-    assert said["noise"].startswith("0 of 3 maps inside; furthest is number ") and ": outside: direction" in said["noise"]
+    assert (
+        said["noise"].startswith("0 of 3 maps inside; furthest is number ") and ": outside: direction" in said["noise"]
+    )
     assert said["none"] == "no scope statistics in this weights file"
 
 
@@ -71,7 +82,9 @@ def test_a_run_of_paired_latents_is_the_command_line_s_feat_inv_viz(measured):
     """The same pictures, slopes and masks from one run of the stock sampler, turned down and up."""
     for case in ("0.25", "2.0"):
         result = measured["paired"][case]
-        assert result["pictures"] <= 1e-4 and abs(result["slope"]) <= 1e-4 and result["mask"] <= 1e-3  # float32, other batch sizes
+        assert (
+            result["pictures"] <= 1e-4 and abs(result["slope"]) <= 1e-4 and result["mask"] <= 1e-3
+        )  # float32, other batch sizes
         assert result["report"] == result["expected"] and result["report"][1].startswith("sky + night: slope ")
         (k, height, width, _), heat, signed, mask = result["shapes"]
         assert (k, width) == (2, 256) and height > 256 and heat == signed == [2, 256, 256, 3] and mask == [2, 64, 64]
@@ -87,7 +100,9 @@ def test_a_seed_has_the_same_noise_in_every_part(measured):
 def test_an_edited_map_is_judged(measured):
     alone, inside, outside = measured["paired"]["scope"]
     assert alone == "connect the inversion model to see whether the map is still in scope"
-    assert inside.startswith("inside (direction ") and outside.startswith("1 of 2 maps inside; furthest is number 1: outside: ")  # the scene has no sky
+    assert inside.startswith("inside (direction ") and outside.startswith(
+        "1 of 2 maps inside; furthest is number 1: outside: "
+    )  # the scene has no sky
 
 
 def test_batches_of_any_number_of_maps(measured):
@@ -127,7 +142,10 @@ def test_masks_names_and_classes_are_what_the_user_meant(measured):
     assert result["names"][0] != result["names"][1] and result["names"][1].endswith("cat[1]_00002.safetensors")
     assert result["folders"] == 4  # a folder's picture replaced, one added below it, none named: each is another
     assert result["caption"] == 0 and 0 < result["similar"] <= 1
-    assert "covers no cell of the 8 x 8 feature map" in result["small mask"] and "2 masks and 1 feature maps" in result["masks"]
+    assert (
+        "covers no cell of the 8 x 8 feature map" in result["small mask"]
+        and "2 masks and 1 feature maps" in result["masks"]
+    )
 
 
 def test_a_file_of_real_size_finds_its_place(measured):

@@ -20,11 +20,16 @@ def frozen(about):
 
 
 def test_loads_without_a_warning(server):
-    assert not [line for line in server.log.splitlines() if re.search("featinv|timm", line.lower()) and re.search("fail|warn|error|traceback|missing", line.lower())]
+    assert not [
+        line
+        for line in server.log.splitlines()
+        if re.search("featinv|timm", line.lower()) and re.search("fail|warn|error|traceback|missing", line.lower())
+    ]
 
 
 def test_schemas_are_frozen(server):
-    """Saved workflows keep widget values by their place. To change a schema on purpose, append, and write the file anew."""
+    """Saved workflows keep widget values by their place. To change a schema on purpose, append, and write the file
+    anew."""
     snapshot = json.loads((HERE / "schema.json").read_text())
     result = {name: frozen(about) for name, about in nodes_of(server).items()}
     assert result.keys() == snapshot.keys()
@@ -54,33 +59,57 @@ def inversion(backbone="tiny-cnn", first=0, steps=3):
     """A whole inversion as the server takes it; node 9 shows the picture."""
     return {
         "1": {"class_type": "FeatInv_TinyWorldScenes", "inputs": {"first": first, "count": 1}},
-        "2": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": f"{backbone} (embedded)", "timm_name": "", "input_size": 0}},
-        "3": {"class_type": "FeatInv_ExtractFeatures", "inputs": {"backbone": ["2", 0], "image": ["1", 0], "layer": "last", "pooled": False, "fit": "crop"}},
+        "2": {
+            "class_type": "FeatInv_LoadBackbone",
+            "inputs": {"weights": f"{backbone} (embedded)", "timm_name": "", "input_size": 0},
+        },
+        "3": {
+            "class_type": "FeatInv_ExtractFeatures",
+            "inputs": {"backbone": ["2", 0], "image": ["1", 0], "layer": "last", "pooled": False, "fit": "crop"},
+        },
         "4": {"class_type": "FeatInv_LoadTinyWorld", "inputs": {}},
         "5": {"class_type": "FeatInv_LoadFeatInvControlNet", "inputs": {"weights": "tiny_cnn_last (embedded)"}},
         "6": {
             "class_type": "FeatInvControlNet",
             "inputs": {
-                "positive": ["4", 1], "negative": ["4", 2], "control_net": ["5", 0], "features": ["3", 0], "strength": 1.0,
-                "start_percent": 0.0, "end_percent": 1.0, "guide_away_from": "text and features",
+                "positive": ["4", 1],
+                "negative": ["4", 2],
+                "control_net": ["5", 0],
+                "features": ["3", 0],
+                "strength": 1.0,
+                "start_percent": 0.0,
+                "end_percent": 1.0,
+                "guide_away_from": "text and features",
             },
         },
         "7": {
             "class_type": "KSampler",
             "inputs": {
-                "model": ["4", 0], "positive": ["6", 0], "negative": ["6", 1], "latent_image": ["10", 0], "seed": 1, "steps": steps,
-                "cfg": 3.0, "sampler_name": "ddim", "scheduler": "simple", "denoise": 1.0,
+                "model": ["4", 0],
+                "positive": ["6", 0],
+                "negative": ["6", 1],
+                "latent_image": ["10", 0],
+                "seed": 1,
+                "steps": steps,
+                "cfg": 3.0,
+                "sampler_name": "ddim",
+                "scheduler": "simple",
+                "denoise": 1.0,
             },
         },
         "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["4", 3]}},
         "9": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}},
         "10": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-    }  # fmt: skip
+    }
 
 
 def test_a_failing_prompt_says_what_to_connect(server):
     message = server.failure(inversion("tiny-vit"))
-    assert "vit_tiny_patch16_224.tiny_world" in message and "resnet10t.tiny_world" in message and "Use the same backbone" in message
+    assert (
+        "vit_tiny_patch16_224.tiny_world" in message
+        and "resnet10t.tiny_world" in message
+        and "Use the same backbone" in message
+    )
     assert server.run(inversion())["9"]["images"]
 
 
@@ -111,7 +140,10 @@ def test_features_survive_the_disk(server):
     whole = inversion("tiny-vit")
     prompt = {
         **{number: whole[number] for number in "123"},
-        "4": {"class_type": "FeatInv_SaveFeatures", "inputs": {"features": ["3", 0], "filename_prefix": "features/mine"}},
+        "4": {
+            "class_type": "FeatInv_SaveFeatures",
+            "inputs": {"features": ["3", 0], "filename_prefix": "features/mine"},
+        },
     }
     (name,) = server.run(prompt)["4"]["text"]
     assert name == str(Path("features") / "mine_00001.safetensors") and (server.base / "output" / name).is_file()
@@ -119,7 +151,10 @@ def test_features_survive_the_disk(server):
         "1": prompt["1"],
         "2": prompt["2"],
         "3": {"class_type": "FeatInv_LoadFeatures", "inputs": {"file": "features/mine_00001.safetensors [output]"}},
-        "4": {"class_type": "FeatInv_FeatureSimilarity", "inputs": {"features": ["3", 0], "backbone": ["2", 0], "image": ["1", 0]}},
+        "4": {
+            "class_type": "FeatInv_FeatureSimilarity",
+            "inputs": {"features": ["3", 0], "backbone": ["2", 0], "image": ["1", 0]},
+        },
         "5": {"class_type": "PreviewAny", "inputs": {"source": ["4", 2]}},
     }
     assert float(server.run(again)["5"]["text"][0]) > 0.9999
@@ -137,23 +172,42 @@ def test_the_loader_says_how_to_draw_in_the_hosts_words(server):
 def discovery(images=None, **changes):
     """Concepts of the embedded CNN; node 3 says which."""
     inputs = {
-        "backbone": ["1", 0], "folder": "", "layer": "last", "method": "mcd", "concepts": 4, "vectors": 2000, "seed": 0, "fit": "crop", "name": "",
-        **({"images": ["2", 0]} if images else {}), **changes,
-    }  # fmt: skip
+        "backbone": ["1", 0],
+        "folder": "",
+        "layer": "last",
+        "method": "mcd",
+        "concepts": 4,
+        "vectors": 2000,
+        "seed": 0,
+        "fit": "crop",
+        "name": "",
+        **({"images": ["2", 0]} if images else {}),
+        **changes,
+    }
     return {
-        "1": {"class_type": "FeatInv_LoadBackbone", "inputs": {"weights": "tiny-cnn (embedded)", "timm_name": "", "input_size": 0}},
+        "1": {
+            "class_type": "FeatInv_LoadBackbone",
+            "inputs": {"weights": "tiny-cnn (embedded)", "timm_name": "", "input_size": 0},
+        },
         "2": {"class_type": "FeatInv_TinyWorldScenes", "inputs": {"first": 0, "count": images or 1}},
         "3": {"class_type": "FeatInv_DiscoverConcepts", "inputs": inputs},
-    }  # fmt: skip
+    }
 
 
 def test_concepts_are_discovered_saved_and_found_again(server):
     """By MCD and by a sparse autoencoder, which is trained where the host keeps no gradients; from drawn scenes."""
     for method, concepts in (("mcd", 4), ("sae", 12)):
         (text,) = server.run(discovery(64, method=method, concepts=concepts, name=f"mine/{method}"))["3"]["text"]
-        assert "read 64 pictures: 2,000 feature vectors" in text and "completeness for the top classes" in text and f"saved as mine/{method}.safetensors" in text
+        assert (
+            "read 64 pictures: 2,000 feature vectors" in text
+            and "completeness for the top classes" in text
+            and f"saved as mine/{method}.safetensors" in text
+        )
         prompt = {
-            "1": {"class_type": "FeatInv_LoadConcepts", "inputs": {"file": str(Path("mine") / f"{method}.safetensors")}},
+            "1": {
+                "class_type": "FeatInv_LoadConcepts",
+                "inputs": {"file": str(Path("mine") / f"{method}.safetensors")},
+            },
             "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}},
         }
         (names,) = server.run(prompt)["2"]["text"]
@@ -167,7 +221,9 @@ def test_concepts_of_a_folder(server):
     folder = server.base / "input" / "scenes"
     for number, reference in enumerate(server.run(pictures())["2"]["images"]):
         (folder / f"class {number % 2}").mkdir(parents=True, exist_ok=True)
-        data = server.file(f"/view?filename={reference['filename']}&type={reference['type']}&subfolder={reference['subfolder']}")
+        data = server.file(
+            f"/view?filename={reference['filename']}&type={reference['type']}&subfolder={reference['subfolder']}"
+        )
         (folder / f"class {number % 2}" / f"{number}.png").write_bytes(data)
     (folder / "broken.png").write_text("no picture")
     (text,) = server.run(discovery(folder="scenes"))["3"]["text"]
@@ -185,8 +241,13 @@ def pictures():
 
 def test_discovery_says_what_is_wrong(server):
     for words, mistake in {
-        "images or name a folder": discovery(), "one of the two": discovery(2, folder="x"), "is not a folder": discovery(folder="nowhere"), "at least as many": discovery(1),
-        "leads out of": discovery(64, name="../../mine"), "expected 2 to 127": discovery(64, concepts=1), "no layer 'x'": discovery(4, layer="x"),
+        "images or name a folder": discovery(),
+        "one of the two": discovery(2, folder="x"),
+        "is not a folder": discovery(folder="nowhere"),
+        "at least as many": discovery(1),
+        "leads out of": discovery(64, name="../../mine"),
+        "expected 2 to 127": discovery(64, concepts=1),
+        "no layer 'x'": discovery(4, layer="x"),
         "give a number of them: the classifier head": discovery(64, layer="layer2", concepts=0),
-    }.items():  # fmt: skip
+    }.items():
         assert words in server.failure(mistake), words

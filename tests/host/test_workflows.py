@@ -15,10 +15,24 @@ EMBEDDED = [f for f in FILES if not f.name.startswith("minisd")]
 PICTURED = [f for f in EMBEDDED if any(FOLDER.glob(f"{f.stem.split('_')[0]}_*.png"))]
 #: least cosine similarity that each shows: of the map asked for, or of the mixed one, which no picture may have
 LEAST = {
-    "tiny_reconstruct": 0.9, "tiny_seeds": 0.9, "tiny_interpolate": 0.8, "tiny_compose": 0.65, "tiny_attenuate": 0.7, "tiny_viz": 0.7, "tiny_discover": 0.65,
-    "tiny_backbones": 0.6, "tiny_two_guidances": 0.95, "tiny_faithful": 0.98,
-    "photo_reconstruct": 0.55, "photo_seeds": 0.55, "photo_interpolate": 0.35, "photo_compose": 0.35, "photo_viz": 0.35, "photo_depth": 0.25, "photo_concept": 0.35,
-}  # fmt: skip
+    "tiny_reconstruct": 0.9,
+    "tiny_seeds": 0.9,
+    "tiny_interpolate": 0.8,
+    "tiny_compose": 0.65,
+    "tiny_attenuate": 0.7,
+    "tiny_viz": 0.7,
+    "tiny_discover": 0.65,
+    "tiny_backbones": 0.6,
+    "tiny_two_guidances": 0.95,
+    "tiny_faithful": 0.98,
+    "photo_reconstruct": 0.55,
+    "photo_seeds": 0.55,
+    "photo_interpolate": 0.35,
+    "photo_compose": 0.35,
+    "photo_viz": 0.35,
+    "photo_depth": 0.25,
+    "photo_concept": 0.35,
+}
 
 
 def id_of(path):
@@ -44,7 +58,9 @@ def test_is_what_its_source_builds(server, file):
 def test_runs_and_shows_what_it_promises(server, file):
     workflow = json.loads(file.read_text())
     outputs = server.run(to_prompt(workflow, server.get("/object_info")))
-    numbers = [float(outputs[str(n["id"])]["text"][0]) for n in workflow["nodes"] if n.get("title", "").startswith(SIMILARITY)]
+    numbers = [
+        float(outputs[str(n["id"])]["text"][0]) for n in workflow["nodes"] if n.get("title", "").startswith(SIMILARITY)
+    ]
     assert numbers and min(numbers) >= LEAST[file.stem], numbers
     results = [n for n in workflow["nodes"] if n.get("title", "").startswith(RESULT)]
     assert results and all(outputs[str(n["id"])]["images"] for n in results)
@@ -54,7 +70,12 @@ def test_the_shown_concepts_were_turned_down_as_asked(server):
     """FeatInv-Viz says so itself, a line per variant; and the scope of the changed maps is shown."""
     workflow = json.loads((FOLDER / "tiny_viz.json").read_text())
     outputs = server.run(to_prompt(workflow, server.get("/object_info")))
-    report, scope = (outputs[str(n["id"])]["text"][0] for title in (REPORT, "Scope") for n in workflow["nodes"] if n.get("title") == title)
+    report, scope = (
+        outputs[str(n["id"])]["text"][0]
+        for title in (REPORT, "Scope")
+        for n in workflow["nodes"]
+        if n.get("title") == title
+    )
     assert [line.split(":")[0] for line in report.splitlines()] == ["object", "sky"] and report.count("(as asked)") == 2
     assert "of 2 maps inside" in scope
 
@@ -73,10 +94,16 @@ def test_only_files_are_missing_for_the_others(server, file):
     """A fresh host refuses the workflows of real models for their files alone; each download names its folder."""
     workflow = json.loads(file.read_text())
     _, answer = server.post("/prompt", {"prompt": to_prompt(workflow, server.get("/object_info"))})
-    wrong = [(error["type"], error["extra_info"].get("input_name")) for node in answer["node_errors"].values() for error in node["errors"]]
+    wrong = [
+        (error["type"], error["extra_info"].get("input_name"))
+        for node in answer["node_errors"].values()
+        for error in node["errors"]
+    ]
     assert {"ckpt_name"} <= {name for _, name in wrong} <= {"ckpt_name", "weights", "file"}, wrong
     named = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
-    assert {m["directory"] for m in named} == {"checkpoints", "backbones"} and all(m["url"].startswith("https://") for m in named)
+    assert {m["directory"] for m in named} == {"checkpoints", "backbones"} and all(
+        m["url"].startswith("https://") for m in named
+    )
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("photo")], ids=id_of)

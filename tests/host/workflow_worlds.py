@@ -14,14 +14,17 @@ TURNED = "Mirrored: bypass it for a picture of yours"
 
 
 class World:
-    """name: its own. prefix: of its workflows' names. side: of its pictures in pixels. kind: the backbone, or the layer, of a
-    workflow that asks for no other. batch: widget and node that set the number of pictures. second: what to do for want of a
-    second picture. paint: where the mask is from. note: what every workflow ends with."""
+    """name: its own. prefix: of its workflows' names. side: of its pictures in pixels. kind: the backbone, or the
+    layer, of a workflow that asks for no other. batch: widget and node that set the number of pictures. second: what to
+    do for want of a second picture. paint: where the mask is from. note: what every workflow ends with."""
 
     name, prefix, kind, side = "", "", "cnn", 0
     batch = ("batch size", "Empty Latent Image")
     second = note = ""
-    paint = "Paint your own mask on a loaded picture with the mask editor; it is cropped as the picture is and brought to the feature map's resolution."
+    paint = (
+        "Paint your own mask on a loaded picture with the mask editor; it is cropped as the picture is and brought to"
+        " the feature map's resolution."
+    )
 
     def __init__(self, graph: Graph, workflow: str) -> None:
         self.graph = graph
@@ -70,26 +73,42 @@ class Drawn(World):
 
     def many(self) -> dict:
         """Pictures to find concepts in, and how many of them: inputs of Discover Concepts."""
-        return {"images": self.graph.add("FeatInv_TinyWorldScenes", first=100, count=64)[0], "folder": "", "concepts": 4, "name": ""}
+        return {
+            "images": self.graph.add("FeatInv_TinyWorldScenes", first=100, count=64)[0],
+            "folder": "",
+            "concepts": 4,
+            "name": "",
+        }
 
 
 class Photo(World):
-    """The world of photographs: starts from the picture that every ComfyUI has. Kinds are depths of its one backbone."""
+    """The world of photographs: starts from the picture that every ComfyUI has. Kinds are depths of its one
+    backbone."""
 
     name, prefix, kind, side = "photo", "photo", "blocks4", 128
     batch = ("amount", "Repeat Latent Batch")
     note = (
-        "Runs at once, on a processor too: the models are part of the pack. Load a photograph of yours in place of the example. "
-        "From blocks.2 nearly the photograph comes back, from blocks.4 things, places and colours, from the last layer the kind of thing."
+        "Runs at once, on a processor too: the models are part of the pack. Load a photograph of yours in place of the"
+        " example. From blocks.2 nearly the photograph comes back, from blocks.4 things, places and colours, from the"
+        " last layer the kind of thing."
     )
-    second = " For want of a second picture b is the example mirrored: load one of yours in the second Load Image, and bypass the node behind it."
+    second = (
+        " For want of a second picture b is the example mirrored: load one of yours in the second Load Image, and"
+        " bypass the node behind it."
+    )
     paint = (
-        "The mask is a rectangle, in pixels of a picture of 128 x 128: *Where the rectangle is* moves it. Or paint one on the loaded picture with the mask editor, "
-        "and connect that and the backbone to Feature Mix, so that it is cropped as the picture is."
+        "The mask is a rectangle, in pixels of a picture of 128 x 128: *Where the rectangle is* moves it. Or paint one"
+        " on the loaded picture with the mask editor, and connect that and the backbone to Feature Mix, so that it is"
+        " cropped as the picture is."
     )
     #: from which depth a workflow draws, where that is not `kind`
     KINDS: dict[str, str] = {}
-    LAYERS = {"blocks2": ("blocks.2", False), "blocks4": ("blocks.4", False), "last": ("last", False), "pooled": ("last", True)}
+    LAYERS = {
+        "blocks2": ("blocks.2", False),
+        "blocks4": ("blocks.4", False),
+        "last": ("last", False),
+        "pooled": ("last", True),
+    }
 
     def __init__(self, graph: Graph, workflow: str) -> None:
         super().__init__(graph, workflow)
@@ -106,7 +125,9 @@ class Photo(World):
         return dict(zip(("layer", "pooled"), self.LAYERS[kind]))
 
     def backbone(self, kind: str) -> Node:
-        return self.graph.add("FeatInv_LoadBackbone", weights="tf_efficientnet_lite0.in1k (embedded)", timm_name="", input_size=0)
+        return self.graph.add(
+            "FeatInv_LoadBackbone", weights="tf_efficientnet_lite0.in1k (embedded)", timm_name="", input_size=0
+        )
 
     def control(self, kind: str) -> Node:
         return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"photo_lite0_{kind} (embedded)")
@@ -114,11 +135,22 @@ class Photo(World):
     def picture(self, number: int) -> Node:
         """The host's example, for want of another the second time mirrored."""
         loaded, self.loaded = self.graph.add("LoadImage", image=EXAMPLE), self.loaded + 1
-        return loaded if self.loaded == 1 else self.graph.add("ImageFlip", title=TURNED, image=loaded[0], flip_method="y-axis: horizontally")
+        return (
+            loaded
+            if self.loaded == 1
+            else self.graph.add("ImageFlip", title=TURNED, image=loaded[0], flip_method="y-axis: horizontally")
+        )
 
     def as_seen(self, features: Node) -> Ref:
         """As large as the results beside it."""
-        return self.graph.add("ImageScale", image=features[1], upscale_method="bicubic", width=2 * self.side, height=2 * self.side, crop="disabled")[0]
+        return self.graph.add(
+            "ImageScale",
+            image=features[1],
+            upscale_method="bicubic",
+            width=2 * self.side,
+            height=2 * self.side,
+            crop="disabled",
+        )[0]
 
     def empty(self, batch: int) -> Ref:
         return self.latent if batch == 1 else self.graph.add("RepeatLatentBatch", samples=self.latent, amount=batch)[0]
@@ -128,16 +160,40 @@ class Photo(World):
         outside = self.graph.add("SolidMask", title="Everything", value=0.0, width=self.side, height=self.side)
         inside = self.graph.add("SolidMask", title="Rectangle", value=1.0, width=self.side // 2, height=self.side // 2)
         corner = self.side // 4
-        return {"mask": self.graph.add("MaskComposite", title="Where the rectangle is", destination=outside[0], source=inside[0], x=corner, y=corner, operation="add")[0]}
+        return {
+            "mask": self.graph.add(
+                "MaskComposite",
+                title="Where the rectangle is",
+                destination=outside[0],
+                source=inside[0],
+                x=corner,
+                y=corner,
+                operation="add",
+            )[0]
+        }
 
     def concepts(self, backbone: Node, picture: Node) -> Node:
         """Found in the picture and its mirror image: twice the vectors, more than the layer has channels."""
-        mirrored = self.graph.add("ImageFlip", title="Mirrored, for more feature vectors", image=picture[0], flip_method="y-axis: horizontally")
+        mirrored = self.graph.add(
+            "ImageFlip",
+            title="Mirrored, for more feature vectors",
+            image=picture[0],
+            flip_method="y-axis: horizontally",
+        )
         both = self.graph.add("ImageBatch", image1=picture[0], image2=mirrored[0])
         return self.graph.add(
-            "FeatInv_DiscoverConcepts", backbone=backbone[0], images=both[0], folder="", layer=self.LAYERS[self.kind][0], method="mcd", concepts=4,
-            vectors=20_000, seed=0, fit="crop", name="",
-        )  # fmt: skip
+            "FeatInv_DiscoverConcepts",
+            backbone=backbone[0],
+            images=both[0],
+            folder="",
+            layer=self.LAYERS[self.kind][0],
+            method="mcd",
+            concepts=4,
+            vectors=20_000,
+            seed=0,
+            fit="crop",
+            name="",
+        )
 
 
 class MiniSD(World):
@@ -145,18 +201,26 @@ class MiniSD(World):
 
     name, prefix, side = "minisd", "minisd", 256
     note = (
-        f"Needs MiniSD ({HUB}/justinpinkney/miniSD) in models/checkpoints, the backbone's timm weights in models/backbones, "
-        "and an inversion model in models/featinv, trained with "
-        "`accelerate launch training/train.py --config training/configs/convnext_last.yaml` (or `swinv2_last.yaml`)."
+        f"Needs MiniSD ({HUB}/justinpinkney/miniSD) in models/checkpoints, the backbone's timm weights in"
+        " models/backbones, and an inversion model in models/featinv, trained with `accelerate launch"
+        " training/train.py --config training/configs/convnext_last.yaml` (or `swinv2_last.yaml`)."
     )
     TIMM = {"cnn": "convnext_base.fb_in22k_ft_in1k", "vit": "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k"}
 
     def __init__(self, graph: Graph, workflow: str) -> None:
         super().__init__(graph, workflow)
-        models = [{"name": "miniSD.ckpt", "url": f"{HUB}/justinpinkney/miniSD/resolve/main/miniSD.ckpt", "directory": "checkpoints"}]
+        models = [
+            {
+                "name": "miniSD.ckpt",
+                "url": f"{HUB}/justinpinkney/miniSD/resolve/main/miniSD.ckpt",
+                "directory": "checkpoints",
+            }
+        ]
         checkpoint = graph.add("CheckpointLoaderSimple", models=models, ckpt_name="miniSD.ckpt")
         self.model, self.vae = checkpoint[0], checkpoint[2]
-        self.positive, self.negative = (graph.add("CLIPTextEncode", clip=checkpoint[1], text=text)[0] for text in (PROMPT, ""))
+        self.positive, self.negative = (
+            graph.add("CLIPTextEncode", clip=checkpoint[1], text=text)[0] for text in (PROMPT, "")
+        )
 
     def settings(self, kind: str) -> dict:
         """The paper's (Table 3's caption); what the gradient gains at real size is not measured."""
@@ -164,12 +228,23 @@ class MiniSD(World):
 
     def backbone(self, kind: str) -> Node:
         name = self.TIMM[kind]
-        models = [{"name": f"{name}.safetensors", "url": f"{HUB}/timm/{name}/resolve/main/model.safetensors", "directory": "backbones"}]
+        models = [
+            {
+                "name": f"{name}.safetensors",
+                "url": f"{HUB}/timm/{name}/resolve/main/model.safetensors",
+                "directory": "backbones",
+            }
+        ]
         size = {"cnn": 288, "vit": 0}[kind]  # the paper's ConvNeXt
-        return self.graph.add("FeatInv_LoadBackbone", models=models, weights=f"{name}.safetensors", timm_name="", input_size=size)
+        return self.graph.add(
+            "FeatInv_LoadBackbone", models=models, weights=f"{name}.safetensors", timm_name="", input_size=size
+        )
 
     def control(self, kind: str) -> Node:
-        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights={"cnn": "convnext_last.safetensors", "vit": "swinv2_last.safetensors"}[kind])
+        return self.graph.add(
+            "FeatInv_LoadFeatInvControlNet",
+            weights={"cnn": "convnext_last.safetensors", "vit": "swinv2_last.safetensors"}[kind],
+        )
 
     def picture(self, number: int) -> Node:
         return self.graph.add("LoadImage", image=EXAMPLE)

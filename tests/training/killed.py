@@ -1,4 +1,5 @@
-"""A training run that ends by SIGKILL at a chosen moment: what test_never_loses_work.py runs in processes of its own."""
+"""A training run that ends by SIGKILL at a chosen moment: what test_never_loses_work.py runs in processes of its
+own."""
 
 import os
 import signal
@@ -18,9 +19,18 @@ from training.loop.training import train
 from training.models.controlnet import FeatureControlNet
 
 SMALL = {
-    "batch": "2", "cycle": "0.0", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "warmup": "0", "ema": "0.9",
-    "panel_every": "1000", "save_every": "6", "max_images": "50", "keep": "3",
-}  # fmt: skip
+    "batch": "2",
+    "cycle": "0.0",
+    "encoder_width": "16",
+    "schedule": "constant",
+    "precision": "fp32",
+    "warmup": "0",
+    "ema": "0.9",
+    "panel_every": "1000",
+    "save_every": "6",
+    "max_images": "50",
+    "keep": "3",
+}
 
 
 def die_at(owner, name, count, after=False):
@@ -90,9 +100,13 @@ def never(folder):
 
 
 MOMENTS = (
-    between_steps, in_the_middle_of_a_checkpoint, before_a_checkpoint_is_renamed, before_older_checkpoints_go,
-    in_the_middle_of_a_line_of_the_log, before_the_weights_are_written,
-)  # fmt: skip
+    between_steps,
+    in_the_middle_of_a_checkpoint,
+    before_a_checkpoint_is_renamed,
+    before_older_checkpoints_go,
+    in_the_middle_of_a_line_of_the_log,
+    before_the_weights_are_written,
+)
 
 
 def run(folder, moment, changes):
@@ -104,18 +118,27 @@ def run(folder, moment, changes):
 def run_as(rank, processes, port, folder, values):
     """One of several processes, as a launcher starts them."""
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+    }
     torch.set_num_threads(1)
     train(read_config(DEFAULT, values), Path(folder))
 
 
 def run_shared_out(rank, port, folder, values):
-    """One of two processes that train as configs/accelerate/fsdp.yaml has it, which accelerate otherwise keeps to GPUs."""
+    """One of two processes that train as configs/accelerate/fsdp.yaml has it, which accelerate otherwise keeps to
+    GPUs."""
     shipped = load_config_from_file(str(CONFIGS / "accelerate" / "fsdp.yaml")).fsdp_config
-    shipped["fsdp_transformer_cls_to_wrap"] = shipped["fsdp_transformer_layer_cls_to_wrap"]  # as accelerate's launcher names it
-    os.environ |= {key.upper(): str(value).lower() if isinstance(value, bool) else str(value) for key, value in shipped.items()}
+    shipped["fsdp_transformer_cls_to_wrap"] = shipped[
+        "fsdp_transformer_layer_cls_to_wrap"
+    ]  # as accelerate's launcher names it
+    os.environ |= {
+        key.upper(): str(value).lower() if isinstance(value, bool) else str(value) for key, value in shipped.items()
+    }
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     real, given = AcceleratorState.__init__, []
 
@@ -139,7 +162,9 @@ def learned(place, restored=None):
     model(torch.arange(4.0)[None]).square().sum().backward()
     optimizer.step()
     update_average(average, model, 0.5)
-    return checkpoints.gather(model, optimizer, average) | {"whole": checkpoints.whole(average, lambda: torch.nn.Linear(4, 4)).state_dict()}
+    return checkpoints.gather(model, optimizer, average) | {
+        "whole": checkpoints.whole(average, lambda: torch.nn.Linear(4, 4)).state_dict()
+    }
 
 
 def shared_out(rank, port, folder):

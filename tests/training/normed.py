@@ -6,15 +6,22 @@ from torch.nn import functional as F
 from training.models.group_norm_kernels import GroupNormFunction
 
 CASES = [
-    ((2, 12, 3, 5), 4, torch.float32), ((1, 40, 8, 8), 4, torch.float32), ((2, 8, 1, 1), 4, torch.float32),
-    ((1, 80, 32, 32), 2, torch.float32), ((2, 12, 3, 5), 4, torch.bfloat16),
-]  # fmt: skip
+    ((2, 12, 3, 5), 4, torch.float32),
+    ((1, 40, 8, 8), 4, torch.float32),
+    ((2, 8, 1, 1), 4, torch.float32),
+    ((1, 80, 32, 32), 2, torch.float32),
+    ((2, 12, 3, 5), 4, torch.bfloat16),
+]
 
 
 def compare(shape, groups, dtype, device):
     """Values and gradients beside torch's, and the layout."""
     x = (torch.randn(shape, device=device) * 3 + 1).to(dtype).contiguous(memory_format=torch.channels_last)
-    weight, bias, weights = torch.randn(shape[1], device=device), torch.randn(shape[1], device=device), torch.randn(shape, device=device)
+    weight, bias, weights = (
+        torch.randn(shape[1], device=device),
+        torch.randn(shape[1], device=device),
+        torch.randn(shape, device=device),
+    )
     ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
     theirs = [t.float().clone().requires_grad_() for t in (x, weight, bias)]
     result, expected = GroupNormFunction.apply(*ours, groups, 1e-5), F.group_norm(theirs[0], groups, *theirs[1:], 1e-5)

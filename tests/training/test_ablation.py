@@ -29,16 +29,31 @@ ROWS = ["paper_1e-5", "steps_20", "gradient"]
 def test_each_row_is_one_change_from_the_row_it_builds_on():
     drawn, rows = ABLATIONS["drawn"], ABLATIONS["drawn"].rows(1000)
     for name, row in rows.items():
-        assert name == row.name and row.change and (row.base is None or list(rows).index(row.base) < list(rows).index(name))
+        assert (
+            name == row.name
+            and row.change
+            and (row.base is None or list(rows).index(row.base) < list(rows).index(name))
+        )
         assert bool(row.config) != bool(row.sampling)
         made = [vars(config_of(drawn, rows, weights_of(rows, other), 1000)) for other in chain(rows, row)[-2:]]
         changed = {field for field in made[0] if made[0][field] != made[-1][field]}
         assert changed == (set(row.config) if row.base else set()), name
     paper = config_of(drawn, rows, rows["paper_1e-5"], 1000)
-    assert (paper.batch, paper.lr, paper.dropout, paper.schedule, paper.warmup, paper.ema, paper.cycle, paper.standardise) == (8, 1e-5, 0.15, "constant", 0, 0, 0, False)
+    assert (
+        paper.batch,
+        paper.lr,
+        paper.dropout,
+        paper.schedule,
+        paper.warmup,
+        paper.ema,
+        paper.cycle,
+        paper.standardise,
+    ) == (8, 1e-5, 0.15, "constant", 0, 0, 0, False)
     assert all(vars(sampling_of(rows, row)).items() >= PAPER_SAMPLING.items() for row in rows.values() if row.config)
     assert config_of(drawn, rows, rows["cycle_late"], 1000).cycle_after == 750
-    assert weights_of(rows, rows[RECOMMENDED]).name == "batch_8" and sampling_of(rows, rows[RECOMMENDED]) == Sampling(**(PAPER_SAMPLING | GUIDED))
+    assert weights_of(rows, rows[RECOMMENDED]).name == "batch_8" and sampling_of(rows, rows[RECOMMENDED]) == Sampling(
+        **(PAPER_SAMPLING | GUIDED)
+    )
     assert [row.name for row in chosen_rows(rows, ["ema", "batch"])] == ["batch", "ema"]
     with pytest.raises(FeatInvError, match="--rows nothing: expected some of paper_1e-5"):
         chosen_rows(rows, ["nothing"])
@@ -48,10 +63,20 @@ def test_photographs_rows_train_from_few_images_or_draw_with_shipped_weights():
     photo = ABLATIONS["photo"]
     rows = photo.rows(1000)
     trained = [row.name for row in rows.values() if row.config]
-    assert trained == ["plain", "standardise", "cycle"] and all(rows[name].base == before for name, before in zip(trained, [None, *trained]))
-    assert all(weights_of(rows, row).weights == "photo_lite0_blocks4" for row in rows.values() if row.name not in trained)
+    assert trained == ["plain", "standardise", "cycle"] and all(
+        rows[name].base == before for name, before in zip(trained, [None, *trained])
+    )
+    assert all(
+        weights_of(rows, row).weights == "photo_lite0_blocks4" for row in rows.values() if row.name not in trained
+    )
     first, last = (config_of(photo, rows, rows[name], 1000, "folder") for name in ("plain", "cycle"))
-    assert (first.standardise, first.cycle, last.standardise, last.cycle, last.cycle_below) == (False, 0, True, 0.5, 500)
+    assert (first.standardise, first.cycle, last.standardise, last.cycle, last.cycle_below) == (
+        False,
+        0,
+        True,
+        0.5,
+        500,
+    )
     assert (last.data, last.layer, last.max_images) == ("folder", photo.layer, 1000)
     for options in ([], ["--data", "a"], ["--photos", "b"]):
         with pytest.raises(FeatInvError, match="--world photo needs --data and --photos"):
@@ -88,9 +113,14 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     assert result["rows"]["gradient"]["gain"]["value"] == pytest.approx(mid - result["steps_20"]["cosine"]["value"])
     assert result["rows"]["steps_20"]["gain"] is None  # the row that it builds on was not asked for
     apart = [1 - result[row]["cosine"]["value"] for row in ("paper_1e-5", "gradient")]
-    assert result["result"]["distance_ratio"]["value"] == pytest.approx(apart[0] / apart[1]) and result["rows"]["gradient"]["evaluations"] == 40
+    assert (
+        result["result"]["distance_ratio"]["value"] == pytest.approx(apart[0] / apart[1])
+        and result["rows"]["gradient"]["evaluations"] == 40
+    )
     paper, plain, guided = (result["rows"][row]["gmac"] for row in ROWS)
-    assert result["result"]["gmac"] == [paper, guided] and 5 < plain / paper < 10 and guided > 2 * plain  # ten times the steps, and decoding
+    assert (
+        result["result"]["gmac"] == [paper, guided] and 5 < plain / paper < 10 and guided > 2 * plain
+    )  # ten times the steps, and decoding
     assert Image.open(out / "panel.png").height > 6 * 144  # original, unconditional, three rows, round trip
 
     monkeypatch.setattr(ablation, "train", None)
@@ -112,7 +142,9 @@ def test_a_finished_run_of_before_a_field_existed_is_taken_as_it_is(quick, monke
     folder = out / "paper_1e-5"
     file = ablation.trained(config, folder)
     known = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in known.items() if k not in ("scope", "scope_data", "cycle_after")}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({k: v for k, v in known.items() if k not in ("scope", "scope_data", "cycle_after")})
+    )
     before = file.read_bytes()
     monkeypatch.setattr(ablation, "train", None)
     assert ablation.trained(config, folder) == file and file.read_bytes() == before

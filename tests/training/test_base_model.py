@@ -16,10 +16,30 @@ from training.models.base_model import load_base
 from training.models.stable_diffusion import KNOWN, PROMPT, Tokens, build_text_encoder, load_single_file
 from training.worlds.base import PROMPT as TINY_PROMPT
 
-SMALL_UNET = {**stable_diffusion.UNET, "sample_size": 8, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 16, "attention_head_dim": 4}
+SMALL_UNET = {
+    **stable_diffusion.UNET,
+    "sample_size": 8,
+    "block_out_channels": (32, 32, 64, 64),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+}
 SMALL_VAE = {**stable_diffusion.VAE, "block_out_channels": (32, 32, 64, 64), "sample_size": 64}
-SMALL_CLIP = {**stable_diffusion.CLIP, "vocab_size": 49408, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-BLOCKS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+SMALL_CLIP = {
+    **stable_diffusion.CLIP,
+    "vocab_size": 49408,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+BLOCKS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def ldm_unet_name(name: str) -> str:
@@ -29,18 +49,26 @@ def ldm_unet_name(name: str) -> str:
     if head in fixed:
         return ".".join([fixed[head], *rest])
     if head == "time_embedding":
-        return f"time_embed.{ {'linear_1': 0, 'linear_2': 2}[rest[0]]}.{rest[1]}"
+        return f"time_embed.{ {'linear_1': 0, 'linear_2': 2}[rest[0]] }.{rest[1]}"
     kind, tail = (rest[1], rest[2:]) if head != "mid_block" else (rest[0], rest[1:])
     place = int(tail[0])
     if head == "mid_block":
         block = f"middle_block.{1 if kind == 'attentions' else 2 * place}"
     elif head == "down_blocks":
         first = 1 + 3 * int(rest[0])
-        block = f"input_blocks.{first + 2}.0.op" if kind == "downsamplers" else f"input_blocks.{first + place}.{int(kind == 'attentions')}"
+        block = (
+            f"input_blocks.{first + 2}.0.op"
+            if kind == "downsamplers"
+            else f"input_blocks.{first + place}.{int(kind == 'attentions')}"
+        )
     else:
         last = 3 * int(rest[0]) + 2
         attends = int(rest[0]) > 0
-        block = f"output_blocks.{last}.{1 + attends}.conv" if kind == "upsamplers" else f"output_blocks.{last - 2 + place}.{int(kind == 'attentions')}"
+        block = (
+            f"output_blocks.{last}.{1 + attends}.conv"
+            if kind == "upsamplers"
+            else f"output_blocks.{last - 2 + place}.{int(kind == 'attentions')}"
+        )
     inner = tail[1:]
     if kind.endswith("samplers"):
         return f"{block}.{inner[-1]}"
@@ -51,15 +79,27 @@ def ldm_unet_name(name: str) -> str:
 
 def ldm_vae_name(name: str) -> str:
     """The same for the autoencoder."""
-    name = name.replace("mid_block.attentions.0.", "mid.attn_1.").replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+    name = (
+        name.replace("mid_block.attentions.0.", "mid.attn_1.")
+        .replace("mid_block.resnets.0", "mid.block_1")
+        .replace("mid_block.resnets.1", "mid.block_2")
+    )
     for new, old in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
         name = name.replace(f"mid.attn_1.{new}.", f"mid.attn_1.{old}.")
     parts = name.split(".")
     if parts[1] == "down_blocks":
-        return ".".join(["encoder.down", parts[2], *(["downsample", *parts[5:]] if parts[3] == "downsamplers" else ["block", *parts[4:]])]).replace("conv_shortcut", "nin_shortcut")
+        return ".".join(
+            [
+                "encoder.down",
+                parts[2],
+                *(["downsample", *parts[5:]] if parts[3] == "downsamplers" else ["block", *parts[4:]]),
+            ]
+        ).replace("conv_shortcut", "nin_shortcut")
     if parts[1] == "up_blocks":
         level = str(3 - int(parts[2]))
-        return ".".join(["decoder.up", level, *(["upsample", *parts[5:]] if parts[3] == "upsamplers" else ["block", *parts[4:]])]).replace("conv_shortcut", "nin_shortcut")
+        return ".".join(
+            ["decoder.up", level, *(["upsample", *parts[5:]] if parts[3] == "upsamplers" else ["block", *parts[4:]])]
+        ).replace("conv_shortcut", "nin_shortcut")
     return name.replace("conv_norm_out", "norm_out")
 
 
@@ -122,7 +162,9 @@ def test_a_repository_in_the_hubs_cache_is_opened_by_its_name(tmp_path, monkeypa
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
     shutil.copytree(DRAWN.base_folder, folder / "snapshots" / commit)
-    monkeypatch.setattr("training.models.base_model.snapshot_download", partial(huggingface_hub.snapshot_download, cache_dir=tmp_path))
+    monkeypatch.setattr(
+        "training.models.base_model.snapshot_download", partial(huggingface_hub.snapshot_download, cache_dir=tmp_path)
+    )
     result, expected = load_base("nobody/tiny", TINY_PROMPT), load_base("tiny", TINY_PROMPT)
     assert result.name == "nobody/tiny" and torch.equal(result.unet.conv_in.weight, expected.unet.conv_in.weight)
 
@@ -133,7 +175,10 @@ def test_a_single_file_in_the_hubs_cache(state, tmp_path, monkeypatch):
     (folder / "refs" / "main").write_text(commit)
     (folder / "snapshots" / commit).mkdir(parents=True)
     save_file(state, folder / "snapshots" / commit / "sd.safetensors")
-    monkeypatch.setattr("training.models.base_model.try_to_load_from_cache", partial(huggingface_hub.try_to_load_from_cache, cache_dir=tmp_path))
+    monkeypatch.setattr(
+        "training.models.base_model.try_to_load_from_cache",
+        partial(huggingface_hub.try_to_load_from_cache, cache_dir=tmp_path),
+    )
     assert load_base("nobody/sd/sd.safetensors", PROMPT).name == "nobody/sd/sd.safetensors"
     with pytest.raises(FeatInvError, match="does not exist"):
         load_base("nobody/sd/other.safetensors", PROMPT)
@@ -150,8 +195,14 @@ def test_what_is_not_a_base_model(state, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "part.safetensors").read_bytes()[:5000])
     torch.save({"state_dict": state, "callbacks": Foreign()}, tmp_path / "foreign.ckpt")
     (tmp_path / "empty.ckpt").touch()
-    for name, message in {"other.safetensors": "not Stable Diffusion 1.x: first width 16", "part.safetensors": "lacks .* tensors of the UNet",
-                          "cut.safetensors": "not a readable", "foreign.ckpt": "foreign code", "empty.ckpt": "not a complete", "none.ckpt": "does not exist"}.items():  # fmt: skip
+    for name, message in {
+        "other.safetensors": "not Stable Diffusion 1.x: first width 16",
+        "part.safetensors": "lacks .* tensors of the UNet",
+        "cut.safetensors": "not a readable",
+        "foreign.ckpt": "foreign code",
+        "empty.ckpt": "not a complete",
+        "none.ckpt": "does not exist",
+    }.items():
         with pytest.raises(FeatInvError, match=message):
             load_base(tmp_path / name, PROMPT)
     for name in ("nowhere", "nobody/nothing"):

@@ -1,4 +1,5 @@
-"""benchmark.py gpu, tried out on narrow models: every part runs, each is written, and neither a failure nor the clock loses any."""
+"""benchmark.py gpu, tried out on narrow models: every part runs, each is written, and neither a failure nor the clock
+loses any."""
 
 import json
 import sys
@@ -23,7 +24,13 @@ def measure(folder, parts=None, minutes=5.0):
 def test_every_part_runs_and_is_on_the_page(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    monkeypatch.setattr(gpu, "run_concurrently", lambda ways, settings: started.extend([*way, *settings] for way in ways.values()) or [("bf16", 1, ["begins", "fails"])])
+    monkeypatch.setattr(
+        gpu,
+        "run_concurrently",
+        lambda ways, settings: (
+            started.extend([*way, *settings] for way in ways.values()) or [("bf16", 1, ["begins", "fails"])]
+        ),
+    )
     parts, page = measure(tmp_path)
     assert list(parts) == list(gpu.PARTS) and not [part["error"] for part in parts.values() if "error" in part]
     assert all(part["rows"] and f"## {part['title']}\n" in page for part in parts.values())
@@ -65,6 +72,9 @@ def test_programs_run_side_by_side_each_with_its_status_and_what_it_wrote():
 
 
 def test_without_a_gpu_and_for_unknown_parts_it_says_what_to_do(tmp_path):
-    for options, message in ({"small": False, "parts": None}, "--small"), ({"small": True, "parts": "speed"}, "step,upsampling"):
+    for options, message in (
+        ({"small": False, "parts": None}, "--small"),
+        ({"small": True, "parts": "speed"}, "step,upsampling"),
+    ):
         with pytest.raises(FeatInvError, match=message):
             gpu.gpu(Namespace(config=None, device="cpu", minutes=1, out=tmp_path, **options))

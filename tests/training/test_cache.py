@@ -35,7 +35,11 @@ def small_shards(monkeypatch):
 
 
 def config(folder, **changes):
-    values = killed.SMALL | {"cache": str(folder), "views": "2", "flips": "both", "seed": "3", "max_images": "24", "batch": "8"} | changes
+    values = (
+        killed.SMALL
+        | {"cache": str(folder), "views": "2", "flips": "both", "seed": "3", "max_images": "24", "batch": "8"}
+        | changes
+    )
     return read_config(DEFAULT, {k: "null" if v is None else str(v) for k, v in values.items()})
 
 
@@ -60,7 +64,9 @@ def test_batches_from_the_cache_are_those_without_it(parts, photographs, tmp_pat
             assert {name for name, _ in other.skipped} == {name for name, _ in first.skipped} == {"04.png"}
             for a, b in zip(expected, observe(*parts, other.tensors, plain)):
                 finite = a.isfinite()  # the embedded autoencoder's log-variance is -inf
-                assert torch.equal(finite, b.isfinite()) and torch.allclose(a[finite], b[finite], rtol=2**-10, atol=2**-10)  # fp16 has eleven bits
+                assert torch.equal(finite, b.isfinite()) and torch.allclose(
+                    a[finite], b[finite], rtol=2**-10, atol=2**-10
+                )  # fp16 has eleven bits
 
 
 def test_training_from_the_cache_equals_training_without_it(photographs, tmp_path):
@@ -121,12 +127,18 @@ def test_a_stopped_or_damaged_cache_is_completed_to_the_same_files(parts, photog
     cache.fill(some)
     said = capsys.readouterr().out
     assert f"{shard.name} is damaged and made again" in said and "1 of this process's 6 shards" in said
-    assert files(tmp_path / "cache") == expected and all(is_whole(f) for f in (tmp_path / "cache" / "latents").glob("view*"))
+    assert files(tmp_path / "cache") == expected and all(
+        is_whole(f) for f in (tmp_path / "cache" / "latents").glob("view*")
+    )
 
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"seed": 4}, "seed: 3 there, 4 wanted"), ({"flips": "none"}, "flips: both there, none wanted"), ({"images": 11}, "pictures: 12 there, 11 wanted")],
+    [
+        ({"seed": 4}, "seed: 3 there, 4 wanted"),
+        ({"flips": "none"}, "flips: both there, none wanted"),
+        ({"images": 11}, "pictures: 12 there, 11 wanted"),
+    ],
 )
 def test_a_cache_of_other_crops_is_refused(parts, photographs, tmp_path, changes, message):
     cache.fill(config(tmp_path, data=photographs, views=1))
@@ -144,7 +156,14 @@ def test_a_cache_of_another_model_or_fewer_views_is_refused(parts, photographs, 
     with pytest.raises(FeatInvError, match="view 1, pictures from 0 on is missing"):
         open_pictures(config(tmp_path, data=photographs), base, backbone, "cpu", 0, 1)
     with pytest.raises(FeatInvError, match="no cache in .*features-resnet10t.tiny_world-layer2"):
-        open_pictures(config(tmp_path, data=photographs, views=1, cache_features="true", layer="layer2"), base, backbone, "cpu", 0, 1)
+        open_pictures(
+            config(tmp_path, data=photographs, views=1, cache_features="true", layer="layer2"),
+            base,
+            backbone,
+            "cpu",
+            0,
+            1,
+        )
     before = files(tmp_path / "latents")
     cache.fill(config(tmp_path, data=photographs, views=2))  # further views are added, those there are kept
     assert before.items() <= files(tmp_path / "latents").items()

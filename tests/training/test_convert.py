@@ -100,7 +100,11 @@ class Reference:
         return F.linear(x, *self.pair(name))
 
     def norm(self, name, x, eps=1e-5):
-        return F.group_norm(x, 32, *self.pair(name), eps) if x.ndim == 4 else F.layer_norm(x, x.shape[-1:], *self.pair(name))
+        return (
+            F.group_norm(x, 32, *self.pair(name), eps)
+            if x.ndim == 4
+            else F.layer_norm(x, x.shape[-1:], *self.pair(name))
+        )
 
     def residual(self, name, x, emb):
         h = self.conv(f"{name}.in_layers.2", F.silu(self.norm(f"{name}.in_layers.0", x)))
@@ -109,7 +113,10 @@ class Reference:
         return h + (self.conv(f"{name}.skip_connection", x) if f"{name}.skip_connection.weight" in self.state else x)
 
     def attention(self, name, x, context):
-        q, k, v = (self.linear(f"{name}.{part}", y).unflatten(2, (HEADS, -1)) for part, y in (("to_q", x), ("to_k", context), ("to_v", context)))
+        q, k, v = (
+            self.linear(f"{name}.{part}", y).unflatten(2, (HEADS, -1))
+            for part, y in (("to_q", x), ("to_k", context), ("to_v", context))
+        )
         weights = torch.einsum("bihd,bjhd->bhij", q, k).div(math.sqrt(q.shape[-1])).softmax(-1)
         return self.linear(f"{name}.to_out.0", torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
 
@@ -158,10 +165,17 @@ def state():
 def checkpoint(state, tmp_path_factory):
     """As Lightning writes it: the other models and the optimizer's state are in there too."""
     file = tmp_path_factory.mktemp("official") / "control.ckpt"
-    others = {"model.diffusion_model.input_blocks.0.0.weight": torch.randn(4, 4), "first_stage_model.a": torch.randn(4),
-              "cond_stage_model.b": torch.zeros(4, dtype=torch.long), "betas": torch.rand(10)}  # fmt: skip
+    others = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.randn(4, 4),
+        "first_stage_model.a": torch.randn(4),
+        "cond_stage_model.b": torch.zeros(4, dtype=torch.long),
+        "betas": torch.rand(10),
+    }
     optimizer = [{"state": {0: {"step": 5, "exp_avg": torch.randn(4)}}, "param_groups": [{"lr": 1e-5}]}]
-    torch.save({"state_dict": others | state, "optimizer_states": optimizer, "callbacks": {"ModelCheckpoint": {"best": None}}}, file)
+    torch.save(
+        {"state_dict": others | state, "optimizer_states": optimizer, "callbacks": {"ModelCheckpoint": {"best": None}}},
+        file,
+    )
     return file
 
 
@@ -175,7 +189,9 @@ def converted(checkpoint):
 @pytest.fixture(scope="module")
 def base():
     torch.manual_seed(1)
-    unet = UNet2DConditionModel(sample_size=8, block_out_channels=WIDTHS, cross_attention_dim=CONTEXT, attention_head_dim=HEADS).eval()
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=WIDTHS, cross_attention_dim=CONTEXT, attention_head_dim=HEADS
+    ).eval()
     with torch.no_grad():
         for name, value in unet.named_parameters():
             value.copy_(random_tensor(name, value.shape))
@@ -208,22 +224,57 @@ def test_same_residuals_and_same_steered_prediction_as_the_official_code(state, 
     free = base.unet(x, t, context).sample
     for strength in (1.0, 1.5):
         scaled = [w * strength for w in expected]  # the official control_scales
-        steered = base.unet(x, t, context, down_block_additional_residuals=scaled[:-1], mid_block_additional_residual=scaled[-1]).sample
+        steered = base.unet(
+            x, t, context, down_block_additional_residuals=scaled[:-1], mid_block_additional_residual=scaled[-1]
+        ).sample
         assert difference(steered, free) > 0.1
-        assert difference(model.predict(base.unet, x, t, context, model.hint(features, x.shape[2:]), strength), steered) <= 1e-5
+        assert (
+            difference(model.predict(base.unet, x, t, context, model.hint(features, x.shape[2:]), strength), steered)
+            <= 1e-5
+        )
 
 
 def test_what_the_weights_file_says_of_itself(converted, checkpoint):
     info = read_info(converted)
-    assert info.source.backbone == BACKBONE and info.source.layer == "layer1" and not info.source.pooled and info.source.channels == CHANNELS
-    assert info.encoder == {"kind": "conv", "channels": CHANNELS, "out_channels": WIDTHS[0], "width": HIDDEN, "kernel": 3}
+    assert (
+        info.source.backbone == BACKBONE
+        and info.source.layer == "layer1"
+        and not info.source.pooled
+        and info.source.channels == CHANNELS
+    )
+    assert info.encoder == {
+        "kind": "conv",
+        "channels": CHANNELS,
+        "out_channels": WIDTHS[0],
+        "width": HIDDEN,
+        "kernel": 3,
+    }
     assert info.base == {"name": "miniSD", "width": WIDTHS[0], "context": CONTEXT, "latent_channels": 4, "heads": HEADS}
     assert info.recommended == {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
     assert info.prompt == "a high-quality, detailed, and professional image"
-    assert not {k.split(".")[0] for k in load_file(converted)} - {k.split(".")[0] for k in ControlNetModel(block_out_channels=WIDTHS).state_dict()}
+    assert not {k.split(".")[0] for k in load_file(converted)} - {
+        k.split(".")[0] for k in ControlNetModel(block_out_channels=WIDTHS).state_dict()
+    }
 
     pooled = checkpoint.with_name("pooled.safetensors")
-    convert.main([str(checkpoint), str(pooled), *ARGUMENTS, "--pooled", "--input-size", "288", "--base", "/models/sd", "--prompt", "p", "--steps", "20", "--guidance", "3"])
+    convert.main(
+        [
+            str(checkpoint),
+            str(pooled),
+            *ARGUMENTS,
+            "--pooled",
+            "--input-size",
+            "288",
+            "--base",
+            "/models/sd",
+            "--prompt",
+            "p",
+            "--steps",
+            "20",
+            "--guidance",
+            "3",
+        ]
+    )
     info = read_info(pooled)
     assert info.source.pooled and info.source.input_size == (288, 288) and info.source.grid == (72, 72)
     assert info.recommended == {"strength": 1.5, "guidance": 3.0, "negative": "text", "steps": 20}
@@ -246,7 +297,9 @@ def test_there_and_back_is_bitwise_equal(state, converted, tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_bare_state_dict_is_read_too(state, converted, tmp_path, suffix):
     file, out = tmp_path / f"bare{suffix}", tmp_path / "ours.safetensors"
-    torch.save(state, file, _use_new_zipfile_serialization=False) if suffix == ".pth" else save_file(state, file)  # as before PyTorch 1.6
+    torch.save(state, file, _use_new_zipfile_serialization=False) if suffix == ".pth" else save_file(
+        state, file
+    )  # as before PyTorch 1.6
     convert.main([str(file), str(out), *ARGUMENTS])
     first, second = load_file(converted), load_file(out)
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -262,7 +315,9 @@ def test_stable_diffusion_at_its_real_size():
     with torch.device("meta"):
         model = ControlNetModel(cross_attention_dim=768).state_dict()
         expected = ConvEncoder(1024, 320).state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.items() if not k.startswith(ENCODER_PREFIX)}
+    assert {k: v.shape for k, v in ours.items()} == {
+        k: v.shape for k, v in model.items() if not k.startswith(ENCODER_PREFIX)
+    }
     assert encoder == {k: v.shape for k, v in expected.items() if k.startswith("block.")}
     assert len({id(v) for v in ours.values()}) == 324
 
@@ -292,7 +347,10 @@ def test_shipped_models_go_to_diffusers_but_standardised_ones_not_back(tmp_path)
     convert.main(["tiny_cnn_last", str(tmp_path / "tiny"), "--to", "diffusers"])
     model = ControlNetModel.from_pretrained(tmp_path / "tiny")
     info, tensors, encoder = load_inversion(convert.model_file("tiny_cnn_last"))
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in tensors.items()) and model.config.attention_head_dim == info.base["heads"]
+    assert (
+        all(torch.equal(model.state_dict()[k], v) for k, v in tensors.items())
+        and model.config.attention_head_dim == info.base["heads"]
+    )
     stored = load_file(tmp_path / "tiny" / convert.ENCODER_FILE)
     assert all(torch.equal(stored[k], v) for k, v in encoder.state_dict().items())
     with pytest.raises(FeatInvError, match="standardises its features"):
@@ -309,21 +367,37 @@ def keep(state, condition):
     return {k: v for k, v in state.items() if condition(k)}
 
 
-ZERO, PROJ, HINT = "control_model.zero_convs.5.0.bias", "control_model.input_blocks.4.1.proj_in.weight", "control_model.input_hint_block.block.5.weight"
+ZERO, PROJ, HINT = (
+    "control_model.zero_convs.5.0.bias",
+    "control_model.input_blocks.4.1.proj_in.weight",
+    "control_model.input_hint_block.block.5.weight",
+)
 EXTRA = "control_model.label_emb.0.0.weight"
 BAD_STATES = {
     "missing": (lambda s: keep(s, lambda k: k not in (ZERO, PROJ)), rf"missing: .*{ZERO}.*"),
-    "many missing": (lambda s: keep(s, lambda k: ".attn1." not in k), r"missing: (control_model\S+, ){7}control_model\S+ and 27 more"),
+    "many missing": (
+        lambda s: keep(s, lambda k: ".attn1." not in k),
+        r"missing: (control_model\S+, ){7}control_model\S+ and 27 more",
+    ),
     "unexpected": (lambda s: {**s, EXTRA: torch.zeros(2, 2)}, f"unexpected: {EXTRA}"),
-    "misshapen": (lambda s: {**s, HINT: torch.zeros(64, HIDDEN, 3, 3)}, r"misshapen: .*block\.5\.weight \(64, 24, 3, 3\) instead of \(32, 24, 3, 3\)"),
+    "misshapen": (
+        lambda s: {**s, HINT: torch.zeros(64, HIDDEN, 3, 3)},
+        r"misshapen: .*block\.5\.weight \(64, 24, 3, 3\) instead of \(32, 24, 3, 3\)",
+    ),
     "linear projections (SD 2)": (lambda s: {**s, PROJ: s[PROJ][:, :, 0, 0]}, rf"misshapen: {PROJ} \(64, 64\) instead"),
     "no downsampler": (lambda s: keep(s, lambda k: "blocks.3.0.op" not in k), r"levels of \[5, 2, 2\] residual blocks"),
-    "for pictures": (lambda s: {k.replace("block.block", "block"): v for k, v in s.items()}, r"input_hint_block\.block\.1\.weight is missing"),
+    "for pictures": (
+        lambda s: {k.replace("block.block", "block"): v for k, v in s.items()},
+        r"input_hint_block\.block\.1\.weight is missing",
+    ),
     "no middle": (lambda s: keep(s, lambda k: "middle" not in k), r"middle_block\.1\.\S+ is missing"),
-    "base model only": (lambda s: {k.replace("control_model", "model.diffusion_model"): v for k, v in s.items()}, r"no tensors control_model\.\*; it has model\.diffusion_model\."),
+    "base model only": (
+        lambda s: {k.replace("control_model", "model.diffusion_model"): v for k, v in s.items()},
+        r"no tensors control_model\.\*; it has model\.diffusion_model\.",
+    ),
     "nothing": (lambda s: {}, "none at all"),
     "no tensors": (lambda s: [1, 2], "holds a list; expected a state dict"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_STATES)
@@ -361,18 +435,27 @@ def test_a_truncated_file_is_reported(checkpoint, state, tmp_path, share):
 
 
 BAD_ARGUMENTS = {
-    "another layer": (["--backbone", BACKBONE, "--layer", "layer2"], r"features of 64 channels, but resnet10t, layer layer2, 128 channels"),
-    "another backbone": (["--backbone", "resnet18"], r"features of 64 channels, but resnet18, layer last, 512 channels"),
+    "another layer": (
+        ["--backbone", BACKBONE, "--layer", "layer2"],
+        r"features of 64 channels, but resnet10t, layer layer2, 128 channels",
+    ),
+    "another backbone": (
+        ["--backbone", "resnet18"],
+        r"features of 64 channels, but resnet18, layer last, 512 channels",
+    ),
     "no backbone": ([], "give --backbone"),
     "unknown backbone": (["--backbone", "resnet10z"], "similar names: .*resnet10t"),
     "unknown tag": (["--backbone", "resnet10t.nobody"], "timm knows no 'resnet10t.nobody'"),
     "unknown layer": (["--backbone", BACKBONE, "--layer", "layer9"], "no layer 'layer9'"),
     "fixed size": (["--backbone", "tiny-vit", "--input-size", "288"], "cannot be set to 288"),
-    "size too small": (["--backbone", "vit_tiny_patch16_224", "--input-size", "8"], "timm cannot run vit_tiny_patch16_224 at 8 pixels"),
+    "size too small": (
+        ["--backbone", "vit_tiny_patch16_224", "--input-size", "8"],
+        "timm cannot run vit_tiny_patch16_224 at 8 pixels",
+    ),
     "heads": ([*ARGUMENTS, "--heads", "5"], r"widths are \[32, 64, 128, 128\].* 5 attention heads"),
     "settings": ([*ARGUMENTS, "--steps", "0"], "steps >= 1"),
     "direction": (["--to", "official"], "reads a FeatInv weights file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
@@ -402,6 +485,8 @@ def test_a_damaged_weights_file_is_not_passed_on(converted, tmp_path):
     info, _, encoder = load_inversion(converted)
     convert.save_inversion(tmp_path / "odd.safetensors", info, tensors, encoder)
     for to, out in (("official", "out.ckpt"), ("diffusers", "out")):
-        with pytest.raises(FeatInvError, match=r"missing: conv_in\.bias; unexpected: down_blocks\.0\.resnets\.0\.odd\.weight"):
+        with pytest.raises(
+            FeatInvError, match=r"missing: conv_in\.bias; unexpected: down_blocks\.0\.resnets\.0\.odd\.weight"
+        ):
             convert.main([str(tmp_path / "odd.safetensors"), str(tmp_path / out), "--to", to])
         assert not (tmp_path / out).exists()

@@ -45,7 +45,9 @@ def test_embedded_world(tmp_path, capsys):
 
 def test_folder_with_an_unreadable_picture(folder, tmp_path, capsys):
     file = tmp_path / "new" / "c.safetensors"
-    discover_concepts.main(["--data", str(folder), "--layer", "layer2", "--method", "pca", "--concepts", "3", "--out", str(file)])
+    discover_concepts.main(
+        ["--data", str(folder), "--layer", "layer2", "--method", "pca", "--concepts", "3", "--out", str(file)]
+    )
     printed = capsys.readouterr().out
     assert "skipped 1 of 9 pictures" in printed and "broken.jpg" in printed and "no relevance" in printed
     assert "read 8 pictures in 2 class folders" in printed
@@ -55,12 +57,16 @@ def test_folder_with_an_unreadable_picture(folder, tmp_path, capsys):
 
 
 def test_vectors_come_evenly_from_all_pictures(folder):
-    """From the maps of 8 readable pictures, whose vectors say which picture they are of: as many from each as can be."""
+    """From the maps of 8 readable pictures, whose vectors say which picture they are of: as many from each as can
+    be."""
     backbone = open_backbone("tiny-cnn")
     seen, steps = [], []
 
     def extract(pixel_values):
-        values = torch.zeros(len(pixel_values), 128, 8, 8) + torch.arange(len(seen), len(seen) + len(pixel_values))[:, None, None, None]
+        values = (
+            torch.zeros(len(pixel_values), 128, 8, 8)
+            + torch.arange(len(seen), len(seen) + len(pixel_values))[:, None, None, None]
+        )
         values[:, 1] = torch.arange(64).view(8, 8)
         seen.extend(pixel_values)
         return FeatureMap(values, backbone.source())
@@ -68,17 +74,25 @@ def test_vectors_come_evenly_from_all_pictures(folder):
     pictures = Folder(folder, backbone, seed=3)
     result = collect(pictures, extract, 100, 0, lambda done, total: steps.append((done, total)))
     counts = result.vectors[:, 0].long().bincount()
-    assert len(counts) == 8 and counts.max() - counts.min() <= 1 and counts.min() == 11  # 100 among 9 files, one of which cannot be read
+    assert (
+        len(counts) == 8 and counts.max() - counts.min() <= 1 and counts.min() == 11
+    )  # 100 among 9 files, one of which cannot be read
     assert len({tuple(row[:2].tolist()) for row in result.vectors}) == len(result.vectors)  # no place twice
     assert len(result.maps) == len(result.pictures) == len(result.names) == result.read == 8 and steps[-1] == (8, 9)
-    assert "broken.jpg" in pictures.skipped() and {name.split("/")[0] for name in result.names} == {"class 0", "class 1"}
+    assert "broken.jpg" in pictures.skipped() and {name.split("/")[0] for name in result.names} == {
+        "class 0",
+        "class 1",
+    }
     assert torch.equal(result.pictures, (torch.stack(seen) * 255).round().byte())
 
 
 def test_a_number_that_grows(tmp_path, capsys):
     discover_concepts.main(["--count", "1500", "--concepts", "auto", "--out", str(tmp_path / "c.safetensors")])
     concepts = load_concepts(tmp_path / "c.safetensors")
-    assert concepts.settings["grown"][-1][1] >= 0.5 and "completeness by number of clusters: 2: 0." in capsys.readouterr().out
+    assert (
+        concepts.settings["grown"][-1][1] >= 0.5
+        and "completeness by number of clusters: 2: 0." in capsys.readouterr().out
+    )
     assert concepts.settings["completeness"] == pytest.approx(concepts.settings["grown"][-1][1], abs=1e-4)
 
 
@@ -87,9 +101,15 @@ def test_sparse_dictionary_and_its_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(concept_page, "MOST", 6)
     monkeypatch.setattr(sparse, "STEPS", 200)
     out = tmp_path / "c.safetensors"
-    discover_concepts.main(["--count", "1500", "--method", "sae", "--concepts", "150", "--active", "4", "--out", str(out)])
+    discover_concepts.main(
+        ["--count", "1500", "--method", "sae", "--concepts", "150", "--active", "4", "--out", str(out)]
+    )
     concepts = load_concepts(out)
-    assert concepts.encoder.active == 4 and len(concepts) > 100 and sum(concepts.settings["relevance"]) == pytest.approx(1, abs=1e-3)
+    assert (
+        concepts.encoder.active == 4
+        and len(concepts) > 100
+        and sum(concepts.settings["relevance"]) == pytest.approx(1, abs=1e-3)
+    )
     page = out.with_suffix(".html").read_text()
     assert page.count("<section id=") == 7 and page.count("<tr><td") == len(concepts) + 1
     assert "http" not in page and "<script" not in page
@@ -105,7 +125,12 @@ def test_the_page_shows_each_concept_where_it_is(tmp_path):
     for number in range(6):
         values[number, 0, number, 7 - number] = number + 1.0
     collected = collect(Pictures(scenes, backbone), lambda x: FeatureMap(values, backbone.source()), 6, 0)
-    concepts = Concepts([torch.eye(128)[:1], torch.eye(128)[1:2]], ["spot & dot", "flat"], backbone.source(), settings={"rejected": ["cluster of 3: <small>"]})
+    concepts = Concepts(
+        [torch.eye(128)[:1], torch.eye(128)[1:2]],
+        ["spot & dot", "flat"],
+        backbone.source(),
+        settings={"rejected": ["cluster of 3: <small>"]},
+    )
     result = concept_statistics(backbone, concepts, collected.maps)
     lengths = concepts.lengths(collected.maps)
     assert concept_page.strongest(lengths[0]) == [5, 4, 3, 2, 1]
@@ -114,9 +139,17 @@ def test_the_page_shows_each_concept_where_it_is(tmp_path):
     assert torch.equal(concept_page.crop(collected, lengths[0], 0), collected.pictures[0][:, :32, 32:])  # a corner
     heat = concept_page.overlay(torch.full((3, 64, 64), 90, dtype=torch.uint8), lengths[0, 5] / 6).float()
     yellow = heat[0] - heat[2]
-    assert yellow[40:48, 16:24].min() > 100 and yellow.masked_fill(lengths[0, 5].repeat_interleave(8, 0).repeat_interleave(8, 1) > 0, 0).max() < 1
+    assert (
+        yellow[40:48, 16:24].min() > 100
+        and yellow.masked_fill(lengths[0, 5].repeat_interleave(8, 0).repeat_interleave(8, 1) > 0, 0).max() < 1
+    )
     page = concept_page.page(concepts, collected, result)
-    assert "spot &amp; dot" in page and "&lt;small&gt;" in page and f"{result.share[0]:.1%}" in page and f"{result.relevance[1]:.1%}" in page
+    assert (
+        "spot &amp; dot" in page
+        and "&lt;small&gt;" in page
+        and f"{result.share[0]:.1%}" in page
+        and f"{result.relevance[1]:.1%}" in page
+    )
     data = re.findall(r"base64,([^\"]+)", page)
     assert len(data) == 4 + 3 * (5 + 4)  # examples; two concepts and the rest
     assert all(max(Image.open(io.BytesIO(base64.b64decode(text))).size) == concept_page.SIDE for text in data)
@@ -130,16 +163,21 @@ def test_examples_cover_the_concepts():
 
 def test_own_directions(tmp_path, capsys):
     save_file({"paw": torch.randn(2, 128, generator=torch.Generator().manual_seed(0))}, tmp_path / "own.safetensors")
-    discover_concepts.main(["--directions", str(tmp_path / "own.safetensors"), "--count", "800", "--out", str(tmp_path / "c.safetensors")])
+    discover_concepts.main(
+        ["--directions", str(tmp_path / "own.safetensors"), "--count", "800", "--out", str(tmp_path / "c.safetensors")]
+    )
     assert load_concepts(tmp_path / "c.safetensors").names == ["paw", "rest"] and "paw" in capsys.readouterr().out
 
 
 def test_bad_input(folder, tmp_path):
     out = ["--out", str(tmp_path / "c.safetensors")]
     cases = {
-        "neither 'drawn' nor a folder": ["--data", str(tmp_path / "none")], "no layer": ["--layer", "x"],
-        "17 vectors of 128 channels": ["--data", str(folder), "--count", "20"], "--count 0": ["--count", "0"],
-        "--concepts few: expected a number from 1, or auto": ["--concepts", "few"], "give a number of them for pca": ["--concepts", "auto", "--method", "pca"],
+        "neither 'drawn' nor a folder": ["--data", str(tmp_path / "none")],
+        "no layer": ["--layer", "x"],
+        "17 vectors of 128 channels": ["--data", str(folder), "--count", "20"],
+        "--count 0": ["--count", "0"],
+        "--concepts few: expected a number from 1, or auto": ["--concepts", "few"],
+        "give a number of them for pca": ["--concepts", "auto", "--method", "pca"],
         "give a number of them: the classifier head": ["--concepts", "auto", "--layer", "layer2"],
     }
     for words, arguments in cases.items():

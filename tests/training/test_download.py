@@ -58,7 +58,9 @@ class Answer(BaseHTTPRequestHandler):
         for name, data in self.server.repositories[repository].items():
             lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            siblings.append({"rfilename": name, "size": len(data), "blobId": blob, **({"lfs": lfs} if is_large(name) else {})})
+            siblings.append(
+                {"rfilename": name, "size": len(data), "blobId": blob, **({"lfs": lfs} if is_large(name) else {})}
+            )
         self.send(200, json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
 
     def content(self, data):
@@ -94,9 +96,19 @@ def files(tmp_path_factory):
     torch.manual_seed(0)
     timm.models.save_for_hf(timm.create_model(BACKBONE), folder, safe_serialization=True)
     backbone = {f.name: f.read_bytes() for f in folder.iterdir()} | {"README.md": b"not needed"}
-    names = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "safety_checker/model.safetensors"]
+    names = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "safety_checker/model.safetensors",
+    ]
     names += [f"{part}/config.json" for part in download.MODEL_PARTS] + ["v1.ckpt", "text_encoder/pytorch_model.bin"]
-    names += [f"{part}/diffusion_pytorch_model{kind}" for part in ("unet", "vae") for kind in (".safetensors", ".bin", ".fp16.safetensors")]
+    names += [
+        f"{part}/diffusion_pytorch_model{kind}"
+        for part in ("unet", "vae")
+        for kind in (".safetensors", ".bin", ".fp16.safetensors")
+    ]
     base = {name: random.Random(name).randbytes(50_000 if is_large(name) else 200) for name in names}
     return {f"timm/{BACKBONE}": backbone, BASE: base}
 
@@ -106,12 +118,20 @@ def server(files, monkeypatch):
     """A running hub, set as the endpoint of this process as HF_ENDPOINT sets it where huggingface_hub is imported."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     server.repositories, server.asked = dict(files), []
-    server.cut, server.corrupt, server.status_of_files, server.status_after_cut, server.status_of_unknown = None, False, None, None, 404
+    server.cut, server.corrupt, server.status_of_files, server.status_after_cut, server.status_of_unknown = (
+        None,
+        False,
+        None,
+        None,
+        404,
+    )
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     for name, value in {"HF_TOKEN": "secret", "NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what is written to the disk at once
@@ -147,14 +167,22 @@ def test_the_command_brings_the_files_and_a_second_run_nothing(server, files, tm
     config = tmp_path / "mine.yaml"
     config.write_text(CONFIG.format(backbone=BACKBONE, base=BASE))
     command = [sys.executable, str(ROOT / "run.py"), "download", str(config), "--no-venv", "--to", "models"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"HF_ENDPOINT": server.url}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"HF_ENDPOINT": server.url}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     models = tmp_path / "models"
     base = files[BASE]
-    kept = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/pytorch_model.bin"]
+    kept = [
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/pytorch_model.bin",
+    ]
     kept += [name for name in base if not is_large(name)]
     expected = {f"diffusers/small-SD/{name}": base[name] for name in kept}
-    expected |= {f"backbones/{BACKBONE}/{name}": files[f"timm/{BACKBONE}"][name] for name in ("config.json", "model.safetensors")}
+    expected |= {
+        f"backbones/{BACKBONE}/{name}": files[f"timm/{BACKBONE}"][name] for name in ("config.json", "model.safetensors")
+    }
     assert on_disk(models) == expected
     assert f"--backbone {models / 'backbones' / BACKBONE} --base {models / 'diffusers' / 'small-SD'}" in done.stdout
     assert f"{BACKBONE}/model.safetensors" in done.stdout and "DiffusersLoader: small-SD" in done.stdout
@@ -220,11 +248,15 @@ def test_offline_mode_asks_nobody(server, fetch, monkeypatch, capsys):
 
 def test_no_network(server, fetch, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(FeatInvError, match="http://127.0.0.1:1 gave no usable answer .*: check the network or HF_ENDPOINT"):
+    with pytest.raises(
+        FeatInvError, match="http://127.0.0.1:1 gave no usable answer .*: check the network or HF_ENDPOINT"
+    ):
         fetch()
 
 
-@pytest.mark.parametrize("status, hint", [(404, "not there .*check the name"), (401, "set HF_TOKEN"), (403, "set HF_TOKEN")])
+@pytest.mark.parametrize(
+    "status, hint", [(404, "not there .*check the name"), (401, "set HF_TOKEN"), (403, "set HF_TOKEN")]
+)
 def test_a_repository_that_is_unknown_or_closed(server, fetch, status, hint):
     server.status_of_unknown = status
     with pytest.raises(FeatInvError, match=f"{server.url}/no/such.*{hint}") as error:
@@ -257,9 +289,15 @@ def test_one_weights_file_for_each_part(files):
     assert "unet/diffusion_pytorch_model.bin" in download.choose_base(names)
     names -= {"unet/diffusion_pytorch_model.bin"}
     # programs look for the plain name
-    assert download.choose_base(names)["unet/diffusion_pytorch_model.fp16.safetensors"] == "unet/diffusion_pytorch_model.safetensors"
+    assert (
+        download.choose_base(names)["unet/diffusion_pytorch_model.fp16.safetensors"]
+        == "unet/diffusion_pytorch_model.safetensors"
+    )
     names -= {"unet/diffusion_pytorch_model.fp16.safetensors", "tokenizer/vocab.json"}
-    with pytest.raises(FeatInvError, match="no tokenizer/vocab.json, unet/diffusion_pytorch_model.safetensors; expected Stable Diffusion"):
+    with pytest.raises(
+        FeatInvError,
+        match="no tokenizer/vocab.json, unet/diffusion_pytorch_model.safetensors; expected Stable Diffusion",
+    ):
         download.choose_base(names)
 
 
@@ -292,11 +330,19 @@ def test_what_is_here_already_needs_nothing(server, fetch, tmp_path, capsys):
 
 
 def test_who_lacks_a_file_is_told_the_command(tmp_path):
-    for open_it in (lambda: load_backbone("resnet50"), lambda: load_backbone("resnet50", tmp_path / "no.safetensors"), lambda: load_base(tmp_path, "")):
+    for open_it in (
+        lambda: load_backbone("resnet50"),
+        lambda: load_backbone("resnet50", tmp_path / "no.safetensors"),
+        lambda: load_base(tmp_path, ""),
+    ):
         with pytest.raises(FeatInvError, match="python3 run.py download CONFIG"):
             open_it()
 
 
 def test_a_mistake_is_one_line_and_exit_status_2():
-    done = subprocess.run([sys.executable, str(ROOT / "training" / "download.py"), "tiny_dog_last"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("download.py: configuration") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "training" / "download.py"), "tiny_dog_last"], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2 and done.stderr.startswith("download.py: configuration") and done.stderr.count("\n") == 1
+    )

@@ -1,4 +1,5 @@
-"""An evaluation: each picture once whatever the processes, resumed where it was stopped, its settings and its report."""
+"""An evaluation: each picture once whatever the processes, resumed where it was stopped, its settings and its
+report."""
 
 import errno
 import json
@@ -51,7 +52,9 @@ def test_every_figure_has_its_count_interval_seeds_and_settings(whole):
     assert result["reconstruction"]["cosine"]["n"] == 8 and result["sampling"]["reconstruction"]["steps"] == 1
     assert result["seeds"] and result["settings"]["files"]["tiny_cnn_last"]
     assert result["reconstruction"]["frechet_distance (resnet10t.tiny_world, pooled)"]["biased"]
-    low, mid, high = (result[condition]["cosine"]["value"] for condition in ("unconditional", "reconstruction", "round trip"))
+    low, mid, high = (
+        result[condition]["cosine"]["value"] for condition in ("unconditional", "reconstruction", "round trip")
+    )
     assert result["gap_closed"] == pytest.approx((mid - low) / (high - low))
     text = (whole / "report.md").read_text()
     assert "| measure | unconditional | reconstruction | round trip |" in text and "biased" in text
@@ -67,7 +70,9 @@ def test_the_records_give_the_figures_of_an_evaluation_in_memory(whole):
     kept = results(whole)
     for condition in result:
         for name, entry in result[condition].items():
-            assert kept[condition][name]["value"] == pytest.approx(entry["value"], abs=1e-4), name  # float32 sums in other batches
+            assert kept[condition][name]["value"] == pytest.approx(entry["value"], abs=1e-4), (
+                name
+            )  # float32 sums in other batches
 
 
 def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, monkeypatch):
@@ -86,7 +91,13 @@ def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, m
     monkeypatch.setattr(shards, "write_checksummed", real)
     (damaged := next(written[-1].iterdir())).write_bytes(damaged.read_bytes()[:-1])
     drawn, real_draw = [], InversionPipeline.draw
-    monkeypatch.setattr(InversionPipeline, "draw", lambda self, features, *rest: drawn.append(0 if features is None else len(features)) or real_draw(self, features, *rest))
+    monkeypatch.setattr(
+        InversionPipeline,
+        "draw",
+        lambda self, features, *rest: (
+            drawn.append(0 if features is None else len(features)) or real_draw(self, features, *rest)
+        ),
+    )
     evaluate.main([*SMALL, "--out", str(tmp_path)])
     assert sum(drawn) == 6  # of 8 reconstructions two shards were there, one of them damaged
     assert results(tmp_path) == results(whole)
@@ -94,11 +105,19 @@ def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, m
 
 def rank(number, port, folder):
     """One of two processes."""
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     shards.SHARD = 2
     torch.set_num_threads(1)
     real = shards.Store.write
-    shards.Store.write = lambda self, condition, first, *rest: print(condition, first, file=open(f"{folder}-{number}", "a")) or real(self, condition, first, *rest)
+    shards.Store.write = lambda self, condition, first, *rest: (
+        print(condition, first, file=open(f"{folder}-{number}", "a")) or real(self, condition, first, *rest)
+    )
     evaluate.main([*SMALL, "--out", folder])
 
 
@@ -128,15 +147,23 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
     for k, scene in enumerate(draw(0, torch.arange(4), "held-out").image):
         Image.fromarray((scene * 255).byte().permute(1, 2, 0).numpy().astype(np.uint8)).save(folder / f"{k}.png")
     (folder / "1.png").write_bytes(b"no picture")
-    evaluate.main(["--data", str(folder), "--steps", "1", "--suite", "ood", "--device", "cpu", "--out", str(tmp_path / "out")])
+    evaluate.main(
+        ["--data", str(folder), "--steps", "1", "--suite", "ood", "--device", "cpu", "--out", str(tmp_path / "out")]
+    )
     result = results(tmp_path / "out")
-    assert list(result["skipped"]) == ["1.png"] and result["count"] == 3 and result["reconstruction"]["cosine"]["n"] == 3
+    assert (
+        list(result["skipped"]) == ["1.png"] and result["count"] == 3 and result["reconstruction"]["cosine"]["n"] == 3
+    )
     assert "1 of 4 pictures could not be read and were left out: 1.png" in (tmp_path / "out" / "report.md").read_text()
     # mended, and the evaluation goes on with what it has of the originals
     next((tmp_path / "out" / "records" / "reconstruction").iterdir()).unlink()
     shutil.copy(folder / "0.png", folder / "1.png")
-    evaluate.main(["--data", str(folder), "--steps", "1", "--suite", "ood", "--device", "cpu", "--out", str(tmp_path / "out")])
-    assert results(tmp_path / "out")["reconstruction"] == result["reconstruction"] and list(results(tmp_path / "out")["skipped"]) == ["1.png"]
+    evaluate.main(
+        ["--data", str(folder), "--steps", "1", "--suite", "ood", "--device", "cpu", "--out", str(tmp_path / "out")]
+    )
+    assert results(tmp_path / "out")["reconstruction"] == result["reconstruction"] and list(
+        results(tmp_path / "out")["skipped"]
+    ) == ["1.png"]
     for file in folder.iterdir():
         file.write_bytes(b"no picture")
     with pytest.raises(FeatInvError, match="none of the 4 pictures .* can be read; the first, 0.png"):
@@ -174,6 +201,11 @@ def test_drawing_one_at_a_time_gives_the_same_pictures(negative, guidance):
 
     pipeline = load_pipeline("tiny_cnn_last")
     features = pipeline.features(pipeline.backbone.preprocess(draw(0, torch.arange(2), "held-out").image))
-    sampling, start = pipeline.recommended(steps=2, negative=negative, guidance=guidance, gradient=0.0), pipeline.noise(range(2))
+    sampling, start = (
+        pipeline.recommended(steps=2, negative=negative, guidance=guidance, gradient=0.0),
+        pipeline.noise(range(2)),
+    )
     # 1e-4: float32 convolutions of one and of several pictures sum in another order
-    assert (one_by_one(pipeline, features, sampling, start) - pipeline.draw(features, sampling, start)).abs().max() < 1e-4
+    assert (
+        one_by_one(pipeline, features, sampling, start) - pipeline.draw(features, sampling, start)
+    ).abs().max() < 1e-4

@@ -32,20 +32,30 @@ def plain_kid(a, b, paired):
     def within(v):
         return mean_of((v[i], v[j]) for i in range(len(v)) for j in range(len(v)) if i != j)
 
-    return within(a) + within(b) - 2 * mean_of((a[i], b[j]) for i in range(len(a)) for j in range(len(b)) if not paired or i != j)
+    return (
+        within(a)
+        + within(b)
+        - 2 * mean_of((a[i], b[j]) for i in range(len(a)) for j in range(len(b)) if not paired or i != j)
+    )
 
 
 def test_kid_is_the_mean_of_the_kernel_over_pairs():
     a, b = vectors(0), vectors(1, 9, shift=0.5)
     # 1e-9: float64 sums of 63 terms around 1 to 100
     assert kid(a, b).item() == pytest.approx(plain_kid(a.double().numpy(), b.double().numpy(), False), rel=1e-9)
-    assert kid(a, b[:7], True).item() == pytest.approx(plain_kid(a.double().numpy(), b[:7].double().numpy(), True), rel=1e-9)
+    assert kid(a, b[:7], True).item() == pytest.approx(
+        plain_kid(a.double().numpy(), b[:7].double().numpy(), True), rel=1e-9
+    )
 
 
 def test_a_resample_counts_its_pairs_and_never_a_copy():
     a, b, picks = vectors(0).double(), vectors(1, shift=0.5).double(), [0, 0, 3, 5, 5, 5, 6]
     pairs = [(i, j) for i in picks for j in picks if i != j]
-    expected = mean_of((a[i], a[j]) for i, j in pairs) + mean_of((b[i], b[j]) for i, j in pairs) - 2 * mean_of((a[i], b[j]) for i, j in pairs)
+    expected = (
+        mean_of((a[i], a[j]) for i, j in pairs)
+        + mean_of((b[i], b[j]) for i, j in pairs)
+        - 2 * mean_of((a[i], b[j]) for i, j in pairs)
+    )
     weights = torch.bincount(torch.tensor(picks), minlength=7)
     assert kid(a, b, True, torch.stack([weights, torch.ones(7)]))[0].item() == pytest.approx(expected, rel=1e-9)
 
@@ -78,7 +88,9 @@ def test_the_distances_are_torch_fidelitys():
     entries = set_entries("Inception", a, b)
     expected = fid.fid_statistics_to_metric(fid.fid_features_to_statistics(a), fid.fid_features_to_statistics(b), False)
     assert entries["fid"]["value"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-    expected = own.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=60, verbose=False)  # one subset: all vectors
+    expected = own.kid_features_to_metric(
+        a, b, kid_subsets=1, kid_subset_size=60, verbose=False
+    )  # one subset: all vectors
     assert kid(a, b).item() == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
 
 
@@ -128,7 +140,9 @@ def test_cosine_and_match_of_a_judge():
 
 def test_a_subset_of_the_classes_and_several_groups():
     evaluator, expected, result = measures_of(subset=[1, 4, 7])
-    assert evaluator.compare(expected, result)["top1_match"].tolist() == plain_match(expected.logits[:, [1, 4, 7]], result.logits[:, [1, 4, 7]], 1)
+    assert evaluator.compare(expected, result)["top1_match"].tolist() == plain_match(
+        expected.logits[:, [1, 4, 7]], result.logits[:, [1, 4, 7]], 1
+    )
     evaluator, expected, result = measures_of(groups={"shape": slice(0, 6), "colour": slice(6, 12)})
     columns = evaluator.compare(expected, result, torch.tensor([True, False, True, True]))
     assert columns["top1_match"].tolist() == plain_match(expected.logits[:, :6], result.logits[:, :6], 1)

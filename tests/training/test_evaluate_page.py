@@ -27,7 +27,9 @@ def test_tables_are_what_the_evaluation_found(tmp_path):
     """Two scenes, one step: quality's and the sweep's tables stand between their marks, all else is as it was."""
     page = tmp_path / "page.md"
     options = "--steps 1 --device cpu"
-    evaluation_page.main(["--only", "quality", "--count", "8", "--options", options, "--out", str(tmp_path / "out"), "--page", str(page)])
+    evaluation_page.main(
+        ["--only", "quality", "--count", "8", "--options", options, "--out", str(tmp_path / "out"), "--page", str(page)]
+    )
     result, text = json.loads((tmp_path / "out" / "quality" / "results.json").read_text()), page.read_text()
     entry = result["reconstruction"]["cosine"]
     assert "`python training/evaluate.py --suite quality --count 8` (n = 8)" in text
@@ -48,21 +50,54 @@ def entry(value):
 
 
 def measures_of(value):
-    return {"cosine": entry(value), "independent: cosine": entry(value - 0.2), "top1_match": entry(value), "independent: top1_match": entry(value), "kid (x, pooled)": entry(value / 10)}
+    return {
+        "cosine": entry(value),
+        "independent: cosine": entry(value - 0.2),
+        "top1_match": entry(value),
+        "independent: top1_match": entry(value),
+        "kid (x, pooled)": entry(value / 10),
+    }
 
 
 def test_each_pair_of_scales_stands_in_its_row_and_column():
-    conditions = {"features=1, text=0": 0.5, "features=1, text=2": 0.6, "features=3, text=0": 0.7, "features=3, text=2": 0.8, "against text=3": 0.65}
-    result = {condition: measures_of(value) for condition, value in (conditions | {"unconditional": 0.3, PAPER: 0.4, "round trip": 0.9}).items()}
-    lines = TABLES["guidances"](result | {"settings": {"guidances": [3.0, 1.0], "text_guidances": [0.0, 2.0]}, "best": {"cosine": "features=3, text=2"}})
+    conditions = {
+        "features=1, text=0": 0.5,
+        "features=1, text=2": 0.6,
+        "features=3, text=0": 0.7,
+        "features=3, text=2": 0.8,
+        "against text=3": 0.65,
+    }
+    result = {
+        condition: measures_of(value)
+        for condition, value in (conditions | {"unconditional": 0.3, PAPER: 0.4, "round trip": 0.9}).items()
+    }
+    lines = TABLES["guidances"](
+        result
+        | {
+            "settings": {"guidances": [3.0, 1.0], "text_guidances": [0.0, 2.0]},
+            "best": {"cosine": "features=3, text=2"},
+        }
+    )
     assert "| 1 | 0.500 | 0.600 |  |" in lines and "| 3 | 0.700 | 0.800 | 0.650 |" in lines  # the cosine
-    assert "| 3 | 0.500 | 0.600 | 0.450 |" in lines and "| 3 | 0.0700 | 0.0800 | 0.0650 |" in lines  # the independent backbone, KID
-    assert [line.split(" |")[0] for line in lines[-4:]] == ["| unconditional", f"| {PAPER}", "| features=3, text=2", "| round trip"]
+    assert (
+        "| 3 | 0.500 | 0.600 | 0.450 |" in lines and "| 3 | 0.0700 | 0.0800 | 0.0650 |" in lines
+    )  # the independent backbone, KID
+    assert [line.split(" |")[0] for line in lines[-4:]] == [
+        "| unconditional",
+        f"| {PAPER}",
+        "| features=3, text=2",
+        "| round trip",
+    ]
 
 
 def test_the_cost_of_a_setting_stands_beside_what_it_gives():
     conditions = {"ddim, 8 steps": 0.8, PAPER: 0.7}
     costs = {"ddim, 8 steps": {"evaluations": 16, "gmac": 1.46}, PAPER: {"evaluations": 100, "gmac": 7.96}}
-    lines = TABLES["cost"]({condition: measures_of(value) for condition, value in (conditions | {"unconditional": 0.3}).items()} | {"costs": costs, "recommended": "ddim, 8 steps"})
-    assert lines[2].startswith("| ddim, 8 steps | 16 | 1.5 | 0.800 (0.700 to 0.900) | 0.600") and lines[3].startswith(f"| {PAPER} | 100 | 8.0 |")
+    lines = TABLES["cost"](
+        {condition: measures_of(value) for condition, value in (conditions | {"unconditional": 0.3}).items()}
+        | {"costs": costs, "recommended": "ddim, 8 steps"}
+    )
+    assert lines[2].startswith("| ddim, 8 steps | 16 | 1.5 | 0.800 (0.700 to 0.900) | 0.600") and lines[3].startswith(
+        f"| {PAPER} | 100 | 8.0 |"
+    )
     assert lines[-1].endswith("cosine: ddim, 8 steps.")

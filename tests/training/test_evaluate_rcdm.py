@@ -1,4 +1,5 @@
-"""RCDM's published checkpoints and the drawn world's: every tensor has its place, and the blocks compute what the published ones do."""
+"""RCDM's published checkpoints and the drawn world's: every tensor has its place, and the blocks compute what the
+published ones do."""
 
 import hashlib
 import json
@@ -30,13 +31,21 @@ def pair(name, *shape):
 
 
 def residual(name, inside, outside, wide):
-    result = pair(f"{name}.in_layers.0", inside) | pair(f"{name}.in_layers.2", outside, inside, 3, 3) | pair(f"{name}.emb_layers.1", 2 * outside, wide)
+    result = (
+        pair(f"{name}.in_layers.0", inside)
+        | pair(f"{name}.in_layers.2", outside, inside, 3, 3)
+        | pair(f"{name}.emb_layers.1", 2 * outside, wide)
+    )
     result |= pair(f"{name}.out_layers.0", outside) | pair(f"{name}.out_layers.3", outside, outside, 3, 3)
     return result | (pair(f"{name}.skip_connection", outside, inside, 1, 1) if inside != outside else {})
 
 
 def attention(name, width):
-    return pair(f"{name}.norm", width) | pair(f"{name}.qkv", 3 * width, width, 1) | pair(f"{name}.proj_out", width, width, 1)
+    return (
+        pair(f"{name}.norm", width)
+        | pair(f"{name}.qkv", 3 * width, width, 1)
+        | pair(f"{name}.proj_out", width, width, 1)
+    )
 
 
 def layout(widths, channels):
@@ -47,16 +56,24 @@ def layout(widths, channels):
     skips, width, n = [first], first, 1
     for level, out in enumerate(widths):
         for _ in range(2):
-            result |= residual(f"input_blocks.{n}.0", width, out, wide) | (attention(f"input_blocks.{n}.1", out) if level >= 2 else {})
+            result |= residual(f"input_blocks.{n}.0", width, out, wide) | (
+                attention(f"input_blocks.{n}.1", out) if level >= 2 else {}
+            )
             skips, width, n = [*skips, out], out, n + 1
         if level < len(widths) - 1:
             result |= residual(f"input_blocks.{n}.0", out, out, wide)
             skips, n = [*skips, out], n + 1
-    result |= residual("middle_block.0", width, width, wide) | attention("middle_block.1", width) | residual("middle_block.2", width, width, wide)
+    result |= (
+        residual("middle_block.0", width, width, wide)
+        | attention("middle_block.1", width)
+        | residual("middle_block.2", width, width, wide)
+    )
     n = 0
     for level, out in reversed(list(enumerate(widths))):
         for layer in range(3):
-            result |= residual(f"output_blocks.{n}.0", width + skips.pop(), out, wide) | (attention(f"output_blocks.{n}.1", out) if level >= 2 else {})
+            result |= residual(f"output_blocks.{n}.0", width + skips.pop(), out, wide) | (
+                attention(f"output_blocks.{n}.1", out) if level >= 2 else {}
+            )
             if level and layer == 2:
                 result |= residual(f"output_blocks.{n}.{2 if level >= 2 else 1}", out, out, wide)
             width, n = out, n + 1
@@ -81,14 +98,25 @@ def test_blocks_compute_what_the_published_ones_do():
     state, model = state_dict(), RCDM(48, SMALL, 32).eval()
     model.load_state_dict(translate(state, 5))
     x, emb = torch.randn(2, 64, 4, 4), torch.randn(2, 128)
-    qkv = F.conv1d(F.group_norm(x, 32, *params(state, "input_blocks.7.1.norm"), 1e-5).flatten(2), *params(state, "input_blocks.7.1.qkv"))
+    qkv = F.conv1d(
+        F.group_norm(x, 32, *params(state, "input_blocks.7.1.norm"), 1e-5).flatten(2),
+        *params(state, "input_blocks.7.1.qkv"),
+    )
     q, k, v = qkv.reshape(2 * HEADS, 3 * 16, 16).split(16, 1)
-    mixed = torch.einsum("bts,bcs->bct", (torch.einsum("bct,bcs->bts", q, k) / 16**0.5).softmax(-1), v).reshape(2, 64, 16)
+    mixed = torch.einsum("bts,bcs->bct", (torch.einsum("bct,bcs->bts", q, k) / 16**0.5).softmax(-1), v).reshape(
+        2, 64, 16
+    )
     expected = x + F.conv1d(mixed, *params(state, "input_blocks.7.1.proj_out")).reshape(x.shape)
     with torch.no_grad():
-        assert torch.allclose(model.unet.down_blocks[2].attentions[0](x), expected, atol=1e-4)  # float32 sums over 64 channels
+        assert torch.allclose(
+            model.unet.down_blocks[2].attentions[0](x), expected, atol=1e-4
+        )  # float32 sums over 64 channels
         x = torch.randn(2, 128, 4, 4)
-        h = F.conv2d(F.silu(F.group_norm(x, 32, *params(state, "middle_block.0.in_layers.0"), 1e-5)), *params(state, "middle_block.0.in_layers.2"), padding=1)
+        h = F.conv2d(
+            F.silu(F.group_norm(x, 32, *params(state, "middle_block.0.in_layers.0"), 1e-5)),
+            *params(state, "middle_block.0.in_layers.2"),
+            padding=1,
+        )
         scale, shift = F.linear(F.silu(emb), *params(state, "middle_block.0.emb_layers.1"))[..., None, None].chunk(2, 1)
         h = F.silu(F.group_norm(h, 32, *params(state, "middle_block.0.out_layers.0"), 1e-5) * (1 + scale) + shift)
         expected = x + F.conv2d(h, *params(state, "middle_block.0.out_layers.3"), padding=1)
@@ -113,12 +141,17 @@ def test_samples_depend_on_the_vector_and_the_noise():
 def test_the_vectors_are_those_that_it_was_trained_on():
     backbone = untrained_backbone("resnet10t", 64)
     pixel_values, model = torch.rand(2, 3, 64, 64), RCDM(512, SMALL, 32)
-    for mean, std in ((model.mean, model.std), (backbone.mean, backbone.std)):  # the published ones, and the backbone's own
+    for mean, std in (
+        (model.mean, model.std),
+        (backbone.mean, backbone.std),
+    ):  # the published ones, and the backbone's own
         model.mean, model.std = mean, std
         normalised = (pixel_values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
         with torch.inference_mode():
             expected = backbone.model.forward_features(normalised).mean((2, 3))
-        assert torch.allclose(model.vectors(backbone, pixel_values), expected, rtol=1e-3, atol=1e-5)  # float32, scaled there and back
+        assert torch.allclose(
+            model.vectors(backbone, pixel_values), expected, rtol=1e-3, atol=1e-5
+        )  # float32, scaled there and back
 
 
 def test_published_checkpoints_take_pictures_from_minus_one_to_one():
@@ -147,7 +180,9 @@ def test_a_finished_checkpoint_is_shipped_without_training(tmp_path, capsys):
     model = RCDM(128, WIDTHS, RESOLUTION)
     average = {name: value + 1 for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters()).state_dict()
-    torch.save({"model": model.state_dict(), "average": average, "optimizer": optimizer, "seen": IMAGES}, tmp_path / "rcdm.pt")
+    torch.save(
+        {"model": model.state_dict(), "average": average, "optimizer": optimizer, "seen": IMAGES}, tmp_path / "rcdm.pt"
+    )
     ship_rcdm(tmp_path, "cpu", IMAGES, tmp_path / "rcdm.safetensors")
     assert torch.equal(load_rcdm(tmp_path / "rcdm.safetensors").vector.bias, average["vector.bias"].half().float())
     about = read_about(tmp_path / "rcdm.safetensors", "rcdm", "RCDM")
@@ -165,7 +200,11 @@ def test_the_embedded_world_compares_without_arguments(tmp_path, monkeypatch):
             assert result[condition][name]["n"] == result[condition][f"native: {name}"]["n"] == 2
     assert result["sampling"]["RCDM"]["steps"] == 2 and "32 pixels, RCDM's own" in text
     # an untrained network's pictures are no reconstructions
-    assert result["RCDM"]["cosine"]["value"] < result["tiny_cnn_pooled"]["cosine"]["value"] < result["tiny_cnn_last"]["cosine"]["value"]
+    assert (
+        result["RCDM"]["cosine"]["value"]
+        < result["tiny_cnn_pooled"]["cosine"]["value"]
+        < result["tiny_cnn_last"]["cosine"]["value"]
+    )
     with pytest.raises(FeatInvError, match="give --rcdm FILE"):
         run(tmp_path / "vit", "rcdm", "--model", "tiny_vit_last")
 
@@ -183,7 +222,9 @@ def test_the_suite_scores_both_at_both_resolutions(photographic, tmp_path, monke
     model.load_state_dict(translate(state_dict(channels=512), 5))
     (tmp_path / "rcdm.pt").write_bytes(b"in its place")
     monkeypatch.setattr(suite, "load_rcdm", lambda file: model)
-    result, text = run(tmp_path, "rcdm", *photographic, "--rcdm", str(tmp_path / "rcdm.pt"), "--rcdm-steps", "2", count=2)
+    result, text = run(
+        tmp_path, "rcdm", *photographic, "--rcdm", str(tmp_path / "rcdm.pt"), "--rcdm-steps", "2", count=2
+    )
     for condition in ("RCDM", photographic[1], "unconditional", "round trip"):
         assert result[condition]["cosine"]["n"] == result[condition]["native: cosine"]["n"] == 2
     assert result["RCDM"]["native: cosine"] != result["RCDM"]["cosine"] and "32 pixels, RCDM's own" in text

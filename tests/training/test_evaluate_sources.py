@@ -37,7 +37,12 @@ def test_as_many_of_each_class_in_the_order_of_classes_and_names(folder):
 
 def test_a_count_is_spread_over_all_names(folder):
     assert len(open_source(str(folder)).names) == 8
-    assert open_source(str(folder), 4).names == [f"{TENCH}/0.png", f"{TENCH}/2.png", f"{SHARK}/1.png", f"{FOREIGN}/0.png"]
+    assert open_source(str(folder), 4).names == [
+        f"{TENCH}/0.png",
+        f"{TENCH}/2.png",
+        f"{SHARK}/1.png",
+        f"{FOREIGN}/0.png",
+    ]
     with pytest.raises(FeatInvError, match="holds 8 images; asked for 9"):
         open_source(str(folder), 9)
 
@@ -85,14 +90,26 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(folder):
 def test_scenes_are_the_embedded_worlds_held_out_ones():
     source = open_source("drawn", 6)
     originals, failed = read(source, [1, 5])
-    assert not failed and originals.numbers == [1, 5] and originals.pictures[0].shape == (3, 64, 64) and len(source.names) == 6
+    assert (
+        not failed
+        and originals.numbers == [1, 5]
+        and originals.pictures[0].shape == (3, 64, 64)
+        and len(source.names) == 6
+    )
 
 
 def test_a_data_sets_labels_are_its_classes(folder, tmp_path):
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=[SHARK, TENCH, "dogs"])})
-    pictures, labels = [str(folder / synset / f"{k}.png") for synset in (SHARK, TENCH) for k in range(3)], [0, 0, 0, 1, 1, 2]
-    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).save_to_disk(str(tmp_path / "set"))
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[SHARK, TENCH, "dogs"])}
+    )
+    pictures, labels = (
+        [str(folder / synset / f"{k}.png") for synset in (SHARK, TENCH) for k in range(3)],
+        [0, 0, 0, 1, 1, 2],
+    )
+    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).save_to_disk(
+        str(tmp_path / "set")
+    )
     source = open_source(f"hf:{tmp_path / 'set'}", per_class=1)
     assert source.classes == ["dogs", TENCH, SHARK]
     assert source.labels[TENCH].startswith("tench") and "dogs" not in source.labels

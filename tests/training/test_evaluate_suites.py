@@ -30,7 +30,21 @@ from training.models.controlnet import FeatureControlNet
 
 
 def run(tmp_path, suite, *options, count=4):
-    evaluate.main(["--suite", suite, "--count", str(count), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / suite), *options])
+    evaluate.main(
+        [
+            "--suite",
+            suite,
+            "--count",
+            str(count),
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / suite),
+            *options,
+        ]
+    )
     assert (tmp_path / suite / "panel.png").exists() and (tmp_path / suite / "index.html").exists()
     return json.loads((tmp_path / suite / "results.json").read_text()), (tmp_path / suite / "report.md").read_text()
 
@@ -51,7 +65,10 @@ def test_cross_model_is_a_matrix(tmp_path):
     for model in ("tiny_cnn_last", "tiny_vit_last"):
         for evaluator in evaluators:
             assert result[model][f"{evaluator}: top1_match"]["n"] == 4
-            assert result[model][f"{evaluator}: cosine"]["value"] > result["unconditional"][f"{evaluator}: cosine"]["value"]
+            assert (
+                result[model][f"{evaluator}: cosine"]["value"]
+                > result["unconditional"][f"{evaluator}: cosine"]["value"]
+            )
     assert f"| {evaluators[0]} | {evaluators[1]} |" in text
     own, _ = run(tmp_path, "quality")
     for measure in ("cosine", "top1_match"):  # a model judged by its own backbone: the same figure in both suites
@@ -62,13 +79,19 @@ def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
     file = tmp_path / "model.safetensors"
     shutil.copy(model_file("tiny_cnn_last"), file)
     before, scope = read_info(file), load_scope(file)
-    result, text = run(tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1", "--write-back")
+    result, text = run(
+        tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1", "--write-back"
+    )
     # strength 0 draws without features; whatever else differs, it is no way to reconstruct
     assert result["best"] == {"strength": 1.0, "guidance": 1.0} and "now recommends strength=1, guidance=1" in text
     after = read_info(file)
-    assert after.recommended == before.recommended | {"strength": 1.0, "guidance": 1.0} and after.source == before.source
+    assert (
+        after.recommended == before.recommended | {"strength": 1.0, "guidance": 1.0} and after.source == before.source
+    )
     assert (load_scope(file) is None) == (scope is None)
-    again, _ = run(tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1")  # finds all records
+    again, _ = run(
+        tmp_path, "sweep", "--model", str(file), "--strengths", "0", "1", "--guidances", "1"
+    )  # finds all records
     assert again.keys() == result.keys() and again["unconditional"] == result["unconditional"]
     assert (tmp_path / "sweep" / "cosine.png").exists() and (tmp_path / "sweep" / "top1_match.png").exists()
 
@@ -76,7 +99,9 @@ def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
 def test_variability_is_of_the_samples(tmp_path):
     result, _ = run(tmp_path, "variability", "--samples", "2", count=2)
     assert 0 < result["reconstruction"]["pixel_variance"]["value"] < result["unconditional"]["pixel_variance"]["value"]
-    assert 0 < result["reconstruction"]["feature_variance"]["value"] < result["unconditional"]["feature_variance"]["value"]
+    assert (
+        0 < result["reconstruction"]["feature_variance"]["value"] < result["unconditional"]["feature_variance"]["value"]
+    )
 
 
 def test_mixing_along_the_interpolation_and_by_region(tmp_path):
@@ -125,11 +150,21 @@ def photographic(stable_diffusion, tmp_path):
     save_file(backbone.model.state_dict(), tmp_path / "backbone.safetensors")
     base = load_base(stable_diffusion, PROMPT)
     model = FeatureControlNet.start(base, backbone.source(), 16)
-    model.save(tmp_path / "model.safetensors", InversionInfo(backbone.source(), model.encoder.settings, base.describe(), PROMPT))
+    model.save(
+        tmp_path / "model.safetensors",
+        InversionInfo(backbone.source(), model.encoder.settings, base.describe(), PROMPT),
+    )
     for synset, picture in zip(("n01440764", "n01484850"), draw(0, torch.arange(2), "held-out").image):
         (tmp_path / "val" / synset).mkdir(parents=True)
         Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "val" / synset / "0.png")
-    return ["--model", str(tmp_path / "model.safetensors"), "--backbone-weights", str(tmp_path / "backbone.safetensors"), "--data", str(tmp_path / "val")]
+    return [
+        "--model",
+        str(tmp_path / "model.safetensors"),
+        "--backbone-weights",
+        str(tmp_path / "backbone.safetensors"),
+        "--data",
+        str(tmp_path / "val"),
+    ]
 
 
 def test_baseline_draws_each_class_by_its_name(photographic, tmp_path, monkeypatch):
@@ -138,8 +173,12 @@ def test_baseline_draws_each_class_by_its_name(photographic, tmp_path, monkeypat
     monkeypatch.setattr(baseline, "embeddings", lambda base, prompts: asked.append(prompts) or real(base, prompts))
     result, text = run(tmp_path, "baseline", *photographic, count=2)
     start, kind = "a high-quality, detailed, and professional image of a ", ", which is a kind of "
-    assert asked == [[f"{start}tench{kind}cyprinid", f"{start}great white shark{kind}mackerel shark"]]  # the first is the paper's example
-    assert result["class name"]["top5_accuracy"]["n"] == result["class name"]["cosine"]["n"] == 2 and "SUPERCLASS" in text
+    assert asked == [
+        [f"{start}tench{kind}cyprinid", f"{start}great white shark{kind}mackerel shark"]
+    ]  # the first is the paper's example
+    assert (
+        result["class name"]["top5_accuracy"]["n"] == result["class name"]["cosine"]["n"] == 2 and "SUPERCLASS" in text
+    )
     for folder in (tmp_path / "val").iterdir():
         folder.rename(folder.with_name(f"dogs {folder.name[-1]}"))
     with pytest.raises(FeatInvError, match="needs ImageNet's layout"):
@@ -154,7 +193,11 @@ def test_every_class_of_imagenet_has_a_superclass():
 def test_natural_adversarial_matches_among_200_classes(photographic, tmp_path, monkeypatch):
     asked = []
     real = Evaluator.__init__
-    monkeypatch.setattr(Evaluator, "__init__", lambda self, backbone, compared, subset=None: asked.append(subset) or real(self, backbone, compared, subset))
+    monkeypatch.setattr(
+        Evaluator,
+        "__init__",
+        lambda self, backbone, compared, subset=None: asked.append(subset) or real(self, backbone, compared, subset),
+    )
     result, _ = run(tmp_path, "natural-adversarial", *photographic, count=2)
     assert len(asked[0]) == 200 and asked[0][:3] == [6, 11, 13] and result["reconstruction"]["top1_match"]["n"] == 2
 

@@ -12,7 +12,11 @@ LIBRARIES = ("cli", "config", "files", "report", "checksum")
 
 def modules():
     """Dotted name -> file of everything in core, worlds and training."""
-    files = [file for folder in ("featinv_nodes/core", "featinv_nodes/worlds", "training") for file in (ROOT / folder).rglob("*.py")]
+    files = [
+        file
+        for folder in ("featinv_nodes/core", "featinv_nodes/worlds", "training")
+        for file in (ROOT / folder).rglob("*.py")
+    ]
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
@@ -23,7 +27,11 @@ def imports(name, file, known):
         if isinstance(node, ast.ImportFrom):
             start = package[: len(package) + 1 - node.level] if node.level else []
             origin = ".".join([*start, *([node.module] if node.module else [])])
-            yield from (found for alias in node.names if (found := f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in known else origin) in known)
+            yield from (
+                found
+                for alias in node.names
+                if (found := f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in known else origin) in known
+            )
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
 
@@ -43,7 +51,9 @@ def test_rooms_import_one_way_and_seven_floors_deep():
     known = modules()
     below = {}
     for name, file in known.items():
-        below.setdefault(room(name), set()).update(room(other) for other in imports(name, file, known) if room(other) not in (room(name), None))
+        below.setdefault(room(name), set()).update(
+            room(other) for other in imports(name, file, known) if room(other) not in (room(name), None)
+        )
 
     @cache
     def floor(place):
@@ -56,9 +66,19 @@ def test_programs_import_no_program():
     known = modules()
     programs = {name for name, file in known.items() if '__name__ == "__main__"' in file.read_text()}
     assert len(programs) > 15 and all(room(name) == "programs" for name in programs)
-    assert not [f"{name} imports {other}" for name, file in known.items() for other in imports(name, file, known) if other in programs]
+    assert not [
+        f"{name} imports {other}"
+        for name, file in known.items()
+        for other in imports(name, file, known)
+        if other in programs
+    ]
 
 
 def test_core_and_worlds_know_nothing_of_training():
     known = modules()
-    assert not [name for name, file in known.items() if name.startswith("featinv_nodes") and any(other.startswith("training") for other in imports(name, file, known))]
+    assert not [
+        name
+        for name, file in known.items()
+        if name.startswith("featinv_nodes")
+        and any(other.startswith("training") for other in imports(name, file, known))
+    ]

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 def test_the_kernels_equal_torch_with_every_gradient_and_keep_the_layout():
     pytest.importorskip("triton")
     env = os.environ | {"PYTHONPATH": str(ROOT)} | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
-    done = subprocess.run([sys.executable, ROOT / "tests" / "training" / "normed.py"], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "training" / "normed.py"], env=env, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "equal", done.stderr
 
 
@@ -26,4 +28,8 @@ def test_a_model_keeps_its_weights_and_what_it_computes_on_a_processor():
     x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     before, names = model(x), list(model.state_dict())
     keep_channels_last(model)
-    assert isinstance(model[1], ChannelsLastGroupNorm) and list(model.state_dict()) == names and torch.equal(model(x), before)
+    assert (
+        isinstance(model[1], ChannelsLastGroupNorm)
+        and list(model.state_dict()) == names
+        and torch.equal(model(x), before)
+    )

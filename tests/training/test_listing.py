@@ -62,7 +62,9 @@ def test_two_processes_read_each_picture_once(shards):
 
 
 def test_workers_give_the_same_pictures(photographs):
-    one, two = (loader(Photographs(Folder(photographs), {"pictures": 16}, "both", 0), 4, 5, 0, 1, workers) for workers in (0, 2))
+    one, two = (
+        loader(Photographs(Folder(photographs), {"pictures": 16}, "both", 0), 4, 5, 0, 1, workers) for workers in (0, 2)
+    )
     for _ in range(3):
         assert torch.equal(next(one).tensors["pictures"], next(two).tensors["pictures"])
 
@@ -121,7 +123,10 @@ def test_some_pictures_are_spread_over_all(photographs):
 
 def test_a_view_is_the_same_in_every_epoch_that_shows_it(photographs):
     source = Photographs(Folder(photographs), {"pictures": 16}, "both", 0, views=2)
-    epochs = [{source.entry(n): source.__getitems__([n]).tensors["pictures"] for n in range(12 * e, 12 * e + 12)} for e in range(3)]
+    epochs = [
+        {source.entry(n): source.__getitems__([n]).tensors["pictures"] for n in range(12 * e, 12 * e + 12)}
+        for e in range(3)
+    ]
     assert epochs[0].keys() == epochs[2].keys() and not epochs[0].keys() & epochs[1].keys()
     assert all(torch.equal(epochs[0][k], epochs[2][k]) for k in epochs[0])
     assert [source.entry(n) for n in range(12)] != [source.entry(n) for n in range(24, 36)]  # in another order

@@ -1,4 +1,5 @@
-"""A world is made whole from a folder of photographs, goes on from wherever it was stopped, and says what it cannot do."""
+"""A world is made whole from a folder of photographs, goes on from wherever it was stopped, and says what it cannot
+do."""
 
 import json
 import os
@@ -68,8 +69,18 @@ def network(tmp_path_factory):
     folder = tmp_path_factory.mktemp("network")
     torch.manual_seed(0)
     save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), folder / "model.safetensors")
-    known = {"tag": "random", "input_size": [3, 64, 64], "interpolation": "bicubic", "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.25] * 3, "num_classes": 10}
-    (folder / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 10, "pretrained_cfg": known}))
+    known = {
+        "tag": "random",
+        "input_size": [3, 64, 64],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "num_classes": 10,
+    }
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": "resnet10t", "num_classes": 10, "pretrained_cfg": known})
+    )
     return folder
 
 
@@ -79,9 +90,40 @@ def make(data, network):
 
     def run(out, *more, length=("--images", "960")):
         torch.manual_seed(0)
-        small = ["--side", "32", "--patch", "8", "--latents", "8", "--widths", "32", "64", "--batch", "16", "--depths", *DEPTHS]
+        small = [
+            "--side",
+            "32",
+            "--patch",
+            "8",
+            "--latents",
+            "8",
+            "--widths",
+            "32",
+            "64",
+            "--batch",
+            "16",
+            "--depths",
+            *DEPTHS,
+        ]
         make_world.main(
-            ["photo", "--device", "cpu", "--threads", "1", "--data", str(data), "--backbone", str(network), "--name", "small", "--out", str(out), *length, *small, *more]
+            [
+                "photo",
+                "--device",
+                "cpu",
+                "--threads",
+                "1",
+                "--data",
+                str(data),
+                "--backbone",
+                str(network),
+                "--name",
+                "small",
+                "--out",
+                str(out),
+                *length,
+                *small,
+                *more,
+            ]
         )
 
     return run
@@ -93,8 +135,14 @@ def made(make, tmp_path_factory):
     out, encoded, started = tmp_path_factory.mktemp("made") / "world", [], []
     with pytest.MonkeyPatch.context() as patch:
         encode, start_from = PatchAutoencoder.encode, inversion.start_from
-        patch.setattr(PatchAutoencoder, "encode", lambda self, x: (encoded.append(x.amin((1, 2, 3)) > 0.99), encode(self, x))[1])
-        patch.setattr(inversion, "start_from", lambda model, file, base: (started.append(Path(file).name), start_from(model, file, base))[1])
+        patch.setattr(
+            PatchAutoencoder, "encode", lambda self, x: (encoded.append(x.amin((1, 2, 3)) > 0.99), encode(self, x))[1]
+        )
+        patch.setattr(
+            inversion,
+            "start_from",
+            lambda model, file, base: (started.append(Path(file).name), start_from(model, file, base))[1],
+        )
         make(out)
     encoded = torch.cat(encoded)
     return out, len(encoded), encoded.sum().item(), started
@@ -141,7 +189,9 @@ def test_a_whole_world_opens_and_draws(made, network):
         sampling = pipeline.recommended()
         assert pipeline.info.config["cycle"] == 0.5  # worth more than twice the images
         assert (sampling.steps, sampling.negative, sampling.gradient > 0) == (10, "features", depth != "pooled")
-        drawn = pipeline.draw(pipeline.extract(torch.rand(2, 3, 80, 80)), pipeline.recommended(steps=2), pipeline.noise([0, 1]))
+        drawn = pipeline.draw(
+            pipeline.extract(torch.rand(2, 3, 80, 80)), pipeline.recommended(steps=2), pipeline.noise([0, 1])
+        )
         assert drawn.shape == (2, 3, 32, 32) and drawn.std() > 0.01
 
 
@@ -156,7 +206,8 @@ def test_the_latents_that_the_base_model_learns_are_standardised(made, data):
 
 
 def test_pictures_that_are_kept_back_are_in_no_stage(made):
-    """They are white: what the autoencoder encodes is what the stages learn from, and its panel alone shows it white ones."""
+    """They are white: what the autoencoder encodes is what the stages learn from, and its panel alone shows it white
+    ones."""
     _, encoded, white, _ = made
     assert white == make_photo.SHOWN and encoded > 3000 + SEEN["decoder"] + SEEN["base"] + COUNT - 9
 
@@ -164,7 +215,11 @@ def test_pictures_that_are_kept_back_are_in_no_stage(made):
 def test_photographs_part_into_training_and_kept_back(data):
     photographs = read_photographs([str(data)], 64)
     assert len(photographs.kept_back) == 9 and len(photographs.pictures) == COUNT - 9
-    assert photographs.kept_back.min() == 255 and (photographs.held_out(8) == 1).all() and len(photographs.held_out(99)) == 9
+    assert (
+        photographs.kept_back.min() == 255
+        and (photographs.held_out(8) == 1).all()
+        and len(photographs.held_out(99)) == 9
+    )
     crops = photographs.random(2000)
     assert crops.shape == (2000, 3, 64, 64) and crops.amin((1, 2, 3)).max() < 0.99
 
@@ -218,7 +273,13 @@ def dies(patch, name, count, before=False):
 def test_a_world_that_was_stopped_at_any_moment_ends_as_one_never_stopped(made, make, tmp_path):
     out = tmp_path / "world"
     last = SEEN["small_last"] // 16
-    for name, count, before in (("decoder", 2, False), ("decoder", 2, True), ("base", 5, False), ("small_layer2", 3, True), ("small_last", last, False)):
+    for name, count, before in (
+        ("decoder", 2, False),
+        ("decoder", 2, True),
+        ("base", 5, False),
+        ("small_layer2", 3, True),
+        ("small_last", last, False),
+    ):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
             dies(patch, name, count, before)
             make(out)
@@ -258,7 +319,9 @@ def test_a_stage_waits_for_those_before_it(make, tmp_path):
     says("no base model yet; run the stages autoencoder and base first", lambda: make(tmp_path, "--stage", "last"))
     make(tmp_path, "--stage", "autoencoder", length=("--images", "32"))
     assert seen(tmp_path) == {"decoder": 32} and (tmp_path / "work" / "panel_autoencoder.png").exists()
-    says("no base model yet", lambda: make(tmp_path, "--stage", "last", length=("--images", "32")))  # one at random weights is none
+    says(
+        "no base model yet", lambda: make(tmp_path, "--stage", "last", length=("--images", "32"))
+    )  # one at random weights is none
     make(tmp_path, "--stage", "base", length=("--images", "32"))
     make(tmp_path, "--stage", "last", length=("--images", "32"))
     assert seen(tmp_path) == {"decoder": 32, "base": 32, "small_last": 32}
@@ -291,7 +354,11 @@ def test_other_sizes_in_the_same_folder_are_refused(copy, make):
 @pytest.fixture
 def keep(made, data, network):
     """(folder, views) -> the kept features of the world's own base model."""
-    base, backbone, photographs = load_base(made[0] / "base", "a photograph"), open_backbone(str(network)), read_photographs([str(data)], 64)
+    base, backbone, photographs = (
+        load_base(made[0] / "base", "a photograph"),
+        open_backbone(str(network)),
+        read_photographs([str(data)], 64),
+    )
     return lambda folder, views=1: Kept(folder, photographs, base, backbone, list(DEPTHS), views)
 
 
@@ -320,7 +387,9 @@ def test_kept_features_do_not_depend_on_being_interrupted(keep, made, tmp_path, 
             stop_at(patch, call)
             keep(tmp_path / "stopped", 2)
     result = rows_of(keep(tmp_path / "stopped", 2))
-    assert expected.keys() == result.keys() == {"latents", "layer2", "last"} and all(np.array_equal(result[k], expected[k]) for k in expected)
+    assert expected.keys() == result.keys() == {"latents", "layer2", "last"} and all(
+        np.array_equal(result[k], expected[k]) for k in expected
+    )
     count = COUNT - 9
     assert len(expected["last"]) == 2 * count and (expected["latents"].std((1, 2, 3)) > 0).all()
     assert not np.array_equal(expected["latents"][:count], expected["latents"][count:])  # two crops, not one twice
@@ -348,14 +417,19 @@ def test_kept_features_that_are_made_anew_are_not_taken_for_whole_ones(keep, tmp
 def test_kept_features_are_of_these_photographs(keep, made, data, network, tmp_path):
     """As many others, mirrored: their features are not those that are there."""
     before = rows_of(keep(tmp_path))
-    base, backbone, photographs = load_base(made[0] / "base", "a photograph"), open_backbone(str(network)), read_photographs([str(data)], 64)
+    base, backbone, photographs = (
+        load_base(made[0] / "base", "a photograph"),
+        open_backbone(str(network)),
+        read_photographs([str(data)], 64),
+    )
     photographs.pictures = photographs.pictures.flip(3)
     after = rows_of(Kept(tmp_path, photographs, base, backbone, list(DEPTHS), 1))
     assert not np.array_equal(before["latents"], after["latents"])
 
 
 def test_kept_rows_belong_together(keep, tmp_path, network):
-    """Latents and features that are drawn are of the same crop, and pooled features are the mean of the last layer's."""
+    """Latents and features that are drawn are of the same crop, and pooled features are the mean of the last
+    layer's."""
     kept = keep(tmp_path)
     drawn = {}
     for depth in DEPTHS:
@@ -364,7 +438,9 @@ def test_kept_rows_belong_together(keep, tmp_path, network):
     for depth in ("layer2", "last"):
         latents, values = drawn[depth]
         for z, v in zip(latents, values):
-            (place,) = [k for k in range(len(kept.rows["latents"])) if np.array_equal(kept.rows["latents"][k], z.half())]
+            (place,) = [
+                k for k in range(len(kept.rows["latents"])) if np.array_equal(kept.rows["latents"][k], z.half())
+            ]
             assert np.array_equal(kept.rows[depth][place], v.half())
     assert torch.equal(drawn["pooled"][1], drawn["last"][1].mean((2, 3), keepdim=True))
 
@@ -395,13 +471,19 @@ def says(why, action):
 def test_arguments_that_cannot_work_are_refused_before_anything_runs(make, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(make_photo, "read_photographs", None)
-    says("--stage pancake: expected one of autoencoder, base, layer2, last, pooled", lambda: make(out, "--stage", "pancake"))
+    says(
+        "--stage pancake: expected one of autoencoder, base, layer2, last, pooled",
+        lambda: make(out, "--stage", "pancake"),
+    )
     says("no layer 'layer9'; choose one of last, .*layer1", lambda: make(out, "--depths", "layer9"))
     says("--patch 6: expected a patch that is a multiple of 4", lambda: make(out, "--patch", "6"))
     says("--side 40 and --patch 8: .*parts the side into a multiple of 2 cells", lambda: make(out, "--side", "40"))
     says("--side 36", lambda: make(out, "--side", "36"))
     for latents in ("193", "0", "-8"):
-        says(f"--latents {latents}, .*expected at most 192 latents", lambda latents=latents: make(out, "--latents", latents))
+        says(
+            f"--latents {latents}, .*expected at most 192 latents",
+            lambda latents=latents: make(out, "--latents", latents),
+        )
     for widths in (("48", "64"), ("0", "32"), ("-32",)):
         says("--widths .*multiples of 32", lambda widths=widths: make(out, "--widths", *widths))
     says("--patch 0", lambda: make(out, "--patch", "0"))
@@ -417,9 +499,14 @@ def test_too_little_to_learn_from_says_how_much_is_enough(depths, batch):
     for option, low in (("images", 3), ("minutes", 0.01)):
         for alone in (False, True):
             for stage in stages:
-                args = Namespace(images=None, minutes=None, batch=batch, stage=stage if alone else None, depths=stages[2:])
+                args = Namespace(
+                    images=None, minutes=None, batch=batch, stage=stage if alone else None, depths=stages[2:]
+                )
                 setattr(args, option, low)
-                text = says(rf"^--{option} {low}: stage {stage} would .*; give at least [\d.]+$", partial(make_photo.length, args, stage))
+                text = says(
+                    rf"^--{option} {low}: stage {stage} would .*; give at least [\d.]+$",
+                    partial(make_photo.length, args, stage),
+                )
                 enough = float(re.search(r"[\d.]+$", text)[0])
                 setattr(args, option, int(enough) if option == "images" else enough)
                 assert make_photo.length(args, stage)[option] > 0
@@ -428,8 +515,14 @@ def test_too_little_to_learn_from_says_how_much_is_enough(depths, batch):
 
 
 def test_too_little_is_refused_by_the_program(make, tmp_path):
-    says("--images 100: stage autoencoder would see 10, less than one batch; give at least 160", lambda: make(tmp_path, length=("--images", "100")))
-    says("--minutes 0.1: stage autoencoder would have 0.6 seconds; give at least 0.9", lambda: make(tmp_path, length=("--minutes", "0.1")))
+    says(
+        "--images 100: stage autoencoder would see 10, less than one batch; give at least 160",
+        lambda: make(tmp_path, length=("--images", "100")),
+    )
+    says(
+        "--minutes 0.1: stage autoencoder would have 0.6 seconds; give at least 0.9",
+        lambda: make(tmp_path, length=("--minutes", "0.1")),
+    )
     says("--minutes -5", lambda: make(tmp_path, length=("--minutes", "-5")))
     assert not list(tmp_path.iterdir())
 
@@ -442,9 +535,14 @@ def test_folders_without_enough_photographs_are_refused(data, tmp_path, capsys):
         shutil.copy(data / f"{number:03}.png", tmp_path)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     (tmp_path / "cut off.png").write_bytes((data / "001.png").read_bytes()[:300])
-    says(f"{tmp_path}: 5 photographs that can be read; a world needs at least 200, a good one tens of thousands", lambda: read_photographs([str(tmp_path)], 64))
+    says(
+        f"{tmp_path}: 5 photographs that can be read; a world needs at least 200, a good one tens of thousands",
+        lambda: read_photographs([str(tmp_path)], 64),
+    )
     said = capsys.readouterr().out
-    assert re.search(r"left out 2 that cannot be read: broken.jpg \(UnidentifiedImageError\), cut off.png \(\w+\)\n", said)
+    assert re.search(
+        r"left out 2 that cannot be read: broken.jpg \(UnidentifiedImageError\), cut off.png \(\w+\)\n", said
+    )
 
 
 def test_photographs_that_cannot_be_read_are_left_out_and_the_rest_is_used(data, tmp_path, capsys):
@@ -453,7 +551,12 @@ def test_photographs_that_cannot_be_read_are_left_out_and_the_rest_is_used(data,
     photographs = read_photographs([str(data), str(tmp_path)], 64)
     assert len(photographs.pictures) + len(photographs.kept_back) == COUNT
     said = capsys.readouterr().out
-    assert "left out 8 that cannot be read: broken 0.jpg" in said and "broken 4.jpg" in said and "broken 5.jpg" not in said and "and others" in said
+    assert (
+        "left out 8 that cannot be read: broken 0.jpg" in said
+        and "broken 4.jpg" in said
+        and "broken 5.jpg" not in said
+        and "and others" in said
+    )
     assert "210 photographs from 2 folders; 9 are kept back from training" in said
 
 
@@ -479,7 +582,8 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(copy, make, capsys
 
 
 def test_an_inversion_model_in_8_bits_draws_the_same_pictures(tmp_path):
-    """A trained one: each picture within 1/50 of the whole range of what it is in 16 bits, on average over its pixels."""
+    """A trained one: each picture within 1/50 of the whole range of what it is in 16 bits, on average over its
+    pixels."""
     pipeline = load_pipeline("tiny_cnn_last")
     features = pipeline.extract(draw(0, torch.arange(4), "held-out").image)
     sampling, start = pipeline.recommended(steps=10, gradient=0.0), pipeline.noise(range(4))
@@ -487,6 +591,9 @@ def test_an_inversion_model_in_8_bits_draws_the_same_pictures(tmp_path):
     pipeline.model.save(tmp_path / "small.safetensors", pipeline.info, torch.int8)
     pipeline.model, info = FeatureControlNet.load(tmp_path / "small.safetensors", pipeline.base)
     result = pipeline.draw(features, sampling, start)
-    assert info == pipeline.info and (tmp_path / "small.safetensors").stat().st_size < 0.6 * model_file("tiny_cnn_last").stat().st_size
+    assert (
+        info == pipeline.info
+        and (tmp_path / "small.safetensors").stat().st_size < 0.6 * model_file("tiny_cnn_last").stat().st_size
+    )
     assert 0 < (result - expected).abs().mean((1, 2, 3)).max() < 0.02
     assert (expected[0] - expected[1]).abs().mean() > 0.1  # as far as two pictures are apart

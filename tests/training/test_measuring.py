@@ -22,7 +22,9 @@ def small(monkeypatch):
     monkeypatch.setattr(real_size, "VAE", real_size.VAE | real_size.SMALL["vae"])
     for key, value in real_size.SMALL["text"].items():
         monkeypatch.setitem(real_size.CLIP, key, value)
-    return read_config(CONFIGS / "resnet50_last.yaml", {"backbone": "resnet10t", "encoder_width": "16", "precision": "fp32"})
+    return read_config(
+        CONFIGS / "resnet50_last.yaml", {"backbone": "resnet10t", "encoder_width": "16", "precision": "fp32"}
+    )
 
 
 def test_both_recipes_learn_the_same_at_equal_settings(small, capsys):
@@ -64,26 +66,39 @@ def test_the_peak_is_what_is_held_at_once_each_storage_once():
 def test_memory_of_a_step_grows_with_the_batch_and_falls_with_checkpointing_and_small_moments(small):
     """With the amounts that follow from the parameters, and no storage made for any of it."""
     small = replace(small, precision="bf16", ema=0.0, batch=16)
-    plain, checkpointed, larger = (step_gigabytes(replace(small, **changes)) for changes in ({}, {"checkpointing": True}, {"batch": 32}))
+    plain, checkpointed, larger = (
+        step_gigabytes(replace(small, **changes)) for changes in ({}, {"checkpointing": True}, {"batch": 32})
+    )
     parts = real_size.build(small, "meta")
-    trained, frozen = (sum(p.numel() for m in modules for p in m.parameters()) for modules in ((parts.model,), (parts.base.unet, parts.base.vae, parts.backbone)))
+    trained, frozen = (
+        sum(p.numel() for m in modules for p in m.parameters())
+        for modules in ((parts.model,), (parts.base.unet, parts.base.vae, parts.backbone))
+    )
     resident = (16 * trained + 2 * frozen) / 1e9  # float32 weights, gradients, two moments; the frozen parts in bf16
     activations = plain - resident
     assert activations > 0 and checkpointed < plain
-    assert larger - resident == pytest.approx(2 * activations, rel=0.05)  # gradients of the weights are there beside them
+    assert larger - resident == pytest.approx(
+        2 * activations, rel=0.05
+    )  # gradients of the weights are there beside them
     assert step_gigabytes(replace(small, optimizer="adamw8bit")) == pytest.approx(plain - 6 * trained / 1e9, rel=1e-6)
     assert step_gigabytes(replace(small, ema=0.999)) == pytest.approx(plain + 4 * trained / 1e9, rel=1e-6)
 
 
 def test_images_needed_are_read_off_the_curve():
     points = [(10, 0.2), (20, 0.6), (30, 0.5), (40, 0.8)]
-    assert images_to_reach(points, 0.4) == 15 and images_to_reach(points, 0.1) == 10 and images_to_reach(points, 0.9) is None
+    assert (
+        images_to_reach(points, 0.4) == 15
+        and images_to_reach(points, 0.1) == 10
+        and images_to_reach(points, 0.9) is None
+    )
     assert images_to_reach(points, 0.7) == pytest.approx(30 + 10 * 2 / 3)
 
 
 def test_a_curve_that_was_stopped_goes_on_with_the_points_it_has(tmp_path, monkeypatch):
     measured = []
-    monkeypatch.setattr(transfer, "train", lambda config, folder: measured.append(config.max_images) or config.max_images)
+    monkeypatch.setattr(
+        transfer, "train", lambda config, folder: measured.append(config.max_images) or config.max_images
+    )
     monkeypatch.setattr(transfer, "held_out_cosine", lambda seen: seen / 100)
     config = read_config(CONFIGS / "tiny_vit_last.yaml")
     assert transfer.curve(config, tmp_path / "run", 20, 10) == [(10, 0.1), (20, 0.2)]

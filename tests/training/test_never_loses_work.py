@@ -82,7 +82,9 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch, capsys
     real = open
 
     def full(file, mode="r"):
-        return real("/dev/full" if "w" in mode and "000000000012" in str(file) else file, mode)  # every write to it fails as on a full disk
+        return real(
+            "/dev/full" if "w" in mode and "000000000012" in str(file) else file, mode
+        )  # every write to it fails as on a full disk
 
     def no_panel(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -166,7 +168,11 @@ def test_the_log_goes_on_where_the_checkpoint_does(tmp_path):
     file.write_text("".join(json.dumps({"images": n, "loss": 1.0}) + "\n" for n in (10, 20, 30)) + '{"images": 40, "lo')
     with log.open_log(file, 20) as opened:
         log.write_line(opened, {"images": 30, "loss": 0.5}, print)
-    assert [(line["images"], line["loss"]) for line in map(json.loads, file.read_text().splitlines())] == [(10, 1.0), (20, 1.0), (30, 0.5)]
+    assert [(line["images"], line["loss"]) for line in map(json.loads, file.read_text().splitlines())] == [
+        (10, 1.0),
+        (20, 1.0),
+        (30, 0.5),
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -204,8 +210,14 @@ def test_pictures_that_cannot_be_read_are_replaced_counted_and_named(photographs
     (photographs / "07.png").write_text("no picture")
     one = here(tmp_path / "one", data=str(photographs), max_images="24", save_every="8")
     said = capsys.readouterr().out
-    assert said.count("03.png cannot be read") == 1 and "2 pictures could not be read and were replaced (03.png, 07.png" in said
-    assert [line.split("\t")[0] for line in (tmp_path / "one" / "unreadable.txt").read_text().splitlines()] == ["03.png", "07.png"]
+    assert (
+        said.count("03.png cannot be read") == 1
+        and "2 pictures could not be read and were replaced (03.png, 07.png" in said
+    )
+    assert [line.split("\t")[0] for line in (tmp_path / "one" / "unreadable.txt").read_text().splitlines()] == [
+        "03.png",
+        "07.png",
+    ]
     here(tmp_path / "two", data=str(photographs), max_images="8", save_every="8")
     two = here(tmp_path / "two", data=str(photographs), max_images="24", save_every="8")
     a, b = load_file(one), load_file(two)
@@ -281,7 +293,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, mo
         here(tmp_path)
     assert saved(tmp_path) == [6]
     report = json.loads((tmp_path / "not_finite_000000000008.json").read_text())
-    assert report["first_image"] == 8 and report["pictures"] == ["scene 8", "scene 9"] and report["config"]["batch"] == 2
+    assert (
+        report["first_image"] == 8 and report["pictures"] == ["scene 8", "scene 9"] and report["config"]["batch"] == 2
+    )
 
 
 def test_a_step_that_is_not_finite_can_be_left_out(tmp_path, monkeypatch, capsys):

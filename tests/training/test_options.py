@@ -1,4 +1,5 @@
-"""What a user can choose: one process or two, whole batches or parts, what is logged, and what is said of a wrong choice."""
+"""What a user can choose: one process or two, whole batches or parts, what is logged, and what is said of a wrong
+choice."""
 
 import json
 import multiprocessing
@@ -57,9 +58,11 @@ def whole(tmp_path_factory):
 
 
 def close(result, expected):
-    """Equal but for the order in which sums of float32 are rounded; AdamW makes whole steps of what is rounded near 0, so
-    single weights may differ more than all together."""
-    apart = sum((result[k] - expected[k]).square().sum() for k in expected) / sum(v.square().sum() for v in expected.values())
+    """Equal but for the order in which sums of float32 are rounded; AdamW makes whole steps of what is rounded near 0,
+    so single weights may differ more than all together."""
+    apart = sum((result[k] - expected[k]).square().sum() for k in expected) / sum(
+        v.square().sum() for v in expected.values()
+    )
     return apart.sqrt() < 1e-3
 
 
@@ -111,7 +114,15 @@ def test_min_snr_lowers_the_weight_of_small_noise(whole, tmp_path):
 
 def test_the_log_says_what_a_step_costs(whole):
     (line,) = lines(whole[0])
-    assert {"images", "loss", "lr", "images_per_second", "gflops", "data_wait", "memory_gb"} == line.keys()  # the share of a CPU's peak is not known
+    assert {
+        "images",
+        "loss",
+        "lr",
+        "images_per_second",
+        "gflops",
+        "data_wait",
+        "memory_gb",
+    } == line.keys()  # the share of a CPU's peak is not known
     assert 0 <= line["data_wait"] <= 1 and line["memory_gb"] > 0.1
     base, backbone = load_base("tiny", "a drawing of the small world"), open_backbone("tiny-cnn")
     model = FeatureControlNet.start(base, backbone.source(), 16)
@@ -148,7 +159,10 @@ def test_trackers_get_numbers_and_panels(tmp_path, monkeypatch):
     here(tmp_path, trackers="[remembering]", panel_every="40")
     seen = Remembering.seen
     assert seen["config"]["batch"] == 2 and seen["panel"][0] == 40 and seen["panel"][1][3] == 3
-    assert "cosine" in seen["values"][40] and [line.keys() & {"loss", "cosine"} for line in lines(tmp_path)] == [{"loss"}, {"cosine"}]
+    assert "cosine" in seen["values"][40] and [line.keys() & {"loss", "cosine"} for line in lines(tmp_path)] == [
+        {"loss"},
+        {"cosine"},
+    ]
 
 
 def test_a_tracker_that_fails_does_not_end_a_run(tmp_path, monkeypatch, capsys):
@@ -220,4 +234,6 @@ def test_weights_that_processes_share_out_are_saved_whole(tmp_path):
     for part in ("model", "average"):
         assert all(torch.allclose(shared[part][k], alone[part][k]) for k in alone[part])
     assert all(torch.equal(shared["average"][k], shared["whole"][k]) for k in shared["whole"])
-    assert torch.allclose(shared["optimizer"]["state"]["weight"]["exp_avg"], alone["optimizer"]["state"]["weight"]["exp_avg"])
+    assert torch.allclose(
+        shared["optimizer"]["state"]["weight"]["exp_avg"], alone["optimizer"]["state"]["weight"]["exp_avg"]
+    )

@@ -51,13 +51,17 @@ def features(backbone):
 def test_at_first_the_output_is_exactly_the_base_models(base, backbone, features):
     model = FeatureControlNet.start(base, backbone.source(), width=32).eval()
     sampling, start = Sampling(steps=3, guidance=2.0), noise(base, 0, 2)
-    assert torch.equal(sample(base, model, features, start, sampling, PROMPT), sample(base, None, None, start, sampling, PROMPT))
+    assert torch.equal(
+        sample(base, model, features, start, sampling, PROMPT), sample(base, None, None, start, sampling, PROMPT)
+    )
 
 
 def test_a_cast_base_model_is_not_taken_back_to_float32_by_autocast(base, controlnet, features):
     cast, modes = deepcopy(base.unet).bfloat16(), set()
     for norm in (m for m in cast.modules() if isinstance(m, torch.nn.GroupNorm)):
-        norm.register_forward_hook(lambda _, given, made: modes.add((torch.is_autocast_enabled("cpu"), given[0].dtype, made.dtype)))
+        norm.register_forward_hook(
+            lambda _, given, made: modes.add((torch.is_autocast_enabled("cpu"), given[0].dtype, made.dtype))
+        )
     given = noise(base, 0, 2), torch.tensor([400, 700]), base.text[PROMPT].expand(2, -1, -1), features.values
     exact = controlnet(base.unet, *given)
     with torch.autocast("cpu", torch.bfloat16):
@@ -85,7 +89,8 @@ def test_guidance_follows_its_formula(base, controlnet, features):
             null = torch.zeros_like(features.values) if negative == "features" else features.values
             context = [base.text[p].expand(2, -1, -1) for p in (PROMPT, "")]
             out = [
-                controlnet.predict(base.unet, start, t, c, controlnet.hint(v, (8, 8)), 0.7) for v, c in zip((features.values, null), context)
+                controlnet.predict(base.unet, start, t, c, controlnet.hint(v, (8, 8)), 0.7)
+                for v, c in zip((features.values, null), context)
             ]
             expected = scheduler.step(out[1] + 3.0 * (out[0] - out[1]), t, start).prev_sample
             assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()  # float32, batches of 4 against 2
@@ -107,12 +112,17 @@ def test_weights_file_gives_the_same_pictures(base, controlnet, features, tmp_pa
     controlnet.save(tmp_path / "m.safetensors", info)
     again, _ = FeatureControlNet.load(tmp_path / "m.safetensors", base)
     sampling, start = Sampling(steps=2, guidance=2.0), noise(base, 0, 2)
-    assert torch.equal(sample(base, controlnet, features, start, sampling, PROMPT), sample(base, again, features, start, sampling, PROMPT))
+    assert torch.equal(
+        sample(base, controlnet, features, start, sampling, PROMPT),
+        sample(base, again, features, start, sampling, PROMPT),
+    )
 
 
 def test_what_does_not_fit_is_refused(base, backbone, controlnet, features, tmp_path):
     other = {**base.describe(), "width": 320}
-    controlnet.save(tmp_path / "m.safetensors", InversionInfo(controlnet.source, controlnet.encoder.settings, other, PROMPT))
+    controlnet.save(
+        tmp_path / "m.safetensors", InversionInfo(controlnet.source, controlnet.encoder.settings, other, PROMPT)
+    )
     with pytest.raises(FeatInvError, match="width: 320 in the weights file, 64"):
         FeatureControlNet.load(tmp_path / "m.safetensors", base)
     with pytest.raises(FeatInvError, match="layer2"):
@@ -163,9 +173,13 @@ def test_cycle_distance_sees_the_features_and_reaches_the_latents(base, backbone
     config, latents = read_config(DEFAULT), base.encode(scenes).detach().clone().requires_grad_(True)
     distance = cycle_distance(base, backbone, latents, values.clone(), config)
     other = cycle_distance(base, backbone, latents.detach().flip(0), values.clone(), config)
-    assert distance.shape == (8,) and distance.max() < 0.05 < 0.3 < other.mean()  # the autoencoder's round trip against unrelated pictures
+    assert (
+        distance.shape == (8,) and distance.max() < 0.05 < 0.3 < other.mean()
+    )  # the autoencoder's round trip against unrelated pictures
     distance.sum().backward()
-    assert latents.grad.abs().max() > 0 and all(p.grad is None for p in [*backbone.parameters(), *base.vae.parameters()])
+    assert latents.grad.abs().max() > 0 and all(
+        p.grad is None for p in [*backbone.parameters(), *base.vae.parameters()]
+    )
 
 
 def test_cycle_weight_adds_the_distance_of_what_is_shown(base, backbone, features):
@@ -175,7 +189,14 @@ def test_cycle_weight_adds_the_distance_of_what_is_shown(base, backbone, feature
 
     def loss(**changes):
         torch.manual_seed(0)
-        return training_loss(base, backbone, Same(), torch.zeros(2, 24, 8, 8), features.values, read_config(DEFAULT, {"cycle": "0.0"} | changes)).item()
+        return training_loss(
+            base,
+            backbone,
+            Same(),
+            torch.zeros(2, 24, 8, 8),
+            features.values,
+            read_config(DEFAULT, {"cycle": "0.0"} | changes),
+        ).item()
 
     plain = loss(dropout="0.0")
     assert loss(dropout="0.0", cycle="1.0") > plain + 0.1

@@ -34,7 +34,15 @@ def features(pipeline):
 
 
 def latents(pipeline, features, sampling):
-    return sample(pipeline.base, pipeline.model, features, pipeline.noise([0, 1]), sampling, pipeline.info.prompt, pipeline.backbone)
+    return sample(
+        pipeline.base,
+        pipeline.model,
+        features,
+        pipeline.noise([0, 1]),
+        sampling,
+        pipeline.info.prompt,
+        pipeline.backbone,
+    )
 
 
 def relative(a, b):
@@ -43,7 +51,9 @@ def relative(a, b):
 
 def test_equal_guidances_are_the_joint_one(pipeline, features):
     equal = replace(APART, text_guidance=3.0)
-    assert torch.equal(latents(pipeline, features, equal), latents(pipeline, features, replace(APART, text_guidance=None)))
+    assert torch.equal(
+        latents(pipeline, features, equal), latents(pipeline, features, replace(APART, text_guidance=None))
+    )
     assert not torch.allclose(latents(pipeline, features, APART), latents(pipeline, features, equal), rtol=0.01)
 
 
@@ -60,20 +70,32 @@ def test_every_number_of_steps_is_taken_from_the_first_timestep_to_none_below_ze
 
 
 def test_a_number_of_steps_that_does_not_divide_the_timesteps_draws_as_its_neighbours_do(pipeline, features):
-    scores = [pipeline.score(features, pipeline.draw(features, pipeline.recommended(steps=n, gradient=0.0), pipeline.noise([0, 1]))).mean() for n in (60, 61)]
+    scores = [
+        pipeline.score(
+            features, pipeline.draw(features, pipeline.recommended(steps=n, gradient=0.0), pipeline.noise([0, 1]))
+        ).mean()
+        for n in (60, 61)
+    ]
     assert abs(scores[0] - scores[1]) < 0.02 and scores[1] > 0.9
 
 
-@pytest.mark.parametrize(("guidance", "text", "evaluations"), [(3.0, 1.5, 3), (3.0, 0.0, 2), (1.0, 2.0, 2), (0.0, 2.0, 3), (1.0, 1.0, 1)])
+@pytest.mark.parametrize(
+    ("guidance", "text", "evaluations"), [(3.0, 1.5, 3), (3.0, 0.0, 2), (1.0, 2.0, 2), (0.0, 2.0, 3), (1.0, 1.0, 1)]
+)
 def test_two_guidances_follow_their_formula(pipeline, features, guidance, text, evaluations):
-    """Against a loop that evaluates all three one after another (Brooks et al. 2023, Eq. 3); what has no share is left out."""
+    """Against a loop that evaluates all three one after another (Brooks et al. 2023, Eq. 3); what has no share is left
+    out."""
     sampling, base, model = replace(APART, guidance=guidance, text_guidance=text), pipeline.base, pipeline.model
     x, scheduler = pipeline.noise([0, 1]), DDIMScheduler.from_config(pipeline.base.scheduler.config)
     scheduler.set_timesteps(sampling.steps)
     with torch.inference_mode():
         for t in scheduler.timesteps:
             one = lambda values, prompt: model(base.unet, x, t, base.text[prompt].expand(2, -1, -1), values)  # noqa: B023, E731
-            none, cond, both = one(features.values * 0, ""), one(features.values, ""), one(features.values, pipeline.info.prompt)
+            none, cond, both = (
+                one(features.values * 0, ""),
+                one(features.values, ""),
+                one(features.values, pipeline.info.prompt),
+            )
             x = scheduler.step(none + guidance * (cond - none) + text * (both - cond), t, x).prev_sample
     assert relative(latents(pipeline, features, sampling), x) < 1e-4  # float32, batches of another size
     assert len(sampling.weights()) == evaluations and sampling.evaluations == 4 * evaluations
@@ -87,12 +109,19 @@ def test_without_a_model_only_the_texts_guidance_is_left(pipeline):
 
 
 def test_solvers_agree_where_steps_are_many_and_are_nearer_where_they_are_few(pipeline, features):
-    """All solve the same equation. The reference is DDIM of 100 steps, itself of first order: the tolerance is about half
-    of what ten steps are off (0.07 to 0.09)."""
+    """All solve the same equation. The reference is DDIM of 100 steps, itself of first order: the tolerance is about
+    half of what ten steps are off (0.07 to 0.09)."""
     one = features.select(slice(0, 1))
 
     def drawn(solver, steps):
-        return sample(pipeline.base, pipeline.model, one, pipeline.noise([0]), Sampling(steps, guidance=1.0, solver=solver), pipeline.info.prompt)
+        return sample(
+            pipeline.base,
+            pipeline.model,
+            one,
+            pipeline.noise([0]),
+            Sampling(steps, guidance=1.0, solver=solver),
+            pipeline.info.prompt,
+        )
 
     reference = drawn("ddim", 100)
     errors = {solver: relative(drawn(solver, 10), reference) for solver in SOLVERS}
@@ -110,7 +139,9 @@ def test_dpmpp_2m_is_the_hosts_formula(pipeline, features):
     with torch.inference_mode():
         for i, t in enumerate(times):
             noisy = x * alpha_bar[t].sqrt()
-            result = pipeline.model(base.unet, noisy, torch.tensor(t), base.text[pipeline.info.prompt].expand(2, -1, -1), features.values)
+            result = pipeline.model(
+                base.unet, noisy, torch.tensor(t), base.text[pipeline.info.prompt].expand(2, -1, -1), features.values
+            )
             clean = predicted_clean(base.scheduler, noisy, result, torch.tensor(t))
             if old is None or sigmas[i + 1] == 0:
                 mixed = clean
@@ -128,17 +159,25 @@ def test_a_solver_remembers_nothing_between_calls(pipeline, features, solver):
     before = dict(pipeline.base.scheduler.config), pipeline.base.scheduler.timesteps.clone()
     first = latents(pipeline, features, sampling)
     latents(pipeline, features, replace(sampling, steps=3))
-    assert torch.equal(latents(pipeline, features, sampling), first) and solver_of(pipeline.base, sampling) is not solver_of(pipeline.base, sampling)
-    assert dict(pipeline.base.scheduler.config) == before[0] and torch.equal(pipeline.base.scheduler.timesteps, before[1])
+    assert torch.equal(latents(pipeline, features, sampling), first) and solver_of(
+        pipeline.base, sampling
+    ) is not solver_of(pipeline.base, sampling)
+    assert dict(pipeline.base.scheduler.config) == before[0] and torch.equal(
+        pipeline.base.scheduler.timesteps, before[1]
+    )
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
 def test_clean_latents_and_prediction_are_each_others_inverse(pipeline, kind):
-    base = replace(pipeline.base, scheduler=DDIMScheduler.from_config(pipeline.base.scheduler.config, prediction_type=kind))
+    base = replace(
+        pipeline.base, scheduler=DDIMScheduler.from_config(pipeline.base.scheduler.config, prediction_type=kind)
+    )
     clean, noise, t = torch.randn(2, 24, 8, 8), torch.randn(2, 24, 8, 8), torch.tensor(300)
     noisy = base.scheduler.add_noise(clean, noise, t)
     result = base.scheduler.get_velocity(clean, noise, t[None]) if kind == "v_prediction" else noise
-    assert (prediction_of(base.scheduler, noisy, clean, t) - result).abs().max() < 1e-4  # float32; the noise's share is above a half
+    assert (
+        prediction_of(base.scheduler, noisy, clean, t) - result
+    ).abs().max() < 1e-4  # float32; the noise's share is above a half
     assert (predicted_clean(base.scheduler, noisy, result, t) - clean).abs().max() < 1e-4
 
 
@@ -180,10 +219,27 @@ def test_reconstruct_keeps_the_best_and_says_so(pipeline, tmp_path):
     save_image(to_image(draw(0, torch.arange(1), "held-out").image[0]), tmp_path / "scene.png")
     result = {}
     for count in ("1", "3"):
-        reconstruct.main(["--image", str(tmp_path / "scene.png"), "--out", str(tmp_path / count), "--steps", "2", "--device", "cpu", "--best-of", count])
+        reconstruct.main(
+            [
+                "--image",
+                str(tmp_path / "scene.png"),
+                "--out",
+                str(tmp_path / count),
+                "--steps",
+                "2",
+                "--device",
+                "cpu",
+                "--best-of",
+                count,
+            ]
+        )
         result[count] = json.loads((tmp_path / count / "results.json").read_text())
     assert result["3"]["pictures"][0]["cosine"] >= result["1"]["pictures"][0]["cosine"] - 1e-6  # of its own attempt 0
-    assert result["3"]["sampling"]["best_of"] == 3 and "among 3" in result["3"]["note"] and "among" not in result["1"]["note"]
+    assert (
+        result["3"]["sampling"]["best_of"] == 3
+        and "among 3" in result["3"]["note"]
+        and "among" not in result["1"]["note"]
+    )
 
 
 def test_a_program_that_draws_once_refuses_best_of():
@@ -192,23 +248,42 @@ def test_a_program_that_draws_once_refuses_best_of():
 
 
 def test_options_reach_the_sampling(pipeline):
-    args = model_parser("").parse_args("--solver unipc --text-guidance 0.5 --negative features --gradient 0.1 --gradient-steps 3 --device cpu".split())
+    args = model_parser("").parse_args(
+        "--solver unipc --text-guidance 0.5 --negative features --gradient 0.1 --gradient-steps 3 --device cpu".split()
+    )
     _, sampling = pipeline_from(args)
-    assert (sampling.solver, sampling.text_guidance, sampling.negative, sampling.gradient, sampling.gradient_steps) == ("unipc", 0.5, "features", 0.1, 3)
+    assert (sampling.solver, sampling.text_guidance, sampling.negative, sampling.gradient, sampling.gradient_steps) == (
+        "unipc",
+        0.5,
+        "features",
+        0.1,
+        3,
+    )
     assert sampling.steps == pipeline.info.recommended["steps"]
 
 
 def test_edited_maps_are_drawn_without_the_gradient_that_the_files_recommend(pipeline):
-    assert pipeline.recommended().gradient > 0 and pipeline_from(model_parser("").parse_args([]))[1] == pipeline.recommended()
+    assert (
+        pipeline.recommended().gradient > 0
+        and pipeline_from(model_parser("").parse_args([]))[1] == pipeline.recommended()
+    )
     for program in (visualize_concepts.arguments(), fit_scope.arguments()):
-        expected = [word for action in program._actions if action.required for word in (action.option_strings[0], "drawn")]
+        expected = [
+            word for action in program._actions if action.required for word in (action.option_strings[0], "drawn")
+        ]
         assert pipeline_from(program.parse_args(expected))[1] == pipeline.recommended(gradient=0.0)
 
 
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(FeatInvError, match="set negative to 'features'"):
         Sampling(negative="text", text_guidance=1.0)
-    for wrong in ({"solver": "euler"}, {"text_guidance": -1.0, "negative": "features"}, {"gradient": -0.1}, {"gradient_steps": -1}, {"best_of": 0}):
+    for wrong in (
+        {"solver": "euler"},
+        {"text_guidance": -1.0, "negative": "features"},
+        {"gradient": -0.1},
+        {"gradient_steps": -1},
+        {"best_of": 0},
+    ):
         with pytest.raises(FeatInvError):
             Sampling(**wrong)
     recommended = {"negative": "features", "text_guidance": 2.0, "guidance": 3.0}
@@ -217,7 +292,12 @@ def test_settings_that_make_no_sense_are_refused():
 
 
 def test_the_cheapest_within_the_interval_of_the_best_is_chosen():
-    scores = {"long": {"value": 0.90, "low": 0.88}, "short": {"value": 0.885, "low": 0.8}, "other": {"value": 0.89, "low": 0.8}, "poor": {"value": 0.5, "low": 0.4}}
+    scores = {
+        "long": {"value": 0.90, "low": 0.88},
+        "short": {"value": 0.885, "low": 0.8},
+        "other": {"value": 0.89, "low": 0.8},
+        "poor": {"value": 0.5, "low": 0.4},
+    }
     assert choose(scores, {"long": 50, "short": 20, "other": 20, "poor": 5}) == ("long", "other")
 
 
@@ -225,11 +305,27 @@ def test_the_cost_suite_tries_steps_and_the_gradient_and_writes_the_cheapest_goo
     """Guidance by the gradient beats one step without it, wherever three scenes' intervals lie."""
     file = tmp_path / "copy.safetensors"
     file.write_bytes(model_file("tiny_cnn_last").read_bytes())
-    evaluate.main([*"--suite cost --count 3 --solver-steps 1 --gradient-last 2 --write-back --device cpu --model".split(), str(file), "--out", str(tmp_path / "out")])
+    evaluate.main(
+        [
+            *"--suite cost --count 3 --solver-steps 1 --gradient-last 2 --write-back --device cpu --model".split(),
+            str(file),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     guided, plain = "ddim, 10 steps, gradient in the last 2", "ddim, 1 steps"
-    assert result[guided]["cosine"]["value"] > result["ddim, 10 steps"]["cosine"]["value"] > result[plain]["cosine"]["value"]
-    assert result["costs"][plain]["gmac"] < result["costs"]["ddim, 10 steps"]["gmac"] < result["costs"][guided]["gmac"] < result["costs"]["the paper's sampling"]["gmac"]
+    assert (
+        result[guided]["cosine"]["value"]
+        > result["ddim, 10 steps"]["cosine"]["value"]
+        > result[plain]["cosine"]["value"]
+    )
+    assert (
+        result["costs"][plain]["gmac"]
+        < result["costs"]["ddim, 10 steps"]["gmac"]
+        < result["costs"][guided]["gmac"]
+        < result["costs"]["the paper's sampling"]["gmac"]
+    )
     assert Image.open(tmp_path / "out" / "cost.png").width > 600
     sampling, chosen = read_info(file).recommended, result["settings"]["sampling"][result["recommended"]]
     assert {name: sampling.get(name, asdict(Sampling())[name]) for name in chosen} == chosen

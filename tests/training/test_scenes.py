@@ -17,7 +17,10 @@ def test_a_scene_depends_on_seed_and_index_alone():
 
 
 def test_splits_share_no_scene_for_any_seed():
-    rows = {s: {tuple(r) for seed in range(4) for r in _uniforms(seed, torch.arange(5000), s)[:, :6].tolist()} for s in (0, 1)}
+    rows = {
+        s: {tuple(r) for seed in range(4) for r in _uniforms(seed, torch.arange(5000), s)[:, :6].tolist()}
+        for s in (0, 1)
+    }
     assert len(rows[0]) == len(rows[1]) == 20_000 and not rows[0] & rows[1]
 
 

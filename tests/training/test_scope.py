@@ -42,7 +42,9 @@ def save_scenes(folder, numbers):
 def test_fit_adds_statistics_and_changes_nothing_else(bare, tmp_path):
     out = tmp_path / "fitted.safetensors"
     before = bare.read_bytes()
-    fit_scope.main(["--model", str(bare), "--data", "drawn", "--count", "200", "--drawn", "4", "--steps", "1", "--out", str(out)])
+    fit_scope.main(
+        ["--model", str(bare), "--data", "drawn", "--count", "200", "--drawn", "4", "--steps", "1", "--out", str(out)]
+    )
     assert bare.read_bytes() == before and load_scope(bare) is None
     scope = load_scope(out)
     assert scope.maps == 200 and len(scope.quantiles["cycle"]) == len(LEVELS)
@@ -72,21 +74,32 @@ def test_fit_reads_a_folder_and_leaves_out_what_it_cannot_read(bare, tmp_path, c
 
 def test_measure_writes_its_report(tmp_path, bare, monkeypatch):
     monkeypatch.setattr(measure_scope, "DRAWS", 20)
-    measure_scope.main(["--count", "24", "--drawn", "2", "--unedited", "12", "--steps", "1", "--out", str(tmp_path / "m")])
+    measure_scope.main(
+        ["--count", "24", "--drawn", "2", "--unedited", "12", "--steps", "1", "--out", str(tmp_path / "m")]
+    )
     results = json.loads((tmp_path / "m" / "results.json").read_text())
-    assert {"object x0.25", "mix 50/50", "half/half splice", "Gaussian noise", "noise pictures"} <= results["separation"].keys()
+    assert {"object x0.25", "mix 50/50", "half/half splice", "Gaussian noise", "noise pictures"} <= results[
+        "separation"
+    ].keys()
     assert results["separation"]["white noise"]["auroc"]["score"]["value"] == 1
     assert results["rank_correlation"]["all maps"]["n"] == 12 + 2 * (len(results["separation"]) - 1)
-    assert "Spearman" in (tmp_path / "m" / "scope.md").read_text() and Image.open(tmp_path / "m" / "scope.png").width > 1000
+    assert (
+        "Spearman" in (tmp_path / "m" / "scope.md").read_text()
+        and Image.open(tmp_path / "m" / "scope.png").width > 1000
+    )
     with pytest.raises(FeatInvError, match="fit_scope.py"):
-        measure_scope.main(["--model", str(bare), "--count", "24", "--drawn", "2", "--unedited", "4", "--out", str(tmp_path / "n")])
+        measure_scope.main(
+            ["--model", str(bare), "--count", "24", "--drawn", "2", "--unedited", "4", "--out", str(tmp_path / "n")]
+        )
 
 
 def test_area_and_rank_correlation():
     a = torch.arange(100.0)
     assert auroc(a, a + 200)["value"] == 1 and auroc(a, a)["value"] == 0.5 and auroc(a + 200, a)["value"] == 0
     assert auroc(torch.zeros(10), torch.zeros(10))["value"] == 0.5  # ties count half
-    assert rank_correlation(a, a**3)["value"] == pytest.approx(1) and rank_correlation(a, -a)["value"] == pytest.approx(-1)
+    assert rank_correlation(a, a**3)["value"] == pytest.approx(1) and rank_correlation(a, -a)["value"] == pytest.approx(
+        -1
+    )
     noise = rank_correlation(a, torch.rand(100, generator=torch.Generator().manual_seed(0)))
     assert noise["low"] < noise["value"] < noise["high"] and noise["low"] < 0 < noise["high"]
 
@@ -94,16 +107,24 @@ def test_area_and_rank_correlation():
 def test_reconstruct_says_what_is_outside(tmp_path, bare):
     save_scenes(tmp_path / "p", range(2))
     scenes = [str(tmp_path / "p" / f"{n}.png") for n in range(2)]
-    reconstruct.main(["--image", *scenes, "--mix", "0", "0.5", "--gradient", "0", "--samples", "2", "--out", str(tmp_path / "o")])
+    reconstruct.main(
+        ["--image", *scenes, "--mix", "0", "0.5", "--gradient", "0", "--samples", "2", "--out", str(tmp_path / "o")]
+    )
     entries = json.loads((tmp_path / "o" / "results.json").read_text())["pictures"]
     assert [e["scope"]["verdict"] for e in entries] == ["inside", "inside", "outside", "outside"]
     assert entries[2]["scope"]["off"] and entries[2]["scope"]["line"].startswith("outside: ")
     assert set(entries[0]["scope"]["less_unusual"]) == {"direction", "magnitude", "distance", "neighbours"}
     assert entries[0]["scope"]["cycle"]["verdict"] in ("inside", "at the edge", "outside")
-    for name, other in (("g", ["--gradient", "0.05"]), ("s", ["--gradient", "0", "--steps", "2"]), ("b", ["--gradient", "0", "--best-of", "2"])):
+    for name, other in (
+        ("g", ["--gradient", "0.05"]),
+        ("s", ["--gradient", "0", "--steps", "2"]),
+        ("b", ["--gradient", "0", "--best-of", "2"]),
+    ):
         reconstruct.main(["--image", scenes[0], *other, "--out", str(tmp_path / name)])
         entries = json.loads((tmp_path / name / "results.json").read_text())["pictures"]
-        assert entries[0]["scope"]["verdict"] == "inside" and "cycle" not in entries[0]["scope"]  # its quantiles are of pictures drawn otherwise
+        assert (
+            entries[0]["scope"]["verdict"] == "inside" and "cycle" not in entries[0]["scope"]
+        )  # its quantiles are of pictures drawn otherwise
     reconstruct.main(["--image", scenes[0], "--model", str(bare), "--steps", "1", "--out", str(tmp_path / "b")])
     assert json.loads((tmp_path / "b" / "results.json").read_text())["pictures"][0]["scope"] == {}
     for name in ("0", "0.5"):

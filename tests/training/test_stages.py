@@ -134,8 +134,14 @@ def test_autoencoder_starts_from_patches_and_standardises(tmp_path, monkeypatch,
 def photograph_crops(count, side=128):
     """[count, 3, side, side] in -1..1: random crops of scikit-learn's two photographs, at half their size."""
     generator, crops = torch.Generator().manual_seed(0), []
-    whole = [torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1)[None] / 127.5 - 1 for name in ("china.jpg", "flower.jpg")]
-    whole = [torch.nn.functional.interpolate(picture, scale_factor=0.5, mode="bilinear", antialias=True)[0] for picture in whole]
+    whole = [
+        torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        for name in ("china.jpg", "flower.jpg")
+    ]
+    whole = [
+        torch.nn.functional.interpolate(picture, scale_factor=0.5, mode="bilinear", antialias=True)[0]
+        for picture in whole
+    ]
     for number in range(count):
         picture = whole[number % 2]
         top, left = (torch.randint(length - side + 1, (), generator=generator) for length in picture.shape[1:])
@@ -169,7 +175,9 @@ def test_an_autoencoder_comes_back_from_its_folder(tmp_path, patch, latents):
     again, x = PatchAutoencoder.load(tmp_path / "vae"), torch.rand(1, 3, 32, 64)
     assert again.config == vae.config and not (tmp_path / "unet").exists()
     assert vae.encode(x).shape == (1, latents, 32 // patch, 64 // patch) and vae.decode(vae.encode(x)).shape == x.shape
-    assert torch.equal(again.encode(x), vae.encode(x)) and torch.equal(again.decode(again.encode(x)), vae.decode(vae.encode(x)))
+    assert torch.equal(again.encode(x), vae.encode(x)) and torch.equal(
+        again.decode(again.encode(x)), vae.decode(vae.encode(x))
+    )
 
 
 def test_an_autoencoder_from_before_patches_had_sizes_still_opens(tmp_path):

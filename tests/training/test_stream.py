@@ -30,8 +30,12 @@ def pack(folder, files=FILES, spoilt=()):
     for file in range(files):
         numbers = range(file * ROWS, (file + 1) * ROWS)
         pictures = [Image.fromarray(np.full((40, 50, 3), (n, 90, 90), np.uint8)) for n in numbers]
-        encoded = [{"bytes": b"no picture", "path": None} if n in spoilt else picture for n, picture in zip(numbers, pictures)]
-        datasets.Dataset.from_dict({"label": list(numbers), "image": encoded}, features=features).to_parquet(folder / f"{file}.parquet")
+        encoded = [
+            {"bytes": b"no picture", "path": None} if n in spoilt else picture for n, picture in zip(numbers, pictures)
+        ]
+        datasets.Dataset.from_dict({"label": list(numbers), "image": encoded}, features=features).to_parquet(
+            folder / f"{file}.parquet"
+        )
     return f"stream:{folder}"
 
 
@@ -51,7 +55,9 @@ def reading(data, batch=2, rank=0, processes=1, workers=0, state=None):
 
 def numbers(batches, count):
     """Which pictures the next `count` batches hold."""
-    return [round(x.item() * 255) for batch in islice(batches, count) for x in batch.tensors["pictures"].mean((2, 3))[:, 0]]
+    return [
+        round(x.item() * 255) for batch in islice(batches, count) for x in batch.tensors["pictures"].mean((2, 3))[:, 0]
+    ]
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (1, 2), (2, 2)])
@@ -86,36 +92,53 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(data, tmp_path):
     run("straight", "50")
     for images in ("6", "31", "50"):
         run("stopped", images)
-    assert set(differences(tmp_path / "straight", tmp_path / "stopped")) <= {"stats.jsonl"}  # each end has a line of its own
-    logs = [[json.loads(line) for line in (tmp_path / name / "stats.jsonl").read_text().splitlines()] for name in ("straight", "stopped")]
-    assert [(line["images"], line["loss"]) for line in logs[0]] == [(line["images"], line["loss"]) for line in logs[1] if line["images"] not in (6, 32)]
+    assert set(differences(tmp_path / "straight", tmp_path / "stopped")) <= {
+        "stats.jsonl"
+    }  # each end has a line of its own
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "stats.jsonl").read_text().splitlines()]
+        for name in ("straight", "stopped")
+    ]
+    assert [(line["images"], line["loss"]) for line in logs[0]] == [
+        (line["images"], line["loss"]) for line in logs[1] if line["images"] not in (6, 32)
+    ]
 
 
 def test_other_readers_begin_anew_and_say_so(data, capsys):
     state = reading(data, workers=2).state(False)
     expected = numbers(reading(data), 4)
     assert numbers(reading(data, state=state), 4) == expected
-    assert "was read by 2 readers, 2 each process, and now by 1: it starts from its beginning" in capsys.readouterr().out
+    assert (
+        "was read by 2 readers, 2 each process, and now by 1: it starts from its beginning" in capsys.readouterr().out
+    )
 
 
 def test_what_cannot_be_read_is_replaced_and_named(tmp_path, monkeypatch):
     spoilt = pack(tmp_path / "some", 2, spoilt=(3, 6))
     batches = list(islice(reading(spoilt), 4))
     assert sorted(numbers(batches, 4)) == [n for n in range(10) if n not in (3, 6)]
-    assert sorted(name for batch in batches for name, _ in batch.skipped) == [f"{spoilt}, file 0, row 3", f"{spoilt}, file 1, row 1"]
+    assert sorted(name for batch in batches for name, _ in batch.skipped) == [
+        f"{spoilt}, file 0, row 3",
+        f"{spoilt}, file 1, row 1",
+    ]
     monkeypatch.setattr(stream, "TRIES", 8)
     with pytest.raises(FeatInvError, match="8 pictures in a row could not be read, stream:.*UnidentifiedImageError"):
         next(reading(pack(tmp_path / "none", 1, spoilt=range(5))))
 
 
 def test_what_cannot_be_streamed_is_explained(data, tmp_path):
-    with pytest.raises(FeatInvError, match="has 4 files, of which each of 6 readers .2 processes with 3 workers. needs one of its own"):
+    with pytest.raises(
+        FeatInvError, match="has 4 files, of which each of 6 readers .2 processes with 3 workers. needs one of its own"
+    ):
         reading(data, processes=2, workers=3)
     with pytest.raises(FeatInvError, match="cannot be opened"):
         stream.Stream(f"stream:{tmp_path / 'nowhere'}", {}, "none", 0)
     saved = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(saved)
-    with pytest.raises(FeatInvError, match=f"^data stream:{saved} was saved by save_to_disk and is on this computer already: write hf:{saved}$"):
+    with pytest.raises(
+        FeatInvError,
+        match=f"^data stream:{saved} was saved by save_to_disk and is on this computer already: write hf:{saved}$",
+    ):
         stream.Stream(f"stream:{saved}", {}, "none", 0)
     (tmp_path / "texts").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "texts" / "0.parquet")

@@ -23,7 +23,16 @@ from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
 from training.models.pipeline import load_pipeline
 
-SMALL = {"batch": "8", "cycle": "0.0", "encoder_width": "16", "schedule": "constant", "precision": "fp32", "panel_every": "1000", "save_every": "16", "warmup": "0"}
+SMALL = {
+    "batch": "8",
+    "cycle": "0.0",
+    "encoder_width": "16",
+    "schedule": "constant",
+    "precision": "fp32",
+    "panel_every": "1000",
+    "save_every": "16",
+    "warmup": "0",
+}
 
 
 def run(output, images, **changes):
@@ -41,8 +50,18 @@ def test_a_resumed_run_equals_one_never_stopped(tmp_path):
 
 def test_starting_from_a_model_of_the_same_or_of_other_features(tmp_path):
     first = load_file(run(tmp_path / "first", 16))
-    same = run(tmp_path / "same", 16, init_from=str(tmp_path / "first" / "tiny_cnn_last.safetensors"), lr="0.0", weight_decay="0.0", ema="0.0")
-    assert all(torch.equal(first[k], v) for k, v in load_file(same).items()) and load_pipeline(str(same)).info.images_seen == 32
+    same = run(
+        tmp_path / "same",
+        16,
+        init_from=str(tmp_path / "first" / "tiny_cnn_last.safetensors"),
+        lr="0.0",
+        weight_decay="0.0",
+        ema="0.0",
+    )
+    assert (
+        all(torch.equal(first[k], v) for k, v in load_file(same).items())
+        and load_pipeline(str(same)).info.images_seen == 32
+    )
     other = run(tmp_path / "other", 8, init_from=str(same), layer="layer2", lr="0.0", weight_decay="0.0", ema="0.0")
     kept = load_file(other)
     assert all(torch.equal(first[k], v) for k, v in kept.items() if not k.startswith("controlnet_cond_embedding"))
@@ -54,7 +73,11 @@ def test_a_taken_over_encoder_keeps_its_own_statistics(tmp_path, monkeypatch):
     base, file = load_base("tiny", ""), tmp_path / "converted.safetensors"
     model, info = FeatureControlNet.load(model_file("tiny_cnn_last"), base)
     model.save(file, replace(info, images_seen=0))
-    mean, given, observed = model.encoder.mean.clone(), {"lr": "0.0", "weight_decay": "0.0", "ema": "0.0", "standardise": "true"}, []
+    mean, given, observed = (
+        model.encoder.mean.clone(),
+        {"lr": "0.0", "weight_decay": "0.0", "ema": "0.0", "standardise": "true"},
+        [],
+    )
 
     def observing(backbone, seen, config):
         observed.append(len(seen["pictures"]))
@@ -62,7 +85,12 @@ def test_a_taken_over_encoder_keeps_its_own_statistics(tmp_path, monkeypatch):
 
     monkeypatch.setattr("training.loop.setup.observed_features", observing)
     width = str(info.encoder["width"])
-    assert torch.equal(load_file(run(tmp_path / "same", 8, init_from=str(file), encoder_width=width, **given))["controlnet_cond_embedding.mean"], mean)
+    assert torch.equal(
+        load_file(run(tmp_path / "same", 8, init_from=str(file), encoder_width=width, **given))[
+            "controlnet_cond_embedding.mean"
+        ],
+        mean,
+    )
     assert not observed
     run(tmp_path / "other", 8, init_from=str(file), layer="layer2", **given)
     assert sum(observed) == 256 and max(observed) == 8  # no more at once than a step sees
@@ -77,7 +105,10 @@ def test_another_models_run_is_not_continued(tmp_path, capsys):
     assert run(tmp_path, 16, ema="0.9").exists()  # an average can begin at any time
     capsys.readouterr()
     run(tmp_path, 16)
-    assert "16 of 16 images are seen: nothing is left to train; begin anew with another --output" in capsys.readouterr().out
+    assert (
+        "16 of 16 images are seen: nothing is left to train; begin anew with another --output"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_result_opens_as_a_model_and_states_how_it_was_made(tmp_path):
@@ -90,7 +121,9 @@ def test_the_result_opens_as_a_model_and_states_how_it_was_made(tmp_path):
 
 def test_training_helps_on_scenes_it_never_saw(tmp_path):
     """100 steps lower the loss on held-out scenes, at equal noise and timesteps: by 0.7 and 1.1 % with two seeds."""
-    pipeline = load_pipeline(str(run(tmp_path, 1600, batch="16", lr="2e-3", encoder_width="64", save_every="4000", panel_every="4000")))
+    pipeline = load_pipeline(
+        str(run(tmp_path, 1600, batch="16", lr="2e-3", encoder_width="64", save_every="4000", panel_every="4000"))
+    )
     scenes = draw(0, torch.arange(256), "held-out").image
     latents, features = pipeline.base.encode(scenes), pipeline.features(scenes)
     config = read_config(DEFAULT, {"dropout": "0.0", "cycle": "0.0"})
@@ -98,14 +131,22 @@ def test_training_helps_on_scenes_it_never_saw(tmp_path):
     for model in (FeatureControlNet.start(pipeline.base, features.source, 64), pipeline.model):
         torch.manual_seed(0)
         with torch.inference_mode():
-            losses.append(training_loss(pipeline.base, pipeline.backbone, model, latents, features.values, config).item())
+            losses.append(
+                training_loss(pipeline.base, pipeline.backbone, model, latents, features.values, config).item()
+            )
     assert losses[1] < losses[0] * 0.997
 
 
 def test_the_perceiver_encoder_trains_and_opens(tmp_path):
     pipeline = load_pipeline(str(run(tmp_path, 16, encoder="perceiver")))
-    assert pipeline.info.encoder["kind"] == "perceiver" and pipeline.info.encoder["tokens"] == [8, 8] and pipeline.info.encoder["queries"] == [8, 8]
-    assert pipeline.draw(pipeline.features(draw(0, torch.arange(1)).image), pipeline.recommended(steps=1), pipeline.noise([0])).shape == (1, 3, 64, 64)
+    assert (
+        pipeline.info.encoder["kind"] == "perceiver"
+        and pipeline.info.encoder["tokens"] == [8, 8]
+        and pipeline.info.encoder["queries"] == [8, 8]
+    )
+    assert pipeline.draw(
+        pipeline.features(draw(0, torch.arange(1)).image), pipeline.recommended(steps=1), pipeline.noise([0])
+    ).shape == (1, 3, 64, 64)
 
 
 def test_the_encoder_on_the_maps_own_grid_trains_and_opens(tmp_path):
@@ -113,15 +154,26 @@ def test_the_encoder_on_the_maps_own_grid_trains_and_opens(tmp_path):
     pipeline = load_pipeline(str(run(tmp_path, 16, encoder="conv_at_map", input_size="32")))
     assert pipeline.info.encoder["kind"] == "conv_at_map" and pipeline.info.source.grid == (4, 4)
     pixel_values = pipeline.backbone.preprocess(draw(0, torch.arange(1)).image)
-    assert pipeline.draw(pipeline.features(pixel_values), pipeline.recommended(steps=1), pipeline.noise([0])).shape == (1, 3, 64, 64)
+    assert pipeline.draw(pipeline.features(pixel_values), pipeline.recommended(steps=1), pipeline.noise([0])).shape == (
+        1,
+        3,
+        64,
+        64,
+    )
 
 
 def test_cycle_consistency_counts_from_a_number_of_images_on(tmp_path):
     """Before them the run is one without, bit by bit; stopped, it goes on exactly."""
     often = {"save_every": "8", "keep": "9"}
     staged = often | {"cycle": "2.0", "cycle_after": "16"}
-    straight, plain = load_file(run(tmp_path / "straight", 24, **staged)), load_file(run(tmp_path / "plain", 24, **often))
-    before = [torch.load(next((tmp_path / name).glob("checkpoint-000000000016-*")), weights_only=True)["average"] for name in ("straight", "plain")]
+    straight, plain = (
+        load_file(run(tmp_path / "straight", 24, **staged)),
+        load_file(run(tmp_path / "plain", 24, **often)),
+    )
+    before = [
+        torch.load(next((tmp_path / name).glob("checkpoint-000000000016-*")), weights_only=True)["average"]
+        for name in ("straight", "plain")
+    ]
     assert all(torch.equal(before[0][k], before[1][k]) for k in before[1])
     assert any(not torch.equal(straight[k], plain[k]) for k in plain)
     run(tmp_path / "stopped", 8, **staged)
@@ -181,7 +233,9 @@ def test_too_little_memory_is_said_before_and_during_training(tmp_path, monkeypa
 
 def test_memory_counts_weights_gradients_moments_and_average():
     million = torch.nn.Linear(1000, 1000, bias=False)
-    assert memory.needed(million, [million], True) == pytest.approx(0.024) and memory.needed(million, [], False) == pytest.approx(0.016)
+    assert memory.needed(million, [million], True) == pytest.approx(0.024) and memory.needed(
+        million, [], False
+    ) == pytest.approx(0.016)
 
 
 def test_a_graph_needs_a_cuda_device(tmp_path):
@@ -194,21 +248,44 @@ EPOCH = 1_281_167
 CONVNEXT = ("convnext_base.fb_in22k_ft_in1k", 288)
 SWINV2 = ("swinv2_base_window12to24_192to384.ms_in22k_ft_in1k", None)
 PAPER = {
-    **{f"{name}_{'pooled' if pooled else 'last'}": (*backbone, "last", pooled, "conv", 3 * EPOCH) for pooled in (False, True) for name, backbone in {
-        "resnet50": ("resnet50.tv_in1k", None), "resnet50b": ("resnet50.a1_in1k", None), "convnext": CONVNEXT, "swinv2": SWINV2}.items()},
+    **{
+        f"{name}_{'pooled' if pooled else 'last'}": (*backbone, "last", pooled, "conv", 3 * EPOCH)
+        for pooled in (False, True)
+        for name, backbone in {
+            "resnet50": ("resnet50.tv_in1k", None),
+            "resnet50b": ("resnet50.a1_in1k", None),
+            "convnext": CONVNEXT,
+            "swinv2": SWINV2,
+        }.items()
+    },
     "swinv2_perceiver": (*SWINV2, "last", False, "perceiver", 3 * EPOCH),
     **{f"convnext_stage{n}": (*CONVNEXT, f"stages.{n - 1}", False, "conv", EPOCH) for n in (1, 2, 3)},
-}  # fmt: skip
+}
 
 
 def test_a_configuration_for_every_row_of_the_paper():
     for name, row in PAPER.items():
         c = read_config(CONFIGS / f"{name}.yaml")
         assert (c.backbone, c.input_size, c.layer, c.pooled, c.encoder, c.max_images) == row
-        assert (c.batch, c.lr, c.dropout, c.schedule, c.ema, c.cycle, c.standardise, c.encoder_width) == (8, 1e-5, 0.15, "constant", 0, 0, False, 512)
+        assert (c.batch, c.lr, c.dropout, c.schedule, c.ema, c.cycle, c.standardise, c.encoder_width) == (
+            8,
+            1e-5,
+            0.15,
+            "constant",
+            0,
+            0,
+            False,
+            512,
+        )
         assert (c.recommended["strength"], c.recommended["guidance"]) == ((1.5, 8.0) if c.pooled else (1.0, 1.75))
         fast = read_config(CONFIGS / f"{name}_fast.yaml")
-        assert (fast.backbone, fast.layer, fast.pooled, fast.encoder, fast.prompt) == (c.backbone, c.layer, c.pooled, c.encoder, c.prompt) and fast.batch > c.batch
+        assert (fast.backbone, fast.layer, fast.pooled, fast.encoder, fast.prompt) == (
+            c.backbone,
+            c.layer,
+            c.pooled,
+            c.encoder,
+            c.prompt,
+        ) and fast.batch > c.batch
 
 
 def test_shipped_configurations_are_valid_and_overrides_are_typed(tmp_path):
@@ -230,12 +307,18 @@ def test_shipped_configurations_are_valid_and_overrides_are_typed(tmp_path):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("dropout", "2", "dropout 2.0: expected 0 to 1"), ("ema", "1.5", "ema 1.5: expected 0 to"), ("ema", "true", "ema is True; expected float"),
-        ("min_snr", "-1", "min_snr -1.0: expected at least 0"), ("lr", "-1", "lr -1.0"), ("images", "0", "images 0: expected at least 1"),
-        ("cycle_below", "5000", "cycle_below 5000: expected 0 to 1000"), ("recommended", "{foo: 2}", "recommended .*foo"),
-        ("recommended", "{steps: 0}", "steps >= 1"), ("recommended", "{a: [", "recommended is"),
+        ("dropout", "2", "dropout 2.0: expected 0 to 1"),
+        ("ema", "1.5", "ema 1.5: expected 0 to"),
+        ("ema", "true", "ema is True; expected float"),
+        ("min_snr", "-1", "min_snr -1.0: expected at least 0"),
+        ("lr", "-1", "lr -1.0"),
+        ("images", "0", "images 0: expected at least 1"),
+        ("cycle_below", "5000", "cycle_below 5000: expected 0 to 1000"),
+        ("recommended", "{foo: 2}", "recommended .*foo"),
+        ("recommended", "{steps: 0}", "steps >= 1"),
+        ("recommended", "{a: [", "recommended is"),
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range_are_refused_before_anything_runs(field, value, message):
     with pytest.raises(FeatInvError, match=message):
         read_config(DEFAULT, {field: value})
@@ -261,7 +344,13 @@ def test_image_folder_is_a_function_of_seed_and_number(tmp_path):
     batch = one.__getitems__(list(range(10))).tensors
     assert batch["pictures"].shape == (10, 3, 32, 32) and batch["target"].shape == (10, 3, 16, 16)
     assert torch.equal(batch["pictures"][7:8], two.__getitems__([7]).tensors["pictures"])
-    assert sorted((batch["pictures"][:5].mean((1, 2, 3)) * 255 / 50).round().tolist()) == [0, 1, 2, 3, 4]  # each file once an epoch
+    assert sorted((batch["pictures"][:5].mean((1, 2, 3)) * 255 / 50).round().tolist()) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]  # each file once an epoch
     (tmp_path / "none").mkdir()
     with pytest.raises(FeatInvError, match="no images"):
         open_listing(str(tmp_path / "none"), None)

@@ -106,10 +106,12 @@ def _outline(mask: Tensor) -> Tensor:
     return edge.float()
 
 
-def deletion(backbone: Backbone, concepts: Concepts, name: str, picture: Tensor, heat: Tensor, layer: str) -> tuple[float, float]:
+def deletion(
+    backbone: Backbone, concepts: Concepts, name: str, picture: Tensor, heat: Tensor, layer: str
+) -> tuple[float, float]:
     """(deletion, insertion), Petsiuk et al. 2018, with the concept's summed |phi_c| in place of a class probability:
-    its mean share while the hottest pixels first are replaced by the mean colour (low is good) or put into a picture of the mean colour
-    (high is good), 16 steps; shares are between that of the mean colour (0) and of the picture (1)."""
+    its mean share while the hottest pixels first are replaced by the mean colour (low is good) or put into a picture of
+    the mean colour (high is good), 16 steps; shares are between that of the mean colour (0) and of the picture (1)."""
     order = heat.flatten().argsort(descending=True, stable=True).argsort().view_as(heat)
     shares = torch.linspace(0, 1, STEPS + 1)[:, None, None] * heat.numel()
     gone = (order < shares).float()[:, None]  # [17, 1, H, W]
@@ -127,10 +129,13 @@ def measures(heat: Tensor, mask: Tensor, for_iou: float, for_boundary: float) ->
     scaled = normalised(heat)
     fixed = scaled >= THRESHOLD
     return {
-        "AUROC": auroc(heat, mask), "pointing": float(mask.flatten()[heat.argmax()]),
-        "IoU": iou(scaled >= for_iou, mask), "IoU at 0.33": iou(fixed, mask),
-        "boundary F": boundary_f(scaled >= for_boundary, mask), "boundary F at 0.33": boundary_f(fixed, mask),
-    }  # fmt: skip
+        "AUROC": auroc(heat, mask),
+        "pointing": float(mask.flatten()[heat.argmax()]),
+        "IoU": iou(scaled >= for_iou, mask),
+        "IoU at 0.33": iou(fixed, mask),
+        "boundary F": boundary_f(scaled >= for_boundary, mask),
+        "boundary F at 0.33": boundary_f(fixed, mask),
+    }
 
 
 def best_threshold(heats: Sequence[Tensor], masks: Sequence[Tensor], score: Callable[[Tensor, Tensor], float]) -> float:

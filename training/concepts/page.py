@@ -21,14 +21,29 @@ CONTEXT, SIDE = 4, 160  # a crop's side in grid cells; a picture's side on the p
 
 STYLE = """
 :root{color-scheme:light dark;--line:#8884;--dim:#888;--bar:#3b7ea1}
-h1{font-size:1.5rem;overflow-wrap:anywhere}body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem}
-h2{font-size:1.1rem;margin:0 0 .2rem}h2 a{color:inherit;text-decoration:none}p{margin:.3rem 0;max-width:46rem}.dim{color:var(--dim)}
+h1{font-size:1.5rem;overflow-wrap:anywhere}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem}
+h2{font-size:1.1rem;margin:0 0 .2rem}
+h2 a{color:inherit;text-decoration:none}
+p{margin:.3rem 0;max-width:46rem}
+.dim{color:var(--dim)}
 section{border-top:1px solid var(--line);padding:1rem 0}
-.row{display:flex;flex-wrap:wrap;gap:.4rem 2rem}.strip{margin:.4rem 0}.strip>span{display:block;font-size:.85rem;color:var(--dim)}
-.strip div{display:flex;flex-wrap:wrap;gap:4px}.strip img{width:92px;height:92px;object-fit:contain;display:block;border-radius:2px}
-@media(max-width:620px){table{font-size:.85rem}td:last-child,th:last-child,td i{display:none}td{white-space:nowrap}.strip img{width:calc((100vw - 2rem - 16px)/5);height:auto}}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:.25rem .6rem .25rem 0;text-align:left;border-top:1px solid var(--line)}
-td.n,th.n{text-align:right}.wide{overflow-x:auto}i{display:inline-block;height:.6rem;background:var(--bar);vertical-align:middle;margin-right:.4rem}
+.row{display:flex;flex-wrap:wrap;gap:.4rem 2rem}
+.strip{margin:.4rem 0}
+.strip>span{display:block;font-size:.85rem;color:var(--dim)}
+.strip div{display:flex;flex-wrap:wrap;gap:4px}
+.strip img{width:92px;height:92px;object-fit:contain;display:block;border-radius:2px}
+@media(max-width:620px){
+  table{font-size:.85rem}
+  td:last-child,th:last-child,td i{display:none}
+  td{white-space:nowrap}
+  .strip img{width:calc((100vw - 2rem - 16px)/5);height:auto}
+}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .6rem .25rem 0;text-align:left;border-top:1px solid var(--line)}
+td.n,th.n{text-align:right}
+.wide{overflow-x:auto}
+i{display:inline-block;height:.6rem;background:var(--bar);vertical-align:middle;margin-right:.4rem}
 ul{margin:.3rem 0;padding-left:1.2rem}
 """
 
@@ -41,23 +56,33 @@ def page(concepts: Concepts, collected: Collected, stats: Statistics) -> str:
     order = sorted(range(len(concepts)), key=lambda i: -worth[i])
     examples = covering(lengths[order[:MOST]])
     listed = [*order[:MOST], len(concepts)]
-    others = f"<section><h2>{len(order) - MOST} more, without pictures</h2>{summary(concepts, stats, order[MOST:], False)}</section>" if order[MOST:] else ""
+    others = (
+        f"<section><h2>{len(order) - MOST} more, without"
+        f" pictures</h2>{summary(concepts, stats, order[MOST:], False)}</section>"
+        if order[MOST:]
+        else ""
+    )
     cards = "".join(card(i, concepts, collected, stats, lengths[i], examples) for i in listed)
     title = f"Concepts of {collected.maps.source.describe()}"
     lines = [
         f"{len(concepts)} concepts by {concepts.method}, from {collected.describe()}.",
-        f"The pictures below are among {len(collected.names)} of these. A feature map is the sum of its concepts and a rest: "
-        "relevance is a concept's share of what the map adds to the logits of the picture's own classes, norm its length against "
-        "that of the map (concepts overlap, so these sum to more than one). Crops are centred on the place where it is longest.",
+        (
+            f"The pictures below are among {len(collected.names)} of these. A feature map is the sum of its concepts"
+            " and a rest: relevance is a concept's share of what the map adds to the logits of the picture's own"
+            " classes, norm its length against that of the map (concepts overlap, so these sum to more than one)."
+            " Crops are centred on the place where it is longest."
+        ),
     ]
     originals = "".join(_picture(collected.pictures[b], collected.names[b]) for b in examples)
     rejected = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(concepts, stats))
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
         + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
         + f"<ul>{rejected}</ul>{summary(concepts, stats, listed)}"
-        f'<section><div class="strip"><span>the examples</span><div>{originals}</div></div></section>{cards}{others}</html>\n'
+        '<section><div class="strip"><span>the'
+        f" examples</span><div>{originals}</div></div></section>{cards}{others}</html>\n"
     )
 
 
@@ -69,12 +94,17 @@ def summary(concepts: Concepts, stats: Statistics, numbers: list[int], linked: b
         name = f'<a href="#c{i}">{html.escape(concepts.names[i])}</a>' if linked else html.escape(concepts.names[i])
         bars = [_bar(values[i], widest) if values else "-" for values in (stats.relevance, stats.share)]
         classes = html.escape(stats.classes_of(i))
-        rows.append(f'<tr><td class="n">{i}<td>{name}<td class="n">{sizes[i]}<td>{bars[0]}<td>{bars[1]}<td class="dim">{classes}')
+        rows.append(
+            f'<tr><td class="n">{i}<td>{name}<td class="n">{sizes[i]}<td>{bars[0]}<td>{bars[1]}<td'
+            f' class="dim">{classes}'
+        )
     head = '<tr><th class="n">no.<th>concept<th class="n">dim.<th>relevance<th>norm<th>adds most to the logits of'
     return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
-def card(number: int, concepts: Concepts, collected: Collected, stats: Statistics, lengths: Tensor, examples: list[int]) -> str:
+def card(
+    number: int, concepts: Concepts, collected: Collected, stats: Statistics, lengths: Tensor, examples: list[int]
+) -> str:
     """A concept in pictures. lengths: [B, H, W] its |phi_i|."""
     facts = [f"dimension {dimensions(concepts)[number]}", f"{stats.share[number]:.1%} of the norm"]
     if stats.relevance:
@@ -83,12 +113,20 @@ def card(number: int, concepts: Concepts, collected: Collected, stats: Statistic
     facts += [f"adds most to {classes}"] if classes else []
     crops = "".join(_picture(crop(collected, lengths, b), collected.names[b]) for b in strongest(lengths))
     brightest = lengths.amax()
-    maps = "".join(_picture(overlay(collected.pictures[b], lengths[b] / brightest.clamp(min=1e-8)), collected.names[b]) for b in examples)
-    name = "the rest, which no concept explains" if concepts.names[number] == REST else f"{number} &nbsp; {html.escape(concepts.names[number])}"
+    maps = "".join(
+        _picture(overlay(collected.pictures[b], lengths[b] / brightest.clamp(min=1e-8)), collected.names[b])
+        for b in examples
+    )
+    name = (
+        "the rest, which no concept explains"
+        if concepts.names[number] == REST
+        else f"{number} &nbsp; {html.escape(concepts.names[number])}"
+    )
     return (
-        f'<section id="c{number}"><h2>{name}</h2><p class="dim">{html.escape(" · ".join(facts))}</p><div class="row">'
-        f'<div class="strip"><span>strongest in</span><div>{crops}</div></div>'
-        f'<div class="strip"><span>where, in the examples (yellow: its largest length, grey: none)</span><div>{maps}</div></div></div></section>'
+        f'<section id="c{number}"><h2>{name}</h2><p class="dim">{html.escape(" · ".join(facts))}</p><div'
+        f' class="row"><div class="strip"><span>strongest in</span><div>{crops}</div></div><div'
+        ' class="strip"><span>where, in the examples (yellow: its largest length, grey:'
+        f" none)</span><div>{maps}</div></div></div></section>"
     )
 
 
@@ -98,8 +136,8 @@ def strongest(lengths: Tensor) -> list[int]:
 
 
 def covering(lengths: Tensor) -> list[int]:
-    """Four pictures in which, together, as many as possible of the concepts [n, B, H, W] are strong: one after the other,
-    what adds most to the sum over concepts of the largest share."""
+    """Four pictures in which, together, as many as possible of the concepts [n, B, H, W] are strong: one after the
+    other, what adds most to the sum over concepts of the largest share."""
     peaks = lengths.amax((2, 3))
     peaks = peaks / peaks.amax(1, keepdim=True).clamp(min=1e-8)  # [n, B]
     chosen, reached = [], torch.zeros(len(peaks))
@@ -115,7 +153,9 @@ def crop(collected: Collected, lengths: Tensor, number: int) -> Tensor:
     """[3, h, w] 0..255 around the cell of picture `number` where |phi_i| [B, H, W] is largest, four cells a side."""
     picture, (rows, columns) = collected.pictures[number], lengths.shape[1:]
     row, column = divmod(int(lengths[number].argmax()), columns)
-    (height, top), (width, left) = (_window(picture.shape[axis], cells, cell) for axis, cells, cell in ((1, rows, row), (2, columns, column)))
+    (height, top), (width, left) = (
+        _window(picture.shape[axis], cells, cell) for axis, cells, cell in ((1, rows, row), (2, columns, column))
+    )
     return picture[:, top : top + height, left : left + width]
 
 
@@ -126,7 +166,8 @@ def _window(side: int, cells: int, cell: int) -> tuple[int, int]:
 
 
 def overlay(picture: Tensor, values: Tensor) -> Tensor:
-    """[3, h, w] 0..255: a grey picture under the colours of values [H, W] in 0..1, cell by cell, thinner where they are small."""
+    """[3, h, w] 0..255: a grey picture under the colours of values [H, W] in 0..1, cell by cell, thinner where they are
+    small."""
     size = picture.shape[1:]
     grey = 64 + 0.6 * picture.float().mean(0, keepdim=True)
     heat = F.interpolate(heat_map(values[None]), size, mode="nearest")[0] * 255

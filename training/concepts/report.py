@@ -20,15 +20,28 @@ from .localisation import auroc, best_threshold, boundary_f, iou, measures
 
 VIZ, CLOSED, BAR = "FeatInv-Viz", "FeatInv-Viz, closed loop", "occlusion of the concept"
 COLUMNS = ("AUROC", "IoU", "IoU at 0.33", "pointing", "boundary F", "boundary F at 0.33", "deletion", "insertion")
-SLOPES = ("slope", "slope, median", "within range", "other concepts", "unedited", "times seeds alone", "logit predicted", "logit actual", "logit correlation")
+SLOPES = (
+    "slope",
+    "slope, median",
+    "within range",
+    "other concepts",
+    "unedited",
+    "times seeds alone",
+    "logit predicted",
+    "logit actual",
+    "logit correlation",
+)
 Table = list[list[str]]
 
 
 @dataclass
 class Trial:
-    """One concept in one scene. kind: "object" or "background", name: the concept. picture: [3, H, W]. mask: [H, W] bool, its true pixels.
-    heats: method -> heat map [H, W]. curves: method -> (deletion, insertion). visualization: FeatInv-Viz at the asked factor and, on the first track,
-    in closed loop. logit: for each of these the (predicted, actual) change of the top logit of the concept's label group."""
+    """One concept in one scene. kind: "object" or "background", name: the concept. picture: [3, H, W]. mask: [H, W]
+    bool, its true pixels.
+    heats: method -> heat map [H, W]. curves: method -> (deletion, insertion). visualization: FeatInv-Viz at the asked
+    factor and, on the first track, in closed loop. logit: for each of these the (predicted, actual) change of the top
+    logit of the concept's label group.
+    """
 
     kind: str
     name: str
@@ -52,7 +65,10 @@ def localise(trials: Sequence[Trial], validation: int) -> dict[str, dict[str, di
         for row, trial in zip(rows, reported):
             row["deletion"], row["insertion"] = trial.curves[method]
         figures[method] = {name: bootstrap(torch.tensor([row[name] for row in rows])) for name in COLUMNS}
-        figures[method] |= {"threshold for IoU": {"value": thresholds[0]}, "threshold for boundary F": {"value": thresholds[1]}}
+        figures[method] |= {
+            "threshold for IoU": {"value": thresholds[0]},
+            "threshold for boundary F": {"value": thresholds[1]},
+        }
     return figures
 
 
@@ -65,15 +81,17 @@ def faithful(trials: Sequence[Trial]) -> dict[str, dict[str, dict]]:
         logits = torch.tensor([t.logit[method] for t in trials])
         nulls = [s.null for s in slopes if s.null is not None]
         figures[method] = {
-            "slope": bootstrap(own), "slope, median": {"value": own.median().item()},
+            "slope": bootstrap(own),
+            "slope, median": {"value": own.median().item()},
             "within range": bootstrap(torch.tensor([float(s.passed) for s in slopes])),
             "other concepts": bootstrap(torch.tensor([s.others for s in slopes])),
             "unedited": bootstrap(torch.tensor([s.untouched for s in slopes])),
             "times seeds alone": {"value": torch.tensor(nulls).median().item() if nulls else float("nan")},
-            "logit predicted": bootstrap(logits[:, 0]), "logit actual": bootstrap(logits[:, 1]),
+            "logit predicted": bootstrap(logits[:, 0]),
+            "logit actual": bootstrap(logits[:, 1]),
             "logit correlation": {"value": torch.corrcoef(logits.T)[0, 1].item() if len(logits) > 2 else float("nan")},
             "commanded": {"value": torch.tensor([t.visualizations[method].commanded for t in trials]).mean().item()},
-        }  # fmt: skip
+        }
     return figures
 
 
@@ -96,7 +114,11 @@ def verdicts(kind: str, located: dict, true: dict, asked: float) -> list[str]:
     lines = []
     for method, row in true.items():
         value = row["slope"]["value"]
-        lines.append(f"{kind}, {method}: mean slope {value:.2f} for {asked:g} asked, {'inside' if low <= value <= high else 'OUTSIDE'} {low:.2f} to {high:.2f}; {row['within range']['value']:.0%} of the pictures inside.")
+        lines.append(
+            f"{kind}, {method}: mean slope {value:.2f} for {asked:g} asked,"
+            f" {'inside' if low <= value <= high else 'OUTSIDE'} {low:.2f} to {high:.2f};"
+            f" {row['within range']['value']:.0%} of the pictures inside."
+        )
     for method in true:
         own, bar = located[method]["boundary F"], located[BAR]["boundary F"]
         word = "above" if own["low"] > bar["high"] else "below" if own["high"] < bar["low"] else "not told apart from"
@@ -110,11 +132,21 @@ def cases(trials: Sequence[Trial]) -> tuple[list[list[Cell]], list[str]]:
     rows, titles = [], []
     for word, trial in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         visualization = trial.visualizations.get(CLOSED, trial.visualizations[VIZ])
-        rows.append([
-            (trial.picture, trial.name), (trial.mask.float().expand(3, -1, -1), "true mask"), (visualization.original[0], "reconstruction"), (visualization.changed[0], "attenuated"),
-            (_heat(trial.heats[VIZ]), f"AUROC {auroc(trial.heats[VIZ], trial.mask):.2f}"), (spotlight(visualization.original[0], affected(visualization.distance)), f"slope {visualization.slope.own:.2f}"),
-            (_heat(trial.heats["activation, enlarged"]), "activation"), (_heat(trial.heats[BAR]), "occlusion"),
-        ])  # fmt: skip
+        rows.append(
+            [
+                (trial.picture, trial.name),
+                (trial.mask.float().expand(3, -1, -1), "true mask"),
+                (visualization.original[0], "reconstruction"),
+                (visualization.changed[0], "attenuated"),
+                (_heat(trial.heats[VIZ]), f"AUROC {auroc(trial.heats[VIZ], trial.mask):.2f}"),
+                (
+                    spotlight(visualization.original[0], affected(visualization.distance)),
+                    f"slope {visualization.slope.own:.2f}",
+                ),
+                (_heat(trial.heats["activation, enlarged"]), "activation"),
+                (_heat(trial.heats[BAR]), "occlusion"),
+            ]
+        )
         titles.append(f"{trial.kind},\n{word}")
     return rows, titles
 
@@ -129,7 +161,10 @@ def markdown(table: Table) -> str:
 
 
 def as_html(table: Table) -> str:
-    rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in zip(["th"] + ["td"] * len(table), table)]
+    rows = [
+        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+        for tag, row in zip(["th"] + ["td"] * len(table), table)
+    ]
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
@@ -145,8 +180,20 @@ def write_report(out: Path, about: dict, trials_of: dict[str, list[Trial]]) -> s
             results[track][kind] = {"localisation": located, "faithfulness": true}
             tables = [as_table(located, COLUMNS, f"{track}: {kind}"), as_table(true, SLOPES, "what came of the edit")]
             said = verdicts(kind, located, true, about["factor"])
-            lines += [f"## {track}: {kind}", "", *(f"- {line}" for line in said), "", markdown(tables[0]), "", markdown(tables[1]), ""]
-            body += [f"<h2>{track}: {kind}</h2><ul>{''.join(f'<li>{html.escape(x)}</li>' for x in said)}</ul>", *map(as_html, tables)]
+            lines += [
+                f"## {track}: {kind}",
+                "",
+                *(f"- {line}" for line in said),
+                "",
+                markdown(tables[0]),
+                "",
+                markdown(tables[1]),
+                "",
+            ]
+            body += [
+                f"<h2>{track}: {kind}</h2><ul>{''.join(f'<li>{html.escape(x)}</li>' for x in said)}</ul>",
+                *map(as_html, tables),
+            ]
             more, words = cases(reported)
             rows, titles = rows + more, titles + [f"{track}:\n{word}" for word in words]
         lines += [f"- {note}" for note in about["notes"][track]] + [""]
@@ -161,6 +208,7 @@ def write_report(out: Path, about: dict, trials_of: dict[str, list[Trial]]) -> s
 
 def summary(about: dict) -> str:
     return (
-        f"{about['count']} held-out scenes, {about['seeds']} seeds, concepts multiplied by {about['factor']:g}; {about['source']}. "
-        f"Means with 95 % bootstrap intervals; thresholds chosen on {about['validation']} further scenes. Low is good for deletion, high for everything else."
+        f"{about['count']} held-out scenes, {about['seeds']} seeds, concepts multiplied by {about['factor']:g};"
+        f" {about['source']}. Means with 95 % bootstrap intervals; thresholds chosen on {about['validation']} further"
+        " scenes. Low is good for deletion, high for everything else."
     )

@@ -1,4 +1,5 @@
-"""FeatInv-Viz on an inversion model: draws the original and the edited maps with equal seeds and measures what came of it."""
+"""FeatInv-Viz on an inversion model: draws the original and the edited maps with equal seeds and measures what came of
+it."""
 
 from __future__ import annotations
 
@@ -17,9 +18,15 @@ from ..models.sampling import noise
 
 
 def visualize(
-    pipeline: InversionPipeline, features: FeatureMap, concepts: Concepts, groups: list[list[str]], settings: VizSettings, sampling: Sampling,
-    batch: int = 16, report: Callable[[int], object] = lambda n: None,
-) -> list[Visualization]:  # fmt: skip
+    pipeline: InversionPipeline,
+    features: FeatureMap,
+    concepts: Concepts,
+    groups: list[list[str]],
+    settings: VizSettings,
+    sampling: Sampling,
+    batch: int = 16,
+    report: Callable[[int], object] = lambda n: None,
+) -> list[Visualization]:
     """core.viz.visualize with an inversion model. batch: pictures drawn at once. report: called with each batch's size.
     Raises FeatInvError as core.viz.edit does."""
     start = noise(pipeline.base, settings.seed, settings.seeds)

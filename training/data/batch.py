@@ -28,15 +28,15 @@ class Batch(NamedTuple):
 
 
 def leave_signals(_: int) -> None:
-    """In a loader's worker: Ctrl-C and SIGTERM reach every process of a terminal or a job, and are for the training loop,
-    which still needs its workers to end well. They end with it, see plainly."""
+    """In a loader's worker: Ctrl-C and SIGTERM reach every process of a terminal or a job, and are for the training
+    loop, which still needs its workers to end well. They end with it, see plainly."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def plainly(loader: DataLoader) -> Generator:
-    """What a loader gives; bad input that a worker met is told as if no worker had been between. To be closed: workers that
-    leave signals alone would keep the process from ending."""
+    """What a loader gives; bad input that a worker met is told as if no worker had been between. To be closed: workers
+    that leave signals alone would keep the process from ending."""
     batches = iter(loader)
     try:
         yield from batches
@@ -51,9 +51,12 @@ class Unreadable(Exception):
     """A picture that cannot be read, and why."""
 
 
-def crops(opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, rng: random.Random) -> dict[str, Tensor]:
-    """The same random resized crop and flips (paper Sec. 2), scaled from the original to each of `sides`: name -> pixels a
-    side gives name -> [3, side, side] in 0..1. flips: as in TrainConfig. Raises Unreadable where `opened` raises."""
+def crops(
+    opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, rng: random.Random
+) -> dict[str, Tensor]:
+    """The same random resized crop and flips (paper Sec. 2), scaled from the original to each of `sides`: name ->
+    pixels a side gives name -> [3, side, side] in 0..1. flips: as in TrainConfig. Raises Unreadable where `opened`
+    raises."""
     try:
         with opened() as picture:
             image = as_seen(picture)

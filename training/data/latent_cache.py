@@ -1,8 +1,8 @@
 """Latents and features that training/cache.py computed once, read by index and view.
 
-A cache is a folder with one folder per part, "latents" and "features-BACKBONE-LAYER". A part has a manifest.json, which says
-what its rows are of, and shards of SHARD pictures of one view, whose names end with the digest of what is inside. One
-folder serves every backbone: the latents depend on the pictures, the crops and the autoencoder alone.
+A cache is a folder with one folder per part, "latents" and "features-BACKBONE-LAYER". A part has a manifest.json, which
+says what its rows are of, and shards of SHARD pictures of one view, whose names end with the digest of what is inside.
+One folder serves every backbone: the latents depend on the pictures, the crops and the autoencoder alone.
 """
 
 from __future__ import annotations
@@ -46,9 +46,15 @@ class Part:
             there = json.loads((self.folder / "manifest.json").read_text())
         except FileNotFoundError as error:
             raise FeatInvError(f"there is no cache in {self.folder}; {COMMAND}") from error
-        wrong = [f"{key}: {there.get(key)} there, {value} wanted" for key, value in self.manifest.items() if there.get(key) != value]
+        wrong = [
+            f"{key}: {there.get(key)} there, {value} wanted"
+            for key, value in self.manifest.items()
+            if there.get(key) != value
+        ]
         if wrong:
-            raise FeatInvError(f"{self.folder} is a cache of something else ({'; '.join(wrong)}); choose another --cache folder")
+            raise FeatInvError(
+                f"{self.folder} is a cache of something else ({'; '.join(wrong)}); choose another --cache folder"
+            )
 
     def begin(self) -> None:
         """Makes the folder, or raises as open does."""
@@ -66,9 +72,12 @@ class Part:
         return next(iter(sorted(self.folder.glob(f"view{view:04d}-{first:010d}-*.safetensors"))), None)
 
     def write(self, view: int, first: int, rows: Tensor, failed: dict[int, str]) -> Path:
-        """rows [n, ...] of the indices from `first` on, kept in fp16; failed: row -> why its picture could not be read."""
+        """rows [n, ...] of the indices from `first` on, kept in fp16; failed: row -> why its picture could not be
+        read."""
         content = save({self.name: rows.half().contiguous()}, {"failed": json.dumps(failed)})
-        return write_checksummed(self.folder, f"view{view:04d}-{first:010d}", ".safetensors", lambda file: file.write(content))
+        return write_checksummed(
+            self.folder, f"view{view:04d}-{first:010d}", ".safetensors", lambda file: file.write(content)
+        )
 
     def check(self, rank: int = 0, processes: int = 1) -> None:
         """Reads every shard, one process its share. Raises FeatInvError naming those that are missing or damaged."""
@@ -76,7 +85,9 @@ class Part:
         for view, first in self.shards()[rank::processes]:
             file = self.file(view, first)
             if file is None or not is_whole(file):
-                wrong.append(f"{file or f'view {view}, pictures from {first} on'} is {'damaged' if file else 'missing'}")
+                wrong.append(
+                    f"{file or f'view {view}, pictures from {first} on'} is {'damaged' if file else 'missing'}"
+                )
         if wrong:
             raise FeatInvError(f"the cache {self.folder} is not complete: {'; '.join(wrong[:5])}; {COMMAND} again")
 
@@ -99,13 +110,19 @@ def parts_of(config: TrainConfig, source: Scenes | Photographs, base: BaseModel,
     """The parts that the configuration asks for, with what their rows must be of."""
     views = config.views if isinstance(source, Photographs) else 1
     crops = {
-        "pictures": len(source), "listing": source.fingerprint, "seed": config.seed,
-        "flips": config.flips if isinstance(source, Photographs) else "none", "shard": SHARD,
-    }  # fmt: skip
+        "pictures": len(source),
+        "listing": source.fingerprint,
+        "seed": config.seed,
+        "flips": config.flips if isinstance(source, Photographs) else "none",
+        "shard": SHARD,
+    }
     latents = crops | {"resolution": base.resolution, "autoencoder": digest(base.vae)}
     parts = [Part(Path(config.cache) / "latents", "moments", latents, len(source), views)]
     if config.cache_features:
-        features = crops | {"features": backbone.source(config.layer, config.pooled).to_dict(), "backbone": digest(backbone.model)}
+        features = crops | {
+            "features": backbone.source(config.layer, config.pooled).to_dict(),
+            "backbone": digest(backbone.model),
+        }
         name = re.sub(r"[^\w.-]+", "_", f"features-{backbone.name}-{config.layer}{'-pooled' if config.pooled else ''}")
         parts.append(Part(Path(config.cache) / name, "features", json.loads(json.dumps(features)), len(source), views))
     return parts
@@ -141,7 +158,9 @@ class Cached(Dataset):
         return fill(self, numbers)
 
 
-def open_pictures(config: TrainConfig, base: BaseModel, backbone: Backbone, device: torch.device | str, rank: int, processes: int) -> Scenes | Photographs | Stream | Cached:
+def open_pictures(
+    config: TrainConfig, base: BaseModel, backbone: Backbone, device: torch.device | str, rank: int, processes: int
+) -> Scenes | Photographs | Stream | Cached:
     """The configuration's pictures, from its cache where it names one, every shard of which is read once by one of the
     processes. Raises FeatInvError for a cache of something else, or an incomplete one."""
     crop_sides = sides(base, backbone)

@@ -77,9 +77,15 @@ def _index(shard: Path) -> list[tuple[str, int, int]]:
         pass  # not there, or cut off: made again
     try:
         with tarfile.open(shard, "r:") as opened:
-            pictures = [(m.name, m.offset_data, m.size) for m in opened if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
+            pictures = [
+                (m.name, m.offset_data, m.size)
+                for m in opened
+                if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES
+            ]
     except tarfile.TarError as error:
-        raise FeatInvError(f"{shard} is not a plain tar file ({error}); unpack it, or pack it without compression") from error
+        raise FeatInvError(
+            f"{shard} is not a plain tar file ({error}); unpack it, or pack it without compression"
+        ) from error
     try:
         write_json(index_file, {"size": size, "pictures": pictures})
     except OSError:
@@ -100,7 +106,9 @@ def hugging_face(data: str, streaming: bool = False) -> tuple[ModuleType, Any, s
     name = data.partition(":")[2]
     saved = Path(name).is_dir() and any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json"))
     if saved and streaming:
-        raise FeatInvError(f"data {data} was saved by save_to_disk and is on this computer already: write {HUGGING_FACE}{name}")
+        raise FeatInvError(
+            f"data {data} was saved by save_to_disk and is on this computer already: write {HUGGING_FACE}{name}"
+        )
     try:
         if saved:
             dataset = datasets.load_from_disk(name)
@@ -113,13 +121,15 @@ def hugging_face(data: str, streaming: bool = False) -> tuple[ModuleType, Any, s
     features = dataset.features or {}  # unknown in some streams
     columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
     if not columns:
-        raise FeatInvError(f"data {data} has no column of pictures; it has {', '.join(features) or 'columns of unknown kinds'}")
+        raise FeatInvError(
+            f"data {data} has no column of pictures; it has {', '.join(features) or 'columns of unknown kinds'}"
+        )
     return datasets, dataset, columns[0]
 
 
 class HuggingFace:
-    """A data set of the `datasets` library that is on this computer, with a column of pictures. classes: the name of each
-    one's label, None where it has none; None altogether for a data set without a column of labels."""
+    """A data set of the `datasets` library that is on this computer, with a column of pictures. classes: the name of
+    each one's label, None where it has none; None altogether for a data set without a column of labels."""
 
     def __init__(self, data: str) -> None:
         """data: as hugging_face takes it."""
@@ -140,12 +150,18 @@ def open_listing(data: str, images: int | None) -> Listing:
     if data.startswith(HUGGING_FACE):
         listing: Listing = HuggingFace(data)
     elif data.startswith(STREAM):
-        raise FeatInvError(f"data {data}: a stream can be trained on, not evaluated or listed; download the set, and write {HUGGING_FACE}")
+        raise FeatInvError(
+            f"data {data}: a stream can be trained on, not evaluated or listed; download the set, and write"
+            f" {HUGGING_FACE}"
+        )
     elif Path(data).is_dir():
         shards = sorted(Path(data).glob("*.tar"))
         listing = TarShards(shards) if shards else Folder(Path(data))
     else:
-        raise FeatInvError(f"data {data!r} is neither 'drawn' nor a folder, nor '{HUGGING_FACE}' and the name of a Hugging Face data set")
+        raise FeatInvError(
+            f"data {data!r} is neither 'drawn' nor a folder, nor '{HUGGING_FACE}' and the name of a Hugging Face"
+            " data set"
+        )
     if not listing.names:
         raise FeatInvError(f"no images ({', '.join(sorted(SUFFIXES))}) below {data}")
     return listing if images is None else Part(listing, images)

@@ -59,7 +59,10 @@ class Scenes(Dataset):
             return draw(self.seed, numbers).image
         part = scenes[0] // AT_ONCE
         if self._part[0] != part:
-            self._part = part, draw(self.seed, torch.arange(part * AT_ONCE, (part + 1) * AT_ONCE, device=self.device)).image
+            self._part = (
+                part,
+                draw(self.seed, torch.arange(part * AT_ONCE, (part + 1) * AT_ONCE, device=self.device)).image,
+            )
         return self._part[1][numbers - part * AT_ONCE]
 
 
@@ -93,7 +96,8 @@ class Photographs(Dataset):
         return int(self._order[1][position]), epoch % self.views if self.views else epoch
 
     def render(self, entries: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[int, str]]:
-        """Tensors of (index, view) entries, rows of zeros for pictures that cannot be read, and row -> reason of these."""
+        """Tensors of (index, view) entries, rows of zeros for pictures that cannot be read, and row -> reason of
+        these."""
         rows = {name: torch.zeros(len(entries), 3, side, side) for name, side in self.sides.items()}
         failed = {}
         for row, (index, view) in enumerate(entries):
@@ -108,12 +112,15 @@ class Photographs(Dataset):
         return fill(self, numbers)
 
     def _crops(self, index: int, view: int) -> dict[str, Tensor]:
-        return crops(lambda: self.listing.open(index), self.sides, self.flips, random.Random(f"{self.seed}/{index}/{view}"))
+        return crops(
+            lambda: self.listing.open(index), self.sides, self.flips, random.Random(f"{self.seed}/{index}/{view}")
+        )
 
 
 def fill(source: Photographs, numbers: list[int]) -> Batch:
-    """The batch of image numbers from a source's entry, render and name; a picture that cannot be read gives way to the next in its epoch's order, which is a
-    function of the number too. Raises FeatInvError after TRIES of them in a row."""
+    """The batch of image numbers from a source's entry, render and name; a picture that cannot be read gives way to the
+    next in its epoch's order, which is a function of the number too. Raises FeatInvError after TRIES of them in a
+    row."""
     tensors, failed = source.render([source.entry(n) for n in numbers])
     skipped = []
     for row, reason in failed.items():
@@ -128,7 +135,9 @@ def fill(source: Photographs, numbers: list[int]) -> Batch:
                 reason = wrong[0]
             skipped.append((source.name(index), reason))
         else:
-            raise FeatInvError(f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({skipped[-1][1]})")
+            raise FeatInvError(
+                f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({skipped[-1][1]})"
+            )
     return Batch(tensors, skipped)
 
 
@@ -153,7 +162,9 @@ def sides(base: BaseModel, backbone: Backbone) -> dict[str, int]:
     return {"pictures": side} if side == base.resolution else {"pictures": side, "target": base.resolution}
 
 
-def open_source(config: TrainConfig, crop_sides: dict[str, int], device: torch.device | str = "cpu") -> Scenes | Photographs | Stream:
+def open_source(
+    config: TrainConfig, crop_sides: dict[str, int], device: torch.device | str = "cpu"
+) -> Scenes | Photographs | Stream:
     """The configuration's pictures, cropped to the `crop_sides` sides. Raises FeatInvError where there are none."""
     if drawing_world(config.data):
         return Scenes(config.seed, device, config.images)
@@ -168,14 +179,27 @@ def as_it_is(batch: tuple) -> tuple:
 
 
 def loader(
-    source: Dataset | Stream, start: int, batch: int, rank: int, processes: int, workers: int, pin: bool = False, state: dict | None = None
+    source: Dataset | Stream,
+    start: int,
+    batch: int,
+    rank: int,
+    processes: int,
+    workers: int,
+    pin: bool = False,
+    state: dict | None = None,
 ) -> Generator[Batch] | Reading:
-    """Batches from image number `start` on, per process `batch` images; of a stream from where `state` says, see Reading.
-    To be closed."""
+    """Batches from image number `start` on, per process `batch` images; of a stream from where `state` says, see
+    Reading. To be closed."""
     if isinstance(source, Stream):
         return Reading(source, batch, rank, processes, workers, pin, state)
     numbers = Batches(start, batch, rank, processes)
     batches = DataLoader(
-        source, batch_sampler=numbers, num_workers=workers, collate_fn=as_it_is, persistent_workers=workers > 0, pin_memory=pin, worker_init_fn=leave_signals
+        source,
+        batch_sampler=numbers,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
+        worker_init_fn=leave_signals,
     )
     return plainly(batches)

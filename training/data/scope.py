@@ -28,10 +28,12 @@ TINY_CENTRES, CENTRES = 512, 2048  # directions in the bank, 2 bytes x channels 
 DRAWN = 256  # reconstructions for the cycle cosine
 
 
-def pictures(pipeline: InversionPipeline, data: str, count: int, batch: int, first: int = FIRST, kept_back: bool = False) -> Iterator[Tensor]:
-    """Batches of preprocessed pictures: held-out scenes from number `first` on, or `count` of what open_listing opens, in a
-    random order that is always the same, those that cannot be read left out and named. kept_back: only those that making
-    a world of photographs leaves aside. Raises FeatInvError where there are fewer."""
+def pictures(
+    pipeline: InversionPipeline, data: str, count: int, batch: int, first: int = FIRST, kept_back: bool = False
+) -> Iterator[Tensor]:
+    """Batches of preprocessed pictures: held-out scenes from number `first` on, or `count` of what open_listing opens,
+    in a random order that is always the same, those that cannot be read left out and named. kept_back: only those that
+    making a world of photographs leaves aside. Raises FeatInvError where there are fewer."""
     if world := drawing_world(data):
         for numbers in torch.arange(first, first + count).split(batch):
             yield pipeline.backbone.preprocess(world.draw(numbers))
@@ -53,12 +55,24 @@ def pictures(pipeline: InversionPipeline, data: str, count: int, batch: int, fir
             some = []
         if read == count:
             return
-    raise FeatInvError(f"{data} holds {read} readable images; asked for {count}. Give a folder with more, or a smaller --count")
+    raise FeatInvError(
+        f"{data} holds {read} readable images; asked for {count}. Give a folder with more, or a smaller --count"
+    )
 
 
-def fit(pipeline: InversionPipeline, sampling: Sampling, data: str, count: int, drawn: int, centres: int, batch: int = 32, kept_back: bool = False) -> Scope:
-    """The statistics of `count` pictures and the quantiles of `drawn` reconstructions' cycle cosines (0: none). sampling: without
-    guidance by the gradient, which raises the cosine of whatever map it is given. kept_back: as in pictures."""
+def fit(
+    pipeline: InversionPipeline,
+    sampling: Sampling,
+    data: str,
+    count: int,
+    drawn: int,
+    centres: int,
+    batch: int = 32,
+    kept_back: bool = False,
+) -> Scope:
+    """The statistics of `count` pictures and the quantiles of `drawn` reconstructions' cycle cosines (0: none).
+    sampling: without guidance by the gradient, which raises the cosine of whatever map it is given. kept_back: as in
+    pictures."""
     some: list[FeatureMap] = []
 
     def maps() -> Iterator[FeatureMap]:
@@ -76,7 +90,9 @@ def fit(pipeline: InversionPipeline, sampling: Sampling, data: str, count: int, 
     target = concatenate(some).select(slice(0, drawn))
     with tqdm(total=len(target), desc="drawing", unit="picture") as bar:
         redrawn = pipeline.draw(target, sampling, pipeline.noise(range(len(target))), batch, bar.update)
-    return replace(scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(target, pipeline.extract(redrawn).to("cpu")))})
+    return replace(
+        scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(target, pipeline.extract(redrawn).to("cpu")))}
+    )
 
 
 def ship_scope(name: str) -> None:
@@ -90,19 +106,29 @@ def centres_for(data: str) -> int:
 
 
 def scope_entries(file: Path, maps: FeatureMap, scores: list[float], sampling: Sampling) -> list[dict]:
-    """For each map what the scope statistics of the weights file say of it; {} without any. And of its reconstruction by
-    its score, where it was drawn as those behind the statistics were: as the file recommends, but without guidance by the
-    gradient."""
+    """For each map what the scope statistics of the weights file say of it; {} without any. And of its reconstruction
+    by its score, where it was drawn as those behind the statistics were: as the file recommends, but without guidance
+    by the gradient."""
     scope = load_scope(file)
     if scope is None:
         return [{} for _ in scores]
     report = scope.evaluate(maps)
     entries = [
-        {"verdict": verdict, "off": off, "line": line, "less_unusual": {name: share[i].item() for name, share in report.share.items()}}
+        {
+            "verdict": verdict,
+            "off": off,
+            "line": line,
+            "less_unusual": {name: share[i].item() for name, share in report.share.items()},
+        }
         for i, (verdict, off, line) in enumerate(zip(report.verdict, report.off, report.lines()))
     ]
-    usual = Sampling.chosen(read_info(file).recommended, {"gradient": 0.0, "gradient_steps": sampling.gradient_steps, "best_of": 1})
+    usual = Sampling.chosen(
+        read_info(file).recommended, {"gradient": 0.0, "gradient_steps": sampling.gradient_steps, "best_of": 1}
+    )
     if "cycle" in scope.quantiles and sampling == usual:
         shares, verdicts = scope.evaluate_cycle(torch.tensor(scores))
-        entries = [entry | {"cycle": {"verdict": verdict, "less_unusual": share}} for entry, verdict, share in zip(entries, verdicts, shares.tolist())]
+        entries = [
+            entry | {"cycle": {"verdict": verdict, "less_unusual": share}}
+            for entry, verdict, share in zip(entries, verdicts, shares.tolist())
+        ]
     return entries

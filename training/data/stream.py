@@ -1,8 +1,8 @@
 """Pictures that are read as they come: a Hugging Face data set that is not downloaded first.
 
 A set is a number of files (parquet, tar shards and others). Each belongs to one reader, a worker of a process, so that
-nothing is read twice in an epoch. A reader takes its files in a new order each epoch and shuffles BLOCK pictures at a time,
-still encoded. Where it stands is four numbers, from which a run goes on exactly.
+nothing is read twice in an epoch. A reader takes its files in a new order each epoch and shuffles BLOCK pictures at a
+time, still encoded. Where it stands is four numbers, from which a run goes on exactly.
 """
 
 from __future__ import annotations
@@ -75,13 +75,15 @@ def decode(encoded: dict) -> Image.Image:
 
 
 class Reader:
-    """Reader `number` of several: the files number, number + readers, ... of a stream, without end, from a position on."""
+    """Reader `number` of several: the files number, number + readers, ... of a stream, without end, from a position
+    on."""
 
     def __init__(self, stream: Stream, number: int, readers: int, position: Position) -> None:
         self.stream, self.number, self.readers, self.position = stream, number, readers, position
 
     def blocks(self) -> Iterator[tuple[Position, Position, list[tuple[str, dict]]]]:
-        """(where a block begins, where the next one does, its pictures with their names). A block ends with its epoch."""
+        """(where a block begins, where the next one does, its pictures with their names). A block ends with its
+        epoch."""
         begin = self.position._replace(used=0)
         while True:
             files = list(range(self.number, self.stream.files, self.readers))
@@ -99,7 +101,9 @@ class Reader:
             if block:
                 yield begin, after, block
             elif begin == Position(begin.epoch):
-                raise FeatInvError(f"data {self.stream.data}: the files {', '.join(map(str, sorted(files)))} hold no pictures")
+                raise FeatInvError(
+                    f"data {self.stream.data}: the files {', '.join(map(str, sorted(files)))} hold no pictures"
+                )
             begin = after
 
     def pictures(self) -> Iterator[tuple[str, dict, Position]]:
@@ -108,12 +112,16 @@ class Reader:
         for begin, after, block in self.blocks():
             self._rng(*begin).shuffle(block)
             for count, (name, encoded) in enumerate(block[used:], used + 1):
-                yield f"epoch {begin.epoch}, {name}", encoded, begin._replace(used=count) if count < len(block) else after
+                yield (
+                    f"epoch {begin.epoch}, {name}",
+                    encoded,
+                    begin._replace(used=count) if count < len(block) else after,
+                )
             used = 0
 
     def batches(self, size: int) -> Iterator[tuple[Position, Batch]]:
-        """(where the reader stands after it, batch of `size` crops). Raises FeatInvError after TRIES pictures in a row that
-        cannot be read."""
+        """(where the reader stands after it, batch of `size` crops). Raises FeatInvError after TRIES pictures in a row
+        that cannot be read."""
         stream, rows, skipped, failed = self.stream, [], [], 0
         for name, encoded, position in self.pictures():
             try:
@@ -124,9 +132,14 @@ class Reader:
                 skipped.append((f"{stream.data}, {name.partition(', ')[2]}", str(error)))
                 failed += 1
                 if failed == TRIES:
-                    raise FeatInvError(f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({error})") from error
+                    raise FeatInvError(
+                        f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({error})"
+                    ) from error
             if len(rows) == size:
-                yield position, Batch({side: torch.stack([row[side] for row in rows]) for side in stream.sides}, skipped)
+                yield (
+                    position,
+                    Batch({side: torch.stack([row[side] for row in rows]) for side in stream.sides}, skipped),
+                )
                 rows, skipped = [], []
 
     def _rng(self, *where: int) -> random.Random:
@@ -144,8 +157,9 @@ class Readers(IterableDataset):
         self.all = processes * self.count
         if stream.files < self.all:
             raise FeatInvError(
-                f"data {stream.data} has {stream.files} files, of which each of {self.all} readers ({processes} processes with {self.count} workers) "
-                "needs one of its own: give fewer --workers or processes, or download the set and write hf:"
+                f"data {stream.data} has {stream.files} files, of which each of {self.all} readers ({processes}"
+                f" processes with {self.count} workers) needs one of its own: give fewer --workers or processes, or"
+                " download the set and write hf:"
             )
         self.turn, self.positions = 0, [Position()] * self.count
 
@@ -158,18 +172,32 @@ class Readers(IterableDataset):
 
 
 class Reading(Iterator[Batch]):
-    """The batches of one process. state: its own of what `states` gave, to go on from there; where there are other processes
-    or workers now, the stream starts from its beginning and says so."""
+    """The batches of one process. state: its own of what `states` gave, to go on from there; where there are other
+    processes or workers now, the stream starts from its beginning and says so."""
 
-    def __init__(self, stream: Stream, batch: int, rank: int, processes: int, workers: int, pin: bool = False, state: dict | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        batch: int,
+        rank: int,
+        processes: int,
+        workers: int,
+        pin: bool = False,
+        state: dict | None = None,
+    ) -> None:
         self._readers = readers = Readers(stream, batch, rank, processes, workers)
         if state is not None and (state["all"], len(state["places"])) == (readers.all, readers.count):
             readers.turn, readers.positions = state["turn"], [Position(*position) for position in state["places"]]
         elif state is not None and rank == 0:
-            tqdm.write(f"{stream.data} was read by {state['all']} readers, {len(state['places'])} each process, and now by {readers.all}: it starts from its beginning")
+            tqdm.write(
+                f"{stream.data} was read by {state['all']} readers, {len(state['places'])} each process, and now by"
+                f" {readers.all}: it starts from its beginning"
+            )
         self._turn, self._positions = readers.turn, list(readers.positions)
         self._last: tuple[int, Position] | None = None
-        self._batches = plainly(DataLoader(readers, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals))
+        self._batches = plainly(
+            DataLoader(readers, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals)
+        )
 
     def __next__(self) -> Batch:
         self._use_up()
@@ -189,12 +217,16 @@ class Reading(Iterator[Batch]):
         """in_hand: the batch that was handed out last is still to be used, and comes again."""
         if not in_hand:
             self._use_up()
-        return {"all": self._readers.all, "turn": self._turn, "places": [tuple(position) for position in self._positions]}
+        return {
+            "all": self._readers.all,
+            "turn": self._turn,
+            "places": [tuple(position) for position in self._positions],
+        }
 
 
 def states(batches: Iterator[Batch], in_hand: bool) -> list[dict] | None:
-    """Where a stream's readers stand, of all processes, for the checkpoint; None for batches of other sources. Every process
-    calls this."""
+    """Where a stream's readers stand, of all processes, for the checkpoint; None for batches of other sources. Every
+    process calls this."""
     return gather_object([batches.state(in_hand)]) if isinstance(batches, Reading) else None
 
 

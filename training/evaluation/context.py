@@ -20,7 +20,11 @@ from .shards import Condition, Table
 from .sources import Originals, Source
 from .spaces import Inception, Space, TimmSpace
 
-ORIGINAL, UNCONDITIONAL, ROUND_TRIP = "original", "unconditional", "round trip"  # conditions of every suite; those that begin with the first go first
+ORIGINAL, UNCONDITIONAL, ROUND_TRIP = (
+    "original",
+    "unconditional",
+    "round trip",
+)  # conditions of every suite; those that begin with the first go first
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class ModelSpec:
 class EvalContext:
     """Opens what the suites ask for. One inversion model is in memory at a time, the backbones stay.
 
-    changes: sampling settings that replace a weights file's own, None leaves one alone. seed: added to a picture's number.
+    changes: sampling settings that replace a weights file's own, None leaves one alone. seed: added to a picture's
+    number.
     """
 
     source: Source
@@ -57,7 +62,10 @@ class EvalContext:
         if self._pipeline is None or self._pipeline[0] != spec:
             self._pipeline = None  # let go before the next is read
             pipeline = load_pipeline(spec.model, spec.base, spec.backbone_weights, spec.backbone, self.device)
-            self._pipeline = spec, replace(pipeline, backbone=self.backbone(spec))  # the evaluators' own: in memory once
+            self._pipeline = (
+                spec,
+                replace(pipeline, backbone=self.backbone(spec)),
+            )  # the evaluators' own: in memory once
         return self._pipeline[1]
 
     def backbone(self, spec: ModelSpec) -> Backbone:
@@ -103,13 +111,17 @@ class ModelUnderTest:
     evaluators: prefix of the columns -> evaluator. spaces: those in which the sets are compared.
     """
 
-    def __init__(self, context: EvalContext, spec: ModelSpec, evaluators: dict[str, Evaluator], spaces: list[Space]) -> None:
+    def __init__(
+        self, context: EvalContext, spec: ModelSpec, evaluators: dict[str, Evaluator], spaces: list[Space]
+    ) -> None:
         self.context, self.spec, self.evaluators, self.spaces = context, spec, evaluators, spaces
         self.backbone = context.backbone(spec)
 
     def start(self, originals: Originals, sample: int = 0) -> Tensor:
         """Starting noise, a picture's number its seed; `sample` further ones lie a million apart."""
-        return self.context.open(self.spec).noise([n + self.context.seed + 1_000_000 * sample for n in originals.numbers])
+        return self.context.open(self.spec).noise(
+            [n + self.context.seed + 1_000_000 * sample for n in originals.numbers]
+        )
 
     def draw(self, pixel_values: Tensor, sampling: Sampling, start: Tensor) -> Tensor:
         """Pictures with the features of preprocessed ones."""
@@ -132,7 +144,10 @@ class ModelUnderTest:
         pixel_values = originals.preprocess(self.backbone)
         columns: Columns = {"pictures": pixel_values} | self.vectors(pixel_values)
         for prefix, evaluator in self.evaluators.items():
-            columns |= {f"mean/{prefix}{name}": values for name, values in evaluator.means(evaluator.extract(pixel_values)).items()}
+            columns |= {
+                f"mean/{prefix}{name}": values
+                for name, values in evaluator.means(evaluator.extract(pixel_values)).items()
+            }
         return columns
 
     def centre(self, originals: Table) -> None:
@@ -149,7 +164,9 @@ class ModelUnderTest:
             def start_of(attempt: int) -> Tensor:
                 return pipeline.noise([n + self.context.seed + ATTEMPT * attempt for n in originals.numbers])
 
-            drawn, _ = pipeline.best(pipeline.features(originals.preprocess(pipeline.backbone)), sampling, start_of, len(originals.numbers))
+            drawn, _ = pipeline.best(
+                pipeline.features(originals.preprocess(pipeline.backbone)), sampling, start_of, len(originals.numbers)
+            )
             return self.measure(originals.preprocess(self.backbone), drawn, originals.single)
 
         return condition
@@ -166,7 +183,11 @@ class ModelUnderTest:
     def round_trip(self, originals: Originals) -> Columns:
         """The autoencoder's round trip of the originals."""
         pixel_values = originals.preprocess(self.backbone)
-        return self.measure(pixel_values, round_trip(self.context.open(self.spec).base, pixel_values.to(self.context.device)).cpu(), originals.single)
+        return self.measure(
+            pixel_values,
+            round_trip(self.context.open(self.spec).base, pixel_values.to(self.context.device)).cpu(),
+            originals.single,
+        )
 
     def bounds(self, sampling: Sampling) -> dict[str, Condition]:
         """The conditions that every report carries beside its own. sampling: the unconditional baseline's sampling."""
@@ -174,8 +195,10 @@ class ModelUnderTest:
 
 
 def own_evaluator(context: EvalContext, spec: ModelSpec, subset: list[int] | None = None) -> Evaluator:
-    """A model's own backbone, on the maps that the model inverts, and for a pooled model also on the unpooled ones, which
-    the paper's tables are about."""
+    """A model's own backbone, on the maps that the model inverts, and for a pooled model also on the unpooled ones,
+    which the paper's tables are about."""
     source = context.info(spec).source
-    compared = {"cosine": (source.layer, source.pooled)} | ({"cosine_unpooled": (source.layer, False)} if source.pooled else {})
+    compared = {"cosine": (source.layer, source.pooled)} | (
+        {"cosine_unpooled": (source.layer, False)} if source.pooled else {}
+    )
     return Evaluator(context.backbone(spec), compared, subset)

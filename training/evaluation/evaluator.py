@@ -1,4 +1,5 @@
-"""A backbone that compares pictures with their originals: the paper's measures of faithfulness (Sec. 4.1), per picture."""
+"""A backbone that compares pictures with their originals: the paper's measures of faithfulness (Sec. 4.1), per
+picture."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ class Evaluator:
     all. centres: column name -> mean vector [C] of the originals, for the mean-removed cosine; empty for none.
     """
 
-    def __init__(self, backbone: Backbone, compared: dict[str, tuple[str, bool]], subset: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, compared: dict[str, tuple[str, bool]], subset: Sequence[int] | None = None
+    ) -> None:
         self.backbone, self.compared = backbone, compared
         self._subset = None if subset is None else torch.tensor(subset)
         self.centres: dict[str, Tensor] = {}
@@ -40,8 +43,12 @@ class Evaluator:
         """Pictures [B, 3, h, w] in 0..1, scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
         pixel_values = self.backbone.preprocess(pictures, "stretch")
         others = {layer for layer, _ in self.compared.values()} - {LAST}
-        layers = {LAST: self.backbone.extract(pixel_values)} | self.backbone.extract_several(pixel_values, sorted(others))
-        maps = {name: layers[layer].pool() if pooled else layers[layer] for name, (layer, pooled) in self.compared.items()}
+        layers = {LAST: self.backbone.extract(pixel_values)} | self.backbone.extract_several(
+            pixel_values, sorted(others)
+        )
+        maps = {
+            name: layers[layer].pool() if pooled else layers[layer] for name, (layer, pooled) in self.compared.items()
+        }
         return Features(maps, self.backbone.logits(layers[LAST]))
 
     def means(self, features: Features) -> Columns:
@@ -57,7 +64,10 @@ class Evaluator:
             if name in self.centres:
                 columns[f"{name}_centred"] = cosine(original, pred.maps[name], self.centres[name].to(original.values))
         groups = self.backbone.groups
-        first = self._chosen(target.logits, next(iter(groups.values()))), self._chosen(pred.logits, next(iter(groups.values())))
+        first = (
+            self._chosen(target.logits, next(iter(groups.values()))),
+            self._chosen(pred.logits, next(iter(groups.values()))),
+        )
         for k in (1, 5):
             columns[f"top{k}_match"] = top_k_match(*first, k).float()
         if single is not None and len(groups) > 1:

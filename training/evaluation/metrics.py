@@ -1,7 +1,8 @@
-"""Figures with their sample counts and 95 % intervals: of means over pictures, and of the distance of two sets of pictures.
+"""Figures with their sample counts and 95 % intervals: of means over pictures, and of the distance of two sets of
+pictures.
 
-The distances are between sets of feature vectors. In Inception's feature space they are FID (Heusel et al. 2017) and KID
-(Binkowski et al. 2018); in any other they are not, and are named after the space.
+The distances are between sets of feature vectors. In Inception's feature space they are FID (Heusel et al. 2017) and
+KID (Binkowski et al. 2018); in any other they are not, and are named after the space.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def set_entries(space: str, originals: Tensor, pictures: Tensor) -> dict[str, di
     """Frechet distance and KID between the vectors [N, D] of originals and of the pictures drawn for them, named after
     their space; nothing for fewer than eight pictures.
 
-    The intervals are the value plus and minus 1.96 standard deviations over bootstrap resamples of the pairs; percentiles
-    of the Frechet distance would lie above its value, to which drawing with replacement adds. It is marked "biased" below
-    max(2048, D) pictures, where it comes out too large (Chong and Forsyth 2020); KID has no such bias.
+    The intervals are the value plus and minus 1.96 standard deviations over bootstrap resamples of the pairs;
+    percentiles of the Frechet distance would lie above its value, to which drawing with replacement adds. It is marked
+    "biased" below max(2048, D) pictures, where it comes out too large (Chong and Forsyth 2020); KID has no such bias.
     """
     n = len(pictures)
     if n < FEWEST:
@@ -39,7 +40,9 @@ def set_entries(space: str, originals: Tensor, pictures: Tensor) -> dict[str, di
     picks = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
     weights = torch.stack([torch.bincount(p, minlength=n) for p in picks])
     spread = torch.tensor([frechet_distance(originals[p], pictures[p]) for p in picks])
-    frechet = _around(frechet_distance(originals, pictures), spread, n) | {"biased": n < max(ENOUGH, originals.shape[1])}
+    frechet = _around(frechet_distance(originals, pictures), spread, n) | {
+        "biased": n < max(ENOUGH, originals.shape[1])
+    }
     distance = _around(kid(originals, pictures, True).item(), kid(originals, pictures, True, weights), n)
     return {"fid" if space == "Inception" else f"frechet_distance ({space})": frechet, f"kid ({space})": distance}
 
@@ -50,12 +53,12 @@ def _around(value: float, resampled: Tensor, n: int) -> dict:
 
 
 def kid(a: Tensor, b: Tensor, paired: bool = False, weights: Tensor | None = None) -> Tensor:
-    """[R] the kernel distance of two sets of vectors [N, D] and [M, D]: the unbiased estimate of the squared maximum mean
-    discrepancy with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, Sec. 4), over all pairs, in float64.
+    """[R] the kernel distance of two sets of vectors [N, D] and [M, D]: the unbiased estimate of the squared maximum
+    mean discrepancy with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, Sec. 4), over all pairs, in float64.
 
     paired: a_i and b_i belong together, N = M, and the pairs (a_i, b_i) are left out, which otherwise would make
-    reconstructions look closer than any other pictures could be (the U-statistic of Gretton et al. 2012). weights [R, N]:
-    how often each pair occurs in R resamples; a vector is not compared with its own copies.
+    reconstructions look closer than any other pictures could be (the U-statistic of Gretton et al. 2012). weights [R,
+    N]: how often each pair occurs in R resamples; a vector is not compared with its own copies.
     """
     a, b = a.double(), b.double()
     wa, wb = (torch.ones(1, len(x), dtype=torch.float64) if weights is None else weights.double() for x in (a, b))
@@ -63,7 +66,8 @@ def kid(a: Tensor, b: Tensor, paired: bool = False, weights: Tensor | None = Non
 
 
 def _mean_kernel(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor, without_own: bool) -> Tensor:
-    """[R] weighted means of k(x_i, y_j) over all pairs, or over those with i != j; some rows of the matrix at a time."""
+    """[R] weighted means of k(x_i, y_j) over all pairs, or over those with i != j; some rows of the matrix at a
+    time."""
     total, count = torch.zeros(len(wx), dtype=torch.float64), wx.sum(1) * wy.sum(1)
     for first in range(0, len(x), ROWS):
         rows = slice(first, first + ROWS)

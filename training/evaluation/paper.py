@@ -1,6 +1,7 @@
 """The paper's own figures, beside which a report puts what it found (arXiv 2505.21032, Tables 1 and 3)."""
 
-#: timm architecture, pooled -> (cosine, top-5 match in %, top-1 match in %, FID); 10,000 validation pictures of ImageNet
+#: timm architecture, pooled -> (cosine, top-5 match in %, top-1 match in %, FID); 10,000 validation pictures of
+#: ImageNet
 RECONSTRUCTION = {
     ("resnet50.tv_in1k", False): (0.46, 91, 70, 11.49),
     ("resnet50.a1_in1k", False): (0.50, 90, 70, 11.51),
@@ -18,4 +19,7 @@ def beside(backbone: str, layer: str, pooled: bool) -> str:
     if layer != "last" or (backbone, pooled) not in RECONSTRUCTION:
         return ""
     cosine, top5, top1, fid = RECONSTRUCTION[backbone, pooled]
-    return f"The paper, for the same features (Tables 1 and 3): cosine {cosine:.2f} on the unpooled map, top-5 match {top5} %, top-1 match {top1} %, FID {fid}."
+    return (
+        f"The paper, for the same features (Tables 1 and 3): cosine {cosine:.2f} on the unpooled map, top-5 match"
+        f" {top5} %, top-1 match {top1} %, FID {fid}."
+    )

@@ -1,9 +1,9 @@
 """RCDM (Bordes et al. 2022): a diffusion model in pixel space, conditioned on a pooled feature vector.
 
-Its published checkpoints hold the UNet of Dhariwal and Nichol (2021) in that code's names, and one linear layer that adds
-the vector to the timestep's embedding. Here it is diffusers' UNet of the same architecture, under diffusers' names. The
-embedded world's small one (training/worlds/rcdm.py) is a safetensors file in these names, with a JSON text under the key
-"rcdm": {"widths", "resolution", "source", "steps", "images_seen", "gmac_per_picture", "gmac"}.
+Its published checkpoints hold the UNet of Dhariwal and Nichol (2021) in that code's names, and one linear layer that
+adds the vector to the timestep's embedding. Here it is diffusers' UNet of the same architecture, under diffusers'
+names. The embedded world's small one (training/worlds/rcdm.py) is a safetensors file in these names, with a JSON text
+under the key "rcdm": {"widths", "resolution", "source", "steps", "images_seen", "gmac_per_picture", "gmac"}.
 """
 
 from __future__ import annotations
@@ -28,15 +28,28 @@ EMBEDDED = Path(__file__).parent / "tiny_rcdm.safetensors"
 #: the published models: 128 pixels, attention at 32, 16 and 8; widths by level
 WIDTHS, LAYERS, HEADS, ATTENDING, RESOLUTION = (256, 256, 512, 768, 1024), 2, 4, (2, 3, 4), 128
 #: diffusers' words for the noise that it was trained with
-SCHEDULE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "trailing", "clip_sample": True}
+SCHEDULE = {
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "timestep_spacing": "trailing",
+    "clip_sample": True,
+}
 RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
-}  # fmt: skip
+}
 ENDS = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
     "out.2": "conv_out",
-}  # fmt: skip
+}
 
 
 class RCDM(nn.Module):
@@ -44,8 +57,8 @@ class RCDM(nn.Module):
 
     channels: length of the vectors. widths, resolution: where not the published ones. mean, std: what pictures were
     normalised with for the vectors that it was trained on; the published ones with -1..1, whatever the backbone's own.
-    source: the features that it inverts, None where its file does not say. steps: of DDIM, where nobody says; 100 in the
-    published code.
+    source: the features that it inverts, None where its file does not say. steps: of DDIM, where nobody says; 100 in
+    the published code.
     """
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -57,12 +70,20 @@ class RCDM(nn.Module):
         super().__init__()
         attending = [level in ATTENDING for level in range(len(widths))]
         self.unet = UNet2DModel(
-            sample_size=resolution, out_channels=6, freq_shift=0, block_out_channels=widths, layers_per_block=LAYERS,
+            sample_size=resolution,
+            out_channels=6,
+            freq_shift=0,
+            block_out_channels=widths,
+            layers_per_block=LAYERS,
             down_block_types=tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attending),
             up_block_types=tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attending)),
-            downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift", class_embed_type="identity",
-            attention_head_dim=widths[-1] // HEADS, attn_norm_num_groups=32,
-        )  # fmt: skip
+            downsample_type="resnet",
+            upsample_type="resnet",
+            resnet_time_scale_shift="scale_shift",
+            class_embed_type="identity",
+            attention_head_dim=widths[-1] // HEADS,
+            attn_norm_num_groups=32,
+        )
         for module in self.unet.modules():
             if isinstance(module, Attention):  # as many heads at every level, whatever its width
                 module.heads = HEADS
@@ -97,12 +118,14 @@ class RCDM(nn.Module):
 
 
 def published_names(levels: int) -> dict[str, str]:
-    """Prefixes of the published layout -> prefixes of RCDM's own state dict, without the parts of residual and attention
-    blocks."""
+    """Prefixes of the published layout -> prefixes of RCDM's own state dict, without the parts of residual and
+    attention blocks."""
     names, down, up = dict(ENDS), 1, 0
     for level in range(levels):
         for layer in range(LAYERS):
-            names[f"input_blocks.{down}.0"], names[f"input_blocks.{down}.1"] = (f"down_blocks.{level}.{kind}.{layer}" for kind in ("resnets", "attentions"))
+            names[f"input_blocks.{down}.0"], names[f"input_blocks.{down}.1"] = (
+                f"down_blocks.{level}.{kind}.{layer}" for kind in ("resnets", "attentions")
+            )
             down += 1
         if level < levels - 1:
             names[f"input_blocks.{down}.0"] = f"down_blocks.{level}.downsamplers.0"
@@ -125,7 +148,9 @@ def translate(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     """A published state dict under RCDM's own names. Raises KeyError for a name that the layout does not have."""
     names, converted = published_names(levels), {}
     for key, value in state.items():
-        prefix = re.match(r"(input_blocks|middle_block|output_blocks)(\.\d+){1,2}(?=\.)|(time_embed|out)\.\d|ssl_emb", key)[0]
+        prefix = re.match(
+            r"(input_blocks|middle_block|output_blocks)(\.\d+){1,2}(?=\.)|(time_embed|out)\.\d|ssl_emb", key
+        )[0]
         prefix = prefix if prefix in names else prefix.rpartition(".")[0]
         place, part, kind = names[prefix], key[len(prefix) + 1 :].rpartition(".")[0], key.rpartition(".")[2]
         place = place if place == "vector" else f"unet.{place}"
@@ -150,7 +175,9 @@ def save_rcdm(file: str | Path, model: RCDM, source: FeatureSource, about: dict)
 def load_rcdm(file: str | Path) -> RCDM:
     """A published checkpoint, opened without running code from it, or a .safetensors file of this project. Raises
     FeatInvError for a file that is missing, damaged, or another architecture's."""
-    return (load_own(file) if Path(file).suffix == ".safetensors" else load_published(file)).eval().requires_grad_(False)
+    return (
+        (load_own(file) if Path(file).suffix == ".safetensors" else load_published(file)).eval().requires_grad_(False)
+    )
 
 
 def load_own(file: str | Path) -> RCDM:
@@ -161,7 +188,9 @@ def load_own(file: str | Path) -> RCDM:
     try:
         model.load_state_dict(read_weights(file))
     except RuntimeError as error:
-        raise FeatInvError(f"{file}: RCDM's tensors do not fit the widths {about['widths']}: {str(error)[:300]}") from error
+        raise FeatInvError(
+            f"{file}: RCDM's tensors do not fit the widths {about['widths']}: {str(error)[:300]}"
+        ) from error
     model.source, model.mean, model.std, model.steps = source, source.mean, source.std, about["steps"]
     return model
 
@@ -169,7 +198,9 @@ def load_own(file: str | Path) -> RCDM:
 def load_published(file: str | Path) -> RCDM:
     """A checkpoint in the layout of RCDM's own code."""
     if not Path(file).is_file():
-        raise FeatInvError(f"RCDM checkpoint {file} does not exist; its authors publish rcdm_ema_supervised.pt for ResNet50")
+        raise FeatInvError(
+            f"RCDM checkpoint {file} does not exist; its authors publish rcdm_ema_supervised.pt for ResNet50"
+        )
     state = read_pickle(Path(file))
     vector = state.get("ssl_emb.weight")
     if not isinstance(vector, Tensor) or vector.ndim != 2:
@@ -178,5 +209,7 @@ def load_published(file: str | Path) -> RCDM:
         model = RCDM(vector.shape[1])
         model.load_state_dict(translate({key: value.float() for key, value in state.items()}, len(WIDTHS)))
     except (RuntimeError, KeyError, TypeError) as error:
-        raise FeatInvError(f"{file} is not of RCDM's published architecture (128 pixels, widths {WIDTHS}): {str(error)[:300]}") from error
+        raise FeatInvError(
+            f"{file} is not of RCDM's published architecture (128 pixels, widths {WIDTHS}): {str(error)[:300]}"
+        ) from error
     return model

@@ -32,8 +32,8 @@ class Grid:
 
 @dataclass
 class Report:
-    """What a suite found. figures: condition -> figures, for results.json. extra: further entries there. panels: file name ->
-    picture, the first one also the page's."""
+    """What a suite found. figures: condition -> figures, for results.json. extra: further entries there. panels: file
+    name -> picture, the first one also the page's."""
 
     title: str
     figures: dict[str, Figures]
@@ -44,8 +44,8 @@ class Report:
 
 
 def figures_of(table: Table, originals: Table) -> Figures:
-    """Means of a condition's columns over the pictures, and the distances of its pictures as a set from the originals, or
-    from the set that the condition recorded as its own reference."""
+    """Means of a condition's columns over the pictures, and the distances of its pictures as a set from the originals,
+    or from the set that the condition recorded as its own reference."""
     names = sorted(table.columns, key=lambda name: (not name.startswith("cosine"), not name.startswith("top"), name))
     figures = {name: mean_entry(table.columns[name]) for name in names if table.columns[name].ndim == 1}
     for name, vectors in table.columns.items():
@@ -75,11 +75,23 @@ def by_measure(title: str, figures: dict[str, Figures], columns: Sequence[str]) 
     return Grid(title, ["measure", *columns], rows, bias_note({condition: figures[condition] for condition in columns}))
 
 
-def by_condition(title: str, figures: dict[str, Figures], conditions: Sequence[str], names: Sequence[str], what: str = "") -> Grid:
+def by_condition(
+    title: str, figures: dict[str, Figures], conditions: Sequence[str], names: Sequence[str], what: str = ""
+) -> Grid:
     """A row per condition, a column per measure."""
     names = [name for name in names if any(name in figures[condition] for condition in conditions)]
     rows = [[condition, *(cell(figures[condition], name) for name in names)] for condition in conditions]
-    return Grid(title, [what, *names], rows, bias_note({condition: {n: figures[condition][n] for n in names if n in figures[condition]} for condition in conditions}))
+    return Grid(
+        title,
+        [what, *names],
+        rows,
+        bias_note(
+            {
+                condition: {n: figures[condition][n] for n in names if n in figures[condition]}
+                for condition in conditions
+            }
+        ),
+    )
 
 
 def set_measures(figures: Figures) -> list[str]:
@@ -90,10 +102,15 @@ def set_measures(figures: Figures) -> list[str]:
 def bias_note(figures: dict[str, Figures]) -> str:
     if not any(entry.get("biased") for entries in figures.values() for entry in entries.values()):
         return ""
-    return "Biased: a Frechet distance of so few pictures is too large, by as much as depends on their number; compare it at equal n, or read KID."
+    return (
+        "Biased: a Frechet distance of so few pictures is too large, by as much as depends on their number; compare it"
+        " at equal n, or read KID."
+    )
 
 
-def condition_panel(tables: dict[str, Table], conditions: Sequence[str], heading: str, scored: str = "cosine") -> Image.Image:
+def condition_panel(
+    tables: dict[str, Table], conditions: Sequence[str], heading: str, scored: str = "cosine"
+) -> Image.Image:
     """A panel with a row of pictures per condition, the column `scored` under each where the condition has it."""
     rows = []
     for condition in conditions:
@@ -103,10 +120,15 @@ def condition_panel(tables: dict[str, Table], conditions: Sequence[str], heading
 
 
 def heat_map(values: Tensor, rows: Sequence[str], columns: Sequence[str], heading: str, digits: int = 2) -> Image.Image:
-    """A picture of a matrix [rows, columns] with its numbers, brighter where it is higher, as in the paper's Fig. 10."""
+    """A picture of a matrix [rows, columns] with its numbers, brighter where it is higher, as in the paper's Fig.
+    10."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     left, top, wide, high = 20 + max(round(small.getlength(r)) for r in rows), 60, 66, 40
-    sheet = Image.new("RGB", (max(left + wide * len(columns) + 16, round(font.getlength(heading)) + 24), top + high * len(rows) + 12), "white")
+    sheet = Image.new(
+        "RGB",
+        (max(left + wide * len(columns) + 16, round(font.getlength(heading)) + 24), top + high * len(rows) + 12),
+        "white",
+    )
     pen = ImageDraw.Draw(sheet)
     pen.text((10, 8), heading, "black", font)
     low, span = values.min().item(), max((values.max() - values.min()).item(), 1e-9)
@@ -117,8 +139,16 @@ def heat_map(values: Tensor, rows: Sequence[str], columns: Sequence[str], headin
         for c, value in enumerate(values[r].tolist()):
             share = (value - low) / span
             colour = tuple(round(a + (b - a) * share) for a, b in zip((38, 34, 98), (250, 214, 90)))
-            pen.rectangle((left + wide * c, top + high * r, left + wide * (c + 1) - 2, top + high * (r + 1) - 2), fill=colour)
-            pen.text((left + wide * (c + 0.5), top + high * (r + 0.5)), f"{value:.{digits}f}", "white" if share < 0.5 else "black", small, anchor="mm")
+            pen.rectangle(
+                (left + wide * c, top + high * r, left + wide * (c + 1) - 2, top + high * (r + 1) - 2), fill=colour
+            )
+            pen.text(
+                (left + wide * (c + 0.5), top + high * (r + 0.5)),
+                f"{value:.{digits}f}",
+                "white" if share < 0.5 else "black",
+                small,
+                anchor="mm",
+            )
     return sheet
 
 

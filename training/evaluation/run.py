@@ -40,14 +40,22 @@ IDLE = ("out", "batch", "device", "write_back")
 def load_pictures(pipeline: InversionPipeline, data: str, count: int) -> tuple[Tensor, Tensor | None]:
     """(pictures preprocessed for the backbone [N, 3, H, W], objects per scene [N] or None for photographs)."""
     originals, _ = read(open_source(data, count), range(count))
-    return originals.preprocess(pipeline.backbone), draw(0, torch.arange(count), "held-out").count if drawing_world(data) else None
+    return originals.preprocess(pipeline.backbone), (
+        draw(0, torch.arange(count), "held-out").count if drawing_world(data) else None
+    )
 
 
-def evaluate_in_memory(pipeline: InversionPipeline, pixel_values: Tensor, sampling: Sampling, single: Tensor | None = None, batch: int = 32) -> tuple[dict, dict[str, Tensor]]:
-    """The suite quality for a few pictures in memory, without files: ({"reconstruction", "unconditional", "round trip"}, the pictures
-    of each). Picture i is drawn with seed i; single [N]: scenes of one object, None for photographs."""
+def evaluate_in_memory(
+    pipeline: InversionPipeline, pixel_values: Tensor, sampling: Sampling, single: Tensor | None = None, batch: int = 32
+) -> tuple[dict, dict[str, Tensor]]:
+    """The suite quality for a few pictures in memory, without files: ({"reconstruction", "unconditional", "round
+    trip"}, the pictures of each). Picture i is drawn with seed i; single [N]: scenes of one object, None for
+    photographs."""
     source = pipeline.info.source
-    evaluator, space = Evaluator(pipeline.backbone, {"cosine": (source.layer, source.pooled)}), TimmSpace(pipeline.backbone)
+    evaluator, space = (
+        Evaluator(pipeline.backbone, {"cosine": (source.layer, source.pooled)}),
+        TimmSpace(pipeline.backbone),
+    )
     original, start = pipeline.features(pixel_values), pipeline.noise(range(len(pixel_values)))
     with tqdm(total=2 * len(pixel_values), desc="drawing", unit="picture") as bar:
         drawn = {"reconstruction": pipeline.draw(original, sampling, start, batch, bar.update)}
@@ -57,7 +65,9 @@ def evaluate_in_memory(pipeline: InversionPipeline, pixel_values: Tensor, sampli
     evaluator.centres = {name: means.mean(0) for name, means in evaluator.means(target).items()}
     for name, pictures in drawn.items():
         columns = evaluator.compare(target, evaluator.extract(pictures), single)
-        results[name] = {measure: mean_entry(values) for measure, values in columns.items()} | set_entries(space.name, vectors, space(pictures))
+        results[name] = {measure: mean_entry(values) for measure, values in columns.items()} | set_entries(
+            space.name, vectors, space(pictures)
+        )
     return results, drawn
 
 
@@ -66,13 +76,34 @@ def arguments(description: str = "") -> argparse.ArgumentParser:
     parser = model_parser(description)
     parser.add_argument("--suite", choices=SUITES, default="quality")
     parser.add_argument("--data", default="drawn", help="SOURCE, see above")
-    parser.add_argument("--count", type=int, help="how many pictures, evenly spread over their names (default: all; of the drawn world what the suite sets)")
+    parser.add_argument(
+        "--count",
+        type=int,
+        help="how many pictures, evenly spread over their names (default: all; of the drawn world what the suite sets)",
+    )
     parser.add_argument("--per-class", type=int, help="take this many of each class folder, the first by name")
-    parser.add_argument("--kept-back", action="store_true", help="use only every 25th picture, on which make_world.py never trains: to choose settings")
-    parser.add_argument("--models", nargs="+", help="for layers, cross-model and rcdm: weights files, each FILE or FILE=BACKBONE with a timm-hub folder (default: embedded ones)")
+    parser.add_argument(
+        "--kept-back",
+        action="store_true",
+        help="use only every 25th picture, on which make_world.py never trains: to choose settings",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        help=(
+            "for layers, cross-model and rcdm: weights files, each FILE or FILE=BACKBONE with a timm-hub folder"
+            " (default: embedded ones)"
+        ),
+    )
     parser.add_argument("--seed", type=int, default=0, help="added to a picture's number")
     parser.add_argument("--inception", help="torch-fidelity's Inception weights, for FID and KID")
-    parser.add_argument("--space", help="timm-hub folder or name of the model in whose feature space sets are compared (default: the model's backbone)")
+    parser.add_argument(
+        "--space",
+        help=(
+            "timm-hub folder or name of the model in whose feature space sets are compared (default: the model's"
+            " backbone)"
+        ),
+    )
     parser.add_argument("--space-weights", help="its .safetensors file")
     parser.add_argument("--out", type=Path, help="folder of the results (default: out/evaluate/SUITE)")
     for suite in SUITES.values():
@@ -81,14 +112,19 @@ def arguments(description: str = "") -> argparse.ArgumentParser:
 
 
 def digest(file: Path) -> str:
-    """Tells two weights files apart, by all but the recommended settings: those that are used are among the samplings."""
+    """Tells two weights files apart, by all but the recommended settings: those that are used are among the
+    samplings."""
     sha = hashlib.sha256()
     with open(file, "rb") as opened:
         if file.suffix == ".safetensors":  # the length of the header, the header, the tensors
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
             about = json.loads(header.get("__metadata__", {}).get("featinv", "{}"))
             about.pop("recommended", None)
-            sha.update(json.dumps([header | {"__metadata__": header.get("__metadata__", {}) | {"featinv": about}}], sort_keys=True).encode())
+            sha.update(
+                json.dumps(
+                    [header | {"__metadata__": header.get("__metadata__", {}) | {"featinv": about}}], sort_keys=True
+                ).encode()
+            )
         while block := opened.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()[:16]
@@ -100,17 +136,30 @@ def run_suite(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     require_device(args.device)
-    dist_state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes that finish early wait for the others
+    dist_state = PartialState(
+        cpu=args.device == "cpu", timeout=timedelta(days=7)
+    )  # processes that finish early wait for the others
     device = str(dist_state.device) if args.device == "cuda" else args.device
     chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
-    source = open_source(args.data, args.count or (chosen.count if drawing_world(args.data) else None), args.per_class, args.kept_back)
+    source = open_source(
+        args.data, args.count or (chosen.count if drawing_world(args.data) else None), args.per_class, args.kept_back
+    )
     changes = {name: getattr(args, name) for name in SAMPLING}
     if (args.best_of or 1) > 1 and not chosen.chooses:
-        raise FeatInvError(f"--best-of {args.best_of}: suite {args.suite} draws each picture once; quality, layers and others choose among several")
-    suite = chosen(EvalContext(source, device, changes, args.seed, args.inception, args.space, args.space_weights), args)
+        raise FeatInvError(
+            f"--best-of {args.best_of}: suite {args.suite} draws each picture once; quality, layers and others choose"
+            " among several"
+        )
+    suite = chosen(
+        EvalContext(source, device, changes, args.seed, args.inception, args.space, args.space_weights), args
+    )
     conditions, store = suite.all_conditions(), Store(out, len(source.names))
     options = {name: value for name, value in vars(args).items() if name not in IDLE}
-    settings = options | {"pictures": source.fingerprint, "files": {name: digest(file) for name, file in suite.files().items()}, "sampling": suite.settings()}
+    settings = options | {
+        "pictures": source.fingerprint,
+        "files": {name: digest(file) for name, file in suite.files().items()},
+        "sampling": suite.settings(),
+    }
     if dist_state.is_main_process:
         make_folder(out)
         store.begin(settings)
@@ -120,9 +169,17 @@ def run_suite(args: argparse.Namespace) -> None:
     originals = {name: store.table(name) for name in first}
     if any(not table.numbers for table in originals.values()):
         name, reason = next(iter(originals[next(iter(first))].skipped.items()))
-        raise FeatInvError(f"none of the {store.count} pictures of {args.data} can be read; the first, {name}: {reason}")
+        raise FeatInvError(
+            f"none of the {store.count} pictures of {args.data} can be read; the first, {name}: {reason}"
+        )
     suite.centre(originals)
-    record(store, source, {name: condition for name, condition in conditions.items() if name not in first}, args.batch, dist_state)
+    record(
+        store,
+        source,
+        {name: condition for name, condition in conditions.items() if name not in first},
+        args.batch,
+        dist_state,
+    )
     if dist_state.is_main_process:
         finish(store, source, suite, list(conditions), settings)
 
@@ -136,7 +193,17 @@ def finish(store: Store, source: Source, suite: Suite, conditions: list[str], se
         named = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:20])
         more = " and more, see results.json" if len(skipped) > 20 else ""
         notes.append(f"{len(skipped)} of {store.count} pictures could not be read and were left out: {named}{more}.")
-    about = {"suite": suite.name, "model": suite.args.model, "data": suite.args.data, "settings": settings, "sampling": suite.settings()}
-    about |= {"seeds": f"picture number + {suite.args.seed}", "count": len(tables[conditions[0]].numbers), "skipped": skipped}
+    about = {
+        "suite": suite.name,
+        "model": suite.args.model,
+        "data": suite.args.data,
+        "settings": settings,
+        "sampling": suite.settings(),
+    }
+    about |= {
+        "seeds": f"picture number + {suite.args.seed}",
+        "count": len(tables[conditions[0]].numbers),
+        "skipped": skipped,
+    }
     print(write(store.folder, suite.report(tables), about, notes))
     suite.afterwards()

@@ -1,7 +1,7 @@
 """Records of an evaluation on disk: a file per condition and 64 pictures, whole or not at all, so that a run can go on.
 
-A condition is one way of making pictures, a row or a cell of a report. A shard holds a row per picture that could be read,
-the first pictures themselves, and the names of those that could not be read.
+A condition is one way of making pictures, a row or a cell of a report. A shard holds a row per picture that could be
+read, the first pictures themselves, and the names of those that could not be read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from .sources import Originals, Source, read
 SHARD = 64  # pictures
 SHOWN = 8  # pictures of a condition that are kept for the report
 
-#: makes pictures of originals and measures them: a row per original; the column "pictures" [B, 3, h, w] is kept for SHOWN
+#: makes pictures of originals and measures them: a row per original; the column "pictures" [B, 3, h, w] is kept for
+#: SHOWN
 Condition = Callable[[Originals], Columns]
 Task = tuple[str, int]  # condition, number of the shard's first picture
 
@@ -52,7 +53,9 @@ def room(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FeatInvError(f"cannot write to {folder}: {error}. What is done is kept; make room, and the same command goes on") from error
+        raise FeatInvError(
+            f"cannot write to {folder}: {error}. What is done is kept; make room, and the same command goes on"
+        ) from error
 
 
 def _leaves(values: dict, prefix: str = "") -> dict:
@@ -74,10 +77,15 @@ class Store:
         file, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
         if file.is_file():
             known, settings_now = _leaves(json.loads(file.read_text())), _leaves(settings)
-            keys = [key for key in sorted(known.keys() | settings_now.keys()) if known.get(key) != settings_now.get(key)]
+            keys = [
+                key for key in sorted(known.keys() | settings_now.keys()) if known.get(key) != settings_now.get(key)
+            ]
             differing = [f"{key}: {known.get(key)!r} there, {settings_now.get(key)!r} now" for key in keys]
             if differing:
-                raise FeatInvError(f"{self.folder} holds the records of another evaluation ({'; '.join(differing)[:600]}); give another --out, or delete it")
+                raise FeatInvError(
+                    f"{self.folder} holds the records of another evaluation ({'; '.join(differing)[:600]}); give"
+                    " another --out, or delete it"
+                )
         with room(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(file, settings)
@@ -130,21 +138,27 @@ class Store:
 
 
 def aligned(tables: dict[str, Table]) -> dict[str, Table]:
-    """The same pictures in every table: one that could be read for some conditions only, as when it was mended before the
-    evaluation went on, is left out of all, and counts as skipped."""
+    """The same pictures in every table: one that could be read for some conditions only, as when it was mended before
+    the evaluation went on, is left out of all, and counts as skipped."""
     common = set.intersection(*(set(table.numbers) for table in tables.values()))
     skipped = {name: reason for table in tables.values() for name, reason in table.skipped.items()}
     for table in tables.values():
         rows, count = [row for row, number in enumerate(table.numbers) if number in common], len(table.numbers)
         table.skipped = skipped
         if len(rows) < count:
-            table.columns = {name: values.unflatten(0, (count, -1))[rows].flatten(0, 1) for name, values in table.columns.items()}
-            table.pictures = None if table.pictures is None else table.pictures[[row for row in rows if row < len(table.pictures)]]
+            table.columns = {
+                name: values.unflatten(0, (count, -1))[rows].flatten(0, 1) for name, values in table.columns.items()
+            }
+            table.pictures = (
+                None if table.pictures is None else table.pictures[[row for row in rows if row < len(table.pictures)]]
+            )
             table.numbers = [table.numbers[row] for row in rows]
     return tables
 
 
-def record(store: Store, source: Source, conditions: dict[str, Condition], batch: int, dist_state: PartialState) -> None:
+def record(
+    store: Store, source: Source, conditions: dict[str, Condition], batch: int, dist_state: PartialState
+) -> None:
     """Fills in the conditions' missing shards, each by one process, whatever their number; returns when all are done.
 
     Memory is bounded by the batch and a shard's records. Batches do not reach across shards, so that the figures do not
@@ -153,7 +167,9 @@ def record(store: Store, source: Source, conditions: dict[str, Condition], batch
     shared = [store.missing(list(conditions)) if dist_state.is_main_process else None]
     tasks = broadcast_object_list(shared)[0][dist_state.process_index :: dist_state.num_processes]
     spans = {task: range(task[1], min(task[1] + SHARD, store.count)) for task in tasks}
-    with tqdm(total=sum(map(len, spans.values())), unit="picture", disable=not dist_state.is_main_process or not tasks) as bar:
+    with tqdm(
+        total=sum(map(len, spans.values())), unit="picture", disable=not dist_state.is_main_process or not tasks
+    ) as bar:
         for (condition, first), numbers in spans.items():
             bar.set_description(condition)
             rows, parts, skipped = [], [], {}

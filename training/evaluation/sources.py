@@ -31,7 +31,8 @@ SYNSET = re.compile(r"n\d{8}")
 class Source(Protocol):
     """Pictures in a fixed order.
 
-    names: one per picture. classes: the class folder of each, or a data set's label, None where there is none. labels: class folder -> words.
+    names: one per picture. classes: the class folder of each, or a data set's label, None where there is none. labels:
+    class folder -> words.
     notes: what a report should say of the source. fingerprint: the same for the same pictures in the same order.
     """
 
@@ -42,7 +43,8 @@ class Source(Protocol):
     fingerprint: str
 
     def read(self, number: int) -> tuple[Tensor, bool]:
-        """(picture [3, h, w] in 0..1, whether the drawn world's label groups hold for it: one object). Raises Unreadable."""
+        """(picture [3, h, w] in 0..1, whether the drawn world's label groups hold for it: one object). Raises
+        Unreadable."""
         ...
 
 
@@ -90,7 +92,9 @@ def imagenet_labels(classes: set[str]) -> tuple[dict[str, str], list[str]]:
     if not foreign:
         return labels, []
     more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
-    return labels, [f"Class folders that are no synsets of ImageNet-1k, treated as plain folders: {', '.join(foreign[:8])}{more}."]
+    return labels, [
+        f"Class folders that are no synsets of ImageNet-1k, treated as plain folders: {', '.join(foreign[:8])}{more}."
+    ]
 
 
 def class_folder(name: str, shards: bool) -> str | None:
@@ -115,7 +119,9 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
         if per_class is not None:
             raise FeatInvError("--per-class: the drawn world has no class folders; use --count")
         if kept_back:
-            raise FeatInvError("--kept-back: nothing is kept back of the drawn world, whose held-out scenes are many; leave it out")
+            raise FeatInvError(
+                "--kept-back: nothing is kept back of the drawn world, whose held-out scenes are many; leave it out"
+            )
         return Scenes(count or 500)
     file = Path(data)
     listing: Listing = TarShards([file]) if file.suffix == ".tar" and file.is_file() else open_listing(data, None)
@@ -128,7 +134,9 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
     else:
         classes = [class_folder(name, shards) for name in listing.names]
     if count is not None and count > count_all:
-        raise FeatInvError(f"{data} holds {count_all} images; asked for {count}. Give a folder with more, or a smaller --count")
+        raise FeatInvError(
+            f"{data} holds {count_all} images; asked for {count}. Give a folder with more, or a smaller --count"
+        )
     if per_class is not None:
         chosen = Chosen(listing, first_of_each(data, listing.names, classes, per_class))
     else:
@@ -137,7 +145,8 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
 
 
 def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None], count: int) -> list[int]:
-    """Indices of the first `count` names of each class, the classes sorted. Raises FeatInvError where a class has fewer."""
+    """Indices of the first `count` names of each class, the classes sorted. Raises FeatInvError where a class has
+    fewer."""
     indices: dict[str, list[int]] = {}
     for index in sorted(range(len(names)), key=lambda p: names[p]):
         if classes[index]:
@@ -147,7 +156,10 @@ def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None]
     few = [f"{name} ({len(members)})" for name, members in sorted(indices.items()) if len(members) < count]
     if few or count < 1:
         more = f" and {len(few) - 8} more" if len(few) > 8 else ""
-        raise FeatInvError(f"--per-class {count}: expected at least 1, and as many images in each class folder of {data}; fewer in {', '.join(few[:8])}{more}")
+        raise FeatInvError(
+            f"--per-class {count}: expected at least 1, and as many images in each class folder of {data}; fewer in"
+            f" {', '.join(few[:8])}{more}"
+        )
     return [index for name in sorted(indices) for index in indices[name][:count]]
 
 
@@ -175,4 +187,9 @@ def read(source: Source, numbers: Sequence[int]) -> tuple[Originals, dict[str, s
         except Unreadable as error:
             failed[source.names[number]] = str(error)
     read_numbers, pictures, single = ([entry[k] for entry in readable] for k in range(3))
-    return Originals(read_numbers, pictures, [source.classes[n] for n in read_numbers], torch.tensor(single, dtype=torch.bool)), failed
+    return (
+        Originals(
+            read_numbers, pictures, [source.classes[n] for n in read_numbers], torch.tensor(single, dtype=torch.bool)
+        ),
+        failed,
+    )

@@ -15,8 +15,8 @@ from featinv_nodes.core.files import read_pickle
 
 
 class Space(Protocol):
-    """name: as figures are named after it. Called with pictures [B, 3, h, w] in 0..1, it gives vectors [B, D], float32, on
-    the CPU."""
+    """name: as figures are named after it. Called with pictures [B, 3, h, w] in 0..1, it gives vectors [B, D], float32,
+    on the CPU."""
 
     name: str
 
@@ -30,7 +30,9 @@ class TimmSpace:
         self.name, self._backbone = f"{backbone.name}, pooled", backbone
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        return self._backbone.extract(self._backbone.preprocess(pictures, "stretch"), pooled=True).values.flatten(1).cpu()
+        return (
+            self._backbone.extract(self._backbone.preprocess(pictures, "stretch"), pooled=True).values.flatten(1).cpu()
+        )
 
 
 class Scaled:
@@ -40,7 +42,11 @@ class Scaled:
         self.name, self._space, self._side = f"{space.name}, at {side} pixels", space, (side, side)
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        return self._space(pictures if pictures.shape[2:] == self._side else F.interpolate(pictures, self._side, mode="bilinear", antialias=True))
+        return self._space(
+            pictures
+            if pictures.shape[2:] == self._side
+            else F.interpolate(pictures, self._side, mode="bilinear", antialias=True)
+        )
 
 
 class Inception:
@@ -49,18 +55,26 @@ class Inception:
     name = "Inception"
 
     def __init__(self, file: str | Path, device: torch.device | str = "cpu") -> None:
-        """Raises FeatInvError where torch-fidelity is not installed, and for a file that is missing or another network's."""
+        """Raises FeatInvError where torch-fidelity is not installed, and for a file that is missing or another
+        network's."""
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise FeatInvError("--inception needs the package torch-fidelity: pip install torch-fidelity") from error
         if not Path(file).is_file():
-            raise FeatInvError(f"--inception {file}: there is no such file; torch-fidelity's releases have it as weights-inception-2015-12-05-6726825d.pth")
+            raise FeatInvError(
+                f"--inception {file}: there is no such file; torch-fidelity's releases have it as"
+                " weights-inception-2015-12-05-6726825d.pth"
+            )
         read_pickle(Path(file))  # torch-fidelity itself would run whatever code the file holds
         try:
-            self._network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file)).to(device)
+            self._network = FeatureExtractorInceptionV3(
+                "inception", ["2048"], feature_extractor_weights_path=str(file)
+            ).to(device)
         except RuntimeError as error:
-            raise FeatInvError(f"--inception {file} does not hold torch-fidelity's Inception v3: {str(error)[:300]}") from error
+            raise FeatInvError(
+                f"--inception {file} does not hold torch-fidelity's Inception v3: {str(error)[:300]}"
+            ) from error
         self._device = device
 
     @torch.inference_mode()

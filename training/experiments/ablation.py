@@ -1,14 +1,16 @@
 """What each departure from the paper's recipe is worth: one change at a time.
 
-    python training/experiments/ablation.py                          trains what is missing, measures, writes the report: hours
+    python training/experiments/ablation.py                          train what is missing, measure, write the report
     python training/experiments/ablation.py --rows ema standardise   these rows only
-    python training/experiments/ablation.py --page                   the table and the panel in docs/faithfulness.md, too
-    python training/experiments/ablation.py --world photo --data FOLDER --photos FOLDER --page    on photographs: docs/photographs.md
+    python training/experiments/ablation.py --page                   the table and the panel in docs/faithfulness.md
+    python training/experiments/ablation.py --world photo --data FOLDER --photos FOLDER --page   docs/photographs.md
 
-All rows are trained on the same pictures, as many of them, with one seed, and evaluated on the same held-out ones with the
-same noise: by the backbone that is inverted, and by an independent backbone, which took no part, neither in training nor in sampling.
-Stopped at any moment, the same command goes on where it was. Writes DIR/ROW (the runs), DIR/measured (the records),
-results.json, report.md, index.html and panel.png.
+The first takes hours.
+
+All rows are trained on the same pictures, as many of them, with one seed, and evaluated on the same held-out ones with
+the same noise: by the backbone that is inverted, and by an independent backbone, which took no part, neither in
+training nor in sampling. Stopped at any moment, the same command goes on where it was. Writes DIR/ROW (the runs),
+DIR/measured (the records), results.json, report.md, index.html and panel.png.
 """
 
 from __future__ import annotations
@@ -65,12 +67,16 @@ MARKS = "<!-- ablation: begin -->", "<!-- ablation: end -->"
 
 
 def trained(config: TrainConfig, folder: Path) -> Path:
-    """The weights file of a run, which is made, or goes on, where there is none. Raises FeatInvError if the folder holds
-    another run."""
+    """The weights file of a run, which is made, or goes on, where there is none. Raises FeatInvError if the folder
+    holds another run."""
     file, noted = folder / f"{config.name}.safetensors", folder / "config.yaml"
     if noted.is_file():
         known, current = yaml.safe_load(noted.read_text()), asdict(config)
-        differing = [f"{f.name}: {known[f.name]} there, {current[f.name]} now" for f in fields(config) if f.name in known and known[f.name] != current[f.name]]
+        differing = [
+            f"{f.name}: {known[f.name]} there, {current[f.name]} now"
+            for f in fields(config)
+            if f.name in known and known[f.name] != current[f.name]
+        ]
         if differing:
             raise FeatInvError(f"{folder} holds another run ({'; '.join(differing)}); give another --out, or delete it")
     if not file.is_file() or read_info(file).images_seen < config.max_images:
@@ -83,11 +89,18 @@ def trained(config: TrainConfig, folder: Path) -> Path:
 def model_under_test(context: EvalContext, ablation: Ablation) -> ModelUnderTest:
     """The evaluators of all rows: the inverted backbone at its own input size, and the independent backbone."""
     own, independent = (open_backbone(name).to(context.device) for name in (ablation.own, ablation.independent))
-    evaluators = {"": Evaluator(own, {"cosine": (ablation.layer, False)}), "independent: ": Evaluator(independent, {"cosine": (LAST, False)})}
-    return ModelUnderTest(context, ModelSpec(Path(ablation.config).stem), evaluators, [TimmSpace(own), TimmSpace(independent)])
+    evaluators = {
+        "": Evaluator(own, {"cosine": (ablation.layer, False)}),
+        "independent: ": Evaluator(independent, {"cosine": (LAST, False)}),
+    }
+    return ModelUnderTest(
+        context, ModelSpec(Path(ablation.config).stem), evaluators, [TimmSpace(own), TimmSpace(independent)]
+    )
 
 
-def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], args: argparse.Namespace) -> dict[str, Table]:
+def measured(
+    rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], args: argparse.Namespace
+) -> dict[str, Table]:
     """Records of the originals, the bounds and the chosen rows. files: row -> its weights."""
     dist_state = PartialState(timeout=timedelta(days=7))
     source = open_source(args.photos or args.world, args.count)
@@ -105,39 +118,109 @@ def measured(rows: dict[str, Row], chosen: list[Row], files: dict[str, Path], ar
     fill("bounds", tested.bounds(Sampling(**PAPER_SAMPLING)), {"sampling": PAPER_SAMPLING})
     for row in chosen:
         file, sampling = files[row.name], sampling_of(rows, row)
-        fill(row.name, {row.name: tested.reconstruction(sampling, ModelSpec(str(file)))}, {"sampling": asdict(sampling), "weights": digest(file)})
+        fill(
+            row.name,
+            {row.name: tested.reconstruction(sampling, ModelSpec(str(file)))},
+            {"sampling": asdict(sampling), "weights": digest(file)},
+        )
     return tables
 
 
 def report_of(model: str, rows: dict[str, Row], chosen: list[Row], tables: dict[str, Table]) -> Report:
     """model: one of the architecture that all rows have, but those of smaller maps."""
-    figures = {condition: figures_of(table, tables[ORIGINAL]) for condition, table in tables.items() if condition != ORIGINAL}
+    figures = {
+        condition: figures_of(table, tables[ORIGINAL]) for condition, table in tables.items() if condition != ORIGINAL
+    }
     kid_names = [name for name in figures[UNCONDITIONAL] if name.startswith("kid")]
     first, second, extra, pipeline = [], [], {}, load_pipeline(model)
     for row in chosen:
         own = figures[row.name]
-        gain = mean_entry(tables[row.name].columns["cosine"] - tables[row.base].columns["cosine"]) if row.base in tables else None
+        gain = (
+            mean_entry(tables[row.name].columns["cosine"] - tables[row.base].columns["cosine"])
+            if row.base in tables
+            else None
+        )
         way = gap_closed({UNCONDITIONAL: figures[UNCONDITIONAL], RECONSTRUCTION: own, ROUND_TRIP: figures[ROUND_TRIP]})
-        extra[row.name] = {"change": row.change, "from": row.base, "gain": gain, "gap_closed": way, "evaluations": (sampling := sampling_of(rows, row)).evaluations, "gmac": drawing_gmac(pipeline, sampling)}
+        extra[row.name] = {
+            "change": row.change,
+            "from": row.base,
+            "gain": gain,
+            "gap_closed": way,
+            "evaluations": (sampling := sampling_of(rows, row)).evaluations,
+            "gmac": drawing_gmac(pipeline, sampling),
+        }
         begins = [row.name, row.change, row.base or ""]
-        first.append([*begins, cell(own, "cosine"), _signed(gain), f"{way:.1%}", cell(own, "cosine_centred"), cell(own, "top1_match")])
-        second.append([row.name, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kid_names), str(extra[row.name]["evaluations"]), f"{extra[row.name]['gmac']:.1f}"])
+        first.append(
+            [
+                *begins,
+                cell(own, "cosine"),
+                _signed(gain),
+                f"{way:.1%}",
+                cell(own, "cosine_centred"),
+                cell(own, "top1_match"),
+            ]
+        )
+        second.append(
+            [
+                row.name,
+                *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")),
+                *(cell(own, kid) for kid in kid_names),
+                str(extra[row.name]["evaluations"]),
+                f"{extra[row.name]['gmac']:.1f}",
+            ]
+        )
     for place, bound in ((0, UNCONDITIONAL), (len(chosen) + 1, ROUND_TRIP)):
         own = figures[bound]
-        first.insert(place, [bound, "", "", cell(own, "cosine"), "", "", cell(own, "cosine_centred"), cell(own, "top1_match")])
-        second.insert(place, [bound, *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")), *(cell(own, kid) for kid in kid_names), "", ""])
-    head = ["row", "change", "from row", "cosine", "change of the cosine", "of the way from unconditional to round trip", "cosine, mean removed", "top-1 match"]
+        first.insert(
+            place, [bound, "", "", cell(own, "cosine"), "", "", cell(own, "cosine_centred"), cell(own, "top1_match")]
+        )
+        second.insert(
+            place,
+            [
+                bound,
+                *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")),
+                *(cell(own, kid) for kid in kid_names),
+                "",
+                "",
+            ],
+        )
+    head = [
+        "row",
+        "change",
+        "from row",
+        "cosine",
+        "change of the cosine",
+        "of the way from unconditional to round trip",
+        "cosine, mean removed",
+        "top-1 match",
+    ]
     grids = [
-        Grid("By the inverted backbone", head, first, "The change of the cosine is that of the same pictures, from the row that is named."),
-        Grid("By the independent backbone, and as sets", ["row", "cosine", "top-1 match", *kid_names, "passes per picture", "GMAC"], second,
-             "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and gradients included."),
+        Grid(
+            "By the inverted backbone",
+            head,
+            first,
+            "The change of the cosine is that of the same pictures, from the row that is named.",
+        ),
+        Grid(
+            "By the independent backbone, and as sets",
+            ["row", "cosine", "top-1 match", *kid_names, "passes per picture", "GMAC"],
+            second,
+            "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and"
+            " gradients included.",
+        ),
     ]
     compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
-    panel = condition_panel(tables, [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP], "Ablation: the same pictures in every row")
+    panel = condition_panel(
+        tables,
+        [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP],
+        "Ablation: the same pictures in every row",
+    )
     return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": panel})
 
 
-def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figures], gmac: dict[str, float]) -> tuple[dict | None, list[str]]:
+def result(
+    chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figures], gmac: dict[str, float]
+) -> tuple[dict | None, list[str]]:
     """The recommended row beside the paper's recipe at the best of its rates: (figures, lines of the report)."""
     papers = [row.name for row in chosen if row.name.startswith("paper") and row.config]
     if not papers or RECOMMENDED not in tables:
@@ -145,15 +228,27 @@ def result(chosen: list[Row], tables: dict[str, Table], figures: dict[str, Figur
     best = max(papers, key=lambda name: figures[name]["cosine"]["value"])
     pair = [tables[name].columns for name in (best, RECOMMENDED)]
     distances = torch.stack([1 - columns["cosine"] for columns in pair], 1)
-    compared = {"paper": best, "recommended": RECOMMENDED, "distance_ratio": bootstrap(distances, lambda x: x[..., 0].mean(1) / x[..., 1].mean(1))}
-    compared |= {name: mean_entry(pair[1][name] - pair[0][name]) for name in ("top1_match", "independent: cosine", "independent: top1_match")}
+    compared = {
+        "paper": best,
+        "recommended": RECOMMENDED,
+        "distance_ratio": bootstrap(distances, lambda x: x[..., 0].mean(1) / x[..., 1].mean(1)),
+    }
+    compared |= {
+        name: mean_entry(pair[1][name] - pair[0][name])
+        for name in ("top1_match", "independent: cosine", "independent: top1_match")
+    }
     cost = [gmac[name] for name in (best, RECOMMENDED)]
-    kid_names = [f"{name}: {cell(figures[best], name)} against {cell(figures[RECOMMENDED], name)}" for name in figures[best] if name.startswith("kid")]
+    kid_names = [
+        f"{name}: {cell(figures[best], name)} against {cell(figures[RECOMMENDED], name)}"
+        for name in figures[best]
+        if name.startswith("kid")
+    ]
     return compared | {"gmac": cost}, [
-        f"The paper's recipe at the best of its rates ({best}) against {RECOMMENDED}: the cosine distance, 1 - cosine, is "
-        f"{cell(compared, 'distance_ratio')} times as large; {RECOMMENDED}'s top-1 match is {_signed(compared['top1_match'])} higher, the independent backbone's "
-        f"{_signed(compared['independent: top1_match'])}, its cosine {_signed(compared['independent: cosine'])}; {'; '.join(kid_names)}; "
-        f"{cost[0]:.1f} GMAC per picture against {cost[1]:.1f}."
+        f"The paper's recipe at the best of its rates ({best}) against {RECOMMENDED}: the cosine distance, 1 - cosine,"
+        f" is {cell(compared, 'distance_ratio')} times as large; {RECOMMENDED}'s top-1 match is"
+        f" {_signed(compared['top1_match'])} higher, the independent backbone's"
+        f" {_signed(compared['independent: top1_match'])}, its cosine {_signed(compared['independent: cosine'])};"
+        f" {'; '.join(kid_names)}; {cost[0]:.1f} GMAC per picture against {cost[1]:.1f}."
     ]
 
 
@@ -162,8 +257,8 @@ def _signed(entry: dict | None) -> str:
 
 
 def write_page(page: Path, report: Report, notes: list[str], panel: bool) -> None:
-    """Puts the tables between the page's marks, and the panel where it may be shown: photographs of research sets may not.
-    Raises FeatInvError if the page has no marks."""
+    """Puts the tables between the page's marks, and the panel where it may be shown: photographs of research sets may
+    not. Raises FeatInvError if the page has no marks."""
     text, picture = page.read_text(encoding="utf-8"), page.with_suffix(".png")
     panels = {picture.name: report.panels["panel.png"]} if panel else {}
     if any(text.count(mark) != 1 for mark in MARKS):
@@ -185,12 +280,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, help="held-out pictures")
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once")
     parser.add_argument("--out", type=Path, default=Path("out/ablation"))
-    parser.add_argument("--page", action="store_true", help="write tables and panel into docs/faithfulness.md, or tables into docs/photographs.md")
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="write tables and panel into docs/faithfulness.md, or tables into docs/photographs.md",
+    )
     args = parser.parse_args(argv)
-    if drawing_world(args.world) and (args.data or args.photos) or not drawing_world(args.world) and not (args.data and args.photos):
-        raise FeatInvError("--world photo needs --data and --photos, folders of photographs; the drawn world takes neither")
+    if (
+        drawing_world(args.world)
+        and (args.data or args.photos)
+        or not drawing_world(args.world)
+        and not (args.data and args.photos)
+    ):
+        raise FeatInvError(
+            "--world photo needs --data and --photos, folders of photographs; the drawn world takes neither"
+        )
     ablation = ABLATIONS[args.world]
-    args.images, args.count = (given if given is not None else own for given, own in ((args.images, ablation.images), (args.count, ablation.count)))
+    args.images, args.count = (
+        given if given is not None else own
+        for given, own in ((args.images, ablation.images), (args.count, ablation.count))
+    )
     for name in ("images", "count", "batch"):
         if getattr(args, name) < 1:
             raise FeatInvError(f"--{name} {getattr(args, name)}: expected at least 1")
@@ -198,11 +307,26 @@ def main(argv: list[str] | None = None) -> None:
     chosen = chosen_rows(rows, args.rows)
     make_folder(args.out)
     drawn_with = {row.name: weights_of(rows, row) for row in chosen}
-    configs = {name: config_of(ablation, rows, row, args.images, args.data) for name, row in drawn_with.items() if not row.weights}
-    files = {name: model_file(row.weights) if row.weights else trained(configs[name], args.out / row.name) for name, row in drawn_with.items()}
+    configs = {
+        name: config_of(ablation, rows, row, args.images, args.data)
+        for name, row in drawn_with.items()
+        if not row.weights
+    }
+    files = {
+        name: model_file(row.weights) if row.weights else trained(configs[name], args.out / row.name)
+        for name, row in drawn_with.items()
+    }
     report = report_of(Path(ablation.config).stem, rows, chosen, measured(rows, chosen, files, args))
-    notes = [f"{args.images:,} training pictures a trained row, seed 1; {args.count} held-out pictures; 95 % bootstrap intervals."]
-    about = {"images": args.images, "count": args.count, "configs": {name: asdict(config) for name, config in configs.items()}, "sampling": {row.name: asdict(sampling_of(rows, row)) for row in chosen}}
+    notes = [
+        f"{args.images:,} training pictures a trained row, seed 1; {args.count} held-out pictures; 95 % bootstrap"
+        " intervals."
+    ]
+    about = {
+        "images": args.images,
+        "count": args.count,
+        "configs": {name: asdict(config) for name, config in configs.items()},
+        "sampling": {row.name: asdict(sampling_of(rows, row)) for row in chosen},
+    }
     print(write(args.out, report, about, notes))
     if args.page:
         write_page(PAGES[args.world], report, notes, bool(drawing_world(args.world)))

@@ -16,9 +16,15 @@ PAPER_SAMPLING = {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps"
 #: what all trainings share beside the images: they can be compared, and their speed is not of interest
 SHARED = {"seed": "1", "compile": "true", "save_every": "12800", "panel_every": "12800", "scope": "0"}
 PAPER = {
-    "standardise": "false", "cycle": "0", "batch": "8", "schedule": "constant", "ema": "0", "lr": "1e-5", "warmup": "0",
+    "standardise": "false",
+    "cycle": "0",
+    "batch": "8",
+    "schedule": "constant",
+    "ema": "0",
+    "lr": "1e-5",
+    "warmup": "0",
     "recommended": str(PAPER_SAMPLING),
-}  # fmt: skip
+}
 RECOMMENDED = "gradient"  # the row that is set beside the paper's
 #: its sampling, for other weights; chosen on scenes that are not measured
 GUIDED = {"negative": "features", "guidance": 2.0, "steps": 20, "gradient": 0.1}
@@ -45,7 +51,12 @@ def drawn_rows(images: int) -> dict[str, Row]:
         Row("paper_1e-4", "rate 1e-4", "paper_1e-5", {"lr": "1e-4"}),
         Row("paper_3e-4", "rate 3e-4", "paper_1e-5", {"lr": "3e-4"}),
         Row("paper_1e-3", "rate 1e-3", "paper_1e-5", {"lr": "1e-3"}),
-        Row("batch", "batch 64, rate 1.5e-3 after a warm-up, falling to 0", "paper_1e-5", {"batch": "64", "lr": "1.5e-3", "schedule": "cosine", "warmup": "1000"}),
+        Row(
+            "batch",
+            "batch 64, rate 1.5e-3 after a warm-up, falling to 0",
+            "paper_1e-5",
+            {"batch": "64", "lr": "1.5e-3", "schedule": "cosine", "warmup": "1000"},
+        ),
         Row("ema", "moving average, 0.999 a step", "batch", {"ema": "0.999"}),
         Row("standardise", "features standardised per channel", "ema", {"standardise": "true"}),
         Row("min_snr", "min-SNR weighting, gamma 5", "standardise", {"min_snr": "5"}),
@@ -73,7 +84,12 @@ def drawn_rows(images: int) -> dict[str, Row]:
 def photo_rows(images: int) -> dict[str, Row]:
     """The main rows on photographs: what training changes from few images on, sampling with the shipped weights."""
     rows = [
-        Row("plain", "features as they are, no cycle consistency", None, {"standardise": "false", "cycle": "0", "recommended": str(PAPER_SAMPLING)}),
+        Row(
+            "plain",
+            "features as they are, no cycle consistency",
+            None,
+            {"standardise": "false", "cycle": "0", "recommended": str(PAPER_SAMPLING)},
+        ),
         Row("standardise", "features standardised per channel", "plain", {"standardise": "true"}),
         Row("cycle", "cycle consistency, weight 0.5, timesteps below 500", "standardise", {"cycle": "0.5"}),
         Row("shipped", "the shipped weights, drawn as in the paper", None, weights="photo_lite0_blocks4"),
@@ -81,7 +97,12 @@ def photo_rows(images: int) -> dict[str, Row]:
         Row("null_3", "scale 3", "null", sampling={"guidance": 3.0}),
         Row("steps_10", "10 steps instead of 50", "null_3", sampling={"steps": 10}),
         Row("dpmpp_2m", "DPM-Solver++ 2M instead of DDIM", "steps_10", sampling={"solver": "dpmpp_2m"}),
-        Row("gradient", "gradient guidance in the last 5 steps", "steps_10", sampling={"gradient": 0.06, "gradient_steps": 5}),
+        Row(
+            "gradient",
+            "gradient guidance in the last 5 steps",
+            "steps_10",
+            sampling={"gradient": 0.06, "gradient_steps": 5},
+        ),
     ]
     return {row.name: row for row in rows}
 
@@ -89,7 +110,9 @@ def photo_rows(images: int) -> dict[str, Row]:
 @dataclass(frozen=True)
 class Ablation:
     """config: file name in training/configs, whose model all rows train. layer: of the cosine. own, independent: the
-    inverted backbone and the one that took no part. shared: fields that all trainings replace. count: held-out pictures."""
+    inverted backbone and the one that took no part. shared: fields that all trainings replace. count: held-out
+    pictures.
+    """
 
     rows: Callable[[int], dict[str, Row]]
     config: str
@@ -104,7 +127,14 @@ class Ablation:
 ABLATIONS = {
     "drawn": Ablation(drawn_rows, "tiny_cnn_last.yaml", LAST, "tiny-cnn", "tiny-vit", SHARED, 51_200, 500),
     "photo": Ablation(
-        photo_rows, "photo_lite0_blocks4.yaml", "blocks.4", "tf_efficientnet_lite0.in1k", "tf_efficientnet_lite2.in1k", SHARED | {"compile": "false"}, 6_400, 64
+        photo_rows,
+        "photo_lite0_blocks4.yaml",
+        "blocks.4",
+        "tf_efficientnet_lite0.in1k",
+        "tf_efficientnet_lite2.in1k",
+        SHARED | {"compile": "false"},
+        6_400,
+        64,
     ),
 }
 

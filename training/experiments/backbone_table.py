@@ -27,7 +27,9 @@ from featinv_nodes.core.feature_map import FeatInvError
 FILE = Path(__file__).resolve().parents[2] / "docs" / "backbones.md"
 TOLERANCE = 1e-5
 WIDE = {"img_size": (160, 224)}
-WIDE_CNN = {"pretrained_cfg_overlay": {"input_size": (3, 160, 224)}}  # timm sizes a network without img_size by its configuration
+WIDE_CNN = {
+    "pretrained_cfg_overlay": {"input_size": (3, 160, 224)}
+}  # timm sizes a network without img_size by its configuration
 
 TRIED: list[tuple[str, str, dict]] = [
     ("ResNet", "resnet50.tv_in1k", {}),
@@ -121,25 +123,29 @@ TRIED: list[tuple[str, str, dict]] = [
 
 PROSE = """# Backbones that were tried
 
-Each row is a timm model at random weights with two random pictures. Three columns give the largest difference, relative to the largest value:
+Each row is a timm model at random weights with two random pictures. Three columns give the largest difference,
+relative to the largest value:
 
 - *head*: of the model's head on the extracted last map and the model's own output;
 - *pictures*: of the model's outputs for the two pictures;
-- *map*: of the extracted map and the last of timm's `forward_intermediates`. It is "-" where the two have different sizes, and not 0 where the head reads what comes after the last named layer.
+- *map*: of the extracted map and the last of timm's `forward_intermediates`. It is "-" where the two have different
+  sizes, and not 0 where the head reads what comes after the last named layer.
 
-*Equal* means that head is at most 1e-5 and at most a thousandth of pictures. `python training/experiments/backbone_table.py` writes this page; with a timm name it prints the row of that model. timm {timm}, torch {torch}, float32 on the CPU.
+*Equal* means that head is at most 1e-5 and at most a thousandth of pictures.
+`python training/experiments/backbone_table.py` writes this page; with a timm name it prints the row of that model.
+timm {timm}, torch {torch}, float32 on the CPU.
 
 """
 HEADER = (
-    "| family | timm model | input | prefix tokens | last map, C x H x W | named layers, C x H x W | outputs | head | pictures | map | verdict |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "| family | timm model | input | prefix tokens | last map, C x H x W | named layers, C x H x W | outputs | head |"
+    " pictures | map | verdict |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, pictures: Tensor) -> nn.Module:
-    """Adds noise to what starts constant (zero-init heads, LayerScale, normalisations), and sets the batch statistics by
-    one pass of the pictures, so that the signal neither fades nor explodes."""
+    """Adds noise to what starts constant (zero-init heads, LayerScale, normalisations), and sets the batch statistics
+    by one pass of the pictures, so that the signal neither fades nor explodes."""
     for parameter in model.parameters():
         if parameter.numel() and parameter.min() == parameter.max():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -163,7 +169,8 @@ def normalised(backbone: Backbone, pictures: Tensor) -> Tensor:
 
 
 def compared(backbone: Backbone, pictures: Tensor) -> tuple[float, float, float | None]:
-    """The differences of the table for preprocessed pictures [2, 3, h, w]: head, pictures, map (None: not to be compared).
+    """The differences of the table for preprocessed pictures [2, 3, h, w]: head, pictures, map (None: not to be
+    compared).
 
     Raises FeatInvError if the model's head reads no single spatial map.
     """
@@ -172,12 +179,18 @@ def compared(backbone: Backbone, pictures: Tensor) -> tuple[float, float, float 
     with torch.inference_mode():
         own = backbone.model(values)
         head = difference(backbone.logits(features), own)
-        ask = partial(backbone.model.forward_intermediates, values, indices=1, intermediates_only=True, output_fmt="NCHW")
+        ask = partial(
+            backbone.model.forward_intermediates, values, indices=1, intermediates_only=True, output_fmt="NCHW"
+        )
         try:
             (timms,) = ask(norm=True)
         except AssertionError:  # "normalization of features not supported": there is none before the head
             (timms,) = ask(norm=False)
-    return head, difference(own[:1], own[1:]), difference(features.values, timms) if timms.shape == features.values.shape else None
+    return (
+        head,
+        difference(own[:1], own[1:]),
+        difference(features.values, timms) if timms.shape == features.values.shape else None,
+    )
 
 
 def shape(backbone: Backbone, layer: str) -> str:
@@ -193,8 +206,14 @@ def row(family: str, name: str, arguments: dict) -> str:
     pictures = F.interpolate(torch.rand(2, 3, 8, 8), (height, width), mode="bicubic").clamp(0, 1)
     randomise(backbone.model, normalised(backbone, pictures))
     stages = backbone.layers[1:]
-    named = f"{len(stages)}: " + ", ".join(f"{layer} {shape(backbone, layer)}" for layer in dict.fromkeys((stages[0], stages[-1])))
-    cells = [family, f"`{name}`" + "".join(f", {k}={v}" for k, v in arguments.items() if k != "pretrained_cfg_overlay"), f"{height} x {width}"]
+    named = f"{len(stages)}: " + ", ".join(
+        f"{layer} {shape(backbone, layer)}" for layer in dict.fromkeys((stages[0], stages[-1]))
+    )
+    cells = [
+        family,
+        f"`{name}`" + "".join(f", {k}={v}" for k, v in arguments.items() if k != "pretrained_cfg_overlay"),
+        f"{height} x {width}",
+    ]
     try:
         head, control, same = compared(backbone, pictures)
     except FeatInvError as error:
@@ -216,7 +235,9 @@ def write(tried: list[tuple[str, str, dict]], file: Path) -> None:
     equal, families = sum(line.endswith("| equal |\n") for line in rows), {name.split(",")[0] for name, *_ in tried}
     count = f"{len(rows)} models of {len(families)} families: {equal} equal, {len(rows) - equal} not.\n\n"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(PROSE.format(timm=timm.__version__, torch=torch.__version__) + count + HEADER + "".join(rows), encoding="utf-8")
+    file.write_text(
+        PROSE.format(timm=timm.__version__, torch=torch.__version__) + count + HEADER + "".join(rows), encoding="utf-8"
+    )
     print(f"wrote {file}")
 
 

@@ -1,12 +1,12 @@
 """Runs the worlds' evaluation and writes its tables into docs/evaluation.md and docs/photographs.md.
 
-    python training/experiments/evaluation_page.py                        everything; what is done already is not done again
+    python training/experiments/evaluation_page.py                        everything that is not done already
     python training/experiments/evaluation_page.py --only rcdm layers     some of it
-    python training/experiments/evaluation_page.py --only photo-depths --photos FOLDER      photographs that no stage of their world saw
-    python training/experiments/evaluation_page.py --count 8 --out out/trial --page out/trial/page.md     a trial on few scenes
+    python training/experiments/evaluation_page.py --only photo-depths --photos FOLDER      held-out photographs
+    python training/experiments/evaluation_page.py --count 8 --out out/trial --page out/trial/page.md     a trial
 
-A run is one call of training/evaluate.py with its records in OUT/NAME. The page's tables stand between the lines
-<!-- NAME --> and <!-- end NAME -->; all other lines are left alone. What is concluded from the tables is written by hand:
+A run is one call of training/evaluate.py with its records in OUT/NAME. The page's tables stand between the lines <!--
+NAME --> and <!-- end NAME -->; all other lines are left alone. What is concluded from the tables is written by hand:
 read it again when figures have changed.
 """
 
@@ -37,8 +37,8 @@ MIDDLE = "photo_lite0_blocks4"
 
 @dataclass(frozen=True)
 class Run:
-    """A call of evaluate.py: suite, number of pictures, further options. photos: which photographs it needs, "held-out" for
-    reports or "training" for those kept back of them, to choose settings."""
+    """A call of evaluate.py: suite, number of pictures, further options. photos: which photographs it needs, "held-out"
+    for reports or "training" for those kept back of them, to choose settings."""
 
     suite: str
     count: int
@@ -46,7 +46,14 @@ class Run:
     photos: str = ""
 
     def words(self, count: int | None) -> list[str]:
-        return ["--suite", self.suite, "--count", str(count or self.count), *self.options.split(), *(["--kept-back"] if self.photos == "training" else [])]
+        return [
+            "--suite",
+            self.suite,
+            "--count",
+            str(count or self.count),
+            *self.options.split(),
+            *(["--kept-back"] if self.photos == "training" else []),
+        ]
 
     @property
     def page(self) -> Path:
@@ -67,15 +74,21 @@ RUNS = {
     "variability-pooled": Run("variability", 100, "--model tiny_cnn_pooled"),
     "guidances": Run("guidances", 500, "--guidances 1 1.25 1.5 2 3 --text-guidances 0 1 2 --gradient 0"),
     "cost": Run("cost", 500),
-    "photo-sweep": Run("sweep", 48, f"--model {MIDDLE} --gradient 0 --strengths 0.75 1 1.25 --guidances 1 2 3 4", "training"),
+    "photo-sweep": Run(
+        "sweep", 48, f"--model {MIDDLE} --gradient 0 --strengths 0.75 1 1.25 --guidances 1 2 3 4", "training"
+    ),
     "photo-depths": Run("layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0", "held-out"),
-    "photo-gradient": Run("layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0.06 --gradient-steps 5", "held-out"),
+    "photo-gradient": Run(
+        "layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0.06 --gradient-steps 5", "held-out"
+    ),
 }
 
 
 def block(results: dict, command: list[str], table: Callable[[dict], list[str]]) -> str:
     """The lines of a run in the page: its command, number of scenes, tables."""
-    return "\n".join([f"`python training/evaluate.py {' '.join(command)}` (n = {results['count']})", "", *table(results)])
+    return "\n".join(
+        [f"`python training/evaluate.py {' '.join(command)}` (n = {results['count']})", "", *table(results)]
+    )
 
 
 def fill(text: str, name: str, lines: str) -> str:
@@ -83,19 +96,31 @@ def fill(text: str, name: str, lines: str) -> str:
     head, first, rest = text.partition(f"<!-- {name} -->\n")
     _, last, tail = rest.partition(f"<!-- end {name} -->\n")
     if not first or not last:
-        raise FeatInvError(f"the page has no lines <!-- {name} --> and <!-- end {name} -->; put them where the tables of {name} belong")
+        raise FeatInvError(
+            f"the page has no lines <!-- {name} --> and <!-- end {name} -->; put them where the tables of {name} belong"
+        )
     return f"{head}{first}\n{lines}\n\n{last}{tail}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=RUNS, metavar="NAME", help=f"of {', '.join(RUNS)} (default: all, those of photographs where their folder is named)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=RUNS,
+        metavar="NAME",
+        help=f"of {', '.join(RUNS)} (default: all, those of photographs where their folder is named)",
+    )
     parser.add_argument("--count", type=int, help="scenes in every run (default: each its own number)")
     parser.add_argument("--photos", help="folder of held-out photographs, for the runs photo-")
-    parser.add_argument("--training-photos", help="folder of those that the world of photographs was made from, for photo-sweep")
+    parser.add_argument(
+        "--training-photos", help="folder of those that the world of photographs was made from, for photo-sweep"
+    )
     parser.add_argument("--options", default="", help="further options of every run, in one word, as '--batch 64'")
     parser.add_argument("--out", type=Path, default=Path("out/evaluate"), help="folder of the records")
-    parser.add_argument("--page", type=Path, help="page to write instead of the project's own, and copied from it if it is not there")
+    parser.add_argument(
+        "--page", type=Path, help="page to write instead of the project's own, and copied from it if it is not there"
+    )
     args = parser.parse_args(argv)
     folders = {"held-out": args.photos, "training": args.training_photos, "": "drawn"}
     if args.count is not None and args.count < 8:
@@ -110,7 +135,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in chosen:
         command, page = RUNS[name].words(args.count), args.page or RUNS[name].page
         make_folder(page.parent)
-        run_suite(arguments().parse_args([*command, "--data", folders[RUNS[name].photos], *args.options.split(), "--out", str(args.out / name)]))
+        run_suite(
+            arguments().parse_args(
+                [*command, "--data", folders[RUNS[name].photos], *args.options.split(), "--out", str(args.out / name)]
+            )
+        )
         results = json.loads((args.out / name / "results.json").read_text())
         write_text(page, fill(page_text(args.page, RUNS[name]), name, block(results, command, TABLES[name])))
         for there, here in PANELS.get(name, {}).items():

@@ -31,8 +31,16 @@ from training.config import DEFAULT, add_fields, given_fields, read_config
 from training.loop.training import train
 
 SMALL = {
-    "max_images": 240, "batch": 8, "cycle": 0, "encoder_width": 16, "panel_every": 80, "save_every": 8, "warmup": 0, "precision": "fp32", "ema": 0.9,
-}  # fmt: skip
+    "max_images": 240,
+    "batch": 8,
+    "cycle": 0,
+    "encoder_width": 16,
+    "panel_every": 80,
+    "save_every": 8,
+    "warmup": 0,
+    "precision": "fp32",
+    "ema": 0.9,
+}
 #: imports once, then a fresh process from a fork that has not computed anything
 START = multiprocessing.get_context("fork")
 
@@ -53,7 +61,8 @@ def start(values: dict[str, str], folder: Path) -> BaseProcess:
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """What of two runs' results is not the same: tensors of the weights files, and lines of the logs without their speeds."""
+    """What of two runs' results is not the same: tensors of the weights files, and lines of the logs without their
+    speeds."""
     (first,), (second,) = (list(folder.glob("*.safetensors")) for folder in (one, two))
     a, b = load_file(first), load_file(second)
     differing = [key for key in a.keys() | b.keys() if key not in a or key not in b or not torch.equal(a[key], b[key])]
@@ -91,7 +100,10 @@ def main() -> None:
                     part = bool(list(killed.glob("*.part")))
                     kills, writing = kills + 1, writing + part
                     seen = max((int(f.name.split("-")[1]) for f in killed.glob("checkpoint-*.pt")), default=0)
-                    print(f"run {number}, kill {kills}: {seen} images saved{', a file half written' if part else ''}", flush=True)
+                    print(
+                        f"run {number}, kill {kills}: {seen} images saved{', a file half written' if part else ''}",
+                        flush=True,
+                    )
                 elif process.exitcode:
                     sys.exit(f"run {number} did not go on: {killed.with_suffix('.txt').read_text()[-2000:]}")
             wrong += differences(baseline_run, killed)

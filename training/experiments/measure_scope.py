@@ -40,7 +40,17 @@ from training.report import panel, save_image
 
 FIRST = 200_000  # the first held-out scene measured on
 UNEDITED = "unedited"
-SHOWN = (UNEDITED, "object x0.25", "background x2", "all x1.5", "mix 50/50", "half/half splice", "locations shuffled", "Gaussian noise", "noise pictures")
+SHOWN = (
+    UNEDITED,
+    "object x0.25",
+    "background x2",
+    "all x1.5",
+    "mix 50/50",
+    "half/half splice",
+    "locations shuffled",
+    "Gaussian noise",
+    "noise pictures",
+)
 DRAWS = 1000  # of the bootstrap
 Edit = Callable[[FeatureMap, torch.Generator], FeatureMap]
 
@@ -97,7 +107,9 @@ def concept_edits(maps: FeatureMap) -> dict[str, Edit]:
         return edit(maps, concepts, [["object"]], 2.0, keep_length=True).changed
 
     named = {"background": background, "object": lambda parts: parts[concepts.index("object")]}
-    chosen = {f"{name} x{factor:g}": scaled(part, factor) for name, part in named.items() for factor in (0.0, 0.25, 0.5, 2.0)}
+    chosen = {
+        f"{name} x{factor:g}": scaled(part, factor) for name, part in named.items() for factor in (0.0, 0.25, 0.5, 2.0)
+    }
     return chosen | {"object x2, length kept": kept}
 
 
@@ -110,8 +122,16 @@ def edits(pipeline: InversionPipeline, maps: FeatureMap) -> dict[str, Edit]:
         return pipeline.features(torch.sigmoid(2.5 * F.interpolate(coarse, side, mode="bicubic"))).to("cpu")
 
     chosen: dict[str, Edit] = concept_edits(maps)
-    chosen |= {f"all x{factor:g}": lambda maps, random, factor=factor: maps.with_values(factor * maps.values) for factor in (0.5, 0.8, 1.25, 1.5)}
-    chosen |= {f"mix {100 * (1 - w):.0f}/{100 * w:.0f}": lambda maps, random, w=w: interpolate([maps, others(maps)], [1 - w, w]) for w in (0.1, 0.25, 0.5)}
+    chosen |= {
+        f"all x{factor:g}": lambda maps, random, factor=factor: maps.with_values(factor * maps.values)
+        for factor in (0.5, 0.8, 1.25, 1.5)
+    }
+    chosen |= {
+        f"mix {100 * (1 - w):.0f}/{100 * w:.0f}": lambda maps, random, w=w: interpolate(
+            [maps, others(maps)], [1 - w, w]
+        )
+        for w in (0.1, 0.25, 0.5)
+    }
     if not maps.source.pooled:
         chosen |= {"half/half splice": spliced, "locations shuffled": shuffled_locations}
     chosen |= {"channels shuffled": shuffled_channels, "Gaussian noise": gaussian, "white noise": white}
@@ -159,13 +179,18 @@ def separation(scope: Scope, maps: dict[str, FeatureMap]) -> dict:
 
     inside, separated = columns(reports[UNEDITED]), {}
     for label, report in reports.items():
-        areas = {name: auroc(inside[name], values) for name, values in columns(report).items()} if label != UNEDITED else {}
+        areas = (
+            {name: auroc(inside[name], values) for name, values in columns(report).items()} if label != UNEDITED else {}
+        )
         separated[label] = {"auroc": areas, "verdicts": verdicts(report)}
     return separated
 
 
-def drawings(pipeline: InversionPipeline, scope: Scope, sampling: Sampling, maps: dict[str, FeatureMap], each: int, unedited: int) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    """What the score says before rendering against the cycle cosine after it: (figures, label -> pictures [n, 3, h, w], label -> cosines [n])."""
+def drawings(
+    pipeline: InversionPipeline, scope: Scope, sampling: Sampling, maps: dict[str, FeatureMap], each: int, unedited: int
+) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """What the score says before rendering against the cycle cosine after it: (figures, label -> pictures [n, 3, h, w],
+    label -> cosines [n])."""
     some = {label: batch.select(slice(0, unedited if label == UNEDITED else each)) for label, batch in maps.items()}
     target = concatenate([batch.with_values(batch.values) for batch in some.values()])
     with tqdm(total=len(target), desc="drawing", unit="picture") as bar:
@@ -199,36 +224,53 @@ def to_markdown(results: dict) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, row in results["separation"].items():
         shares = " / ".join(f"{100 * row['verdicts'][name]:.0f}" for name in VERDICTS)
-        areas = [figure(row["auroc"][name]) if name == "score" else f"{row['auroc'][name]['value']:.2f}" for name in statistics] if row["auroc"] else [""] * len(statistics)
+        areas = (
+            [
+                figure(row["auroc"][name]) if name == "score" else f"{row['auroc'][name]['value']:.2f}"
+                for name in statistics
+            ]
+            if row["auroc"]
+            else [""] * len(statistics)
+        )
         cycle = figure(results["cycle_auroc"][label]) if label in results["cycle_auroc"] else ""
-        lines.append(f"| {' | '.join([label, *areas, f'{shares} %', format(results['cycle_cosine'][label], '.2f'), cycle])} |")
+        lines.append(
+            f"| {' | '.join([label, *areas, f'{shares} %', format(results['cycle_cosine'][label], '.2f'), cycle])} |"
+        )
     scores = {label: row["auroc"]["score"]["value"] for label, row in results["separation"].items() if row["auroc"]}
     after = {label: x["value"] for label, x in results["cycle_auroc"].items()}
-    missed = [f"{label} ({value:.2f}, after rendering {after[label]:.2f})" for label, value in scores.items() if value < 0.9]
+    missed = [
+        f"{label} ({value:.2f}, after rendering {after[label]:.2f})" for label, value in scores.items() if value < 0.9
+    ]
     harmless = [f"{label} ({value:.2f})" for label, value in after.items() if value < 0.6 and scores[label] >= 0.9]
-    r = {name: f"{x['value']:.2f} (95 % interval {x['low']:.2f} to {x['high']:.2f}, n = {x['n']})" for name, x in results["rank_correlation"].items()}
+    r = {
+        name: f"{x['value']:.2f} (95 % interval {x['low']:.2f} to {x['high']:.2f}, n = {x['n']})"
+        for name, x in results["rank_correlation"].items()
+    }
     return f"""# What the scope statistics see: {results["model"]}
 
-A weights file can say what held-out feature maps are like (`python training/fit_scope.py` adds that). A manipulated map is then
-judged before it is drawn: *inside*; *at the edge*, more unusual than 95 % of held-out maps; *outside*, more unusual than 99 %. Four
-statistics take part: the **direction** of each feature vector (distance to the nearest of a bank), its **magnitude**, its
-**distance** from the mean vector (Mahalanobis; too near counts as well as too far), and how well its eight **neighbours** predict
-it. The score is that of the most unusual one.
+A weights file can say what held-out feature maps are like (`python training/fit_scope.py` adds that). A manipulated map
+is then judged before it is drawn: *inside*; *at the edge*, more unusual than 95 % of held-out maps; *outside*, more
+unusual than 99 %. Four statistics take part: the **direction** of each feature vector (distance to the nearest of a
+bank), its **magnitude**, its **distance** from the mean vector (Mahalanobis; too near counts as well as too far), and
+how well its eight **neighbours** predict it. The score is that of the most unusual one.
 
-`python training/experiments/measure_scope.py --model {results["model"]}` on {results["count"]} held-out maps of {results["features"]},
-none of which made the statistics. AUROC is the chance that an edited map scores higher than an unedited one; at 0.5 the two cannot
-be told apart. The score's and the cycle cosine's have 95 % bootstrap intervals. The cycle cosine compares the reconstruction's
-features with the map asked for, after rendering, with one seed, on {results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.
+`python training/experiments/measure_scope.py --model {results["model"]}` on {results["count"]} held-out maps of
+{results["features"]}, none of which made the statistics. AUROC is the chance that an edited map scores higher than an
+unedited one; at 0.5 the two cannot be told apart. The score's and the cycle cosine's have 95 % bootstrap intervals. The
+cycle cosine compares the reconstruction's features with the map asked for, after rendering, with one seed, on
+{results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.
 
 {chr(10).join(lines)}
 
 Score below an AUROC of 0.9: {", ".join(missed) or "none"}.
 Where the reconstructions differ, the cycle cosine finds these after rendering.
 
-Told apart, yet drawn about as well as unedited maps (AUROC of the cycle cosine below 0.6): {", ".join(harmless) or "none"}.
+Told apart, yet drawn about as well as unedited maps (AUROC of the cycle cosine below 0.6):
+{", ".join(harmless) or "none"}.
 A cosine does not see the length of vectors.
 
-Spearman's rank correlation of the score with the cycle cosine; negative where a high score predicts a bad reconstruction:
+Spearman's rank correlation of the score with the cycle cosine; negative where a high score predicts a bad
+reconstruction:
 
 {chr(10).join(f"- {name}: {text}" for name, text in r.items())}
 
@@ -251,7 +293,9 @@ def main(argv: list[str] | None = None) -> None:
         raise FeatInvError(f"{args.model} holds no scope statistics; fit them with training/fit_scope.py")
     make_folder(args.out)
     pipeline, sampling = pipeline_from(args)
-    held_out = concatenate([pipeline.features(x).to("cpu") for x in pictures(pipeline, args.data, args.count, args.batch, FIRST)])
+    held_out = concatenate(
+        [pipeline.features(x).to("cpu") for x in pictures(pipeline, args.data, args.count, args.batch, FIRST)]
+    )
     held_out = held_out.with_values(held_out.values)  # without the class token, which no edit keeps
     random = torch.Generator().manual_seed(0)
     maps = {UNEDITED: held_out}
@@ -260,12 +304,23 @@ def main(argv: list[str] | None = None) -> None:
         maps[label] = changed.with_values(changed.values)
     separated = separation(scope, maps)
     figures, drawn, cosines = drawings(pipeline, scope, sampling, maps, args.drawn, args.unedited)
-    results = {"model": args.model, "features": scope.source.describe(), "count": args.count, "separation": separated, **figures}
+    results = {
+        "model": args.model,
+        "features": scope.source.describe(),
+        "count": args.count,
+        "separation": separated,
+        **figures,
+    }
 
     labels = [label for label in SHOWN if label in maps]
     reports = [scope.evaluate(maps[label].select(0)) for label in labels]
     rows = [[(heat_map(report.where / 100)[0], label) for label, report in zip(labels, reports)]]
-    rows.append([(drawn[label][0], f"{report.verdict[0]}, cos {cosines[label][0]:.2f}") for label, report in zip(labels, reports)])
+    rows.append(
+        [
+            (drawn[label][0], f"{report.verdict[0]}, cos {cosines[label][0]:.2f}")
+            for label, report in zip(labels, reports)
+        ]
+    )
     titles = ["share of held-out\nlocations that are\nless unusual:\ndark 0, bright 100 %", "reconstruction"]
     save_image(panel(rows, titles, f"{args.model}: one scene's map, edited"), args.out / "scope.png")
     write_json(args.out / "results.json", results)

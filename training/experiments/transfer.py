@@ -1,11 +1,13 @@
 """Images that an inversion model needs from scratch, and from another model's weights file.
 
-    python training/experiments/transfer.py                                             tiny_vit_last, from the shipped tiny_cnn_last
-    python training/experiments/transfer.py --config FILE --from FILE --images 25600 --every 3200 --encoder-first 1600 --out DIR
+    python training/experiments/transfer.py                     tiny_vit_last, from the shipped tiny_cnn_last
+    python training/experiments/transfer.py --config FILE --from FILE --images 25600 --every 3200 \\
+        --encoder-first 1600 --out DIR
 
-Trains the configuration twice, at a constant rate, and measures the cosine similarity of 64 held-out scenes every so many
-images. Writes transfer.json: both curves, and after how many images each reaches 95 % of what training from scratch ends with
-(linear between measurements). Stopped, the same command goes on. Not compiled: a run starts anew after each measurement.
+Trains the configuration twice, at a constant rate, and measures the cosine similarity of 64 held-out scenes every so
+many images. Writes transfer.json: both curves, and after how many images each reaches 95 % of what training from
+scratch ends with (linear between measurements). Stopped, the same command goes on. Not compiled: a run starts anew
+after each measurement.
 """
 
 from __future__ import annotations
@@ -38,18 +40,27 @@ def held_out_cosine(file: Path) -> float:
     settings without guidance by the gradient: what the weights have learned."""
     pipeline = load_pipeline(str(file))
     features = pipeline.features(pipeline.backbone.preprocess(draw(0, torch.arange(SCENES), "held-out").image))
-    return pipeline.score(features, pipeline.draw(features, pipeline.recommended(gradient=0.0), pipeline.noise(range(SCENES)))).mean().item()
+    return (
+        pipeline.score(
+            features, pipeline.draw(features, pipeline.recommended(gradient=0.0), pipeline.noise(range(SCENES)))
+        )
+        .mean()
+        .item()
+    )
 
 
 def curve(config: TrainConfig, folder: Path, images: int, every: int) -> list[tuple[int, float]]:
-    """(images, cosine) of a run, which is stopped to be measured: it goes on exactly. What was measured is kept beside it;
-    raises FeatInvError if that was of another configuration."""
+    """(images, cosine) of a run, which is stopped to be measured: it goes on exactly. What was measured is kept beside
+    it; raises FeatInvError if that was of another configuration."""
     make_folder(folder)
     points_file, about = folder / "points.json", json.loads(json.dumps(asdict(config) | {"max_images": None}))
     saved = json.loads(points_file.read_text()) if points_file.is_file() else {"config": about, "points": []}
     other = [name for name in about if saved["config"].get(name) != about[name]]
     if other:
-        raise FeatInvError(f"{points_file} holds what was measured of another run ({', '.join(other)} differ); give another --out, or delete it")
+        raise FeatInvError(
+            f"{points_file} holds what was measured of another run ({', '.join(other)} differ); give another --out, or"
+            " delete it"
+        )
     points = [tuple(point) for point in saved["points"]]
     for count in range(every, images + 1, every):
         if count > (points[-1][0] if points else 0):
@@ -71,7 +82,9 @@ def images_to_reach(points: list[tuple[int, float]], value: float) -> float | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=CONFIGS / "tiny_vit_last.yaml")
-    parser.add_argument("--from", dest="source", default="tiny_cnn_last", help="weights file, or a shipped model's name")
+    parser.add_argument(
+        "--from", dest="source", default="tiny_cnn_last", help="weights file, or a shipped model's name"
+    )
     parser.add_argument("--images", type=int, default=25_600)
     parser.add_argument("--every", type=int, default=3_200)
     parser.add_argument("--encoder-first", type=int, default=1_600)
@@ -90,10 +103,22 @@ def main() -> None:
         curves[name] = curve(read_config(args.config, fixed | changes), args.out / name, args.images, args.every)
     final = curves["scratch"][-1][1]
     needed = {name: images_to_reach(points, SHARE * final) for name, points in curves.items()}
-    write_json(args.out / "transfer.json", {
-        "config": args.config.stem, "from": args.source, "scenes": SCENES, "share": SHARE, "final": final, "images_needed": needed, "curves": curves,
-    })  # fmt: skip
-    print(f"images to {SHARE:.0%} of cosine {final:.3f}, from scratch and by transfer: {needed}; see {args.out / 'transfer.json'}")
+    write_json(
+        args.out / "transfer.json",
+        {
+            "config": args.config.stem,
+            "from": args.source,
+            "scenes": SCENES,
+            "share": SHARE,
+            "final": final,
+            "images_needed": needed,
+            "curves": curves,
+        },
+    )
+    print(
+        f"images to {SHARE:.0%} of cosine {final:.3f}, from scratch and by transfer: {needed}; see"
+        f" {args.out / 'transfer.json'}"
+    )
 
 
 if __name__ == "__main__":

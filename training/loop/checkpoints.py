@@ -1,4 +1,5 @@
-"""A run's checkpoints: the newest whole one is found by itself, and older ones go only after a new one was read back."""
+"""A run's checkpoints: the newest whole one is found by itself, and older ones go only after a new one was read
+back."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
-)  # fmt: skip
+)
 from torch.optim import Optimizer
 
 from featinv_nodes.core.feature_map import FeatInvError
@@ -26,7 +27,10 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def gather(model: nn.Module, optimizer: Optimizer, average: nn.Module | None) -> dict:
     """The state of a run with parameters by name, on the CPU of the main process; every process calls this."""
-    state = {"model": get_model_state_dict(model, options=FULL), "optimizer": get_optimizer_state_dict(model, optimizer, options=FULL)}
+    state = {
+        "model": get_model_state_dict(model, options=FULL),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=FULL),
+    }
     return state | ({"average": get_model_state_dict(average, options=FULL)} if average is not None else {})
 
 
@@ -57,7 +61,10 @@ def save(folder: Path, seen: int, state: dict, keep: int) -> None:
     try:
         file = write_checksummed(folder, f"checkpoint-{seen:012d}", ".pt", lambda opened: torch.save(state, opened))
     except (OSError, RuntimeError) as error:
-        raise FeatInvError(f"the checkpoint at {seen} images was not written to {folder} ({error}); those before are kept: make room there") from error
+        raise FeatInvError(
+            f"the checkpoint at {seen} images was not written to {folder} ({error}); those before are kept: make room"
+            " there"
+        ) from error
     before = [other for other in _all(folder) if other.name < file.name]
     for other in set(_all(folder)) - {file, *before[: keep - 1]}:
         other.unlink()
@@ -74,7 +81,9 @@ def newest(folder: Path, say: Callable[[str], object]) -> Path | None:
             return file
         say(f"{file} is damaged and passed over")
     if there:
-        raise FeatInvError(f"no checkpoint in {folder} is whole; to start anew, remove them: {', '.join(f.name for f in there)}")
+        raise FeatInvError(
+            f"no checkpoint in {folder} is whole; to start anew, remove them: {', '.join(f.name for f in there)}"
+        )
     return None
 
 

@@ -26,8 +26,16 @@ class FaultTracker:
     """pictures: name -> reason of those that were replaced, of this process; steps: first image numbers of the steps
     that were left out. Both are part of a checkpoint."""
 
-    def __init__(self, accelerator: Accelerator, output: Path, config: TrainConfig, source: Scenes | Photographs, per_step: int) -> None:
-        self.accelerator, self.output, self.config, self.source, self.per_step = accelerator, output, config, source, per_step
+    def __init__(
+        self, accelerator: Accelerator, output: Path, config: TrainConfig, source: Scenes | Photographs, per_step: int
+    ) -> None:
+        self.accelerator, self.output, self.config, self.source, self.per_step = (
+            accelerator,
+            output,
+            config,
+            source,
+            per_step,
+        )
         self.pictures: dict[str, str] = {}
         self.steps: list[int] = []
 
@@ -56,7 +64,9 @@ class FaultTracker:
             if (row := self.row(start + self.per_step)) >= ROW:
                 raise self._explain(start - (row - 1) * self.per_step, f", and in {row - 1} more after it")
         if bad and self.accelerator.is_main_process:
-            tqdm.write(f"left out: the steps from image {', '.join(map(str, bad))} on, whose loss or gradients are not finite")
+            tqdm.write(
+                f"left out: the steps from image {', '.join(map(str, bad))} on, whose loss or gradients are not finite"
+            )
         return values, int(signals.max())
 
     def row(self, seen: int) -> int:
@@ -70,10 +80,14 @@ class FaultTracker:
         file, numbers = self.output / f"not_finite_{first:012d}.json", range(first, first + self.per_step)
         if self.accelerator.is_main_process:
             names = [self.source.name(self.source.entry(number)[0]) for number in numbers]
-            write_json(file, {"first_image": first, "images": self.per_step, "pictures": names, "config": asdict(self.config)})
+            write_json(
+                file, {"first_image": first, "images": self.per_step, "pictures": names, "config": asdict(self.config)}
+            )
         return FeatInvError(
-            f"the loss or its gradients are not finite in the step from image {first} on{more} (its pictures and the configuration: {file}). The last "
-            f"checkpoint is from before: a lower --lr{'' if more else ', --nan skip, which leaves such steps out,'} or --precision fp32 may take the run past it"
+            f"the loss or its gradients are not finite in the step from image {first} on{more} (its pictures and the"
+            f" configuration: {file}). The last checkpoint is from before: a lower"
+            f" --lr{'' if more else ', --nan skip, which leaves such steps out,'} or --precision fp32 may take the run"
+            " past it"
         )
 
     def state(self) -> dict:
@@ -82,7 +96,10 @@ class FaultTracker:
         pictures = {name: reason for part in gathered for name, reason in part.items()}
         if pictures and self.accelerator.is_main_process:
             try:
-                write_text(self.output / "unreadable.txt", "".join(f"{name}\t{reason}\n" for name, reason in sorted(pictures.items())))
+                write_text(
+                    self.output / "unreadable.txt",
+                    "".join(f"{name}\t{reason}\n" for name, reason in sorted(pictures.items())),
+                )
             except OSError as error:
                 tqdm.write(f"unreadable.txt was not written: {error}")
         return {"pictures": pictures, "steps": self.steps}
@@ -95,7 +112,13 @@ class FaultTracker:
         lines = []
         if self.pictures:
             some = ", ".join(sorted(self.pictures)[:NAMED])
-            lines.append(f"{len(self.pictures)} pictures could not be read and were replaced ({some}; all in {self.output / 'unreadable.txt'})")
+            lines.append(
+                f"{len(self.pictures)} pictures could not be read and were replaced ({some}; all in"
+                f" {self.output / 'unreadable.txt'})"
+            )
         if self.steps:
-            lines.append(f"{len(self.steps)} steps were left out, not finite, from image {', '.join(map(str, self.steps[:NAMED]))} on")
+            lines.append(
+                f"{len(self.steps)} steps were left out, not finite, from image"
+                f" {', '.join(map(str, self.steps[:NAMED]))} on"
+            )
         return "\n".join(lines)

@@ -39,7 +39,8 @@ def base_without_storage(base: BaseModel, device: str, dtype: torch.dtype | None
 
 
 def without_storage(module: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy whose tensors are empty ones, on the meta device or in a FakeTensorMode; dtype: of the floating-point ones."""
+    """A copy whose tensors are empty ones, on the meta device or in a FakeTensorMode; dtype: of the floating-point
+    ones."""
     known = {}
     for tensor in (*module.parameters(), *module.buffers()):
         kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype

@@ -18,7 +18,8 @@ from ..files import make_folder
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """Makes the folder and keeps other runs out of it, until the process ends in whatever way; the processes of one run
-    count as one. Clears away what a killed run left half written. Raises FeatInvError if another run is at work there."""
+    count as one. Clears away what a killed run left half written. Raises FeatInvError if another run is at work there.
+    """
     if int(os.environ.get("RANK", 0)):
         yield
         return
@@ -27,7 +28,9 @@ def only_run_in(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise FeatInvError(f"another run is at work in {folder}: wait for it, stop it, or choose another --output") from error
+        raise FeatInvError(
+            f"another run is at work in {folder}: wait for it, stop it, or choose another --output"
+        ) from error
     except NotImplementedError:  # some network disks know no locks
         pass
     try:
@@ -43,4 +46,7 @@ def check_room(folder: Path, checkpoint: int, keep: int, say: Callable[[str], ob
     there = sum(file.stat().st_size for file in folder.glob("checkpoint-*.pt"))
     required, free = (keep + 1) * checkpoint - there, shutil.disk_usage(folder).free
     if required > free:
-        say(f"{folder} has {free / 1e9:.1f} GB left and its checkpoints need {required / 1e9:.1f} ({keep} and the one being written): make room there, or lower --keep")
+        say(
+            f"{folder} has {free / 1e9:.1f} GB left and its checkpoints need {required / 1e9:.1f} ({keep} and the one"
+            " being written): make room there, or lower --keep"
+        )

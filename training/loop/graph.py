@@ -20,7 +20,8 @@ def check_device(device: torch.device | str) -> None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, groups: int | None = None) -> None:
-    """The learning rate of the first `groups` groups (default: all), 0 for the others; a captured one keeps its tensor."""
+    """The learning rate of the first `groups` groups (default: all), 0 for the others; a captured one keeps its
+    tensor."""
     for number, group in enumerate(optimizer.param_groups):
         lr = lr if groups is None or number < groups else 0.0
         if isinstance(group["lr"], Tensor):
@@ -35,7 +36,9 @@ def make_plain(optimizer: torch.optim.Optimizer) -> None:
         group["capturable"], group["lr"] = False, float(group["lr"])
 
 
-def training_step(gradients: Callable[[], Tensor], update: Callable[[], Tensor | None], optimizer: torch.optim.Optimizer, graph: bool) -> Callable[[], Tensor]:
+def training_step(
+    gradients: Callable[[], Tensor], update: Callable[[], Tensor | None], optimizer: torch.optim.Optimizer, graph: bool
+) -> Callable[[], Tensor]:
     """One step: gradients() runs forward and backward and returns the loss, update() clips and steps, and may return
     whether it did (a 0-d bool); the step returns the loss, NaN where it was left out.
 
@@ -56,7 +59,9 @@ def _marked(loss: Tensor, done: Tensor | None) -> Tensor:
     return loss if done is None else loss.where(done, math.nan)
 
 
-def _capture(gradients: Callable[[], Tensor], update: Callable[[], Tensor | None], optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
+def _capture(
+    gradients: Callable[[], Tensor], update: Callable[[], Tensor | None], optimizer: torch.optim.Optimizer
+) -> Callable[[], Tensor]:
     _prepare(optimizer)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -78,7 +83,8 @@ def _capture(gradients: Callable[[], Tensor], update: Callable[[], Tensor | None
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:
-    """Makes an AdamW fit for capture: its rate is a tensor, its state exists already. A fresh state stays as good as new."""
+    """Makes an AdamW fit for capture: its rate is a tensor, its state exists already. A fresh state stays as good as
+    new."""
     for group in optimizer.param_groups:
         group["capturable"] = True
         group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)

@@ -30,7 +30,14 @@ def open_log(file: Path, seen: int) -> IO[str]:
     """stats.jsonl for appending, without the lines after `seen` images and one that was cut off: a run that goes on
     from a checkpoint writes them again."""
     if file.exists():
-        write_text(file, "".join(line for line in file.read_text().splitlines(True) if line.endswith("}\n") and json.loads(line)["images"] <= seen))
+        write_text(
+            file,
+            "".join(
+                line
+                for line in file.read_text().splitlines(True)
+                if line.endswith("}\n") and json.loads(line)["images"] <= seen
+            ),
+        )
     return open(file, "a")
 
 
@@ -105,14 +112,19 @@ class Pace:
             self._images += images
 
     def report(self) -> dict[str, float]:
-        """Figures of the steps since the last report, the memory alone where there were none; "share_of_peak" counts the
-        FLOPs that a step cannot avoid."""
+        """Figures of the steps since the last report, the memory alone where there were none; "share_of_peak" counts
+        the FLOPs that a step cannot avoid."""
         if not self._images:
             return {"memory_gb": peak_memory()}
         now = time.perf_counter()
         taken = now - self._since
         rate = self._images / taken
-        figures = {"images_per_second": rate, "gflops": 2 * self.gmac * rate, "data_wait": self._waited / taken, "memory_gb": peak_memory()}
+        figures = {
+            "images_per_second": rate,
+            "gflops": 2 * self.gmac * rate,
+            "data_wait": self._waited / taken,
+            "memory_gb": peak_memory(),
+        }
         self._since, self._waited, self._images = now, 0.0, 0
         return figures | ({"share_of_peak": 1e9 * figures["gflops"] / self.peak} if self.peak else {})
 

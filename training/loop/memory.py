@@ -11,6 +11,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 
 MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes per parameter
 
+
 def available(device: torch.device) -> float:
     """GB of a device: all of a GPU's, this computer's for a processor; infinite where the system does not tell."""
     if device.type == "cuda":
@@ -22,8 +23,8 @@ def available(device: torch.device) -> float:
 
 
 def needed(trained: nn.Module, frozen: list[nn.Module], average: bool, moments: int = 8, shares: int = 1) -> float:
-    """GB that weights (float32), gradients, AdamW's two moments (bytes per parameter) and the moving average take, where
-    they are shared out one of `shares`, and the frozen parts in their precision; activations come on top."""
+    """GB that weights (float32), gradients, AdamW's two moments (bytes per parameter) and the moving average take,
+    where they are shared out one of `shares`, and the frozen parts in their precision; activations come on top."""
     own = sum(p.numel() for p in trained.parameters()) / shares
     others = sum(p.numel() * p.element_size() for m in frozen for p in m.parameters())
     return (own * (8 + moments + 4 * average) + others) / 1e9
@@ -33,13 +34,16 @@ def require(device: torch.device, *parts: object) -> None:
     """Raises FeatInvError if not even weights and optimizer fit. parts: as needed takes them."""
     required, there = needed(*parts), available(device)
     if required > there:
-        raise FeatInvError(f"training needs {required:.1f} GB for weights and optimizer alone, and more with each picture of the batch; {device} has {there:.1f} GB")
+        raise FeatInvError(
+            f"training needs {required:.1f} GB for weights and optimizer alone, and more with each picture of the"
+            f" batch; {device} has {there:.1f} GB"
+        )
 
 
 def explain(error: torch.OutOfMemoryError, batch: int, device: torch.device, *parts: object) -> FeatInvError:
     """What to do when a step did not fit. parts: as needed takes them."""
     return FeatInvError(
-        f"{device} ran out of its {available(device):.1f} GB at batch {batch}: weights and optimizer take {needed(*parts):.1f} GB, "
-        "the rest is for the batch; lower --batch and raise --accumulate in turn, or take --checkpointing true or --optimizer adamw8bit. "
-        f"What was saved is kept ({str(error).splitlines()[0]})"
+        f"{device} ran out of its {available(device):.1f} GB at batch {batch}: weights and optimizer take"
+        f" {needed(*parts):.1f} GB, the rest is for the batch; lower --batch and raise --accumulate in turn, or take"
+        f" --checkpointing true or --optimizer adamw8bit. What was saved is kept ({str(error).splitlines()[0]})"
     )

@@ -66,7 +66,9 @@ def observed_features(backbone: Backbone, batch: dict[str, Tensor], config: Trai
     return backbone.values(backbone.preprocess(batch["pictures"], "stretch"), config.layer, config.pooled).float()
 
 
-def observe(base: BaseModel, backbone: Backbone, batch: dict[str, Tensor], config: TrainConfig) -> tuple[Tensor, Tensor]:
+def observe(
+    base: BaseModel, backbone: Backbone, batch: dict[str, Tensor], config: TrainConfig
+) -> tuple[Tensor, Tensor]:
     """What the autoencoder and the backbone make of the same crops: moments [B, 2 C, H, W] and feature values
     [B, C_f, h, w], float32.
 
@@ -77,7 +79,13 @@ def observe(base: BaseModel, backbone: Backbone, batch: dict[str, Tensor], confi
 
 
 def training_loss(
-    base: BaseModel, backbone: Backbone, model: torch.nn.Module, latents: Tensor, features: Tensor, config: TrainConfig, noise: NoiseSample | None = None
+    base: BaseModel,
+    backbone: Backbone,
+    model: torch.nn.Module,
+    latents: Tensor,
+    features: Tensor,
+    config: TrainConfig,
+    noise: NoiseSample | None = None,
 ) -> Tensor:
     """core.objective.training_loss of latents [B, C, H, W] and features [B, C_f, h, w] with the run's settings.
 
@@ -93,9 +101,12 @@ def training_loss(
     noise = noise or sample_noise(len(latents), torch.cat([latents, latents], 1), base, config)
     cycle = Cycle(distance, config.cycle, config.cycle_below, 1 - config.dropout) if config.cycle else None
     text, empty = base.text[config.prompt], base.text[""]
-    return objective.training_loss(predict, base.scheduler, latents, features, text, empty, noise, config.min_snr, cycle)
+    return objective.training_loss(
+        predict, base.scheduler, latents, features, text, empty, noise, config.min_snr, cycle
+    )
 
 
 def cycle_distance(base: BaseModel, backbone: Backbone, clean: Tensor, features: Tensor, config: TrainConfig) -> Tensor:
-    """[B] means over locations of 1 - cos(F(D(x0_hat)), f), D the decoder and F the backbone. Gradients reach `clean`."""
+    """[B] means over locations of 1 - cos(F(D(x0_hat)), f), D the decoder and F the backbone. Gradients reach
+    `clean`."""
     return feature_distance(base.decode(clean), backbone, features, config.layer, config.pooled)

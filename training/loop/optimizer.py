@@ -26,13 +26,15 @@ def build_optimizer(model: FeatureControlNet, config: TrainConfig) -> Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise FeatInvError("optimizer 'adamw8bit' needs the package bitsandbytes: pip install bitsandbytes, or take 'adamw'") from error
+        raise FeatInvError(
+            "optimizer 'adamw8bit' needs the package bitsandbytes: pip install bitsandbytes, or take 'adamw'"
+        ) from error
     return AdamW8bit(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def weights_layout(config: TrainConfig, device: torch.device | str) -> torch.memory_format:
-    """channels_last, the faster one for convolutions; but contiguous for steps on a processor that are not compiled, where
-    the fused AdamW copies weights of any other layout, which costs more."""
+    """channels_last, the faster one for convolutions; but contiguous for steps on a processor that are not compiled,
+    where the fused AdamW copies weights of any other layout, which costs more."""
     plain = torch.device(device).type == "cpu" and not config.compile
     return torch.contiguous_format if plain else torch.channels_last
 

@@ -28,7 +28,8 @@ COUNT, SIDE = 8, 512  # pictures, and the pixels a side that their centre is sca
 
 def held_out(config: TrainConfig) -> Tensor:
     """[COUNT, 3, h, w] pictures that training does not see: held-out scenes; of photographs, whose augmented versions
-    it does see, an even choice, of a stream the first, less those that cannot be read. Raises FeatInvError if none can."""
+    it does see, an even choice, of a stream the first, less those that cannot be read. Raises FeatInvError if none can.
+    """
     if drawing_world(config.data):
         return draw(config.seed, torch.arange(COUNT), "held-out").image
     if config.data.startswith(STREAM):
@@ -56,9 +57,11 @@ def _square(picture: Image.Image) -> Tensor:
 
 
 @torch.inference_mode()
-def sample_panel(base: BaseModel, backbone: Backbone, model: FeatureControlNet, config: TrainConfig) -> tuple[Image.Image, float]:
-    """Draws held-out pictures from their features with fixed noise; the panel and the mean cosine. Without guidance by the
-    gradient, whatever is recommended: it would hide what the weights have learned."""
+def sample_panel(
+    base: BaseModel, backbone: Backbone, model: FeatureControlNet, config: TrainConfig
+) -> tuple[Image.Image, float]:
+    """Draws held-out pictures from their features with fixed noise; the panel and the mean cosine. Without guidance by
+    the gradient, whatever is recommended: it would hide what the weights have learned."""
     learning = model.training
     model.eval()
     pixel_values = backbone.preprocess(held_out(config).to(base.unet.device))
@@ -69,4 +72,7 @@ def sample_panel(base: BaseModel, backbone: Backbone, model: FeatureControlNet, 
     model.train(learning)
     score = cosine(features, backbone(backbone.preprocess(pictures, "stretch"), config.layer, config.pooled))
     rows = [[(x, "") for x in pixel_values], [(x, f"cos {c:.2f}") for x, c in zip(pictures, score.tolist())]]
-    return panel(rows, ["original", "reconstruction"], f"{config.name}, mean cosine {score.mean():.3f}"), score.mean().item()
+    return (
+        panel(rows, ["original", "reconstruction"], f"{config.name}, mean cosine {score.mean():.3f}"),
+        score.mean().item(),
+    )

@@ -52,8 +52,14 @@ class Run:
         check_trackers(config.trackers, output)
         check_scope_data(config)
         self.config, self.output = config, output
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=output)
-        self.device, self.rank, self.processes = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=output
+        )
+        self.device, self.rank, self.processes = (
+            self.accelerator.device,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
         self.main = self.accelerator.is_main_process
         if config.graph:
             check_device(self.device)
@@ -63,8 +69,13 @@ class Run:
         self.per_step = self.per_process * self.processes
         set_seed(config.seed)
         self._open_models()
-        self.pictures = open_pictures(config, self.base, self.backbone, self.device if config.workers == 0 else "cpu", self.rank, self.processes)
-        self.say(f"{config.name}: inverts {self.model.source.describe()} with base model {self.base.name}; {self._parameters() / 1e6:.1f} M parameters")
+        self.pictures = open_pictures(
+            config, self.base, self.backbone, self.device if config.workers == 0 else "cpu", self.rank, self.processes
+        )
+        self.say(
+            f"{config.name}: inverts {self.model.source.describe()} with base model {self.base.name};"
+            f" {self._parameters() / 1e6:.1f} M parameters"
+        )
         self._prepare(self._begin_or_resume())
         self._open_step(stack)
 
@@ -79,7 +90,14 @@ class Run:
             self.base.unet.enable_gradient_checkpointing()
             self.model.controlnet.enable_gradient_checkpointing()
         frozen = [self.base.unet, self.base.vae, self.backbone]
-        self._memory = self.device, self.model, frozen, bool(config.ema), memory.MOMENTS[config.optimizer], self.processes if self.shares_weights else 1
+        self._memory = (
+            self.device,
+            self.model,
+            frozen,
+            bool(config.ema),
+            memory.MOMENTS[config.optimizer],
+            self.processes if self.shares_weights else 1,
+        )
         memory.require(*self._memory)
 
     def _untrained(self) -> FeatureControlNet:
@@ -106,7 +124,9 @@ class Run:
             self.before, new = known or 0, known is None
         if new and config.standardise:
             with self.accelerator.autocast():
-                standardise(self.model, next(loader(self.pictures, 0, 256, 0, 1, 0)).tensors, self.backbone, config, self.device)
+                standardise(
+                    self.model, next(loader(self.pictures, 0, 256, 0, 1, 0)).tensors, self.backbone, config, self.device
+                )
         self._resumed_from = file
         return state if file else None
 
@@ -114,12 +134,17 @@ class Run:
         """Optimizer, average and what accelerate makes of them, filled from a checkpoint where there is one."""
         config, accelerator = self.config, self.accelerator
         stages = {at_stage(config, 0).cycle, config.cycle}
-        self._gmac = {cycle: step_gmac(self.base, self.backbone, self.model, replace(config, cycle=cycle, cycle_after=0)) for cycle in stages}
+        self._gmac = {
+            cycle: step_gmac(self.base, self.backbone, self.model, replace(config, cycle=cycle, cycle_after=0))
+            for cycle in stages
+        }
         self.pace = Pace(self._gmac[config.cycle], device_peak(self.device, self.processes))
         self.average = deepcopy(self.model) if config.ema else None
         self._trained, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, config))
         if self.average is not None and self.shares_weights:
-            self.average = fsdp2_prepare_model(accelerator, self.average)  # accelerator.prepare takes a model with its optimizer only
+            self.average = fsdp2_prepare_model(
+                accelerator, self.average
+            )  # accelerator.prepare takes a model with its optimizer only
         self.faults = FaultTracker(accelerator, self.output, config, self.pictures, self.per_step)
         if state:
             self._restore(state)
@@ -133,27 +158,47 @@ class Run:
         self.faults.restore(state["mishaps"])  # the key in checkpoints since 0.1.0
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.say(f"resumed at {self.seen} images from {self._resumed_from}{', not from --init-from' if config.init_from else ''}")
+        self.say(
+            f"resumed at {self.seen} images from"
+            f" {self._resumed_from}{', not from --init-from' if config.init_from else ''}"
+        )
         if self.seen >= config.max_images:
-            self.say(f"{self.seen} of {config.max_images} images are seen: nothing is left to train; begin anew with another --output, or go on with a larger --max-images")
+            self.say(
+                f"{self.seen} of {config.max_images} images are seen: nothing is left to train; begin anew with another"
+                " --output, or go on with a larger --max-images"
+            )
         if state["data"] != self.pictures.fingerprint:
-            self.say(f"{config.data} holds other pictures than before: the run goes on, but not as if it had never stopped")
+            self.say(
+                f"{config.data} holds other pictures than before: the run goes on, but not as if it had never stopped"
+            )
 
     def _open_step(self, stack: ExitStack) -> None:
         """The batches, the logs, and the step itself, which reads tensors that keep their place."""
         config = self.config
         state = self._stream and self._stream[self.rank % len(self._stream)]
         pin = self.device.type == "cuda" and config.workers > 0
-        batches = loader(self.pictures, self.seen, self.per_process, self.rank, self.processes, config.workers, pin, state)
+        batches = loader(
+            self.pictures, self.seen, self.per_process, self.rank, self.processes, config.workers, pin, state
+        )
         self.batches = stack.enter_context(closing(batches))
         self._log = open_log(self.output / "stats.jsonl", self.seen) if self.main else None
         start_trackers(self.accelerator, asdict(config))
         batch = next(self.batches)
         self.faults.unread(batch.skipped)
-        self._images = {name: rows.to(self.device) for name, rows in batch.tensors.items()}  # the later batches are copied here
+        self._images = {
+            name: rows.to(self.device) for name, rows in batch.tensors.items()
+        }  # the later batches are copied here
         update = partial(clip_and_step, self.accelerator, self.model, self.optimizer)
         self._take_step = training_step(self._gradients, update, self.optimizer, config.graph)
-        self._progress = tqdm(total=config.max_images, initial=self.seen, unit="img", desc=config.name, disable=not self.main, smoothing=0.02, mininterval=2)
+        self._progress = tqdm(
+            total=config.max_images,
+            initial=self.seen,
+            unit="img",
+            desc=config.name,
+            disable=not self.main,
+            smoothing=0.02,
+            mininterval=2,
+        )
 
     def _gradients(self) -> Tensor:
         """Gradients of a global batch, of which this process sees its own rows, in config.accumulate parts."""
@@ -166,7 +211,10 @@ class Run:
                     noise = noise or sample_noise(self.per_step, moments, self.base, config)
                     own = noise.rows(self.rank * self.per_process + first, config.batch)
                     latents, stage = latents_from(moments, own.latent), at_stage(config, self.seen)
-                    loss = training_loss(self.base, self.backbone, self._trained, latents, features, stage, own) / config.accumulate
+                    loss = (
+                        training_loss(self.base, self.backbone, self._trained, latents, features, stage, own)
+                        / config.accumulate
+                    )
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         return total
@@ -182,11 +230,15 @@ class Run:
             raise memory.explain(error, config.batch, *self._memory) from error
         self.seen += self.per_step
         if self.average is not None:
-            update_average(self.average, self.model, min(config.ema, (1 + self.seen / self.per_step) / (10 + self.seen / self.per_step)))
+            update_average(
+                self.average,
+                self.model,
+                min(config.ema, (1 + self.seen / self.per_step) / (10 + self.seen / self.per_step)),
+            )
 
     def next_batch(self) -> None:
-        """Reads the next batch, unless the run is at its end. What was learned is saved before an error of the data ends
-        the run; several processes would have to agree on that."""
+        """Reads the next batch, unless the run is at its end. What was learned is saved before an error of the data
+        ends the run; several processes would have to agree on that."""
         if self.seen < self.config.max_images:
             try:
                 with self.pace.waiting():
@@ -233,7 +285,13 @@ class Run:
         if self.faults.row(self.seen) and not must:
             self.say(f"no checkpoint at {self.seen} images, since the last step was left out")
             return
-        state = {"seen": self.seen, "before": self.before, "losses": values, "data": self.pictures.fingerprint, "mishaps": self.faults.state()}
+        state = {
+            "seen": self.seen,
+            "before": self.before,
+            "losses": values,
+            "data": self.pictures.fingerprint,
+            "mishaps": self.faults.state(),
+        }
         state["stream"] = states(self.batches, in_hand=self.seen < self.config.max_images)
         state |= checkpoints.gather(self.model, self.optimizer.optimizer, self.average)
         state["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
@@ -252,7 +310,15 @@ class Run:
         latest = self._latest()
         if self.main:
             seen = self.before + self.seen
-            info = InversionInfo(self.model.source, self.model.encoder.settings, self.base.describe(), config.prompt, config.recommended, seen, asdict(config))
+            info = InversionInfo(
+                self.model.source,
+                self.model.encoder.settings,
+                self.base.describe(),
+                config.prompt,
+                config.recommended,
+                seen,
+                asdict(config),
+            )
             latest.save(file, info)
             if config.scope:
                 end_with_scope(file, config, self.device)
@@ -262,7 +328,9 @@ class Run:
 
     def _latest(self) -> FeatureControlNet:
         """What is saved and sampled from: the average where there is one, whole on the main process."""
-        return checkpoints.whole(self.average if self.average is not None else self.model, lambda: self._untrained().to(self.device))
+        return checkpoints.whole(
+            self.average if self.average is not None else self.model, lambda: self._untrained().to(self.device)
+        )
 
     def _record(self, **values: float) -> None:
         self.accelerator.log(values, self.seen)

@@ -17,7 +17,9 @@ from .objective import observed_features
 def open_frozen(config: TrainConfig, device: torch.device) -> tuple[BaseModel, Backbone]:
     """The base model and the backbone, in float32."""
     base = load_base(config.base, config.prompt).to(device)
-    return base, open_backbone(config.backbone, config.backbone_weights, config.input_size).to(device, memory_format=torch.channels_last)
+    return base, open_backbone(config.backbone, config.backbone_weights, config.input_size).to(
+        device, memory_format=torch.channels_last
+    )
 
 
 def start_from(model: FeatureControlNet, file: str, base: BaseModel) -> int | None:
@@ -31,9 +33,14 @@ def start_from(model: FeatureControlNet, file: str, base: BaseModel) -> int | No
     return info.images_seen
 
 
-def standardise(model: FeatureControlNet, batch: dict[str, Tensor], backbone: Backbone, config: TrainConfig, device: torch.device) -> None:
-    """Sets the encoder's mean and standard deviation to those of the features it will read; batch: as observe takes it, any number of
-    rows, of which config.batch are observed at once."""
+def standardise(
+    model: FeatureControlNet, batch: dict[str, Tensor], backbone: Backbone, config: TrainConfig, device: torch.device
+) -> None:
+    """Sets the encoder's mean and standard deviation to those of the features it will read; batch: as observe takes it,
+    any number of rows, of which config.batch are observed at once."""
     parts = zip(*(rows.split(config.batch) for rows in batch.values()))
-    features = [observed_features(backbone, {name: rows.to(device) for name, rows in zip(batch, part)}, config) for part in parts]
+    features = [
+        observed_features(backbone, {name: rows.to(device) for name, rows in zip(batch, part)}, config)
+        for part in parts
+    ]
     model.encoder.standardise(torch.cat(features))

@@ -57,7 +57,13 @@ class BaseModel:
         """What a weights file records to recognise a base model that fits."""
         c = self.unet.config
         heads = c.num_attention_heads or c.attention_head_dim  # diffusers' older name for the same number
-        return {"name": self.name, "width": c.block_out_channels[0], "context": c.cross_attention_dim, "latent_channels": c.in_channels, "heads": heads}
+        return {
+            "name": self.name,
+            "width": c.block_out_channels[0],
+            "context": c.cross_attention_dim,
+            "latent_channels": c.in_channels,
+            "heads": heads,
+        }
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, h, w] in 0..1 -> scaled latents: the mean of the autoencoder's posterior."""
@@ -84,20 +90,29 @@ class BaseModel:
 def load_base(path: str | Path, prompt: str) -> BaseModel:
     """Reads a base model from local files; the network is never asked.
 
-    path: an embedded world's base model, by its name; a diffusers folder (unet/, vae/, scheduler/ and either text_encoder/ and tokenizer/
-    or prompts.safetensors, which holds an embedding per prompt); a single .safetensors or .ckpt file of Stable
-    Diffusion 1.x; or a repository in the hub's cache, owner/name, or owner/name/FILE for a
-    single file. The text encoder is used once and let go. Raises FeatInvError for what is none of these, lacks a part, or is another architecture.
+    path: an embedded world's base model, by its name; a diffusers folder (unet/, vae/, scheduler/ and either
+    text_encoder/ and tokenizer/ or prompts.safetensors, which holds an embedding per prompt); a single .safetensors or
+    .ckpt file of Stable Diffusion 1.x; or a repository in the hub's cache, owner/name, or owner/name/FILE for a single
+    file. The text encoder is used once and let go. Raises FeatInvError for what is none of these, lacks a part, or is
+    another architecture.
     """
     if str(path).endswith((".safetensors", ".ckpt")):
         unet, vae, scheduler, text = _from_file(Path(path), prompt)
     else:
-        unet, vae, scheduler, text = _from_folder(world.base_folder if (world := find_world(str(path))) else _folder(str(path)), prompt)
+        unet, vae, scheduler, text = _from_folder(
+            world.base_folder if (world := find_world(str(path))) else _folder(str(path)), prompt
+        )
     c = unet.config
-    if c.addition_embed_type or c.class_embed_type or c.in_channels != c.out_channels or text[prompt].shape[2] != c.cross_attention_dim:
+    if (
+        c.addition_embed_type
+        or c.class_embed_type
+        or c.in_channels != c.out_channels
+        or text[prompt].shape[2] != c.cross_attention_dim
+    ):
         raise FeatInvError(
-            f"base model {path} is not of the kind of Stable Diffusion 1.x: first width {c.block_out_channels[0]}, context {c.cross_attention_dim}, "
-            f"text embeddings {text[prompt].shape[2]}, {c.in_channels} channels in, {c.out_channels} out; expected one text encoder and no further input"
+            f"base model {path} is not of the kind of Stable Diffusion 1.x: first width {c.block_out_channels[0]},"
+            f" context {c.cross_attention_dim}, text embeddings {text[prompt].shape[2]}, {c.in_channels} channels in,"
+            f" {c.out_channels} out; expected one text encoder and no further input"
         )
     for module in (unet, vae):
         module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -112,7 +127,10 @@ def _folder(path: str) -> Path:
         except OSError:
             pass
     if not Path(path).is_dir():
-        raise FeatInvError(f"there is no base model {path!r}: no folder, no file, not in the hub's cache; python3 run.py download CONFIG fetches a configuration's, see {HUB}/{path}")
+        raise FeatInvError(
+            f"there is no base model {path!r}: no folder, no file, not in the hub's cache; python3 run.py download"
+            f" CONFIG fetches a configuration's, see {HUB}/{path}"
+        )
     return Path(path)
 
 
@@ -121,9 +139,14 @@ def _from_folder(folder: Path, prompt: str) -> Loaded:
     texts = () if file.is_file() else ("text_encoder", "tokenizer")
     missing = [part for part in ("unet", "vae", "scheduler", *texts) if not (folder / part).is_dir()]
     if missing:
-        raise FeatInvError(f"base model {folder}: no folder {', '.join(missing)}; expected a diffusers folder, as python3 run.py download CONFIG fetches it")
+        raise FeatInvError(
+            f"base model {folder}: no folder {', '.join(missing)}; expected a diffusers folder, as python3 run.py"
+            " download CONFIG fetches it"
+        )
     unet = _load_unet(folder / "unet")
-    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    scheduler = DDIMScheduler.from_pretrained(
+        folder / "scheduler", timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    )
     if file.is_file():
         text = {name: value.float() for name, value in load_file(file).items()}
         if prompt not in text:
@@ -151,7 +174,9 @@ def _from_file(file: Path, prompt: str) -> Loaded:
         cached = try_to_load_from_cache("/".join(file.parts[:2]), file.parts[2])
         file = Path(cached) if isinstance(cached, str) else file
     if not file.is_file():
-        raise FeatInvError(f"base model {file} does not exist; python3 run.py download CONFIG --base OWNER/NAME/FILE fetches one")
+        raise FeatInvError(
+            f"base model {file} does not exist; python3 run.py download CONFIG --base OWNER/NAME/FILE fetches one"
+        )
     unet, vae, scheduler, encoder = stable_diffusion.load_single_file(file)
     return unet, vae, scheduler, _embeddings(encoder, stable_diffusion.Tokens(), prompt)
 

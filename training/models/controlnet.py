@@ -41,9 +41,15 @@ class FeatureControlNet(nn.Module):
         """Reads a weights file for a base model. Raises FeatInvError if the base model is another or keys differ."""
         info, tensors, encoder = load_inversion(file)
         actual = base.describe()
-        wrong = [f"{k}: {info.base[k]} in the weights file, {actual[k]} in the base model" for k in actual if k != "name" and info.base[k] != actual[k]]
+        wrong = [
+            f"{k}: {info.base[k]} in the weights file, {actual[k]} in the base model"
+            for k in actual
+            if k != "name" and info.base[k] != actual[k]
+        ]
         if wrong:
-            raise FeatInvError(f"{file} was trained on {info.base['name']} and does not fit {base.name}. {'; '.join(wrong)}")
+            raise FeatInvError(
+                f"{file} was trained on {info.base['name']} and does not fit {base.name}. {'; '.join(wrong)}"
+            )
         model = cls(ControlNetModel.from_unet(base.unet, load_weights_from_unet=False), encoder, info.source)
         try:
             model.controlnet.load_state_dict(tensors, strict=True)
@@ -62,6 +68,9 @@ class FeatureControlNet(nn.Module):
         """The steered base model's prediction from feature values [B, C_f, h, w], as training calls it."""
         return self.predict(unet, noisy, t, context, self.hint(values, noisy.shape[2:]))
 
-    def predict(self, unet: UNet2DConditionModel, noisy: Tensor, t: Tensor, context: Tensor, hint: Tensor, strength: float = 1.0) -> Tensor:
-        """The steered base model's prediction [B, C, H, W] for noisy latents at timesteps t, the hint encoded before."""
+    def predict(
+        self, unet: UNet2DConditionModel, noisy: Tensor, t: Tensor, context: Tensor, hint: Tensor, strength: float = 1.0
+    ) -> Tensor:
+        """The steered base model's prediction [B, C, H, W] for noisy latents at timesteps t, the hint encoded
+        before."""
         return controlled_prediction(unet, self.controlnet, noisy, t, context, hint, strength)

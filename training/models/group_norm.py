@@ -1,4 +1,5 @@
-"""Group normalisation that keeps channels_last: torch's CUDA kernel copies such maps to contiguous ones, forward and backward."""
+"""Group normalisation that keeps channels_last: torch's CUDA kernel copies such maps to contiguous ones, forward and
+backward."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Group normalisation of channels_last maps and its gradient, in Triton.
 
-Each program takes one group of one map, [S, C / groups] with S = H * W, and reads it from the cache after the first time.
+Each program takes one group of one map, [S, C / groups] with S = H * W, and reads it from the cache after the first
+time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _forward(x, weight, bias, y, mean, rstd, S, C, eps, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):  # noqa: ANN001, ANN202
+def _forward(
+    x, weight, bias, y, mean, rstd, S, C, eps, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+):
     image, group = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BLOCK_C)
     inside = c < WIDTH
@@ -20,7 +23,9 @@ def _forward(x, weight, bias, y, mean, rstd, S, C, eps, WIDTH: tl.constexpr, BLO
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for first in range(0, S, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
-        total += tl.load(x + start + s[:, None] * C + c[None, :], (s[:, None] < S) & inside[None, :], 0.0).to(tl.float32)
+        total += tl.load(x + start + s[:, None] * C + c[None, :], (s[:, None] < S) & inside[None, :], 0.0).to(
+            tl.float32
+        )
     mu = tl.sum(tl.sum(total, 1), 0) / (S * WIDTH)
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for first in range(0, S, BLOCK_S):
@@ -41,7 +46,21 @@ def _forward(x, weight, bias, y, mean, rstd, S, C, eps, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def _backward(x, weight, mean, rstd, dy, dx, dweight, dbias, S, C, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):  # noqa: ANN001, ANN202
+def _backward(
+    x,
+    weight,
+    mean,
+    rstd,
+    dy,
+    dx,
+    dweight,
+    dbias,
+    S,
+    C,
+    WIDTH: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     image, group = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BLOCK_C)
     inside = c < WIDTH
@@ -76,14 +95,23 @@ def _launch(x: Tensor, groups: int) -> tuple[tuple[int, int], dict[str, int]]:
     width = x.shape[1] // groups
     block_c = triton.next_power_of_2(width)
     block_s = min(triton.next_power_of_2(x.shape[2] * x.shape[3]), max(1, 2048 // block_c))
-    return (len(x), groups), {"S": x.shape[2] * x.shape[3], "C": x.shape[1], "WIDTH": width, "BLOCK_S": block_s, "BLOCK_C": block_c}
+    return (len(x), groups), {
+        "S": x.shape[2] * x.shape[3],
+        "C": x.shape[1],
+        "WIDTH": width,
+        "BLOCK_S": block_s,
+        "BLOCK_C": block_c,
+    }
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """F.group_norm of x [B, C, H, W] in channels_last, weight and bias [C]; calculated in float32, in x's dtype and layout."""
+    """F.group_norm of x [B, C, H, W] in channels_last, weight and bias [C]; calculated in float32, in x's dtype and
+    layout."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> Tensor:
         y, (grid, sizes) = torch.empty_like(x), _launch(x, groups)
         mean, rstd = (torch.empty(len(x), groups, device=x.device) for _ in range(2))
         _forward[grid](x, weight, bias, y, mean, rstd, eps=eps, **sizes)
@@ -96,6 +124,14 @@ class GroupNormFunction(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         dx, (grid, sizes) = torch.empty_like(x), _launch(x, ctx.groups)
         dweight, dbias = (torch.empty(x.shape[:2], device=x.device) for _ in range(2))
-        _backward[grid](x, weight, mean, rstd, dy.contiguous(memory_format=torch.channels_last), dx, dweight, dbias, **sizes)
+        _backward[grid](
+            x, weight, mean, rstd, dy.contiguous(memory_format=torch.channels_last), dx, dweight, dbias, **sizes
+        )
         needed = ctx.needs_input_grad
-        return dx, dweight.sum(0).to(weight.dtype) if needed[1] else None, dbias.sum(0).to(bias.dtype) if needed[2] else None, None, None
+        return (
+            dx,
+            dweight.sum(0).to(weight.dtype) if needed[1] else None,
+            dbias.sum(0).to(bias.dtype) if needed[2] else None,
+            None,
+            None,
+        )

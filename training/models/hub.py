@@ -74,10 +74,14 @@ class Repository:
             with part.open("ab") as stream:
                 if stream.tell() < file.size:
                     url = hf_hub_url(self.name, file.name, revision=self.commit)
-                    http_get(url, stream, resume_size=stream.tell(), headers=build_hf_headers(), displayed_filename=file.name)
+                    http_get(
+                        url, stream, resume_size=stream.tell(), headers=build_hf_headers(), displayed_filename=file.name
+                    )
         if not file.matches(part):
             part.unlink()
-            raise FeatInvError(f"{self.name}: {file.name} arrived with another checksum than the hub states; it was deleted, try again")
+            raise FeatInvError(
+                f"{self.name}: {file.name} arrived with another checksum than the hub states; it was deleted, try again"
+            )
         os.replace(part, target)
 
 
@@ -97,7 +101,10 @@ def _explanation(repository: str, error: Exception) -> FeatInvError:
     if isinstance(error, OfflineModeIsEnabled):
         return Unreachable(f"{repository} cannot be fetched in offline mode: unset HF_HUB_OFFLINE")
     if status in (401, 403):  # the hub also says so of names that do not exist
-        hint = "check the name; for a gated or private model accept its terms there and set HF_TOKEN to a token that may read it"
+        hint = (
+            "check the name; for a gated or private model accept its terms there and set HF_TOKEN to a token that may"
+            " read it"
+        )
         return FeatInvError(f"{endpoint}/{repository} may not be read ({status}): {hint}")
     if status == 404:
         return FeatInvError(f"{endpoint}/{repository} is not there (404): check the name")
@@ -105,4 +112,7 @@ def _explanation(repository: str, error: Exception) -> FeatInvError:
         return FeatInvError(f"{repository}: the disk is full; make room and try again, what has arrived is kept")
     if status is None and (isinstance(error, ValueError) or getattr(error, "errno", None)):
         return FeatInvError(f"{repository}: {about}")  # the local disk, or an answer that is not a hub's
-    return Unreachable(f"{endpoint} gave no usable answer for {repository} ({about}): check the network or HF_ENDPOINT and try again, what has arrived is kept")
+    return Unreachable(
+        f"{endpoint} gave no usable answer for {repository} ({about}): check the network or HF_ENDPOINT and try again,"
+        " what has arrived is kept"
+    )

@@ -51,7 +51,12 @@ class InversionPipeline:
 
     @torch.inference_mode()
     def draw(
-        self, features: FeatureMap | None, sampling: Sampling, start: Tensor, batch: int = 16, report: Callable[[int], object] = lambda n: None
+        self,
+        features: FeatureMap | None,
+        sampling: Sampling,
+        start: Tensor,
+        batch: int = 16,
+        report: Callable[[int], object] = lambda n: None,
     ) -> Tensor:
         """Pictures [B, 3, h, w] in 0..1 from starting noise [B, ...] and a feature map per row, or from the base
         model alone where features is None. `batch` bounds the memory; report is called with each batch's size."""
@@ -67,10 +72,15 @@ class InversionPipeline:
 
     @torch.inference_mode()
     def best(
-        self, features: FeatureMap, sampling: Sampling, start_of: Callable[[int], Tensor], batch: int = 16, report: Callable[[int], object] = lambda n: None
+        self,
+        features: FeatureMap,
+        sampling: Sampling,
+        start_of: Callable[[int], Tensor],
+        batch: int = 16,
+        report: Callable[[int], object] = lambda n: None,
     ) -> tuple[Tensor, Tensor]:
-        """Best of N by the cosine: of sampling.best_of pictures of each map the one that score puts highest, the first among
-        equals. Returns the pictures [B, 3, h, w] and which attempt each is [B].
+        """Best of N by the cosine: of sampling.best_of pictures of each map the one that score puts highest, the first
+        among equals. Returns the pictures [B, 3, h, w] and which attempt each is [B].
 
         start_of: attempt, from 0 -> starting noise of all rows. Attempt 0 alone is what draw gives; only the best
         pictures and one attempt are kept at a time.
@@ -96,14 +106,22 @@ class InversionPipeline:
         return torch.cat([noise(self.base, seed) for seed in seeds])
 
 
-def load_pipeline(name: str, base: str | None = None, backbone_weights: str | None = None, backbone: str | None = None, device: str = "cpu") -> InversionPipeline:
+def load_pipeline(
+    name: str,
+    base: str | None = None,
+    backbone_weights: str | None = None,
+    backbone: str | None = None,
+    device: str = "cpu",
+) -> InversionPipeline:
     """Opens a shipped model or a weights file. base: a base model other than the one the file names; backbone,
     backbone_weights: where the file's backbone is. Raises FeatInvError where a part is missing or does not fit."""
     file: Path = model_file(name)
     info = read_info(file)
     height, width = info.source.input_size
     side = height if height == width else None  # what it reads where that is not its own default
-    source = open_backbone(backbone or info.source.backbone, backbone_weights, side).to(device, memory_format=torch.channels_last)
+    source = open_backbone(backbone or info.source.backbone, backbone_weights, side).to(
+        device, memory_format=torch.channels_last
+    )
     info.source.require(source.source(info.source.layer, info.source.pooled), f"{file.name}", "the backbone")
     frozen = load_base(base or info.base["name"], info.prompt).to(device)
     model, _ = FeatureControlNet.load(file, frozen)

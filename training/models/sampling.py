@@ -21,7 +21,10 @@ Solver = DDIMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler
 #: sampling.SOLVERS in diffusers' classes
 SOLVER_CLASSES = {
     "ddim": (DDIMScheduler, {}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}),
+    "dpmpp_2m": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"},
+    ),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}),
 }
 assert set(SOLVER_CLASSES) == set(SOLVERS)
@@ -34,24 +37,38 @@ def noise(base: BaseModel, seed: int, samples: int = 1, size: tuple[int, int] | 
 
 @torch.inference_mode()
 def sample(
-    base: BaseModel, model: FeatureControlNet | None, features: FeatureMap | None, start_noise: Tensor, sampling: Sampling, prompt: str, backbone: Backbone | None = None
+    base: BaseModel,
+    model: FeatureControlNet | None,
+    features: FeatureMap | None,
+    start_noise: Tensor,
+    sampling: Sampling,
+    prompt: str,
+    backbone: Backbone | None = None,
 ) -> Tensor:
     """Latents [B, C, H, W] drawn from starting noise, a feature map per row: core.sampling.sample_latents.
 
-    Without a model the base model draws alone (the unconditional baseline of every table). backbone: where the features come from, for
-    sampling.gradient. Each call has a solver of its own. Raises FeatInvError if the features are not of the model's source,
-    or the backbone that the gradient needs is missing.
+    Without a model the base model draws alone (the unconditional baseline of every table). backbone: where the features
+    come from, for sampling.gradient. Each call has a solver of its own. Raises FeatInvError if the features are not of
+    the model's source, or the backbone that the gradient needs is missing.
     """
     x, text = start_noise.to(base.unet.device), {True: base.text[prompt], False: base.text[""]}
     if model is None:
         return sample_latents(base.unet, None, {}, solver_of(base, sampling), x, text, sampling)
     if sampling.gradient and backbone is None:
-        raise FeatInvError(f"gradient {sampling.gradient:g}: guidance by the gradient needs the backbone of the features")
+        raise FeatInvError(
+            f"gradient {sampling.gradient:g}: guidance by the gradient needs the backbone of the features"
+        )
     features.source.require(model.source, "the feature map", "the inversion model")
     features = features.to(x.device)
     given = {True: features.values, False: torch.zeros_like(features.values)}
-    hints = {cond: model.hint(given[cond], x.shape[2:]) for cond in dict.fromkeys(cond for cond, _ in sampling.weights())}
-    toward = partial(toward_features, picture_of=base.decode, backbone=backbone, target=features, step=sampling.gradient) if sampling.gradient else None
+    hints = {
+        cond: model.hint(given[cond], x.shape[2:]) for cond in dict.fromkeys(cond for cond, _ in sampling.weights())
+    }
+    toward = (
+        partial(toward_features, picture_of=base.decode, backbone=backbone, target=features, step=sampling.gradient)
+        if sampling.gradient
+        else None
+    )
     if sampling.gradient:
         leave_inference(base.vae)
     return sample_latents(base.unet, model.controlnet, hints, solver_of(base, sampling), x, text, sampling, toward)
@@ -66,7 +83,8 @@ def solver_of(base: BaseModel, sampling: Sampling) -> Solver:
 
 @torch.inference_mode()
 def round_trip(base: BaseModel, pictures: Tensor) -> Tensor:
-    """The autoencoder's reconstruction at the base model's resolution: what every table sets beside the reconstructions."""
+    """The autoencoder's reconstruction at the base model's resolution: what every table sets beside the
+    reconstructions."""
     side = (base.resolution,) * 2
     if tuple(pictures.shape[2:]) != side:
         pictures = F.interpolate(pictures, side, mode="bilinear", antialias=True)

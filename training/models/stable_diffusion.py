@@ -16,14 +16,46 @@ from torch import Tensor, nn
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_pickle
 
-UNET = {"sample_size": 32, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
-        "cross_attention_dim": 768, "attention_head_dim": 8}  # fmt: skip
-VAE = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512),
-       "layers_per_block": 2, "latent_channels": 4, "sample_size": 256, "scaling_factor": 0.18215}  # fmt: skip
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1,
-            "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}  # fmt: skip
-CLIP = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "max_position_embeddings": 77, "hidden_act": "quick_gelu", "bos_token_id": 49406, "eos_token_id": 49407}  # fmt: skip
+UNET = {
+    "sample_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+    "scaling_factor": 0.18215,
+}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "timestep_spacing": "trailing",
+}
+CLIP = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
 #: the paper's prompt, and CLIP's tokens for it without their frame
 PROMPT = "a high-quality, detailed, and professional image"
 KNOWN = {"": [], PROMPT: [320, 1400, 268, 3027, 267, 12609, 267, 537, 4774, 2867]}
@@ -46,12 +78,17 @@ class Tokens:
         if all(text in KNOWN for text in texts):
             start, end = CLIP["bos_token_id"], CLIP["eos_token_id"]
             rows = [[start, *KNOWN[text], end] for text in texts]
-            return SimpleNamespace(input_ids=torch.tensor([row + [end] * (CLIP["max_position_embeddings"] - len(row)) for row in rows]))
+            return SimpleNamespace(
+                input_ids=torch.tensor([row + [end] * (CLIP["max_position_embeddings"] - len(row)) for row in rows])
+            )
         from transformers import CLIPTokenizer
 
         cached = try_to_load_from_cache(TOKENIZER, "vocab.json")  # transformers would go on without a vocabulary
         if not isinstance(cached, str):
-            raise FeatInvError(f"a single file has no tokenizer, and {TOKENIZER} is not in the hub's cache; without it the prompt is {PROMPT!r}")
+            raise FeatInvError(
+                f"a single file has no tokenizer, and {TOKENIZER} is not in the hub's cache; without it the prompt is"
+                f" {PROMPT!r}"
+            )
         return CLIPTokenizer.from_pretrained(Path(cached).parent)(texts, **kwargs)
 
 
@@ -64,12 +101,17 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         state = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
     except SafetensorError as error:
         raise FeatInvError(f"{file} is not a readable safetensors file: {error}") from error
-    shapes = [tuple(state[UNET_PREFIX + key].shape) if UNET_PREFIX + key in state else None for key in (
-        "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")]  # fmt: skip
+    shapes = [
+        tuple(state[UNET_PREFIX + key].shape) if UNET_PREFIX + key in state else None
+        for key in ("input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    ]
     width, context = UNET["block_out_channels"][0], UNET["cross_attention_dim"]
     if shapes != [(width, UNET["in_channels"], 3, 3), (width, context)]:
         there = (shapes[0][0] if shapes[0] else "none", shapes[1][1] if shapes[1] else "none")
-        raise FeatInvError(f"{file} is not Stable Diffusion 1.x: first width {there[0]}, context {there[1]}; expected {width} and {context}, with 4 latent channels")
+        raise FeatInvError(
+            f"{file} is not Stable Diffusion 1.x: first width {there[0]}, context {there[1]}; expected {width} and"
+            f" {context}, with 4 latent channels"
+        )
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import platform
@@ -43,12 +44,15 @@ LOOP_SIZE = 2  # pictures drawn one at a time
 
 
 class GpuBenchmark:
-    """The models of one configuration, and what is measured on them; each method named in PARTS is one part of the page."""
+    """The models of one configuration, and what is measured on them; each method named in PARTS is one part of the
+    page."""
 
     def __init__(self, config: TrainConfig, device: str, page: Page, small: bool = False) -> None:
         """config: its precision is our step's. small: narrow models and few pictures, to try the program out."""
         self.config, self.device, self.page, self.small = config, device, page, small
-        self.batch, self.large_batch, self.small_batch, self.steps = (2, 3, 1, (2, 3)) if small else (64, 128, 8, (20, 50))
+        self.batch, self.large_batch, self.small_batch, self.steps = (
+            (2, 3, 1, (2, 3)) if small else (64, 128, 8, (20, 50))
+        )
         self.graph = device == "cuda"
 
     @cached_property
@@ -109,7 +113,11 @@ class GpuBenchmark:
         seconds = real_size.seconds(step, *((1, 0) if self.small else (repeats, 1)))
         images_per_second, peak = batch / seconds, device_peak(torch.device(self.device))
         share = {"share of bf16 peak, %": 100 * 2e9 * self.gmac * images_per_second / peak} if peak else {}
-        self.page.row(**{"step": what, "batch": batch, "ms": 1000 * seconds, "images/s": images_per_second} | share | {"GB": peak_memory(), "s until the first step": first})
+        self.page.row(
+            **{"step": what, "batch": batch, "ms": 1000 * seconds, "images/s": images_per_second}
+            | share
+            | {"GB": peak_memory(), "s until the first step": first}
+        )
         yield step
         del step
         self.free()
@@ -125,19 +133,37 @@ class GpuBenchmark:
         _ = self.parts
         built = time.perf_counter() - began
         parameters = sum(p.numel() for p in self.parts.model.parameters()) / 1e6
-        self.page.text(f"{parameters:.0f} M trained parameters; at least {self.gmac:.1f} GMAC per image and step; models built in {built:.1f} s.")
-        self.time_step("one CUDA graph" if self.graph else "plain", self.batch, lambda: self.our_step(self.batch, self.graph))
+        self.page.text(
+            f"{parameters:.0f} M trained parameters; at least {self.gmac:.1f} GMAC per image and step; models built in"
+            f" {built:.1f} s."
+        )
+        self.time_step(
+            "one CUDA graph" if self.graph else "plain", self.batch, lambda: self.our_step(self.batch, self.graph)
+        )
 
     def upsampling(self) -> None:
         source = self.parts.model.source
         size = (self.parts.base.latent_size,) * 2
-        ways = {"F.interpolate": lambda x: F.interpolate(x, size, mode="bilinear"), "resize_bilinear": lambda x: resize_bilinear(x, size)}
+        ways = {
+            "F.interpolate": lambda x: F.interpolate(x, size, mode="bilinear"),
+            "resize_bilinear": lambda x: resize_bilinear(x, size),
+        }
         for form in (torch.channels_last, torch.contiguous_format):
-            x = torch.randn(self.batch, source.channels, *source.grid, device=self.device).contiguous(memory_format=form)
+            x = torch.randn(self.batch, source.channels, *source.grid, device=self.device).contiguous(
+                memory_format=form
+            )
             for name, way in ways.items():
                 difference = (way(x) - ways["F.interpolate"](x)).abs().max().item()
                 ms = 1000 * real_size.seconds(lambda: way(x), 1 if self.small else 20)  # noqa: B023
-                self.page.row(**{"upsampling": name, "layout": str(form).removeprefix("torch."), "batch": self.batch, "ms": ms, "largest difference": difference})
+                self.page.row(
+                    **{
+                        "upsampling": name,
+                        "layout": str(form).removeprefix("torch."),
+                        "batch": self.batch,
+                        "ms": ms,
+                        "largest difference": difference,
+                    }
+                )
 
     def profile(self) -> None:
         with self.timed_step("plain", self.batch, lambda: self.our_step(self.batch), 3) as step:
@@ -147,19 +173,32 @@ class GpuBenchmark:
         for kind, ms in kernels.by_kind(profiled).items():
             self.page.row(**{"kind": kind, "ms": ms, "share, %": 100 * ms / total})
         for kernel in profiled[:30]:
-            self.page.row(**{"the costliest": kernel.name[:120], "calls": kernel.calls, "ms": kernel.ms, "kind": kernel.kind})
+            self.page.row(
+                **{"the costliest": kernel.name[:120], "calls": kernel.calls, "ms": kernel.ms, "kind": kernel.kind}
+            )
 
     def group_norm(self) -> None:
         channels, side = self.parts.base.unet.config.block_out_channels[0], self.parts.base.latent_size
-        x = torch.randn(self.batch, channels, side, side, device=self.device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+        x = (
+            torch.randn(self.batch, channels, side, side, device=self.device, dtype=torch.bfloat16)
+            .contiguous(memory_format=torch.channels_last)
+            .requires_grad_()
+        )
         plain = torch.nn.GroupNorm(32, channels).to(x)
         expected, (expected_gradient,) = plain(x), torch.autograd.grad(plain(x).square().sum(), x)
         for kind in (torch.nn.GroupNorm, ChannelsLastGroupNorm):
             norm = kind(32, channels).to(x)
             result, (gradient,) = norm(x), torch.autograd.grad(norm(x).square().sum(), x)
             ms = 1000 * real_size.seconds(lambda: torch.autograd.grad(norm(x).sum(), x), 1 if self.small else 10)  # noqa: B023
-            self.page.row(**{"group normalisation": kind.__name__, "map": f"{tuple(x.shape)} bf16", "ms, forward and backward": ms,
-                             "largest difference": (result - expected).abs().max().item(), "of the gradient": (gradient - expected_gradient).abs().max().item()})  # fmt: skip
+            self.page.row(
+                **{
+                    "group normalisation": kind.__name__,
+                    "map": f"{tuple(x.shape)} bf16",
+                    "ms, forward and backward": ms,
+                    "largest difference": (result - expected).abs().max().item(),
+                    "of the gradient": (gradient - expected_gradient).abs().max().item(),
+                }
+            )
         for part in (self.parts.base.unet, self.parts.model):
             keep_channels_last(part)
         try:
@@ -168,7 +207,12 @@ class GpuBenchmark:
             del self.parts  # the other parts measure torch's
 
     def step_large(self) -> None:
-        self.time_step("one CUDA graph" if self.graph else "plain", self.large_batch, lambda: self.our_step(self.large_batch, self.graph), 5)
+        self.time_step(
+            "one CUDA graph" if self.graph else "plain",
+            self.large_batch,
+            lambda: self.our_step(self.large_batch, self.graph),
+            5,
+        )
 
     def sampling(self) -> None:
         self.draw(self.parts, self.steps[0])
@@ -179,7 +223,11 @@ class GpuBenchmark:
 
     def compiled(self) -> None:
         for graph in dict.fromkeys((self.graph, False)):
-            self.time_step(f"compiled{', one CUDA graph' if graph else ''}", self.batch, lambda: self.our_step(self.batch, graph, True))  # noqa: B023
+            self.time_step(
+                f"compiled{', one CUDA graph' if graph else ''}",
+                self.batch,
+                functools.partial(self.our_step, self.batch, graph, True),
+            )
 
     def released(self) -> None:
         def make() -> Step:
@@ -203,20 +251,46 @@ class GpuBenchmark:
                 (part.enable_gradient_checkpointing if checkpointing else part.disable_gradient_checkpointing)()
             try:
                 for batch in sorted({1, self.small_batch, self.batch}):
-                    self.time_step(f"plain{', checkpointing' if checkpointing else ''}", batch, lambda: self.our_step(batch), 2)  # noqa: B023
+                    self.time_step(
+                        f"plain{', checkpointing' if checkpointing else ''}",
+                        batch,
+                        functools.partial(self.our_step, batch),
+                        2,
+                    )
             finally:
                 for part in (unet, controlnet):
                     part.disable_gradient_checkpointing()
 
     def branches(self) -> None:
-        fsdp = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate" / "fsdp.yaml"), "--num_processes", "1", str(TRAIN)]
+        fsdp = [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(CONFIGS / "accelerate" / "fsdp.yaml"),
+            "--num_processes",
+            "1",
+            str(TRAIN),
+        ]
         ways = {"bf16": [str(TRAIN), "--precision", "bf16"]}
         if self.device == "cuda":
-            ways |= {"bf16, FSDP": [*fsdp, "--precision", "bf16"], "fp16": [str(TRAIN), "--precision", "fp16"], "bf16, CUDA graph": [str(TRAIN), "--graph", "true"]}
+            ways |= {
+                "bf16, FSDP": [*fsdp, "--precision", "bf16"],
+                "fp16": [str(TRAIN), "--precision", "fp16"],
+                "bf16, CUDA graph": [str(TRAIN), "--graph", "true"],
+            }
         images, batch = (2, 1) if self.small else (2560, 64)
         settings = ["--max-images", str(images), "--batch", str(batch), "--warmup", "0", "--panel-every", "1000000"]
-        for what, status, lines in run_concurrently(ways, [*settings, *(["--standardise", "false", "--cycle", "0"] if self.small else [])]):
-            self.page.row(**{"train.py, the drawn world": what, "images": images, "exit status": status, "last line": (lines or [""])[-1]})
+        for what, status, lines in run_concurrently(
+            ways, [*settings, *(["--standardise", "false", "--cycle", "0"] if self.small else [])]
+        ):
+            self.page.row(
+                **{
+                    "train.py, the drawn world": what,
+                    "images": images,
+                    "exit status": status,
+                    "last line": (lines or [""])[-1],
+                }
+            )
             if status:
                 self.page.text("\n".join(["```", *lines[-25:], "```"]))
 
@@ -227,7 +301,9 @@ class GpuBenchmark:
         with real_size.in_precision(parts):
             pipeline.draw(features, Sampling(steps=2), start, self.batch)
             began = time.perf_counter()
-            pipeline.draw(features, Sampling(steps=steps), start, self.batch)  # the pictures are on the CPU: nothing is still running
+            pipeline.draw(
+                features, Sampling(steps=steps), start, self.batch
+            )  # the pictures are on the CPU: nothing is still running
             seconds = time.perf_counter() - began
         self.sampling_row(parts, "one batch", self.batch, steps, seconds)
 
@@ -250,19 +326,32 @@ class GpuBenchmark:
             return pipeline, pipeline.features(self.pictures(self.batch))
 
     def sampling_row(self, parts: Parts, what: str, count: int, steps: int, seconds: float) -> None:
-        self.page.row(**{"sampling": what, "precision": parts.config.precision, "pictures": count, "steps": steps, "seconds": seconds,
-                         "images/s": count / seconds, f"minutes for {EVALUATION_SIZE}": EVALUATION_SIZE * seconds / count / 60, "GB": peak_memory()})  # fmt: skip
+        self.page.row(
+            **{
+                "sampling": what,
+                "precision": parts.config.precision,
+                "pictures": count,
+                "steps": steps,
+                "seconds": seconds,
+                "images/s": count / seconds,
+                f"minutes for {EVALUATION_SIZE}": EVALUATION_SIZE * seconds / count / 60,
+                "GB": peak_memory(),
+            }
+        )
 
 
 def run_concurrently(ways: dict[str, list[str]], settings: list[str]) -> Iterator[tuple[str, int, list[str]]]:
-    """Runs programs of this Python side by side, each in a folder of its own; (name, exit status, lines it wrote) of each."""
+    """Runs programs of this Python side by side, each in a folder of its own; (name, exit status, lines it wrote) of
+    each."""
     env = os.environ | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
     with tempfile.TemporaryDirectory() as folder:
         running = {}
         try:
             for number, (what, arguments) in enumerate(ways.items()):
                 command = [sys.executable, *arguments, "--output", f"{folder}/{number}", *settings]
-                running[what] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+                running[what] = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+                )
             for what, process in running.items():
                 lines = process.communicate()[0].replace("\r", "\n").splitlines()
                 yield what, process.returncode, [line[:300] for line in lines if line.strip()]
@@ -313,10 +402,14 @@ def gpu(args: argparse.Namespace) -> None:
 def facts(device: str, config: TrainConfig) -> dict[str, str]:
     """What was measured on and by what, "device" first."""
     name = f"One {torch.cuda.get_device_name()}" if device == "cuda" else f"{torch.get_num_threads()} processor threads"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "timm", "transformers", "accelerate"))
+    versions = ", ".join(
+        f"{package} {version(package)}" for package in ("torch", "diffusers", "timm", "transformers", "accelerate")
+    )
     return {
         "device": name,
         "versions": f"Python {platform.python_version()}, {versions}, CUDA {torch.version.cuda}",
-        "models": f"Stable Diffusion 1.x, {config.backbone}, layer {config.layer}, at random weights and on random pictures",
+        "models": (
+            f"Stable Diffusion 1.x, {config.backbone}, layer {config.layer}, at random weights and on random pictures"
+        ),
         "command": f"`python training/benchmark.py {' '.join(sys.argv[1:])}`",
     }

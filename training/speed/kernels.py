@@ -13,11 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = {
     "upsampling": r"upsample",
     "attention": r"flash|fmha|attention|sdpa",
-    "group normalisation": r"group_?norm|RowwiseMoments|Compute(Backward)?FusedParams|ComputeInternalGradients|GammaBetaBackward.*Kernel[12]",
+    "group normalisation": (
+        r"group_?norm|RowwiseMoments|Compute(Backward)?FusedParams|ComputeInternalGradients|GammaBetaBackward.*Kernel[12]"
+    ),
     "layer normalisation": r"layer_?norm|GammaBeta|cuComputeGrad",
     "copies, casts, layouts": r"copy|memcpy|nchwToNhwc|nhwcToNchw|CatArray|aten::cat|_to_copy",
     "optimizer": r"multi_tensor|adam|lpnorm",
-    "convolutions and products": r"conv|gemm|gemv|cutlass|cudnn|xmma|nvjet|splitK|wgrad|dgrad|fprop|aten::(add|b|bad)?b?mm|mkldnn|cublas",
+    "convolutions and products": (
+        r"conv|gemm|gemv|cutlass|cudnn|xmma|nvjet|splitK|wgrad|dgrad|fprop|aten::(add|b|bad)?b?mm|mkldnn|cublas"
+    ),
 }
 OTHERS = "activations, sums and others"
 
@@ -41,8 +45,14 @@ def kernels_of(step: Callable[[], object]) -> list[Kernel]:
             torch.cuda.synchronize()
     events = profiler.key_averages()
     if gpu:  # without what torch marks on the device around several kernels, such as the optimizer's step
-        events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
-    kernels = [Kernel(e.key, e.count, (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000) for e in events]
+        events = [
+            e
+            for e in events
+            if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+        ]
+    kernels = [
+        Kernel(e.key, e.count, (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000) for e in events
+    ]
     return sorted((k for k in kernels if k.ms > 0), key=lambda k: -k.ms)
 
 

@@ -24,7 +24,8 @@ class Page:
     """benchmark.md and benchmark.json in a folder. A part that fails leaves its error and the rows it had."""
 
     def __init__(self, folder: Path, minutes: float, facts: dict[str, str]) -> None:
-        """minutes: after which nothing is running any more, from now on. facts: what was measured on, "device" first."""
+        """minutes: after which nothing is running any more, from now on. facts: what was measured on, "device"
+        first."""
         self.folder, self.facts, self.parts = folder, facts, {}
         self.ends = time.monotonic() + 60 * minutes
         self._part: dict = {}
@@ -88,7 +89,11 @@ class Page:
 
 def format_cell(value: Value) -> str:
     """A table's cell: four digits of a number."""
-    return (f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}") if isinstance(value, float) else str(value).replace("|", "\\|")
+    return (
+        (f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}")
+        if isinstance(value, float)
+        else str(value).replace("|", "\\|")
+    )
 
 
 @contextmanager

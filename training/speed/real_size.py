@@ -50,7 +50,13 @@ def empty_text(device: torch.device | str) -> Tensor:
 
 #: fields of Stable Diffusion's parts that make them narrow, and their latents small, for trying a program out
 SMALL = {
-    "unet": {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": 64},
+    "unet": {
+        "block_out_channels": (32, 32, 64, 64),
+        "layers_per_block": 1,
+        "sample_size": 8,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 64,
+    },
     "vae": {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
     "text": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
 }
@@ -62,15 +68,23 @@ def build(config: TrainConfig, device: str, changes: Mapping[str, dict] | None =
     torch.manual_seed(0)
     fields = {"unet": {}, "vae": {}, "text": {}} | dict(changes or {})
     with torch.device(device):
-        unet, vae, text = UNet2DConditionModel(**UNET | fields["unet"]), AutoencoderKL(**VAE | fields["vae"]), build_text_encoder(**fields["text"])
+        unet, vae, text = (
+            UNet2DConditionModel(**UNET | fields["unet"]),
+            AutoencoderKL(**VAE | fields["vae"]),
+            build_text_encoder(**fields["text"]),
+        )
         backbone = untrained_backbone(config.backbone, config.input_size)
         with torch.no_grad():
             embedding = text.eval()(empty_text(device))[0]
-        base = BaseModel("random", unet.eval(), vae.eval(), DDIMScheduler(**SCHEDULE), {"": embedding, config.prompt: embedding})
+        base = BaseModel(
+            "random", unet.eval(), vae.eval(), DDIMScheduler(**SCHEDULE), {"": embedding, config.prompt: embedding}
+        )
         for module in (unet, vae, text):
             module.requires_grad_(False)
         backbone.to(device)
-        model = FeatureControlNet.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder).to(device)
+        model = FeatureControlNet.start(
+            base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder
+        ).to(device)
     return Parts(config, base, backbone, model, text)
 
 
@@ -85,10 +99,15 @@ def released_step(parts: Parts, pictures: Tensor) -> Step:
     tokens = empty_text(device)
 
     def step() -> Tensor:
-        maps = [p.backbone.values(p.backbone.preprocess(x[None], "stretch"), p.config.layer, p.config.pooled).cpu().numpy() for x in pictures]
+        maps = [
+            p.backbone.values(p.backbone.preprocess(x[None], "stretch"), p.config.layer, p.config.pooled).cpu().numpy()
+            for x in pictures
+        ]
         features = torch.cat([torch.from_numpy(m) for m in maps]).to(device)
         with torch.no_grad():
-            moments = moments_of(p.base, F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True))
+            moments = moments_of(
+                p.base, F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True)
+            )
             noise, t, dropped, latent = sample_noise(len(pictures), moments, p.base, p.config)
             context = p.text_encoder(tokens.expand(len(pictures), -1))[0]
             latents = latents_from(moments, latent)
@@ -121,7 +140,9 @@ def gradients(parts: Parts, trained: torch.nn.Module, batch: dict[str, Tensor]) 
     with in_precision(parts):
         moments, features = observe(parts.base, parts.backbone, batch, parts.config)
         sample = sample_noise(len(moments), moments, parts.base, parts.config)
-        loss = training_loss(parts.base, parts.backbone, trained, latents_from(moments, sample.latent), features, parts.config, sample)
+        loss = training_loss(
+            parts.base, parts.backbone, trained, latents_from(moments, sample.latent), features, parts.config, sample
+        )
     loss.backward()
     return loss.detach()
 
@@ -130,9 +151,17 @@ def gradients(parts: Parts, trained: torch.nn.Module, batch: dict[str, Tensor]) 
 CACHES = {"nothing cached": (), "latents cached": ("moments",), "latents and features cached": ("moments", "features")}
 
 
-def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph: bool = False, largest_norm: float = LARGEST_NORM) -> Step:
+def our_step(
+    parts: Parts,
+    pictures: Tensor,
+    cached: tuple[str, ...] = (),
+    graph: bool = False,
+    largest_norm: float = LARGEST_NORM,
+) -> Step:
     """train.py's step on pictures [B, 3, h, w] in 0..1: frozen parts in bf16 where the precision is, train.py's
-    layouts, fused optimizer, compiled where the configuration says so. cached: a value of CACHES. graph: the step as one CUDA graph."""
+    layouts, fused optimizer, compiled where the configuration says so. cached: a value of CACHES. graph: the step as
+    one CUDA graph.
+    """
     p, device = parts, parts.base.unet.device.type
     lay_out(p, device)
     optimizer = build_optimizer(p.model, p.config)
@@ -143,7 +172,9 @@ def our_step(parts: Parts, pictures: Tensor, cached: tuple[str, ...] = (), graph
     batch |= {name: known[name] for name in cached}
     trained = torch.compile(p.model) if p.config.compile else p.model
 
-    return training_step(lambda: gradients(p, trained, batch), lambda: fused_step(optimizer, largest_norm), optimizer, graph)
+    return training_step(
+        lambda: gradients(p, trained, batch), lambda: fused_step(optimizer, largest_norm), optimizer, graph
+    )
 
 
 def losses(step: Callable[[], Tensor], count: int) -> list[float]:
@@ -173,7 +204,9 @@ def costliest(step: Callable[[], object], rows: int) -> str:
     gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
         step()
-    return profiler.key_averages().table(sort_by=f"self_{'device' if gpu else 'cpu'}_time_total", row_limit=rows, max_name_column_width=60)
+    return profiler.key_averages().table(
+        sort_by=f"self_{'device' if gpu else 'cpu'}_time_total", row_limit=rows, max_name_column_width=60
+    )
 
 
 def costs(config: TrainConfig) -> dict[str, tuple[float, float]]:
@@ -181,7 +214,11 @@ def costs(config: TrainConfig) -> dict[str, tuple[float, float]]:
     p = build(config, "meta")
     with torch.device("meta"):
         x, pictures, side = torch.zeros(1, 4, 32, 32), torch.zeros(1, 3, 256, 256), p.backbone.input_size
-        t, context, pixel_values = torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, CLIP["hidden_size"]), torch.zeros(1, 3, *side)
+        t, context, pixel_values = (
+            torch.zeros(1, dtype=torch.long),
+            torch.zeros(1, 77, CLIP["hidden_size"]),
+            torch.zeros(1, 3, *side),
+        )
         values = torch.zeros(1, p.model.source.channels, *((1, 1) if config.pooled else p.model.source.grid))
         hint, tokens = torch.zeros(1, 320, 32, 32), torch.zeros(1, 77, dtype=torch.long)
     runs = {
@@ -193,7 +230,9 @@ def costs(config: TrainConfig) -> dict[str, tuple[float, float]]:
         "text encoder": (p.text_encoder, lambda: p.text_encoder(tokens)),
         f"backbone at {side[0]} x {side[1]}": (p.backbone.model, lambda: p.backbone.values(pixel_values, config.layer)),
     }
-    return {name: (sum(w.numel() for w in module.parameters()) / 1e6, _gmac(run)) for name, (module, run) in runs.items()}
+    return {
+        name: (sum(w.numel() for w in module.parameters()) / 1e6, _gmac(run)) for name, (module, run) in runs.items()
+    }
 
 
 def _gmac(run: Callable[[], object]) -> float:

@@ -20,18 +20,24 @@ from . import real_size
 
 @torch.inference_mode()
 def one_by_one(pipeline: InversionPipeline, features: FeatureMap, settings: Sampling, start: Tensor) -> Tensor:
-    """The pictures [B, 3, h, w] of InversionPipeline.draw, drawn as the paper's released script does: one at a time, the features
-    encoded again at every step, with guidance in two passes."""
+    """The pictures [B, 3, h, w] of InversionPipeline.draw, drawn as the paper's released script does: one at a time,
+    the features encoded again at every step, with guidance in two passes."""
     base, model, prompt = pipeline.base, pipeline.model, pipeline.info.prompt
     pictures = []
     for row in range(len(start)):
         x, own = start[row : row + 1].to(base.unet.device), features.select(row).values.to(base.unet.device)
         passes = [(prompt, own, settings.guidance)]
         if settings.guidance != 1:
-            passes.append(("", torch.zeros_like(own) if settings.negative == "features" else own, 1 - settings.guidance))
+            passes.append(
+                ("", torch.zeros_like(own) if settings.negative == "features" else own, 1 - settings.guidance)
+            )
         set_timesteps(base.scheduler, settings.steps)
         for t in base.scheduler.timesteps:
-            out = sum(share * model.predict(base.unet, x, t, base.text[text], model.hint(values, x.shape[2:]), settings.strength) for text, values, share in passes)
+            out = sum(
+                share
+                * model.predict(base.unet, x, t, base.text[text], model.hint(values, x.shape[2:]), settings.strength)
+                for text, values, share in passes
+            )
             x = base.scheduler.step(out, t, x).prev_sample
         pictures.append(base.decode(x).cpu())
     return torch.cat(pictures)
@@ -41,18 +47,25 @@ def compare(pipeline: InversionPipeline, features: FeatureMap, settings: Samplin
     """Images per second of both ways over the same maps, after a picture each that is not counted, and the largest
     difference of their pixels in 0..1: {"loop", "batched", "times", "difference"}."""
     start = pipeline.noise(range(len(features)))
-    ways = {"loop": lambda f, x: one_by_one(pipeline, f, settings, x), "batched": lambda f, x: pipeline.draw(f, settings, x, batch)}
+    ways = {
+        "loop": lambda f, x: one_by_one(pipeline, f, settings, x),
+        "batched": lambda f, x: pipeline.draw(f, settings, x, batch),
+    }
     speeds, drawn = {}, {}
     for name, way in ways.items():
         way(features.select(slice(0, 1)), start[:1])
         began = time.perf_counter()
         drawn[name] = way(features, start)  # the pictures are on the CPU: nothing is still running
         speeds[name] = len(features) / (time.perf_counter() - began)
-    return speeds | {"times": speeds["batched"] / speeds["loop"], "difference": (drawn["loop"] - drawn["batched"]).abs().max().item()}
+    return speeds | {
+        "times": speeds["batched"] / speeds["loop"],
+        "difference": (drawn["loop"] - drawn["batched"]).abs().max().item(),
+    }
 
 
 def sampling(args: argparse.Namespace, count: int = 32) -> None:
-    """Prints both speeds: the embedded model's on the CPU; on a GPU those of args.config's architectures at random weights."""
+    """Prints both speeds: the embedded model's on the CPU; on a GPU those of args.config's architectures at random
+    weights."""
     if args.device == "cuda":
         parts = real_size.build(args.config, args.device)
         info = InversionInfo(parts.model.source, {}, {"name": "random"}, args.config.prompt)
@@ -60,9 +73,14 @@ def sampling(args: argparse.Namespace, count: int = 32) -> None:
         pixel_values, settings = torch.rand(count, 3, *parts.backbone.input_size), Sampling()
     else:
         pipeline = load_pipeline("tiny_cnn_last")
-        pixel_values, settings = pipeline.backbone.preprocess(draw(0, torch.arange(count), "held-out").image), pipeline.recommended(gradient=0.0)
+        pixel_values, settings = (
+            pipeline.backbone.preprocess(draw(0, torch.arange(count), "held-out").image),
+            pipeline.recommended(gradient=0.0),
+        )
     speeds = compare(pipeline, pipeline.features(pixel_values), settings, count)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{count} pictures, {settings.steps} steps, guidance {settings.guidance}, {where}: one at a time {speeds['loop']:.3g} images/s, in one batch "
-          f"{speeds['batched']:.3g} images/s, {speeds['times']:.2f} times")  # fmt: skip
+    print(
+        f"{count} pictures, {settings.steps} steps, guidance {settings.guidance}, {where}: one at a time"
+        f" {speeds['loop']:.3g} images/s, in one batch {speeds['batched']:.3g} images/s, {speeds['times']:.2f} times"
+    )
     print(f"largest difference of a pixel {speeds['difference']:.1e}; peak memory {peak_memory():.1f} GB")

@@ -1,7 +1,7 @@
 """Memory that a training step takes on a GPU, counted without one.
 
-The step runs on tensors without storage (torch's FakeTensorMode), and each storage counts from its first appearance until
-nobody holds it. docs/benchmarks/h100.md compares the count with a GPU's.
+The step runs on tensors without storage (torch's FakeTensorMode), and each storage counts from its first appearance
+until nobody holds it. docs/benchmarks/h100.md compares the count with a GPU's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Peak(TorchDispatchMode):
         self.alive.discard(storage)
         self.now -= size
 
-    def __torch_dispatch__(self, operation: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, operation: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         outputs = operation(*args, **(kwargs or {}))
         for tensor in (x for x in tree_leaves(outputs) if isinstance(x, Tensor)):
             self.count(tensor)
@@ -101,4 +103,6 @@ def needed(parts: Parts, average: bool, moments: int) -> float:
 def step_gigabytes(config: TrainConfig) -> float:
     """GB at the peak of a step of a real-size configuration: weights, gradients, moments, average and activations."""
     parts = without_memory(config)
-    return needed(parts, bool(config.ema), memory.MOMENTS[config.optimizer]) + activation_gigabytes(parts, config.batch, config.checkpointing)
+    return needed(parts, bool(config.ema), memory.MOMENTS[config.optimizer]) + activation_gigabytes(
+        parts, config.batch, config.checkpointing
+    )

@@ -43,7 +43,8 @@ def pixel_loss(y: Tensor, x: Tensor) -> Tensor:
 
 
 def feature_loss(maps_of: Callable[[Tensor], list[Tensor]], y: Tensor, x: Tensor) -> Tensor:
-    """Mean of 1 - cosine over a backbone's stages and locations; x, y in -1..1, maps_of: pictures -> maps of every stage."""
+    """Mean of 1 - cosine over a backbone's stages and locations; x, y in -1..1, maps_of: pictures -> maps of every
+    stage."""
     with torch.no_grad():
         target = maps_of(x)
     distances = [1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean() for a, b in zip(target, maps_of(y))]
@@ -55,7 +56,9 @@ def stages_of(model: nn.Module) -> Callable[[Tensor], list[Tensor]]:
     return partial(model.forward_intermediates, intermediates_only=True)
 
 
-def train_autoencoder(work: Path, backbone: nn.Module, device: str = "cpu", seed: int = 0, compile: bool = True) -> PatchAutoencoder:
+def train_autoencoder(
+    work: Path, backbone: nn.Module, device: str = "cpu", seed: int = 0, compile: bool = True
+) -> PatchAutoencoder:
     """Trains on scenes drawn on the fly: pixels first, then pixels and the features of the CNN."""
     torch.manual_seed(seed)
     vae = PatchAutoencoder()
@@ -75,7 +78,17 @@ def train_autoencoder(work: Path, backbone: nn.Module, device: str = "cpu", seed
         return loss
 
     average = train_stage(
-        "autoencoder", model, loss_of, images=IMAGES, stop=STOP, batch=BATCH, lr=LR, work=work, ema=0.998, decay=0.01, device=device
+        "autoencoder",
+        model,
+        loss_of,
+        images=IMAGES,
+        stop=STOP,
+        batch=BATCH,
+        lr=LR,
+        work=work,
+        ema=0.998,
+        decay=0.01,
+        device=device,
     )
     return standardise(average.vae.cpu(), normalise(draw(seed, torch.arange(500)).image))
 
@@ -95,8 +108,9 @@ def train_decoder(
     """Trains the decoder alone to forgive noisy latents, as those that a diffusion model draws are (RAE, Zheng et al.
     2025, trains its decoder so). The latents stay as they are, so models trained on them stay valid.
 
-    pictures: image numbers [B] -> pictures [B, 3, h, w] in -1..1. maps_of: as in feature_loss. noise: its largest standard deviation
-    in the first `later` images, and after them; one level per picture, in units of the latents' own standard deviation.
+    pictures: image numbers [B] -> pictures [B, 3, h, w] in -1..1. maps_of: as in feature_loss. noise: its largest
+    standard deviation in the first `later` images, and after them; one level per picture, in units of the latents' own
+    standard deviation.
     """
     vae.requires_grad_(False).to(device, memory_format=torch.channels_last)
     for part in (vae.expand, vae.decoder):
@@ -113,13 +127,15 @@ def train_decoder(
             y = decode(z + level * torch.randn_like(z)).float()
             return pixel_loss(y, x) + 0.3 * feature_loss(maps_of, y, x)
 
-    return train_stage("decoder", vae, loss_of, batch=batch, lr=LR, work=work, ema=0.998, decay=0.01, device=device, **stage).cpu()
+    return train_stage(
+        "decoder", vae, loss_of, batch=batch, lr=LR, work=work, ema=0.998, decay=0.01, device=device, **stage
+    ).cpu()
 
 
 @torch.no_grad()
 def standardise(vae: PatchAutoencoder, pictures: Tensor) -> PatchAutoencoder:
-    """Gives the latents of pictures [B, 3, h, w] in -1..1 zero mean per channel and unit variance over all, exactly undone
-    by decode.
+    """Gives the latents of pictures [B, 3, h, w] in -1..1 zero mean per channel and unit variance over all, exactly
+    undone by decode.
 
     The channels keep the square root of their ratio of deviations: a compromise between weighing fine detail like
     the rest and hardly at all.

@@ -21,8 +21,16 @@ SPECS = {
     "cnn": ("resnet10t", {"channels": [32, 64, 96, 128], "stem_width": 16, "output_stride": 8}),
     "vit": (
         "vit_tiny_patch16_224",
-        {"img_size": SIZE, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 3.0,
-         "global_pool": "avg", "class_token": True},
+        {
+            "img_size": SIZE,
+            "patch_size": 8,
+            "embed_dim": 128,
+            "depth": 4,
+            "num_heads": 4,
+            "mlp_ratio": 3.0,
+            "global_pool": "avg",
+            "class_token": True,
+        },
     ),
 }
 DISTIL_FROM = 113_568  # pictures seen before the CNN's features join the transformer's loss

@@ -30,8 +30,14 @@ PROMPT = DRAWN.prompt
 IMAGES, BATCH, LR = 1_000_000, 64, 1.5e-3
 CACHED, PART = 2_000_000, 10_000  # scenes whose latents are kept at most; else each is used about three times
 SCHEDULE = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "timestep_spacing": "trailing",
 }
 
 
@@ -39,10 +45,17 @@ def build(side: int = 8, channels: int = 24, widths: tuple[int, ...] = WIDTHS, h
     """The untrained base model: side x side x channels latents, a level per width, cross-attention below the first."""
     below = len(widths) - 1
     return UNet2DConditionModel(
-        sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=widths, layers_per_block=1,
-        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * below), up_block_types=(*["CrossAttnUpBlock2D"] * below, "UpBlock2D"),
-        cross_attention_dim=CONTEXT, attention_head_dim=heads, norm_num_groups=32,
-    )  # fmt: skip
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * below),
+        up_block_types=(*["CrossAttnUpBlock2D"] * below, "UpBlock2D"),
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=heads,
+        norm_num_groups=32,
+    )
 
 
 def prompt_embeddings() -> dict[str, Tensor]:
@@ -95,11 +108,20 @@ def train_base(
             pred = forward(noisy.to(memory_format=torch.channels_last), t, context).sample
         return F.mse_loss(pred.float(), target)
 
-    return train_stage("base", unet, loss_of, batch=batch, lr=lr, work=work, ema=0.9995, decay=0.01, device=device, **stage)
+    return train_stage(
+        "base", unet, loss_of, batch=batch, lr=lr, work=work, ema=0.9995, decay=0.01, device=device, **stage
+    )
 
 
-def write_base(folder: Path, unet: UNet2DConditionModel | None, vae: PatchAutoencoder, prompt: str, dtype: torch.dtype = torch.float16) -> None:
-    """A folder in diffusers' layout, its weights as write_weights stores them; prompts.safetensors in place of a text encoder.
+def write_base(
+    folder: Path,
+    unet: UNet2DConditionModel | None,
+    vae: PatchAutoencoder,
+    prompt: str,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """A folder in diffusers' layout, its weights as write_weights stores them; prompts.safetensors in place of a text
+    encoder.
     unet: None leaves it as it is, or out."""
     for part, module in (("unet", unet), ("vae", vae)):
         if module is None:

@@ -22,22 +22,24 @@ The transformer also learned from the CNN's feature vectors, and the autoencoder
 
 The inversion models' loss includes the cycle consistency (`cycle` in `training/configs/`), so they were trained towards
 the cosine that is reported, and the guidance by the gradient that the files recommend aims at it, too: the columns
-"other backbone" ask the embedded backbone that took no part in either, and the rows without the gradient say what it changes.
-Guidance scales were chosen on 150 held-out scenes other than those reported, the gradient's steps on 256 others, from number 20,000 on.
+"other backbone" ask the embedded backbone that took no part in either, and the rows without the gradient say what it
+changes. Guidance scales were chosen on 150 held-out scenes other than those reported, the gradient's steps on 256
+others, from number 20,000 on.
 
 The backbones and the autoencoder were trained on two processor cores, the rest on one NVIDIA H100:
 
     python training/make_world.py drawn --stage base --images 14000000 --batch 512 --lr 2e-3 --graph            5 min
-    python training/make_world.py drawn --stage MODEL --images 2345472 --batch 256 --graph                        7 min
-    python training/make_world.py drawn --stage tiny_cnn_stage --further --images 5263616 --batch 256 --lr 1e-3 --graph   5 min
+    python training/make_world.py drawn --stage MODEL --images 2345472 --batch 256 --graph                      7 min
+    python training/make_world.py drawn --stage tiny_cnn_stage --further --images 5263616 --batch 256 \\
+        --lr 1e-3 --graph                                                                                       5 min
 
 The second line for the three models of spatial maps, side by side with tiny_cnn_pooled (529,664 pictures).
 
 Minutes that the stages took on two processor cores at their default counts, two or three side by side: cnn 19, vit 112,
 autoencoder 7, decoder 23, base 120 (1,000,000 pictures), and about 20 for 100,000 pictures of an inversion model.
 
-The concept file is fitted to the true masks of 4,000 training scenes (stage concepts), each model's scope statistics to 4,000
-held-out scenes from number 100,000 on, 1,000 of them reconstructed (stage scope): a minute each, or little more.
+The concept file is fitted to the true masks of 4,000 training scenes (stage concepts), each model's scope statistics to
+4,000 held-out scenes from number 100,000 on, 1,000 of them reconstructed (stage scope): a minute each, or little more.
 """
 
 
@@ -45,13 +47,18 @@ def entry(result: dict, percent: bool = False) -> str:
     """A figure with its 95 % interval."""
     scale, digits = (100, 1) if percent else (1, 3)
     return " ".join(
-        f"{a}{result[k] * scale:.{digits}f}{b}" for k, a, b in (("value", "", ""), ("low", "(", " to"), ("high", "", ")"))
+        f"{a}{result[k] * scale:.{digits}f}{b}"
+        for k, a, b in (("value", "", ""), ("low", "(", " to"), ("high", "", ")"))
     )
 
 
-def second_opinion(pipeline: InversionPipeline, pixel_values: Tensor, drawn: dict[str, Tensor], single: Tensor) -> dict[str, tuple[str, str]]:
+def second_opinion(
+    pipeline: InversionPipeline, pixel_values: Tensor, drawn: dict[str, Tensor], single: Tensor
+) -> dict[str, tuple[str, str]]:
     """How faithful pictures are to the embedded backbone that took no part in the model's training: its last layer's
-    cosine, and the match of its top-1 shape on scenes of one object. A model that only fools its own backbone fails here."""
+    cosine, and the match of its top-1 shape on scenes of one object. A model that only fools its own backbone fails
+    here.
+    """
     backbone = open_backbone(DRAWN.independent[pipeline.info.source.backbone])
     original, result = backbone.extract(pixel_values), {}
     part = backbone.groups["shape"]
@@ -63,59 +70,114 @@ def second_opinion(pipeline: InversionPipeline, pixel_values: Tensor, drawn: dic
 
 
 def model_rows() -> list[str]:
-    """Two table rows per shipped model, as recommended and without the gradient, unconditional baseline and round trip with the first of each
-    backbone and layer."""
+    """Two table rows per shipped model, as recommended and without the gradient, unconditional baseline and round trip
+    with the first of each backbone and layer."""
     rows = [
-        "| model | cosine | unconditional | round trip | way closed | cosine, mean removed | shape % | colour % | texture % | background % | other backbone: cosine | shape % |",
+        (
+            "| model | cosine | unconditional | round trip | way closed | cosine, mean removed | shape % | colour % |"
+            " texture % | background % | other backbone: cosine | shape % |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in DRAWN.models:
         pipeline = load_pipeline(name)
         pixel_values, counts = load_pictures(pipeline, "drawn", COUNT)
-        for row, sampling in ((name, pipeline.recommended()), (f"{name}, without the gradient", pipeline.recommended(gradient=0.0))):
+        for row, sampling in (
+            (name, pipeline.recommended()),
+            (f"{name}, without the gradient", pipeline.recommended(gradient=0.0)),
+        ):
             results, drawn = evaluate_in_memory(pipeline, pixel_values, sampling, counts == 1)
             other = second_opinion(pipeline, pixel_values, drawn, counts == 1)
             r = results["reconstruction"]
-            matches = [entry(r[f"{group}_match_single"], percent=True) for group in ("shape", "colour", "texture", "background")]
-            cells = [entry(r["cosine"]), f"{results['unconditional']['cosine']['value']:.3f}", f"{results['round trip']['cosine']['value']:.3f}",
-                     f"{gap_closed(results):.1%}", entry(r["cosine_centred"]), *matches, *other["reconstruction"]]  # fmt: skip
+            matches = [
+                entry(r[f"{group}_match_single"], percent=True)
+                for group in ("shape", "colour", "texture", "background")
+            ]
+            cells = [
+                entry(r["cosine"]),
+                f"{results['unconditional']['cosine']['value']:.3f}",
+                f"{results['round trip']['cosine']['value']:.3f}",
+                f"{gap_closed(results):.1%}",
+                entry(r["cosine_centred"]),
+                *matches,
+                *other["reconstruction"],
+            ]
             rows.append(f"| {row} | {' | '.join(cells)} |")
         if name == DRAWN.models[0]:
             c = results["round trip"]
-            matches = [entry(c[f"{group}_match_single"], percent=True) for group in ("shape", "colour", "texture", "background")]
-            autoencoder_row = f"| *autoencoder alone* | {entry(c['cosine'])} | | | | {entry(c['cosine_centred'])} | {' | '.join([*matches, *other['round trip']])} |"
+            matches = [
+                entry(c[f"{group}_match_single"], percent=True)
+                for group in ("shape", "colour", "texture", "background")
+            ]
+            autoencoder_row = (
+                f"| *autoencoder alone* | {entry(c['cosine'])} | | | | {entry(c['cosine_centred'])} |"
+                f" {' | '.join([*matches, *other['round trip']])} |"
+            )
     return [*rows, autoencoder_row]
 
 
 def write_card(file: Path = FOLDER / "CARD.md") -> None:
     """Measures everything that is shipped and writes the card."""
     lines = [
-        "# The drawn world: card", "",
-        "Weights of a complete FeatInv set-up at 64 pixels, made from nothing by `python training/make_world.py drawn` and",
-        "measured by `python training/make_world.py drawn --stage card`. Licence: GPL-3.0, like the code; the pictures are",
-        "drawn by the code, no foreign data took part. All files are fp16 safetensors.", "",
-        "## Parts", "", "| part | what it is | pictures seen | seed | score on held-out scenes |", "|---|---|---|---|---|",
+        "# The drawn world: card",
+        "",
+        (
+            "Weights of a complete FeatInv set-up at 64 pixels, made from nothing by `python training/make_world.py"
+            " drawn` and"
+        ),
+        (
+            "measured by `python training/make_world.py drawn --stage card`. Licence: GPL-3.0, like the code; the"
+            " pictures are"
+        ),
+        "drawn by the code, no foreign data took part. All files are fp16 safetensors.",
+        "",
+        "## Parts",
+        "",
+        "| part | what it is | pictures seen | seed | score on held-out scenes |",
+        "|---|---|---|---|---|",
     ]
     for short in DRAWN.backbones:
         kind = short.removeprefix("tiny-")
         architecture, _ = backbones.SPECS[kind]
         scores = backbones.accuracy(open_backbone(short).model)
         text = ", ".join(f"{group} {100 * value:.1f} %" for group, value in scores.items())
-        lines.append(f"| {short} | timm `{architecture}`, 8 x 8 x 128 at the last layer | {backbones.RECIPES[kind][0]:,} | 0 | {text} (single objects, n = 2,000 scenes) |")
+        lines.append(
+            f"| {short} | timm `{architecture}`, 8 x 8 x 128 at the last layer | {backbones.RECIPES[kind][0]:,} | 0 |"
+            f" {text} (single objects, n = 2,000 scenes) |"
+        )
     lines += [
-        f"| autoencoder | patches' principal components with residual networks, 8 x 8 x 24 | {autoencoder.STOP:,}, then {autoencoder.DECODER_IMAGES:,} for the decoder | 0 | see below |",
+        (
+            f"| autoencoder | patches' principal components with residual networks, 8 x 8 x 24 | {autoencoder.STOP:,},"
+            f" then {autoencoder.DECODER_IMAGES:,} for the decoder | 0 | see below |"
+        ),
         f"| base | diffusers `UNet2DConditionModel` {base.WIDTHS}, velocity, SD 1.x schedule | {BASE_SEEN:,} | 0 | - |",
     ]
     for name in DRAWN.models:
         info = load_pipeline(name).info
-        lines.append(f"| {name} | ControlNet and encoder for {info.source.describe()} | {info.images_seen:,} | {info.config['seed']} | see below |")
+        lines.append(
+            f"| {name} | ControlNet and encoder for {info.source.describe()} | {info.images_seen:,} |"
+            f" {info.config['seed']} | see below |"
+        )
     lines += [
-        HISTORY, f"## Reconstruction of {COUNT} held-out scenes", "",
-        "At each file's recommended setting, picture number as seed; 95 % bootstrap intervals. Unconditional: the base model without",
-        "features. Round trip: the autoencoder alone; guidance by the gradient searches for latents, and can come nearer than",
-        "that. Matches: the backbone's own top-1 class on scenes of one object.", "",
-        *model_rows(), "",
+        HISTORY,
+        f"## Reconstruction of {COUNT} held-out scenes",
+        "",
+        (
+            "At each file's recommended setting, picture number as seed; 95 % bootstrap intervals. Unconditional: the"
+            " base model without"
+        ),
+        (
+            "features. Round trip: the autoencoder alone; guidance by the gradient searches for latents, and can come"
+            " nearer than"
+        ),
+        "that. Matches: the backbone's own top-1 class on scenes of one object.",
+        "",
+        *model_rows(),
+        "",
     ]
-    lines += ["Recommended settings: " + "; ".join(f"{n} {load_pipeline(n).info.recommended}" for n in DRAWN.models) + ".", ""]
+    lines += [
+        "Recommended settings: " + "; ".join(f"{n} {load_pipeline(n).info.recommended}" for n in DRAWN.models) + ".",
+        "",
+    ]
     file.write_text("\n".join(lines))
     print(f"wrote {file}")

@@ -21,8 +21,8 @@ def fit_concepts(backbone: Backbone, layer: str = "last", seed: int = 0, dimensi
     """Subspaces of training scenes' feature vectors, not centred.
 
     A background's direction is the mean of the cells that it covers by nine tenths. The objects' subspace holds the
-    principal directions of how cells that an object covers by nine tenths differ from the mean of their own scene's cells
-    away from objects: what an object adds, whatever it stands on.
+    principal directions of how cells that an object covers by nine tenths differ from the mean of their own scene's
+    cells away from objects: what an object adds, whatever it stands on.
     """
     source = backbone.source(layer)
     contrasts, grounds = [], [[] for _ in BACKGROUNDS]
@@ -40,7 +40,8 @@ def fit_concepts(backbone: Backbone, layer: str = "last", seed: int = 0, dimensi
 
 
 def _contrasts(values: Tensor, cover: Tensor) -> Tensor:
-    """[N, C] object cells of [B, H, W, C] less their scene's mean over the cells with no object in them or beside them."""
+    """[N, C] object cells of [B, H, W, C] less their scene's mean over the cells with no object in them or beside
+    them."""
     far = F.max_pool2d(cover[:, None], 3, 1, 1)[:, 0] <= FAR
     known = far.sum((1, 2)) >= LEAST
     ground = (values * far[..., None]).sum((1, 2)) / far.sum((1, 2)).clamp(min=1)[:, None]

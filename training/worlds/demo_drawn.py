@@ -1,4 +1,5 @@
-"""The demo on drawn scenes: held-out ones and the user's pictures, with figures; one interpolation and one composition."""
+"""The demo on drawn scenes: held-out ones and the user's pictures, with figures; one interpolation and one
+composition."""
 
 from __future__ import annotations
 
@@ -55,11 +56,17 @@ def composed(pipeline: InversionPipeline, pixel_values: Tensor, sampling: Sampli
     drawn = pipeline.draw(target, sampling, pipeline.noise([0]))
     agreement = cosine_per_location(target, pipeline.extract(drawn))
     inside = at_grid(mask, target.source.grid)[:, 0].bool()
-    cells = [(pixel_values[0], "left half from"), (pixel_values[1], "right half from"), *captions(drawn, agreement.mean((1, 2)))]
+    cells = [
+        (pixel_values[0], "left half from"),
+        (pixel_values[1], "right half from"),
+        *captions(drawn, agreement.mean((1, 2))),
+    ]
     return cells, {"cosine_inside": agreement[inside].mean().item(), "cosine_outside": agreement[~inside].mean().item()}
 
 
-def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int | None, model: str, count: int) -> tuple[Image.Image, list[str], dict]:
+def show(
+    own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int | None, model: str, count: int
+) -> tuple[Image.Image, list[str], dict]:
     """The panel, what there is to say, and the numbers. own: the user's pictures [1, 3, h, w] by name. steps: of the
     solver, None for the model's own. count: held-out pictures to measure on."""
     if count < LEAST:
@@ -68,10 +75,17 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
     pipeline = load_pipeline(model)
     sampling = pipeline.recommended(steps=steps)
     pixel_values, objects = load_pictures(pipeline, "drawn", count)
-    say(f"inverting {count} held-out pictures, then drawing as many without features for comparison ({sampling.steps} steps each)")
+    say(
+        f"inverting {count} held-out pictures, then drawing as many without features for comparison ({sampling.steps}"
+        " steps each)"
+    )
     results, drawn = evaluate_in_memory(pipeline, pixel_values, sampling, objects == 1)
     scores = pipeline.score(pipeline.features(pixel_values[:SHOWN]), drawn["reconstruction"][:SHOWN])
-    rows = [[(x, "") for x in pixel_values[:SHOWN]], captions(drawn["reconstruction"][:SHOWN], scores), [(x, "") for x in drawn["unconditional"][:SHOWN]]]
+    rows = [
+        [(x, "") for x in pixel_values[:SHOWN]],
+        captions(drawn["reconstruction"][:SHOWN], scores),
+        [(x, "") for x in drawn["unconditional"][:SHOWN]],
+    ]
     titles = ["original", "reconstruction\nfrom features", "drawn without\nfeatures"]
     notes = [pipeline.world.outside] if own else []
     if own:
@@ -84,20 +98,43 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
     say("composing two feature maps")
     cells, composition = composed(pipeline, pixel_values[[5, 4]], sampling)
     rows.append(cells)
-    sheet = panel(rows, [*titles, "interpolation", "composition"], f"FeatInv on the embedded world: {pipeline.info.source.describe()}", "\n".join(notes))
+    sheet = panel(
+        rows,
+        [*titles, "interpolation", "composition"],
+        f"FeatInv on the embedded world: {pipeline.info.source.describe()}",
+        "\n".join(notes),
+    )
     summary, figures = figures_of(results, count)
-    return sheet, [summary, *notes], {"model": model, "reconstruction": figures, "interpolation": interpolation, "composition": composition, "notes": notes}
+    return (
+        sheet,
+        [summary, *notes],
+        {
+            "model": model,
+            "reconstruction": figures,
+            "interpolation": interpolation,
+            "composition": composition,
+            "notes": notes,
+        },
+    )
 
 
 def figures_of(results: dict, count: int) -> tuple[str, dict]:
     """A sentence with the figures of the held-out pictures, and the figures."""
-    r = {condition: {measure: entry["value"] for measure, entry in entries.items()} for condition, entries in results.items()}
+    r = {
+        condition: {measure: entry["value"] for measure, entry in entries.items()}
+        for condition, entries in results.items()
+    }
     measured, unconditional, autoencoded = r["reconstruction"], r["unconditional"]["cosine"], r["round trip"]["cosine"]
     summary = (
-        f"{count} held-out pictures: cosine {measured['cosine']:.3f} (without features {unconditional:.3f}, "
-        f"autoencoder alone {autoencoded:.3f}: {gap_closed(results):.0%} of the way); shape match {measured['top1_match']:.0%}"
+        f"{count} held-out pictures: cosine {measured['cosine']:.3f} (without features {unconditional:.3f}, autoencoder"
+        f" alone {autoencoded:.3f}: {gap_closed(results):.0%} of the way); shape match {measured['top1_match']:.0%}"
     )
     return summary, {
-        "n": count, "cosine_mean": measured["cosine"], "cosine_centred": measured["cosine_centred"],
-        "top1_match": measured["top1_match"], "top5_match": measured["top5_match"], "cosine_unconditional": unconditional, "cosine_round_trip": autoencoded,
-    }  # fmt: skip
+        "n": count,
+        "cosine_mean": measured["cosine"],
+        "cosine_centred": measured["cosine_centred"],
+        "top1_match": measured["top1_match"],
+        "top5_match": measured["top5_match"],
+        "cosine_unconditional": unconditional,
+        "cosine_round_trip": autoencoded,
+    }

@@ -76,13 +76,20 @@ class Depths:
         """A picture for each feature map, all from the same noise."""
         pipeline = self.models[depth]
         drawn = pipeline.draw(target, self.sampling[depth], pipeline.noise([seed] * len(target)))
-        classes, cosines = classify(self.backbone, self.backbone.preprocess(drawn, "stretch")), pipeline.score(target, drawn).tolist()
+        classes, cosines = (
+            classify(self.backbone, self.backbone.preprocess(drawn, "stretch")),
+            pipeline.score(target, drawn).tolist(),
+        )
         return [Reconstruction(*one) for one in zip(drawn, classes, cosines)]
 
     def legend(self) -> str:
         """What the names of the depths mean, in a line."""
         sources = {depth: o.info.source for depth, o in self.models.items()}
-        spatial = [f"{depth} ({s.grid[0]} x {s.grid[1]} places, {s.channels} channels)" for depth, s in sources.items() if not s.pooled]
+        spatial = [
+            f"{depth} ({s.grid[0]} x {s.grid[1]} places, {s.channels} channels)"
+            for depth, s in sources.items()
+            if not s.pooled
+        ]
         pooled = [f"{depth} (the mean of {s.layer} over its places)" for depth, s in sources.items() if s.pooled]
         return ", ".join(spatial + pooled)
 
@@ -93,7 +100,8 @@ def sample_photographs() -> list[tuple[str, Tensor]]:
 
 
 def inverted(depths: Depths, pixel_values: Tensor, names: list[str]) -> tuple[list[list[Cell]], list[dict]]:
-    """A row for each picture: the original, what is drawn from its map at each depth, and another seed at the middle one."""
+    """A row for each picture: the original, what is drawn from its map at each depth, and another seed at the middle
+    one."""
     originals = [Reconstruction(*one) for one in zip(pixel_values, classify(depths.backbone, pixel_values))]
     drawn = {depth: depths.draw(depth, pipeline.features(pixel_values)) for depth, pipeline in depths.models.items()}
     again = depths.draw(MIDDLE, depths.middle.features(pixel_values), seed=1)
@@ -104,7 +112,14 @@ def inverted(depths: Depths, pixel_values: Tensor, names: list[str]) -> tuple[li
             row.append(drawn[depth][i].cell(depth))
             row += [again[i].cell("other seed")] if depth == MIDDLE else []
         rows.append(row)
-        entries.append({"name": name, **original.entry(), "depths": {depth: at_depth[i].entry() for depth, at_depth in drawn.items()}, "other_seed": again[i].entry()})
+        entries.append(
+            {
+                "name": name,
+                **original.entry(),
+                "depths": {depth: at_depth[i].entry() for depth, at_depth in drawn.items()},
+                "other_seed": again[i].entry(),
+            }
+        )
     return rows, entries
 
 
@@ -128,41 +143,63 @@ def composed(depths: Depths, features: FeatureMap, pixel_values: Tensor) -> tupl
     inside = at_grid(left, target.source.grid)[0, 0].bool()
     cells, entries = [], []
     for (a, b), one, agrees in zip(ways, drawn, agreement):
-        cells += [(spotlight(pixel_values[a], left[0]), "left half"), (spotlight(pixel_values[b], 1 - left[0]), "right half"), one.cell("together")]
-        entries.append({"cosine_left": agrees[inside].mean().item(), "cosine_right": agrees[~inside].mean().item(), **one.entry()})
+        cells += [
+            (spotlight(pixel_values[a], left[0]), "left half"),
+            (spotlight(pixel_values[b], 1 - left[0]), "right half"),
+            one.cell("together"),
+        ]
+        entries.append(
+            {"cosine_left": agrees[inside].mean().item(), "cosine_right": agrees[~inside].mean().item(), **one.entry()}
+        )
     return cells, entries
 
 
 def turned_down(depths: Depths, features: FeatureMap, picture: Tensor) -> tuple[list[Cell], dict]:
-    """The concept that is strongest in the first picture's map, found in the maps of both, and what is drawn without most
-    of it (paper Sec. 4.3). Raises FeatInvError where the maps fall into no concepts."""
+    """The concept that is strongest in the first picture's map, found in the maps of both, and what is drawn without
+    most of it (paper Sec. 4.3). Raises FeatInvError where the maps fall into no concepts."""
     concepts = discover(features.values.movedim(1, -1).flatten(0, 2), features.source, "mcd", CONCEPTS)
     first = features.select(0)
     lengths = concepts.lengths(first)[:-1, 0]  # without the rest
     strongest = int(lengths.sum((1, 2)).argmax())
     name, share = concepts.names[strongest], float(lengths[strongest].sum() / first.values.norm(dim=1).sum())
-    [visualization] = visualize(depths.middle, first, concepts, [[name]], VizSettings(FACTOR, SEEDS), depths.sampling[MIDDLE])
+    [visualization] = visualize(
+        depths.middle, first, concepts, [[name]], VizSettings(FACTOR, SEEDS), depths.sampling[MIDDLE]
+    )
     where = F.interpolate(normalised(lengths[strongest])[None, None], picture.shape[1:], mode="bilinear")[0, 0]
     kept, changed = pairs(depths, first, visualization)
     cells = [(spotlight(picture, where), "where it is")]
     for title, before, after in zip(("as it is", "other seed"), kept, changed):
         cells += [before.cell(title), after.cell(f"at {FACTOR:g}")]
     cells.append((heat_map(normalised(visualization.distance)[None])[0], "what changes"))
-    entry = {"found": len(concepts), "dimensions": len(concepts.bases[strongest]), "share": share, "factor": FACTOR, "slope": visualization.slope.own}
+    entry = {
+        "found": len(concepts),
+        "dimensions": len(concepts.bases[strongest]),
+        "share": share,
+        "factor": FACTOR,
+        "slope": visualization.slope.own,
+    }
     return cells, entry | {"as_it_is": [one.entry() for one in kept], "turned_down": [one.entry() for one in changed]}
 
 
-def pairs(depths: Depths, original: FeatureMap, visualization: Visualization) -> tuple[list[Reconstruction], list[Reconstruction]]:
+def pairs(
+    depths: Depths, original: FeatureMap, visualization: Visualization
+) -> tuple[list[Reconstruction], list[Reconstruction]]:
     """The drawings of the original map and of the changed one, with the same seeds."""
     pictures = torch.cat([visualization.original, visualization.changed])
     target = concatenate([original.repeat(SEEDS), visualization.change.changed.repeat(SEEDS)])
-    classes, cosines = classify(depths.backbone, depths.backbone.preprocess(pictures, "stretch")), depths.middle.score(target, pictures).tolist()
+    classes, cosines = (
+        classify(depths.backbone, depths.backbone.preprocess(pictures, "stretch")),
+        depths.middle.score(target, pictures).tolist(),
+    )
     reconstructions = [Reconstruction(*one) for one in zip(pictures, classes, cosines)]
     return reconstructions[:SEEDS], reconstructions[SEEDS:]
 
 
-def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int | None) -> tuple[Image.Image, list[str], dict]:
-    """The panel, what there is to say, and the numbers. own: the user's pictures [1, 3, h, w] by name, which come first.
+def show(
+    own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int | None
+) -> tuple[Image.Image, list[str], dict]:
+    """The panel, what there is to say, and the numbers. own: the user's pictures [1, 3, h, w] by name, which come
+    first.
     steps: of the solver, None for each model's own."""
     say("opening the network and an inversion model for each of its depths")
     depths = Depths(steps)
@@ -171,7 +208,10 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
     pixel_values = torch.cat([depths.backbone.preprocess(picture) for _, picture in pictures])
     say(f"inverting {len(pixel_values)} photographs at the depths {', '.join(depths.models)}")
     rows, inversions = inverted(depths, pixel_values, names)
-    titles, features = [name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in names], depths.middle.features(pixel_values[:2])
+    titles, features = (
+        [name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in names],
+        depths.middle.features(pixel_values[:2]),
+    )
     say("interpolating between two feature maps, composing two")
     cells, interpolation = interpolated(depths, features)
     others, composition = composed(depths, features, pixel_values)
@@ -183,18 +223,38 @@ def show(own: list[tuple[str, Tensor]], say: Callable[[str], None], steps: int |
         rows, titles = [*rows, cells], [*titles, f"a concept of\n{titles[0]}\nturned down"]
     except FeatInvError as error:
         notes = [f"No concept was found: {error}"]
-    sheet = panel(rows, titles, f"What {depths.backbone.name} still knows of a picture, by depth", "\n".join([*explained(depths), *notes]))
+    sheet = panel(
+        rows,
+        titles,
+        f"What {depths.backbone.name} still knows of a picture, by depth",
+        "\n".join([*explained(depths), *notes]),
+    )
     models = dict(zip(depths.models, PHOTO.models))
-    return sheet, [*summaries(inversions, concept), *notes], {
-        "models": models, "pictures": inversions, "interpolation": interpolation, "composition": composition, "concept": concept, "notes": notes,
-    }  # fmt: skip
+    return (
+        sheet,
+        [*summaries(inversions, concept), *notes],
+        {
+            "models": models,
+            "pictures": inversions,
+            "interpolation": interpolation,
+            "composition": composition,
+            "concept": concept,
+            "notes": notes,
+        },
+    )
 
 
 def explained(depths: Depths) -> list[str]:
     """What the panel shows, in sentences."""
     return [
-        "Every picture but the originals is drawn from features alone, at random where they say nothing: another seed shows what they leave open.",
-        "Below it: the cosine similarity of its features with those asked for, and the network's three most probable classes.",
+        (
+            "Every picture but the originals is drawn from features alone, at random where they say nothing: another"
+            " seed shows what they leave open."
+        ),
+        (
+            "Below it: the cosine similarity of its features with those asked for, and the network's three most"
+            " probable classes."
+        ),
         f"Depths: {depths.legend()}.",
         f"The rows below the photographs are of {MIDDLE}.",
     ]
@@ -206,10 +266,12 @@ def summaries(inversions: list[dict], concept: dict | None) -> list[str]:
     for one in inversions:
         top = one["classes"][0]
         cosines = ", ".join(f"{depth} {at_depth['cosine']:.2f}" for depth, at_depth in one["depths"].items())
-        lines.append(f"{one['name']}: {top['name']} {top['probability']:.0%}; cosine of the reconstruction by depth: {cosines}")
+        lines.append(
+            f"{one['name']}: {top['name']} {top['probability']:.0%}; cosine of the reconstruction by depth: {cosines}"
+        )
     if concept:
         lines.append(
-            f"Strongest concept of {inversions[0]['name']}: {concept['share']:.0%} of the features' length; turned down to {concept['factor']:g}, "
-            f"it comes back in the drawn picture as {concept['slope']:.2f}"
+            f"Strongest concept of {inversions[0]['name']}: {concept['share']:.0%} of the features' length; turned down"
+            f" to {concept['factor']:g}, it comes back in the drawn picture as {concept['slope']:.2f}"
         )
     return lines

@@ -1,4 +1,5 @@
-"""Trains the inversion models of a world of photographs: one layer after the other, on the world's frozen base model."""
+"""Trains the inversion models of a world of photographs: one layer after the other, on the world's frozen base
+model."""
 
 from __future__ import annotations
 
@@ -54,16 +55,23 @@ def fresh(photographs: Photographs, base: BaseModel, backbone: Backbone, depth: 
 
 
 class Kept:
-    """`views` crops of each photograph, their latents and the features of all depths computed once and kept in a folder:
-    for a processor, where a backbone costs as much as a training step. Stopped at any moment, it goes on."""
+    """`views` crops of each photograph, their latents and the features of all depths computed once and kept in a
+    folder: for a processor, where a backbone costs as much as a training step. Stopped at any moment, it goes on."""
 
-    def __init__(self, folder: Path, photographs: Photographs, base: BaseModel, backbone: Backbone, depths: list[str], views: int) -> None:
+    def __init__(
+        self, folder: Path, photographs: Photographs, base: BaseModel, backbone: Backbone, depths: list[str], views: int
+    ) -> None:
         layers = list(dict.fromkeys(layer_of(depth)[0] for depth in depths))
         count, side = views * len(photographs.pictures), base.latent_size
         shapes = {"latents": (base.describe()["latent_channels"], side, side)}
         shapes |= {layer: ((source := backbone.source(layer)).channels, *source.grid) for layer in layers}
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = {"count": count, "shapes": {name: list(shape) for name, shape in shapes.items()}, "of": _digest(photographs, base, backbone), "done": 0}
+        manifest = {
+            "count": count,
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
+            "of": _digest(photographs, base, backbone),
+            "done": 0,
+        }
         file = folder / "kept.json"
         known = json.loads(file.read_text()) if file.exists() else manifest
         fits = {**known, "done": 0} == manifest
@@ -74,12 +82,21 @@ class Kept:
             write_json(file, manifest)  # before the files: whoever is stopped here must not take them for filled
             _require_room(folder, 2 * count * sum(math.prod(shape) for shape in shapes.values()), list(shapes))
         self.rows = {
-            name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float16, (count, *shape)) for name, shape in shapes.items()
+            name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float16, (count, *shape))
+            for name, shape in shapes.items()
         }
         self._fill(file, manifest, photographs, base, backbone, layers)
 
     @torch.no_grad()
-    def _fill(self, file: Path, manifest: dict, photographs: Photographs, base: BaseModel, backbone: Backbone, layers: list[str]) -> None:
+    def _fill(
+        self,
+        file: Path,
+        manifest: dict,
+        photographs: Photographs,
+        base: BaseModel,
+        backbone: Backbone,
+        layers: list[str],
+    ) -> None:
         count, pictures, device = manifest["count"], len(photographs.pictures), photographs.pictures.device
         generator = torch.Generator().manual_seed(0)
         top, left = (torch.randint(photographs.margin + 1, (count,), generator=generator) for _ in range(2))
@@ -87,7 +104,9 @@ class Kept:
         with tqdm(total=count, initial=manifest["done"], desc="features", unit="img", mininterval=5) as bar:
             for first in range(manifest["done"], count, PART):
                 for rows in torch.arange(first, min(first + PART, count)).split(BATCH):
-                    crops = photographs.crops(*(part.to(device) for part in (rows % pictures, top[rows], left[rows], mirrored[rows])))
+                    crops = photographs.crops(
+                        *(part.to(device) for part in (rows % pictures, top[rows], left[rows], mirrored[rows]))
+                    )
                     pixel_values = backbone.preprocess(crops, "stretch").contiguous(memory_format=torch.channels_last)
                     self.rows["latents"][rows] = base.encode(scaled(crops, base.resolution)).half().cpu().numpy()
                     for layer, values in backbone.several(pixel_values, layers).items():
@@ -102,15 +121,20 @@ class Kept:
         layer, pooled = layer_of(depth)
 
         def rows(count: int) -> tuple[Tensor, Tensor]:
-            picked = np.sort(np.random.default_rng(torch.randint(2**31, ()).item()).integers(0, len(self.rows["latents"]), count))
-            latents, values = (torch.from_numpy(self.rows[name][picked]).to(device).float() for name in ("latents", layer))
+            picked = np.sort(
+                np.random.default_rng(torch.randint(2**31, ()).item()).integers(0, len(self.rows["latents"]), count)
+            )
+            latents, values = (
+                torch.from_numpy(self.rows[name][picked]).to(device).float() for name in ("latents", layer)
+            )
             return latents, values.mean((2, 3), keepdim=True) if pooled else values
 
         return rows
 
 
 def _digest(photographs: Photographs, base: BaseModel, backbone: Backbone) -> str:
-    """What kept rows are of: some of the photographs' pixels, the autoencoder's projection and the network's first weights."""
+    """What kept rows are of: some of the photographs' pixels, the autoencoder's projection and the network's first
+    weights."""
     parts = photographs.pictures[::7, :, ::32, ::32], base.vae.project.weight, next(backbone.model.parameters())
     sha = hashlib.sha256(backbone.name.encode())
     for part in parts:
@@ -120,9 +144,14 @@ def _digest(photographs: Photographs, base: BaseModel, backbone: Backbone) -> st
 
 def _require_room(folder: Path, required: int, names: list[str]) -> None:
     """Raises FeatInvError where files of so many bytes do not fit: a mapped file on a full disk ends the process."""
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for name in names if (file := folder / f"{name}.npy").exists())
+    free = shutil.disk_usage(folder).free + sum(
+        file.stat().st_size for name in names if (file := folder / f"{name}.npy").exists()
+    )
     if required > free:
-        raise FeatInvError(f"{folder} has {free / 1e9:.1f} GB left and the features need {required / 1e9:.1f}: make room there, or give fewer --depths, or --views 0")
+        raise FeatInvError(
+            f"{folder} has {free / 1e9:.1f} GB left and the features need {required / 1e9:.1f}: make room there, or"
+            " give fewer --depths, or --views 0"
+        )
 
 
 def train_inversion(
@@ -139,9 +168,13 @@ def train_inversion(
     """One inversion model, written to `file` after each minute and at the end. config.init_from: a weights file whose
     ControlNet it starts from. The encoder standardises its features."""
     torch.manual_seed(config.seed)
-    model = FeatureControlNet.start(base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder)
+    model = FeatureControlNet.start(
+        base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder
+    )
     model = model.to(device, memory_format=torch.channels_last)
-    before = start_from(model, config.init_from, base) if config.init_from else None  # None: an encoder of its own, a new one
+    before = (
+        start_from(model, config.init_from, base) if config.init_from else None
+    )  # None: an encoder of its own, a new one
     if before is None:
         model.encoder.standardise(draw(SAMPLE)[1])
     forward = torch.compile(model) if config.compile else model
@@ -154,10 +187,27 @@ def train_inversion(
     def keep(average: FeatureControlNet) -> None:
         seen = (before or 0) + images_seen(work, config.name)
         info = InversionInfo(
-            model.source, model.encoder.settings, base.describe(), config.prompt, config.recommended, seen,
+            model.source,
+            model.encoder.settings,
+            base.describe(),
+            config.prompt,
+            config.recommended,
+            seen,
             {"name": config.name, "seed": config.seed, "cycle": config.cycle, "cycle_below": config.cycle_below},
-        )  # fmt: skip
+        )
         average.save(file, info, dtype)
 
-    train_stage(config.name, model, loss_of, batch=config.batch, lr=config.lr, work=work, ema=config.ema, decay=config.weight_decay,
-                seed=config.seed, device=device, keep=keep, **stage)  # fmt: skip
+    train_stage(
+        config.name,
+        model,
+        loss_of,
+        batch=config.batch,
+        lr=config.lr,
+        work=work,
+        ema=config.ema,
+        decay=config.weight_decay,
+        seed=config.seed,
+        device=device,
+        keep=keep,
+        **stage,
+    )

@@ -42,12 +42,13 @@ def train_stage(
     """Trains `model` and returns its moving average in evaluation mode.
 
     loss_of: picture indices [batch] -> scalar loss; it draws or looks up the pictures itself.
-    images: pictures seen in all, or minutes: of training in all, of this call and those before. stop: end earlier, after
-    so many images, on the same schedule. lr: peak of a cosine schedule with 2 % warm-up (AdamW). work: folder of the
-    checkpoint `name.pt`, written whole or not at all every minute; a later call goes on from it, and a larger `images` or
-    `minutes` continues a finished stage. keep: called with the average after each checkpoint, and for a finished stage.
-    device: where `model` is and the indices are made. Random numbers depend on (seed, images seen) alone. graph: the step
-    as one CUDA graph; loss_of must then not read values back.
+    images: pictures seen in all, or minutes: of training in all, of this call and those before. stop: end earlier,
+    after so many images, on the same schedule. lr: peak of a cosine schedule with 2 % warm-up (AdamW). work: folder of
+    the checkpoint `name.pt`, written whole or not at all every minute; a later call goes on from it, and a larger
+    `images` or `minutes` continues a finished stage. keep: called with the average after each checkpoint, and for a
+    finished stage.
+    device: where `model` is and the indices are made. Random numbers depend on (seed, images seen) alone. graph: the
+    step as one CUDA graph; loss_of must then not read values back.
     """
     if graph:
         check_device(device)
@@ -63,7 +64,9 @@ def train_stage(
             average.load_state_dict(state["average"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise FeatInvError(f"{file} is of a model of other sizes or of another backbone; go on with those, or give another --work") from error
+            raise FeatInvError(
+                f"{file} is of a model of other sizes or of another backbone; go on with those, or give another --work"
+            ) from error
         make_plain(optimizer)
         seen, spent = state["seen"], state.get("spent", 0.0)
     indices = torch.arange(seen, seen + batch, device=device)
@@ -78,6 +81,7 @@ def train_stage(
         optimizer.step()
 
     take_step = training_step(gradients, update, optimizer, graph)
+
     def share() -> float:
         """How much of the stage is done."""
         elapsed = spent + time.monotonic() - began
@@ -110,7 +114,9 @@ def train_stage(
     return average
 
 
-def save_checkpoint(file: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, seen: int, spent: float) -> None:
+def save_checkpoint(
+    file: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, seen: int, spent: float
+) -> None:
     """Writes the state of a stage to a temporary name and renames it. spent: seconds of training."""
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "average": average.state_dict(), "seen": seen, "spent": spent}

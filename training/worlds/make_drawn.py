@@ -1,8 +1,8 @@
 """Makes the drawn world: backbones, autoencoder, base model and inversion models, from scenes that the code draws.
 
-Each stage writes its result into featinv_nodes/worlds/drawn/ when it is done, rcdm into training/evaluation/ as only the
-evaluation reads it. The stage card measures everything and writes CARD.md, which also says how long the stages took, and
-with which --images, --batch and --graph the shipped files were made on a GPU.
+Each stage writes its result into featinv_nodes/worlds/drawn/ when it is done, rcdm into training/evaluation/ as only
+the evaluation reads it. The stage card measures everything and writes CARD.md, which also says how long the stages
+took, and with which --images, --batch and --graph the shipped files were made on a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ from .concepts import fit_concepts
 from .loop import images_seen
 
 #: pictures that two processor cores see in hours; the shipped files saw more on a GPU, see CARD.md
-INVERSION_IMAGES = {"tiny_cnn_last": 180_000, "tiny_cnn_stage": 90_000, "tiny_cnn_pooled": 15_000, "tiny_vit_last": 90_000}
+INVERSION_IMAGES = {
+    "tiny_cnn_last": 180_000,
+    "tiny_cnn_stage": 90_000,
+    "tiny_cnn_pooled": 15_000,
+    "tiny_vit_last": 90_000,
+}
 STAGES = ("cnn", "vit", "autoencoder", "decoder", "base", *DRAWN.models, "rcdm", "scope", "concepts", "card")
 
 
@@ -43,11 +48,20 @@ def ship_backbone(kind: str, work: Path, device: str) -> None:
     folder = DRAWN.backbones[f"tiny-{kind}"].folder
     architecture, arguments = backbones.SPECS[kind]
     config = {
-        "architecture": architecture, "num_classes": len(backbones.CLASSES), "model_args": arguments,
+        "architecture": architecture,
+        "num_classes": len(backbones.CLASSES),
+        "model_args": arguments,
         "label_names": backbones.CLASSES,
         "pretrained_cfg": {
-            "tag": backbones.TAG, "input_size": [3, 64, 64], "fixed_input_size": kind == "vit", "interpolation": "bicubic", "crop_pct": 1.0,
-            "crop_mode": "center", "mean": list(backbones.MEAN), "std": list(backbones.STD), "num_classes": len(backbones.CLASSES),
+            "tag": backbones.TAG,
+            "input_size": [3, 64, 64],
+            "fixed_input_size": kind == "vit",
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(backbones.MEAN),
+            "std": list(backbones.STD),
+            "num_classes": len(backbones.CLASSES),
         },
     }
     write_weights(folder / "model.safetensors", model.state_dict(), torch.float16)
@@ -64,7 +78,9 @@ def ship_autoencoder(work: Path, device: str, decoder: bool) -> None:
         cnn = load_cnn().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         pictures = lambda numbers: backbones.normalise(draw(0, numbers + autoencoder.IMAGES).image)  # noqa: E731
         maps_of, images = autoencoder.stages_of(cnn), autoencoder.DECODER_IMAGES
-        vae = autoencoder.train_decoder(work, load_vae(DRAWN.base_folder / "vae"), pictures, maps_of, device, images=images)
+        vae = autoencoder.train_decoder(
+            work, load_vae(DRAWN.base_folder / "vae"), pictures, maps_of, device, images=images
+        )
     else:
         vae = autoencoder.train_autoencoder(work, load_cnn(), device)
     base.write_base(DRAWN.base_folder, None, vae.cpu(), DRAWN.prompt)
@@ -96,7 +112,12 @@ def ship_rcdm(work: Path, device: str, images: int, file: Path = EMBEDDED) -> No
     backbone = open_backbone("tiny-cnn")
     model = rcdm.train_rcdm(work, backbone, images, device)
     seen = images_seen(work, "rcdm")
-    about = {"steps": rcdm.STEPS, "images_seen": seen, "gmac_per_picture": round(rcdm.COST, 3), "gmac": round(seen * rcdm.COST)}
+    about = {
+        "steps": rcdm.STEPS,
+        "images_seen": seen,
+        "gmac_per_picture": round(rcdm.COST, 3),
+        "gmac": round(seen * rcdm.COST),
+    }
     save_rcdm(file, model, backbone.source(LAST, True), about)
     print("rcdm", json.dumps(about))
 
@@ -104,11 +125,19 @@ def ship_rcdm(work: Path, device: str, images: int, file: Path = EMBEDDED) -> No
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone")
     parser.add_argument("--work", type=Path, default=Path("out/worlds/drawn"), help="folder of the checkpoints")
-    parser.add_argument("--further", action="store_true", help="train the shipped base or inversion models further instead of new ones")
-    parser.add_argument("--images", type=int, help="pictures seen by the base, inversion model or RCDM (default: what two processor cores do in hours)")
+    parser.add_argument(
+        "--further", action="store_true", help="train the shipped base or inversion models further instead of new ones"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        help="pictures seen by the base, inversion model or RCDM (default: what two processor cores do in hours)",
+    )
     parser.add_argument("--batch", type=int, help="pictures per step of these")
     parser.add_argument("--lr", type=float, help="peak learning rate of these")
-    parser.add_argument("--graph", action="store_true", help="one CUDA graph per step instead of torch.compile, for these")
+    parser.add_argument(
+        "--graph", action="store_true", help="one CUDA graph per step instead of torch.compile, for these"
+    )
 
 
 def make(args: argparse.Namespace) -> None:

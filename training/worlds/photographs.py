@@ -43,7 +43,8 @@ class Photographs:
         return self.crops(rows, top, left, torch.rand(count, device=device) < 0.5)
 
     def crops(self, rows: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
-        """[B, 3, crop, crop] in 0..1: of the pictures `rows` [B], from the pixel (top, left) on, mirrored where asked."""
+        """[B, 3, crop, crop] in 0..1: of the pictures `rows` [B], from the pixel (top, left) on, mirrored where
+        asked."""
         along = torch.arange(self.crop, device=rows.device)
         y = (top[:, None] + along)[:, None, :, None]
         x = left[:, None] + torch.where(mirrored[:, None], along.flip(0), along)
@@ -59,7 +60,11 @@ class Photographs:
 
 def scaled(pictures: Tensor, side: int) -> Tensor:
     """Square pictures [B, 3, h, h] at another side, antialiased."""
-    return pictures if pictures.shape[2] == side else F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
+    return (
+        pictures
+        if pictures.shape[2] == side
+        else F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
+    )
 
 
 def read_photographs(folders: Sequence[str], crop: int, device: str = "cpu") -> Photographs:
@@ -81,16 +86,24 @@ def read_photographs(folders: Sequence[str], crop: int, device: str = "cpu") -> 
 
         indices = range(len(listing.names))
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # decoders let other threads run
-            for index, read_one in tqdm(zip(indices, pool.map(read, indices)), f"reading {folder}", len(indices), unit="img", mininterval=5):
+            for index, read_one in tqdm(
+                zip(indices, pool.map(read, indices)), f"reading {folder}", len(indices), unit="img", mininterval=5
+            ):
                 if isinstance(read_one, str):
                     wrong.append(read_one)
                 else:
                     rows.append(read_one)
                     back.append(index % KEPT_BACK == 0)  # by its index in the folder, as evaluate.py --kept-back counts
     if wrong:
-        print(f"left out {len(wrong)} that cannot be read: {', '.join(wrong[:5])}{' and others' if len(wrong) > 5 else ''}")
+        print(
+            f"left out {len(wrong)} that cannot be read:"
+            f" {', '.join(wrong[:5])}{' and others' if len(wrong) > 5 else ''}"
+        )
     if len(rows) < FEWEST:
-        raise FeatInvError(f"{', '.join(folders)}: {len(rows)} photographs that can be read; a world needs at least {FEWEST}, a good one tens of thousands")
+        raise FeatInvError(
+            f"{', '.join(folders)}: {len(rows)} photographs that can be read; a world needs at least {FEWEST}, a good"
+            " one tens of thousands"
+        )
     pictures = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
     kept = torch.tensor(back)
     print(f"{len(pictures):,} photographs from {len(folders)} folders; {kept.sum():,} are kept back from training")

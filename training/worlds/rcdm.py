@@ -18,14 +18,16 @@ from .loop import train_stage
 #: as large beside the backbone's 64 pixels as the published 128 beside 224
 RESOLUTION, WIDTHS = 32, (32, 64, 96)
 BATCH, LR, STEPS = 64, 1e-3, 50
-#: multiply-accumulates per picture in training, in units of 10^9: three times the network's for its step, and what it is
-#: conditioned on. The inversion model of pooled features: control net, frozen base, autoencoder and backbone
+#: multiply-accumulates per picture in training, in units of 10^9: three times the network's for its step, and what it
+#: is conditioned on. The inversion model of pooled features: control net, frozen base, autoencoder and backbone
 COST, INVERSION_COST, INVERSION_IMAGES = 1.513 + 0.047, 0.584 + 0.127, 529_664
 #: as much compute as tiny_cnn_pooled had, in whole batches
 IMAGES = round(INVERSION_IMAGES * INVERSION_COST / COST) // BATCH * BATCH
 
 
-def train_rcdm(work: Path, backbone: Backbone, images: int, device: str = "cpu", seed: int = 0, compile: bool = True) -> RCDM:
+def train_rcdm(
+    work: Path, backbone: Backbone, images: int, device: str = "cpu", seed: int = 0, compile: bool = True
+) -> RCDM:
     """Trains it to predict the noise in training scenes at 32 pixels (Ho et al. 2020), given the backbone's averaged
     last feature map of the same scenes at its own resolution."""
     torch.manual_seed(seed)

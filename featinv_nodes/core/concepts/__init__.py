@@ -6,4 +6,14 @@ from .files import load_concepts, save_concepts
 from .sparse import SparseEncoder
 from .user_directions import load_directions
 
-__all__ = ["METHODS", "REST", "Concepts", "SparseEncoder", "completeness", "discover", "load_concepts", "load_directions", "save_concepts"]
+__all__ = [
+    "METHODS",
+    "REST",
+    "Concepts",
+    "SparseEncoder",
+    "completeness",
+    "discover",
+    "load_concepts",
+    "load_directions",
+    "save_concepts",
+]

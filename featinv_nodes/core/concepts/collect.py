@@ -20,9 +20,9 @@ Batch = tuple[list[str], Tensor]  # names and preprocessed pictures [b, 3, h, w]
 
 @dataclass(frozen=True)
 class Collected:
-    """vectors: [N, C]. maps: the whole maps of the pictures that concepts are evaluated on. pictures: these, [J, 3, h, w] in
-    0..255 (uint8). names: theirs, with the folder of their class. read: how many pictures in all. classes: how many
-    folders below the one given these lie in."""
+    """vectors: [N, C]. maps: the whole maps of the pictures that concepts are evaluated on. pictures: these, [J, 3, h,
+    w] in 0..255 (uint8). names: theirs, with the folder of their class. read: how many pictures in all. classes: how
+    many folders below the one given these lie in."""
 
     vectors: Tensor
     maps: FeatureMap
@@ -38,7 +38,8 @@ class Collected:
 
 @dataclass
 class Pictures:
-    """Pictures [B, 3, h, w] in 0..1 that are there already, called NAME 0, NAME 1, ... Iterated: batches of 16, preprocessed."""
+    """Pictures [B, 3, h, w] in 0..1 that are there already, called NAME 0, NAME 1, ... Iterated: batches of 16,
+    preprocessed."""
 
     images: Tensor
     backbone: Backbone
@@ -50,7 +51,10 @@ class Pictures:
 
     def __iter__(self) -> Iterator[Batch]:
         for numbers in torch.arange(len(self.images)).split(BATCH):
-            yield [f"{self.name} {n}" for n in numbers.tolist()], self.backbone.preprocess(self.images[numbers].cpu(), self.resize_mode)
+            yield (
+                [f"{self.name} {n}" for n in numbers.tolist()],
+                self.backbone.preprocess(self.images[numbers].cpu(), self.resize_mode),
+            )
 
     def skipped(self) -> str:
         return ""
@@ -58,8 +62,8 @@ class Pictures:
 
 @dataclass
 class Folder:
-    """The pictures below a folder in a random order, `most` of them at most. Iterated: batches of 16, preprocessed; why files
-    could not be read gathers in `unreadable`."""
+    """The pictures below a folder in a random order, `most` of them at most. Iterated: batches of 16, preprocessed; why
+    files could not be read gathers in `unreadable`."""
 
     folder: Path
     backbone: Backbone
@@ -88,7 +92,10 @@ class Folder:
             if pixel_values:
                 yield names, torch.cat(pixel_values)
         if len(self.unreadable) == len(self.files):
-            raise FeatInvError(f"none of the {len(self.files)} pictures below {self.folder} can be read; the first: {self.unreadable[0]}")
+            raise FeatInvError(
+                f"none of the {len(self.files)} pictures below {self.folder} can be read; the first:"
+                f" {self.unreadable[0]}"
+            )
 
     def skipped(self) -> str:
         """What was not read, or nothing."""
@@ -98,13 +105,17 @@ class Folder:
 
 
 def collect(
-    pictures: Pictures | Folder, extract: Callable[[Tensor], FeatureMap], count: int, seed: int, progress: Progress = lambda done, total: None
+    pictures: Pictures | Folder,
+    extract: Callable[[Tensor], FeatureMap],
+    count: int,
+    seed: int,
+    progress: Progress = lambda done, total: None,
 ) -> Collected:
     """Up to `count` feature vectors of all pictures, as many from each, at locations drawn with the seed.
 
     extract: preprocessed pictures [b, 3, h, w] to their feature maps. progress: called with pictures done, of how many.
-    The first 128 pictures and their maps are kept to evaluate the concepts on. Memory: 2 count C numbers, those maps and
-    pictures (the latter as bytes), and what a batch of 16 takes.
+    The first 128 pictures and their maps are kept to evaluate the concepts on. Memory: 2 count C numbers, those maps
+    and pictures (the latter as bytes), and what a batch of 16 takes.
     """
     generator = torch.Generator().manual_seed(seed)
     vectors, maps, images, names, classes, read = [], [], [], [], set(), 0

@@ -1,4 +1,5 @@
-"""The decomposition of feature vectors into concepts and a rest: oblique (MCD, Vielhaben et al. 2023), or by a sparse code."""
+"""The decomposition of feature vectors into concepts and a rest: oblique (MCD, Vielhaben et al. 2023), or by a sparse
+code."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ ROWS = 1024  # vectors encoded at once by a sparse encoder
 class Concepts:
     """Concepts of feature space and what is left: phi = sum of z_i U_i and a rest, with coefficients z_i of phi - mean.
 
-    bases: U, one [d_i, C] per concept, rows of unit length (a user's own dictionary: of any). Without an encoder the sum
-    of the subspaces is direct, z = (phi - mean) E with E the pseudo-inverse of all bases, and the rest is orthogonal to
-    every concept. With one, each basis is one row, as many as you like, and z = encoder(phi - mean).
+    bases: U, one [d_i, C] per concept, rows of unit length (a user's own dictionary: of any). Without an encoder the
+    sum of the subspaces is direct, z = (phi - mean) E with E the pseudo-inverse of all bases, and the rest is
+    orthogonal to every concept. With one, each basis is one row, as many as you like, and z = encoder(phi - mean).
     labels: one per concept. source: the features they belong to. mean: [C], counted with the rest, or None.
     method, settings: how they were found.
     """
@@ -37,12 +38,20 @@ class Concepts:
 
     def __post_init__(self) -> None:
         if not self.bases or len(self.bases) != len(self.labels):
-            raise FeatInvError(f"{len(self.bases)} concept bases and {len(self.labels)} labels; expected as many, at least one")
+            raise FeatInvError(
+                f"{len(self.bases)} concept bases and {len(self.labels)} labels; expected as many, at least one"
+            )
         for label, basis in zip(self.labels, self.bases):
             if basis.ndim != 2 or basis.shape[1] != self.source.channels or not basis.isfinite().all():
-                raise FeatInvError(f"concept {label!r}: basis of shape {tuple(basis.shape)}; expected [d, {self.source.channels}], finite")
+                raise FeatInvError(
+                    f"concept {label!r}: basis of shape {tuple(basis.shape)}; expected [d, {self.source.channels}],"
+                    " finite"
+                )
         if self.encoder is not None and tuple(self.encoder.weight.shape) != tuple(self._stacked.shape):
-            raise FeatInvError(f"an encoder of shape {tuple(self.encoder.weight.shape)} for {len(self)} concepts; expected {tuple(self._stacked.shape)}")
+            raise FeatInvError(
+                f"an encoder of shape {tuple(self.encoder.weight.shape)} for {len(self)} concepts; expected"
+                f" {tuple(self._stacked.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.bases)
@@ -79,7 +88,8 @@ class Concepts:
         raise FeatInvError(f"there is no concept {name!r}; there are {len(names)}: {', '.join(listed)}")
 
     def _split(self, features: FeatureMap) -> tuple[Tensor, Tensor]:
-        """phi [N, C] at all N = B H W locations and its coefficients z [N, D], a sparse tensor where the code is sparse."""
+        """phi [N, C] at all N = B H W locations and its coefficients z [N, D], a sparse tensor where the code is
+        sparse."""
         features.source.require(self.source, "the feature map", "the concepts")
         phi = features.values.movedim(1, -1).flatten(0, 2)
         centred = phi if self.mean is None else phi - self.mean.to(phi)

@@ -1,4 +1,5 @@
-"""Concepts from feature vectors: multi-dimensional concept discovery (MCD), PCA, NMF, k-means, or a sparse autoencoder."""
+"""Concepts from feature vectors: multi-dimensional concept discovery (MCD), PCA, NMF, k-means, or a sparse
+autoencoder."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ def discover(
     concepts: clusters, directions or atoms; 0: MCD with 2, 3, ... clusters until the completeness eta, the mean over
     the classes of `weights` [C, classes], reaches 0.5. centred: MCD's bases are those of PCA about each cluster's mean,
     as published, instead of the linear subspace through the origin. progress: called with steps done, of how many.
-    active: k, the atoms of a sparse dictionary that are active in each vector; an eighth of all and at most 16, if None.
-    Clusters that collapse are not returned but listed in the settings under "rejected".
+    active: k, the atoms of a sparse dictionary that are active in each vector; an eighth of all and at most 16, if
+    None. Clusters that collapse are not returned but listed in the settings under "rejected".
 
     Memory: a few copies of the vectors, 512 N numbers for the affinity and 8 C^2 (about 1 GB for 20,000 x 1,024), or
     24 n C for n atoms.
@@ -72,17 +73,27 @@ def numbered(count: int) -> list[str]:
     return [f"concept {i}" for i in range(count)]
 
 
-def _checked(vectors: Tensor, source: FeatureSource, method: str, concepts: int, weights: Tensor | None, active: int | None) -> Tensor:
+def _checked(
+    vectors: Tensor, source: FeatureSource, method: str, concepts: int, weights: Tensor | None, active: int | None
+) -> Tensor:
     if method not in METHODS:
         raise FeatInvError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     if vectors.ndim != 2 or vectors.shape[1] != source.channels:
-        raise FeatInvError(f"vectors of shape {tuple(vectors.shape)}; expected [N, {source.channels}] from {source.describe()}")
+        raise FeatInvError(
+            f"vectors of shape {tuple(vectors.shape)}; expected [N, {source.channels}] from {source.describe()}"
+        )
     if not vectors.isfinite().all():
         raise FeatInvError("the feature vectors hold NaN or infinite values; check the pictures and the weights")
     if len(vectors) < vectors.shape[1]:
-        raise FeatInvError(f"{len(vectors)} vectors of {vectors.shape[1]} channels; expected at least as many vectors as channels: give more pictures")
+        raise FeatInvError(
+            f"{len(vectors)} vectors of {vectors.shape[1]} channels; expected at least as many vectors as channels:"
+            " give more pictures"
+        )
     if concepts == 0 and (not method.startswith("mcd") or weights is None):
-        raise FeatInvError(f"only mcd, with the weights of classes, can look for concepts until they are complete; give a number of them for {method}")
+        raise FeatInvError(
+            "only mcd, with the weights of classes, can look for concepts until they are complete; give a number of"
+            f" them for {method}"
+        )
     least, most = (2 if method.startswith("mcd") else 1), (len(vectors) if method == "sae" else vectors.shape[1] - 1)
     if concepts and not least <= concepts <= most:
         raise FeatInvError(f"{concepts} concepts by {method}; expected {least} to {most}")
@@ -91,22 +102,28 @@ def _checked(vectors: Tensor, source: FeatureSource, method: str, concepts: int,
     if (vectors - vectors.mean(0)).norm() <= 1e-5 * vectors.norm():
         raise FeatInvError("all feature vectors are alike; give pictures that differ, and a layer that sees it")
     if method == "nmf" and (vectors < 0).any():
-        raise FeatInvError("NMF needs features without negative values, as after a ReLU; choose another layer or method")
+        raise FeatInvError(
+            "NMF needs features without negative values, as after a ReLU; choose another layer or method"
+        )
     return vectors
 
 
 def affinities(vectors: Tensor, published: bool, progress: Progress) -> tuple[Tensor, csr_array]:
     """MCD, first step: unit vectors [M, C] and which lie in a subspace with which [M, M]."""
-    points = unit(vectors[vectors.norm(dim=1) > 1e-6 * vectors.norm(dim=1).max()])  # a ReLU leaves vectors without direction
+    points = unit(
+        vectors[vectors.norm(dim=1) > 1e-6 * vectors.norm(dim=1).max()]
+    )  # a ReLU leaves vectors without direction
     if not published:
         return points, neighbour_affinity(reduced(points), progress)
     affinity, kept = elastic_net_affinity(reduced(points), progress)
     return points[kept], affinity
 
 
-def subspaces(points: Tensor, affinity: csr_array, clusters: int, seed: int, centred: bool) -> tuple[list[Tensor], list[str]]:
-    """MCD, second step: spectral clusters of the unit vectors [M, C]; -> a basis [d_i, C] for each, largest first, whose
-    sum is direct, and why other clusters gave none.
+def subspaces(
+    points: Tensor, affinity: csr_array, clusters: int, seed: int, centred: bool
+) -> tuple[list[Tensor], list[str]]:
+    """MCD, second step: spectral clusters of the unit vectors [M, C]; -> a basis [d_i, C] for each, largest first,
+    whose sum is direct, and why other clusters gave none.
 
     A cluster's dimension is the number of eigenvalues above 5 % of its largest.
     """
@@ -121,19 +138,35 @@ def subspaces(points: Tensor, affinity: csr_array, clusters: int, seed: int, cen
         if own:
             bases.append(basis[own])
         else:
-            why = "under 2 %" if len(members) <= SMALLEST_SHARE * len(points) else f"{len(basis)} dimensions, all in the span of larger clusters"
+            why = (
+                "under 2 %"
+                if len(members) <= SMALLEST_SHARE * len(points)
+                else f"{len(basis)} dimensions, all in the span of larger clusters"
+            )
             rejected.append(f"cluster of {len(members)} of {len(points)} vectors: {why}")
     return bases, rejected
 
 
-def _mcd(result: tuple[list[Tensor], list[str]], source: FeatureSource, method: str, settings: dict[str, object]) -> Concepts:
+def _mcd(
+    result: tuple[list[Tensor], list[str]], source: FeatureSource, method: str, settings: dict[str, object]
+) -> Concepts:
     bases, rejected = result
     if len(bases) < 2:
-        raise FeatInvError(f"the vectors fall into a single cluster ({'; '.join(rejected)}); ask for another number of concepts, more varied pictures or method 'pca'")
+        raise FeatInvError(
+            f"the vectors fall into a single cluster ({'; '.join(rejected)}); ask for another number of concepts, more"
+            " varied pictures or method 'pca'"
+        )
     return Concepts(bases, numbered(len(bases)), source, None, method, {**settings, "rejected": rejected})
 
 
-def _grown(points: Tensor, affinity: csr_array, source: FeatureSource, method: str, settings: dict[str, object], weights: Tensor) -> Concepts:
+def _grown(
+    points: Tensor,
+    affinity: csr_array,
+    source: FeatureSource,
+    method: str,
+    settings: dict[str, object],
+    weights: Tensor,
+) -> Concepts:
     """As many clusters as completeness asks for; the affinity is that of all. The way there goes into the settings."""
     way = []
     for clusters in range(2, MOST_CLUSTERS + 1):
@@ -146,7 +179,8 @@ def _grown(points: Tensor, affinity: csr_array, source: FeatureSource, method: s
 
 
 def cluster_basis(members: Tensor, centred: bool) -> Tensor:
-    """[d, C] orthonormal principal directions of a cluster [M, C], about its mean or about the origin; d = 0 if it has none."""
+    """[d, C] orthonormal principal directions of a cluster [M, C], about its mean or about the origin; d = 0 if it has
+    none."""
     rows, values = principal(members - members.mean(0) if centred else members)
     dimension = int((values > max(SMALLEST_EIGENVALUE * values[0].item(), 1e-6)).sum())
     return rows[: min(dimension, len(members) - 1)].contiguous()
@@ -183,10 +217,14 @@ def _directions(vectors: Tensor, method: str, count: int, seed: int) -> Tensor:
     return unit(torch.from_numpy(rows).float())
 
 
-def _sae(vectors: Tensor, mean: Tensor, source: FeatureSource, settings: dict[str, object], progress: Progress) -> Concepts:
+def _sae(
+    vectors: Tensor, mean: Tensor, source: FeatureSource, settings: dict[str, object], progress: Progress
+) -> Concepts:
     atoms = settings["concepts"]
     decoder, encoder = fit_dictionary(vectors - mean, atoms, settings["active"], settings["seed"], progress)
     energy = sum(encoder(part - mean).square().sum(0) for part in vectors.split(1024))
     order = energy.argsort(descending=True, stable=True)[: int((energy > 0).sum())]
     settings |= {"rejected": [f"{atoms - len(order)} of {atoms} atoms: never active"] if len(order) < atoms else []}
-    return Concepts(list(decoder[order, None]), numbered(len(order)), source, mean, "sae", settings, encoder.select(order))
+    return Concepts(
+        list(decoder[order, None]), numbered(len(order)), source, mean, "sae", settings, encoder.select(order)
+    )

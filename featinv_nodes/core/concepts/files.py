@@ -1,4 +1,5 @@
-"""The concept file: safetensors with `basis.i` per concept, `mean` and `encoder.*` where there are such, and the source."""
+"""The concept file: safetensors with `basis.i` per concept, `mean` and `encoder.*` where there are such, and the
+source."""
 
 from __future__ import annotations
 
@@ -21,11 +22,16 @@ def save_concepts(file: str | Path, concepts: Concepts) -> None:
     if concepts.mean is not None:
         tensors["mean"] = concepts.mean.cpu().contiguous()
     if concepts.encoder is not None:
-        tensors |= {f"encoder.{key}": torch.as_tensor(value).cpu().contiguous() for key, value in vars(concepts.encoder).items()}
+        tensors |= {
+            f"encoder.{key}": torch.as_tensor(value).cpu().contiguous() for key, value in vars(concepts.encoder).items()
+        }
     about = {
-        "format": FORMAT, "labels": list(concepts.labels), "source": concepts.source.to_dict(),
-        "method": concepts.method, "settings": dict(concepts.settings),
-    }  # fmt: skip
+        "format": FORMAT,
+        "labels": list(concepts.labels),
+        "source": concepts.source.to_dict(),
+        "method": concepts.method,
+        "settings": dict(concepts.settings),
+    }
     write_safetensors(file, tensors, {KEY: json.dumps(about)})
 
 
@@ -39,4 +45,12 @@ def load_concepts(file: str | Path) -> Concepts:
     encoder = None
     if "encoder.weight" in tensors:
         encoder = SparseEncoder(tensors["encoder.weight"], tensors["encoder.bias"], int(tensors["encoder.active"]))
-    return Concepts(bases, about["labels"], FeatureSource.from_dict(about["source"]), tensors.get("mean"), about["method"], about["settings"], encoder)
+    return Concepts(
+        bases,
+        about["labels"],
+        FeatureSource.from_dict(about["source"]),
+        tensors.get("mean"),
+        about["method"],
+        about["settings"],
+        encoder,
+    )

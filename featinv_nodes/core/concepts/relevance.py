@@ -18,7 +18,9 @@ TOLERANCE = 1e-3  # of the largest logit: what float32 leaves of an exact sum
 ROUNDING = 1e-6  # likewise: of nothing
 
 
-def relevance(backbone: Backbone, concepts: Concepts, features: FeatureMap, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def relevance(
+    backbone: Backbone, concepts: Concepts, features: FeatureMap, classes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What each concept contributes to each logit: [n + 1, B, classes], and the head's bias [B, classes].
 
     Contributions and bias sum to the logits. With each picture's LayerNorm scale frozen, pool -> norm -> linear is an
@@ -51,29 +53,39 @@ def relevance_map(backbone: Backbone, concepts: Concepts, features: FeatureMap, 
     with torch.inference_mode(False), torch.enable_grad():
         if next(backbone.parameters()).is_inference():  # made where no gradients are kept, as hosts do
             backbone = deepcopy(backbone)
-        features = FeatureMap(features.values.clone(), features.source, None if features.prefix is None else features.prefix.clone())
+        features = FeatureMap(
+            features.values.clone(), features.source, None if features.prefix is None else features.prefix.clone()
+        )
         with frozen_scales(backbone) as freeze:
             logits = backbone.logits(features)
             freeze()
             values = features.values.requires_grad_()
-            affine, bias = (backbone.logits(features.with_values(v, keep_prefix=True)) for v in (values, torch.zeros_like(values)))
+            affine, bias = (
+                backbone.logits(features.with_values(v, keep_prefix=True)) for v in (values, torch.zeros_like(values))
+            )
         if not 0 <= classes.min() <= classes.max() < logits.shape[1]:
             raise FeatInvError(f"class {classes.tolist()}: expected one per picture, 0 to {logits.shape[1] - 1}")
         towards = classes.to(logits.device)[:, None]
         (weights,) = torch.autograd.grad(affine.gather(1, towards).sum(), values)
-    contributions = torch.stack([(part * weights).sum(1) for part in concepts.each_part(features.with_values(values.detach()))])
+    contributions = torch.stack(
+        [(part * weights).sum(1) for part in concepts.each_part(features.with_values(values.detach()))]
+    )
     total = contributions.sum((0, 2, 3)).to(logits.device)[:, None] + bias.gather(1, towards)
     _require_affine(backbone, total.detach(), logits.gather(1, towards).detach())
     return contributions
 
 
 def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64) -> Tensor:
-    """w [C, classes]: each logit's response to each channel, one everywhere on the grid, in the affine head of the first map.
+    """w [C, classes]: each logit's response to each channel, one everywhere on the grid, in the affine head of the
+    first map.
 
-    A LayerNorm's scale makes w longer or shorter from picture to picture, but turns it nowhere. Raises as relevance does.
+    A LayerNorm's scale makes w longer or shorter from picture to picture, but turns it nowhere. Raises as relevance
+    does.
     """
     first = features.select(0)
-    unit = torch.eye(first.values.shape[1], device=first.values.device)[:, :, None, None].expand(-1, -1, *first.values.shape[2:])
+    unit = torch.eye(first.values.shape[1], device=first.values.device)[:, :, None, None].expand(
+        -1, -1, *first.values.shape[2:]
+    )
     with torch.inference_mode(), frozen_scales(backbone) as freeze:
         logits = backbone.logits(first)
         freeze()
@@ -126,11 +138,14 @@ def _require_affine(backbone: Backbone, total: Tensor, logits: Tensor) -> None:
     off = (total - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
     if off > TOLERANCE:
         raise FeatInvError(
-            f"the head of {backbone.name} is not pool, norm and a linear layer: contributions miss the logits by {off:.1%}; "
-            "relevance can be had for heads without an activation or attention"
+            f"the head of {backbone.name} is not pool, norm and a linear layer: contributions miss the logits by"
+            f" {off:.1%}; relevance can be had for heads without an activation or attention"
         )
 
 
 def _require_reading(backbone: Backbone, contributions: Tensor, logits: Tensor) -> None:
     if contributions.abs().max() <= ROUNDING * logits.abs().max():
-        raise FeatInvError(f"the head of {backbone.name} reads the class token, not the map: no location of it contributes to any class")
+        raise FeatInvError(
+            f"the head of {backbone.name} reads the class token, not the map: no location of it contributes to any"
+            " class"
+        )

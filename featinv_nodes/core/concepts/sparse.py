@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BATCH, STEPS, RATE = 512, 1000, 1e-2
-#: steps without activity that make an atom a silent one; weight of the loss through these (1/32 in the paper leaves more silent)
+#: steps without activity that make an atom a silent one; weight of the loss through these (1/32 in the paper leaves
+#: more silent)
 SILENT, REVIVAL = 20, 1 / 4
 
 
@@ -47,7 +48,9 @@ def largest(values: Tensor, count: int) -> Tensor:
     return torch.zeros_like(values).scatter(1, where, top)
 
 
-def fit_dictionary(centred: Tensor, atoms: int, active: int, seed: int, progress: Callable[[int, int], object]) -> tuple[Tensor, SparseEncoder]:
+def fit_dictionary(
+    centred: Tensor, atoms: int, active: int, seed: int, progress: Callable[[int, int], object]
+) -> tuple[Tensor, SparseEncoder]:
     """Decoder rows [n, C] of unit length and the encoder that minimise |x - z U|^2 over vectors [N, C] of mean zero.
 
     Adam over 1000 batches of 512. The encoder starts as the transposed decoder, the decoder as vectors of the data.
@@ -78,7 +81,9 @@ def fit_dictionary(centred: Tensor, atoms: int, active: int, seed: int, progress
         return decoder.detach(), SparseEncoder(weight.detach(), bias.detach() * length, active)
 
 
-def _loss(x: Tensor, decoder: Tensor, weight: Tensor, bias: Tensor, active: int, silent: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(
+    x: Tensor, decoder: Tensor, weight: Tensor, bias: Tensor, active: int, silent: Tensor
+) -> tuple[Tensor, Tensor]:
     """The share of a batch [b, C] left unexplained, with the auxiliary loss; and which atoms were active [n]."""
     every = F.linear(x, weight, bias)
     code = largest(every.relu(), active)

@@ -1,4 +1,5 @@
-"""What concepts are worth on a few feature maps: their share of the norm, their relevance, and the classes they speak for."""
+"""What concepts are worth on a few feature maps: their share of the norm, their relevance, and the classes they speak
+for."""
 
 from __future__ import annotations
 
@@ -76,7 +77,12 @@ def _by_class(backbone: Backbone, maps: FeatureMap, tops: Tensor, contributions:
 
 def with_statistics(concepts: Concepts, stats: Statistics, **about: object) -> Concepts:
     """The concepts with these numbers, and what else there is to say about their making, in the settings."""
-    numbers = {"share": stats.share, "relevance": stats.relevance, "completeness": stats.completeness, "added_to_logits": stats.classes}
+    numbers = {
+        "share": stats.share,
+        "relevance": stats.relevance,
+        "completeness": stats.completeness,
+        "added_to_logits": stats.classes,
+    }
     return replace(concepts, settings={**concepts.settings, **about, **numbers})
 
 
@@ -101,5 +107,7 @@ def remarks(concepts: Concepts, stats: Statistics) -> list[str]:
     grown = concepts.settings.get("grown", [])
     lines = list(concepts.settings.get("rejected", []))
     if grown:
-        lines.append("completeness by number of clusters: " + ", ".join(f"{clusters}: {eta:.2f}" for clusters, eta in grown))
+        lines.append(
+            "completeness by number of clusters: " + ", ".join(f"{clusters}: {eta:.2f}" for clusters, eta in grown)
+        )
     return [*lines, stats.remark or f"completeness for the top classes: {stats.completeness:.2f}"]

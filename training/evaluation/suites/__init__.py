@@ -15,5 +15,19 @@ from .variability import Variability
 
 SUITES = {
     suite.name: suite
-    for suite in (Quality, Layers, CrossModel, Sweep, Variability, Mixing, Baseline, Corruptions, NaturalAdversarial, OutOfDistribution, BesideRCDM, Guidances, Cost)
+    for suite in (
+        Quality,
+        Layers,
+        CrossModel,
+        Sweep,
+        Variability,
+        Mixing,
+        Baseline,
+        Corruptions,
+        NaturalAdversarial,
+        OutOfDistribution,
+        BesideRCDM,
+        Guidances,
+        Cost,
+    )
 }

@@ -22,8 +22,8 @@ INDEPENDENT = "independent: "  # prefix of the figures of a backbone that took n
 class Suite:
     """count: pictures of the drawn world where the user does not say.
 
-    sampling: condition -> how its pictures are drawn, for results.json. tested_models: the condition of a model's originals -> the model
-    under test. A suite fills both in its constructor and offers a report.
+    sampling: condition -> how its pictures are drawn, for results.json. tested_models: the condition of a model's
+    originals -> the model under test. A suite fills both in its constructor and offers a report.
     """
 
     name: str
@@ -42,7 +42,11 @@ class Suite:
     def conditions(self) -> dict[str, Condition]:
         """A reconstruction for each sampling, and the bounds; other suites say otherwise."""
         tested = self.tested_models[ORIGINAL]
-        return {condition: tested.reconstruction(sampling) for condition, sampling in self.sampling.items() if condition != UNCONDITIONAL} | tested.bounds(self.sampling[UNCONDITIONAL])
+        return {
+            condition: tested.reconstruction(sampling)
+            for condition, sampling in self.sampling.items()
+            if condition != UNCONDITIONAL
+        } | tested.bounds(self.sampling[UNCONDITIONAL])
 
     def report(self, tables: dict[str, Table]) -> Report:
         raise NotImplementedError
@@ -79,7 +83,10 @@ class Suite:
     def require_own_file(self) -> None:
         """Raises FeatInvError for --write-back to a shipped model."""
         if self.args.write_back and not Path(self.args.model).is_file():
-            raise FeatInvError(f"--write-back changes the model's file; {self.args.model} is a shipped model, copy its file and name the copy")
+            raise FeatInvError(
+                f"--write-back changes the model's file; {self.args.model} is a shipped model, copy its file and name"
+                " the copy"
+            )
 
     def one_model(self, subset: list[int] | None = None) -> ModelUnderTest:
         """The model of --model, evaluated by its own backbone."""
@@ -91,16 +98,23 @@ class Suite:
     def require_imagenet(self) -> None:
         """Raises FeatInvError for a backbone without ImageNet-1k's classes."""
         if (classes := self.context.backbone(self.spec).model.num_classes) != 1000:
-            raise FeatInvError(f"suite {self.name} needs a backbone with ImageNet-1k's 1000 classes; {self.args.model}'s has {classes}. Use suite ood")
+            raise FeatInvError(
+                f"suite {self.name} needs a backbone with ImageNet-1k's 1000 classes; {self.args.model}'s has"
+                f" {classes}. Use suite ood"
+            )
 
     def title(self) -> str:
         return f"{self.name}: {self.args.model}, {self.context.info(self.spec).source.describe()}"
 
 
 def several(args: argparse.Namespace, default: tuple[str, ...]) -> list[ModelSpec]:
-    """The models of --models, each FILE or FILE=BACKBONE with a timm-hub folder; --backbone-weights for those without."""
+    """The models of --models, each FILE or FILE=BACKBONE with a timm-hub folder; --backbone-weights for those
+    without."""
     pairs = [(text, "", "") if Path(text).is_file() else text.partition("=") for text in args.models or default]
-    return [ModelSpec(file, args.base, None if folder else args.backbone_weights, folder or None) for file, _, folder in pairs]
+    return [
+        ModelSpec(file, args.base, None if folder else args.backbone_weights, folder or None)
+        for file, _, folder in pairs
+    ]
 
 
 def independent_name(context: EvalContext, spec: ModelSpec) -> str | None:

@@ -1,4 +1,5 @@
-"""The base model alone, told each picture's class and superclass in words (paper Table 3, class-conditional baseline)."""
+"""The base model alone, told each picture's class and superclass in words (paper Table 3, class-conditional
+baseline)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ NAMED = "class name"
 
 
 class Baseline(Suite):
-    """Pictures drawn from the class's name instead of features, measured like reconstructions; and by the class itself."""
+    """Pictures drawn from the class's name instead of features, measured like reconstructions; and by the class
+    itself."""
 
     name = "baseline"
     chooses = False
@@ -38,11 +40,17 @@ class Baseline(Suite):
         super().__init__(context, args)
         self.base = args.base or context.info(self.spec).base["name"]
         if find_world(self.base):
-            raise FeatInvError("suite baseline needs a base model that reads text; those of the worlds read none. The nearest to it is the unconditional baseline of suite quality")
+            raise FeatInvError(
+                "suite baseline needs a base model that reads text; those of the worlds read none. The nearest to it is"
+                " the unconditional baseline of suite quality"
+            )
         self.require_imagenet()
         unnamed = [n for n, c in zip(context.source.names, context.source.classes) if c not in context.source.labels]
         if unnamed:
-            raise FeatInvError(f"suite baseline needs ImageNet's layout, a folder per synset; {len(unnamed)} pictures have none, {unnamed[0]} the first")
+            raise FeatInvError(
+                f"suite baseline needs ImageNet's layout, a folder per synset; {len(unnamed)} pictures have none,"
+                f" {unnamed[0]} the first"
+            )
         self.tested = self.one_model()
         self.sampling = {NAMED: context.sampling(self.spec), UNCONDITIONAL: context.sampling(self.spec)}
         self.numbers = {name: k for k, name in enumerate(ImageNetInfo().label_names())}
@@ -64,8 +72,12 @@ class Baseline(Suite):
         latents = sample(base, None, None, self.tested.start(originals), self.sampling[NAMED], NAMED)
         base.text = known
         drawn = base.decode(latents).cpu()
-        logits = self.tested.backbone.logits(self.tested.backbone.extract(self.tested.backbone.preprocess(drawn, "stretch"), LAST)).cpu()
-        target = torch.nn.functional.one_hot(torch.tensor([self.numbers[c] for c in originals.classes]), logits.shape[1])
+        logits = self.tested.backbone.logits(
+            self.tested.backbone.extract(self.tested.backbone.preprocess(drawn, "stretch"), LAST)
+        ).cpu()
+        target = torch.nn.functional.one_hot(
+            torch.tensor([self.numbers[c] for c in originals.classes]), logits.shape[1]
+        )
         accuracy = {f"top{k}_accuracy": top_k_match(target, logits, k).float() for k in (1, 5)}
         return self.tested.measure(pixel_values, drawn, originals.single) | accuracy
 
@@ -73,10 +85,22 @@ class Baseline(Suite):
         return {NAMED: self.named, **self.tested.bounds(self.sampling[UNCONDITIONAL])}
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (NAMED, UNCONDITIONAL, ROUND_TRIP)}
+        figures = {
+            condition: figures_of(tables[condition], tables[ORIGINAL])
+            for condition in (NAMED, UNCONDITIONAL, ROUND_TRIP)
+        }
         grid = by_measure("Pictures drawn from the class's name", figures, [UNCONDITIONAL, NAMED, ROUND_TRIP])
-        lines = [f'Prompt: "{PROMPT.format("CLASS", "SUPERCLASS")}", by WordNet. Paper, Table 3: top-5 (top-1) accuracy 88 to 93 % (65 to 72 %).']
-        return Report(self.title(), figures, [grid], lines, panels={"panel.png": condition_panel(tables, [ORIGINAL, NAMED, ROUND_TRIP, UNCONDITIONAL], self.title())})
+        lines = [
+            f'Prompt: "{PROMPT.format("CLASS", "SUPERCLASS")}", by WordNet. Paper, Table 3: top-5 (top-1) accuracy 88'
+            " to 93 % (65 to 72 %)."
+        ]
+        return Report(
+            self.title(),
+            figures,
+            [grid],
+            lines,
+            panels={"panel.png": condition_panel(tables, [ORIGINAL, NAMED, ROUND_TRIP, UNCONDITIONAL], self.title())},
+        )
 
 
 def superclasses() -> dict[str, str]:
@@ -94,8 +118,13 @@ def embeddings(base: str, prompts: list[str]) -> Tensor:
 
         folder = base_model._folder(base)
         if not (folder / "text_encoder").is_dir():
-            raise FeatInvError(f"suite baseline needs the base model's text encoder; {folder} has no folder text_encoder")
-        encoder, tokens = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+            raise FeatInvError(
+                f"suite baseline needs the base model's text encoder; {folder} has no folder text_encoder"
+            )
+        encoder, tokens = (
+            CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32),
+            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        )
     with torch.inference_mode():
         ids = tokens(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return torch.cat([encoder(part)[0] for part in ids.split(64)]).clone()

@@ -21,9 +21,26 @@ from ..sources import Originals
 from .base import Suite
 
 CORRUPTIONS = (
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog", "brightness",
-    "contrast", "elastic_transform", "pixelate", "jpeg_compression", "speckle_noise", "gaussian_blur", "spatter", "saturate",
-)  # fmt: skip
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+    "speckle_noise",
+    "gaussian_blur",
+    "spatter",
+    "saturate",
+)
 SEEDED = ("impulse_noise", "glass_blur")  # those that take a seed; the others draw from numpy's global generator
 CLEAN = "clean"
 SMALLEST = 32  # pixels per side that the corruptions can be applied to
@@ -41,43 +58,82 @@ class Corruptions(Suite):
         self.library = library()
         self.tested, sampling = self.one_model(), context.sampling(self.spec)
         if min(self.tested.backbone.input_size) < SMALLEST:
-            raise FeatInvError(f"suite corruptions needs pictures of {SMALLEST} pixels a side or more; the backbone reads {self.tested.backbone.input_size}")
-        self.kinds = {f"{name} {level}": (name, level) for name, level in product(args.corruptions, sorted(set(args.levels)))}
+            raise FeatInvError(
+                f"suite corruptions needs pictures of {SMALLEST} pixels a side or more; the backbone reads"
+                f" {self.tested.backbone.input_size}"
+            )
+        self.kinds = {
+            f"{name} {level}": (name, level) for name, level in product(args.corruptions, sorted(set(args.levels)))
+        }
         self.sampling = dict.fromkeys([CLEAN, *self.kinds, UNCONDITIONAL], sampling)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--corruptions", nargs="+", choices=CORRUPTIONS, default=list(CORRUPTIONS), metavar="NAME", help="which of the 19 (default: all)")
-        parser.add_argument("--levels", type=int, nargs="+", choices=range(1, 6), default=[1, 5], help="severity, 1 to 5")
+        parser.add_argument(
+            "--corruptions",
+            nargs="+",
+            choices=CORRUPTIONS,
+            default=list(CORRUPTIONS),
+            metavar="NAME",
+            help="which of the 19 (default: all)",
+        )
+        parser.add_argument(
+            "--levels", type=int, nargs="+", choices=range(1, 6), default=[1, 5], help="severity, 1 to 5"
+        )
 
     def corrupted(self, kind: str) -> Condition:
         name, level = self.kinds[kind]
 
         def condition(originals: Originals) -> Columns:
             pixel_values = originals.preprocess(self.tested.backbone)
-            spoilt = torch.stack([corrupt(self.library, x, name, level, n + self.context.seed) for x, n in zip(pixel_values, originals.numbers)])
+            spoilt = torch.stack(
+                [
+                    corrupt(self.library, x, name, level, n + self.context.seed)
+                    for x, n in zip(pixel_values, originals.numbers)
+                ]
+            )
             drawn = self.tested.draw(spoilt, self.sampling[kind], self.tested.start(originals))
             columns = self.tested.measure(spoilt, drawn, originals.single)
-            reference = {key.replace("vectors/", "reference/"): values for key, values in self.tested.vectors(spoilt).items()}
+            reference = {
+                key.replace("vectors/", "reference/"): values for key, values in self.tested.vectors(spoilt).items()
+            }
             return columns | reference | {"pictures": torch.stack([spoilt.cpu(), at_size(drawn, spoilt)], 1)}
 
         return condition
 
     def conditions(self) -> dict[str, Condition]:
         clean = {CLEAN: self.tested.reconstruction(self.sampling[CLEAN])}
-        return clean | {kind: self.corrupted(kind) for kind in self.kinds} | self.tested.bounds(self.sampling[UNCONDITIONAL])
+        return (
+            clean
+            | {kind: self.corrupted(kind) for kind in self.kinds}
+            | self.tested.bounds(self.sampling[UNCONDITIONAL])
+        )
 
     def report(self, tables: dict[str, Table]) -> Report:
         conditions = [UNCONDITIONAL, CLEAN, *self.kinds, ROUND_TRIP]
         figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in conditions}
         names = ["cosine", "cosine_unpooled", "top1_match", "top5_match", *set_measures(figures[CLEAN])]
-        grid = by_condition("Corruptions by level (paper Figs. 15 to 18)", figures, conditions, names, "corruption and level")
-        lines = ["Every figure of a corruption compares with the corrupted pictures; unconditional, round trip and clean with the originals."]
+        grid = by_condition(
+            "Corruptions by level (paper Figs. 15 to 18)", figures, conditions, names, "corruption and level"
+        )
+        lines = [
+            "Every figure of a corruption compares with the corrupted pictures; unconditional, round trip and clean"
+            " with the originals."
+        ]
         pairs = {}
         for kind in self.kinds:  # its corrupted pictures above its reconstructions, as in Figs. 19 to 23
             table = tables[kind]
-            pairs |= {kind: Table(pictures=table.pictures[:, 0]), f"{kind}, drawn": Table(pictures=table.pictures[:, 1], columns=table.columns)}
-        return Report(self.title(), figures, [grid], lines, panels={"panel.png": condition_panel(pairs, list(pairs), self.title())})
+            pairs |= {
+                kind: Table(pictures=table.pictures[:, 0]),
+                f"{kind}, drawn": Table(pictures=table.pictures[:, 1], columns=table.columns),
+            }
+        return Report(
+            self.title(),
+            figures,
+            [grid],
+            lines,
+            panels={"panel.png": condition_panel(pairs, list(pairs), self.title())},
+        )
 
 
 def library() -> ModuleType:
@@ -87,7 +143,9 @@ def library() -> ModuleType:
             warnings.simplefilter("ignore")
             import imagecorruptions
     except ImportError as error:
-        raise FeatInvError(f"suite corruptions needs the package imagecorruptions-imaug: pip install imagecorruptions-imaug ({error})") from error
+        raise FeatInvError(
+            f"suite corruptions needs the package imagecorruptions-imaug: pip install imagecorruptions-imaug ({error})"
+        ) from error
     return imagecorruptions
 
 

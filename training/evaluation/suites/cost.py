@@ -28,8 +28,8 @@ COLOURS = {"ddim": (38, 34, 98), "dpmpp_2m": (200, 80, 30), "unipc": (30, 140, 9
 
 
 class Cost(Suite):
-    """A condition per solver and number of steps without guidance by the gradient, and per number of last steps with it, all
-    else as the weights file recommends; same pictures, same noise."""
+    """A condition per solver and number of steps without guidance by the gradient, and per number of last steps with
+    it, all else as the weights file recommends; same pictures, same noise."""
 
     name = "cost"
     count = 100
@@ -39,9 +39,14 @@ class Cost(Suite):
         self.tested = evaluated_by_two(self)
         own = context.sampling(self.spec)
         chosen = [*product(SOLVERS, sorted(set(args.solver_steps))), REFERENCE, (own.solver, own.steps)]
-        self.tried = {f"{solver}, {steps} steps": context.sampling(self.spec, solver=solver, steps=steps, gradient=0.0) for solver, steps in chosen}
+        self.tried = {
+            f"{solver}, {steps} steps": context.sampling(self.spec, solver=solver, steps=steps, gradient=0.0)
+            for solver, steps in chosen
+        }
         self.tried |= {
-            f"{own.solver}, {own.steps} steps, gradient in the last {last}": context.sampling(self.spec, gradient=own.gradient or STEP, gradient_steps=last)
+            f"{own.solver}, {own.steps} steps, gradient in the last {last}": context.sampling(
+                self.spec, gradient=own.gradient or STEP, gradient_steps=last
+            )
             for last in sorted(set(args.gradient_last))
         }
         self.sampling = self.tried | {PAPER: PAPERS_OWN, UNCONDITIONAL: PAPERS_OWN}
@@ -49,47 +54,105 @@ class Cost(Suite):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--solver-steps", type=int, nargs="+", default=[8, 12, 20, 30], help="steps of each solver; --write-back writes the cheapest good one")
-        parser.add_argument("--gradient-last", type=int, nargs="+", default=[3, 5, 10], help="numbers of last steps with guidance by the gradient")
+        parser.add_argument(
+            "--solver-steps",
+            type=int,
+            nargs="+",
+            default=[8, 12, 20, 30],
+            help="steps of each solver; --write-back writes the cheapest good one",
+        )
+        parser.add_argument(
+            "--gradient-last",
+            type=int,
+            nargs="+",
+            default=[3, 5, 10],
+            help="numbers of last steps with guidance by the gradient",
+        )
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (*self.sampling, ROUND_TRIP)}
+        figures = {
+            condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (*self.sampling, ROUND_TRIP)
+        }
         drawn = [*self.tried, PAPER]
         pipeline = self.context.open(self.spec)
-        costs = {condition: {"evaluations": self.sampling[condition].evaluations, "gmac": drawing_gmac(pipeline, self.sampling[condition])} for condition in drawn}
-        best, cheapest = choose({condition: figures[condition][self.score] for condition in self.tried}, {condition: cost["gmac"] for condition, cost in costs.items()})
+        costs = {
+            condition: {
+                "evaluations": self.sampling[condition].evaluations,
+                "gmac": drawing_gmac(pipeline, self.sampling[condition]),
+            }
+            for condition in drawn
+        }
+        best, cheapest = choose(
+            {condition: figures[condition][self.score] for condition in self.tried},
+            {condition: cost["gmac"] for condition, cost in costs.items()},
+        )
         measures = [self.score, *extra_measures(figures[PAPER])]
-        rows = [[condition, str(costs[condition]["evaluations"]), f"{costs[condition]['gmac']:.1f}", *(cell(figures[condition], name) for name in measures)] for condition in drawn]
-        rows += [[condition, "", "", *(cell(figures[condition], name) for name in measures)] for condition in (UNCONDITIONAL, ROUND_TRIP)]
+        rows = [
+            [
+                condition,
+                str(costs[condition]["evaluations"]),
+                f"{costs[condition]['gmac']:.1f}",
+                *(cell(figures[condition], name) for name in measures),
+            ]
+            for condition in drawn
+        ]
+        rows += [
+            [condition, "", "", *(cell(figures[condition], name) for name in measures)]
+            for condition in (UNCONDITIONAL, ROUND_TRIP)
+        ]
         lines = [
-            "Evaluations of the steered model for a picture, each branch of guidance one; GMAC of drawing it with one map, decoding included.",
-            f"Highest {self.score}: {best}. The cheapest within its interval: {cheapest}, {costs[cheapest]['gmac']:.1f} GMAC instead of "
-            f"{costs[best]['gmac']:.1f}; the paper's sampling takes {costs[PAPER]['gmac']:.1f}.",
+            (
+                "Evaluations of the steered model for a picture, each branch of guidance one; GMAC of drawing it with"
+                " one map, decoding included."
+            ),
+            (
+                f"Highest {self.score}: {best}. The cheapest within its interval: {cheapest},"
+                f" {costs[cheapest]['gmac']:.1f} GMAC instead of {costs[best]['gmac']:.1f}; the paper's sampling takes"
+                f" {costs[PAPER]['gmac']:.1f}."
+            ),
         ]
         if self.args.write_back:
             self.cheapest = cheapest
             lines.append(f"{self.args.model} now recommends {cheapest}.")
         panels = {"cost.png": self.curve(figures, costs)}
-        panels["panel.png"] = condition_panel(tables, list(dict.fromkeys([ORIGINAL, best, cheapest, PAPER, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)
+        panels["panel.png"] = condition_panel(
+            tables,
+            list(dict.fromkeys([ORIGINAL, best, cheapest, PAPER, ROUND_TRIP, UNCONDITIONAL])),
+            self.title(),
+            self.score,
+        )
         grid = Grid("Cost and faithfulness", ["setting", "evaluations", "GMAC", *measures], rows)
-        return Report(self.title(), figures, [grid], lines, {"costs": costs, "best": best, "recommended": cheapest}, panels)
+        return Report(
+            self.title(), figures, [grid], lines, {"costs": costs, "best": best, "recommended": cheapest}, panels
+        )
 
     def afterwards(self) -> None:
         """Makes the cheapest condition's sampling the recommended one, where it differs from it."""
         if self.args.write_back:
-            recommended, chosen = (asdict(sampling) for sampling in (Sampling(**self.context.info(self.spec).recommended), self.sampling[self.cheapest]))
-            recommend(model_file(self.args.model), **{name: value for name, value in chosen.items() if value != recommended[name]})
+            recommended, chosen = (
+                asdict(sampling)
+                for sampling in (Sampling(**self.context.info(self.spec).recommended), self.sampling[self.cheapest])
+            )
+            recommend(
+                model_file(self.args.model),
+                **{name: value for name, value in chosen.items() if value != recommended[name]},
+            )
 
     def curve(self, figures: dict[str, Figures], costs: dict[str, dict]) -> Image.Image:
         """Cosine with its interval against GMAC, a line per solver, and one for the gradient."""
         lines: dict[str, list] = {name: [] for name in COLOURS}
         for condition, sampling in self.tried.items():
-            lines[GUIDED if sampling.gradient else sampling.solver].append((costs[condition]["gmac"], figures[condition][self.score]))
-        return curves(lines, (costs[PAPER]["gmac"], figures[PAPER][self.score]), f"{self.score} against cost, {self.args.model}")
+            lines[GUIDED if sampling.gradient else sampling.solver].append(
+                (costs[condition]["gmac"], figures[condition][self.score])
+            )
+        return curves(
+            lines, (costs[PAPER]["gmac"], figures[PAPER][self.score]), f"{self.score} against cost, {self.args.model}"
+        )
 
 
 def drawing_gmac(pipeline: InversionPipeline, sampling: Sampling) -> float:
-    """Multiply-accumulates (10^9) of drawing a picture, decoding and the gradient's way back included, by torch's counter."""
+    """Multiply-accumulates (10^9) of drawing a picture, decoding and the gradient's way back included, by torch's
+    counter."""
     source = pipeline.info.source
     blank = FeatureMap(torch.zeros(1, source.channels, *((1, 1) if source.pooled else source.grid)), source)
     return gmac_of(lambda: pipeline.draw(blank, sampling, pipeline.noise([0]), 1)) * sampling.best_of

@@ -39,7 +39,13 @@ class Mixing(Suite):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--weights", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="shares of the second picture's map")
+        parser.add_argument(
+            "--weights",
+            type=float,
+            nargs="+",
+            default=[0, 0.25, 0.5, 0.75, 1],
+            help="shares of the second picture's map",
+        )
 
     def partners(self, originals: Originals) -> Originals:
         """The next picture of each that can be read, whatever the batch."""
@@ -50,50 +56,77 @@ class Mixing(Suite):
                 if other.numbers:
                     partners.append(other)
                     break
-        return Originals(*(sum((getattr(o, name) for o in partners), []) for name in ("numbers", "pictures", "classes")), torch.cat([o.single for o in partners]))
+        return Originals(
+            *(sum((getattr(o, name) for o in partners), []) for name in ("numbers", "pictures", "classes")),
+            torch.cat([o.single for o in partners]),
+        )
 
     def interpolated(self, weight: float) -> Condition:
         """Column "cosine": of the picture's map with the combined one that it was drawn from."""
 
         def condition(originals: Originals) -> Columns:
             pipeline = self.context.open(self.spec)
-            first, second = (pipeline.features(o.preprocess(self.tested.backbone)) for o in (originals, self.partners(originals)))
+            first, second = (
+                pipeline.features(o.preprocess(self.tested.backbone)) for o in (originals, self.partners(originals))
+            )
             target = interpolate([first, second], [1 - weight, weight])
-            drawn = pipeline.draw(target, self.sampling[f"weight={weight:g}"], self.tested.start(originals), len(target))
+            drawn = pipeline.draw(
+                target, self.sampling[f"weight={weight:g}"], self.tested.start(originals), len(target)
+            )
             return {"cosine": pipeline.score(target, drawn).cpu(), "pictures": drawn}
 
         return condition
 
     def composed(self, originals: Originals) -> Columns:
-        """The partner's map in the middle quarter, the picture's own around it. Columns: cosine with the composed map, in
-        the whole and by region; and with the other picture's map in each region, for comparison."""
+        """The partner's map in the middle quarter, the picture's own around it. Columns: cosine with the composed map,
+        in the whole and by region; and with the other picture's map in each region, for comparison."""
         pipeline = self.context.open(self.spec)
-        pixel_values, others = originals.preprocess(self.tested.backbone), self.partners(originals).preprocess(self.tested.backbone)
+        pixel_values, others = (
+            originals.preprocess(self.tested.backbone),
+            self.partners(originals).preprocess(self.tested.backbone),
+        )
         outer, inner, mask = pipeline.features(pixel_values), pipeline.features(others), middle(pixel_values)
-        drawn = pipeline.draw(compose(inner, outer, mask), self.sampling[COMPOSED], self.tested.start(originals), len(pixel_values))
+        drawn = pipeline.draw(
+            compose(inner, outer, mask), self.sampling[COMPOSED], self.tested.start(originals), len(pixel_values)
+        )
         features, inside = pipeline.extract(drawn), at_grid(mask, outer.source.grid)[0, 0].bool()
         to_inner, to_outer = (cosine_per_location(other, features).cpu() for other in (inner, outer))
         whole = to_inner.where(inside, to_outer)
         columns = {
-            "cosine": whole.mean((1, 2)), "cosine_inside": to_inner[:, inside].mean(1), "cosine_outside": to_outer[:, ~inside].mean(1),
-            "cosine_inside_with_other": to_outer[:, inside].mean(1), "cosine_outside_with_other": to_inner[:, ~inside].mean(1),
-        }  # fmt: skip
+            "cosine": whole.mean((1, 2)),
+            "cosine_inside": to_inner[:, inside].mean(1),
+            "cosine_outside": to_outer[:, ~inside].mean(1),
+            "cosine_inside_with_other": to_outer[:, inside].mean(1),
+            "cosine_outside_with_other": to_inner[:, ~inside].mean(1),
+        }
         return columns | {"pictures": drawn}
 
     def conditions(self) -> dict[str, Condition]:
-        interpolations: dict[str, Condition] = {name: self.interpolated(weight) for name, weight in self.weights.items()}
-        return interpolations | ({} if self.pooled else {COMPOSED: self.composed}) | self.tested.bounds(self.sampling[UNCONDITIONAL])
+        interpolations: dict[str, Condition] = {
+            name: self.interpolated(weight) for name, weight in self.weights.items()
+        }
+        return (
+            interpolations
+            | ({} if self.pooled else {COMPOSED: self.composed})
+            | self.tested.bounds(self.sampling[UNCONDITIONAL])
+        )
 
     def report(self, tables: dict[str, Table]) -> Report:
         conditions = [condition for condition in tables if condition != ORIGINAL]
         figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in conditions}
         title = "Along the interpolation: cosine with the combined map (paper Fig. 7)"
-        grids = [by_condition(title, figures, [UNCONDITIONAL, *self.weights, ROUND_TRIP], ["cosine"], "share of the second map")]
+        grids = [
+            by_condition(
+                title, figures, [UNCONDITIONAL, *self.weights, ROUND_TRIP], ["cosine"], "share of the second map"
+            )
+        ]
         if not self.pooled:
             grids.append(by_measure("The next picture's map in the middle quarter (Fig. 8)", figures, [COMPOSED]))
         lines = ["Pooled maps have no locations to compose."] if self.pooled else []
         rows = [ORIGINAL, *self.weights, *([] if self.pooled else [COMPOSED]), ROUND_TRIP, UNCONDITIONAL]
-        return Report(self.title(), figures, grids, lines, panels={"panel.png": condition_panel(tables, rows, self.title())})
+        return Report(
+            self.title(), figures, grids, lines, panels={"panel.png": condition_panel(tables, rows, self.title())}
+        )
 
 
 def middle(pixel_values: Tensor) -> Tensor:

@@ -49,14 +49,21 @@ class Several(Suite):
         raise NotImplementedError
 
     def conditions(self) -> dict[str, Condition]:
-        own = {name: self.tested_models[f"{ORIGINAL} {name}"].reconstruction(self.sampling[name]) for name in self.models}
+        own = {
+            name: self.tested_models[f"{ORIGINAL} {name}"].reconstruction(self.sampling[name]) for name in self.models
+        }
         return own | self.first.bounds(self.sampling[UNCONDITIONAL])
 
     def figures(self, tables: dict[str, Table]) -> dict[str, Figures]:
         """All conditions' figures; those of no model compare with the first one's originals."""
         first = next(iter(self.models))
         conditions = [condition for condition in tables if condition not in self.tested_models]
-        return {condition: figures_of(tables[condition], tables[f"{ORIGINAL} {condition if condition in self.models else first}"]) for condition in conditions}
+        return {
+            condition: figures_of(
+                tables[condition], tables[f"{ORIGINAL} {condition if condition in self.models else first}"]
+            )
+            for condition in conditions
+        }
 
     def panel(self, tables: dict[str, Table], scored: str) -> dict:
         conditions = [f"{ORIGINAL} {next(iter(self.models))}", *self.models, ROUND_TRIP, UNCONDITIONAL]
@@ -73,7 +80,9 @@ class Layers(Several):
         super().__init__(context, args)
         names = {context.info(spec).source.backbone for spec in self.models.values()}
         if len(names) > 1:
-            raise FeatInvError(f"suite layers compares models of one backbone; these have {', '.join(sorted(names))}. Use cross-model")
+            raise FeatInvError(
+                f"suite layers compares models of one backbone; these have {', '.join(sorted(names))}. Use cross-model"
+            )
 
     def measured_in(self, spec: ModelSpec) -> list[Space]:
         """Also that of the independent backbone, unless the user names one."""
@@ -82,29 +91,51 @@ class Layers(Several):
 
     def evaluators(self, spec: ModelSpec) -> dict[str, Evaluator]:
         backbone = self.context.backbone(spec)
-        stages = backbone.layers[1:] if len(backbone.layers) <= MOST else sorted({self.context.info(c).source.layer for c in self.models.values()} - {LAST})
+        stages = (
+            backbone.layers[1:]
+            if len(backbone.layers) <= MOST
+            else sorted({self.context.info(c).source.layer for c in self.models.values()} - {LAST})
+        )
         own = {"": Evaluator(backbone, {f"cosine {layer}": (layer, False) for layer in (*stages, LAST)})}
         return own | independent_evaluator(self.context, independent_name(self.context, spec))
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures, conditions = self.figures(tables), [UNCONDITIONAL, *self.models, ROUND_TRIP]
         compared = [name for evaluator in self.first.evaluators.values() for name in evaluator.compared]
-        inverts = [[name, (s := self.context.info(spec).source).layer, "yes" if s.pooled else "no"] for name, spec in self.models.items()]
+        inverts = [
+            [name, (s := self.context.info(spec).source).layer, "yes" if s.pooled else "no"]
+            for name, spec in self.models.items()
+        ]
         grids = [
             Grid("Models", ["model", "inverts layer", "pooled"], inverts),
             by_condition("Cosine at every stage (paper Fig. 4a)", figures, conditions, compared, "model"),
-            by_condition("Match and distance of the sets (Fig. 4b, 4c)", figures, conditions, ["top1_match", "top5_match", *set_measures(figures[UNCONDITIONAL])], "model"),
+            by_condition(
+                "Match and distance of the sets (Fig. 4b, 4c)",
+                figures,
+                conditions,
+                ["top1_match", "top5_match", *set_measures(figures[UNCONDITIONAL])],
+                "model",
+            ),
             *self.by_another(figures, conditions),
         ]
-        return Report(f"layers of {self.first.backbone.name}", figures, grids, panels=self.panel(tables, f"cosine {LAST}"))
-
+        return Report(
+            f"layers of {self.first.backbone.name}", figures, grids, panels=self.panel(tables, f"cosine {LAST}")
+        )
 
     def by_another(self, figures: dict[str, Figures], conditions: list[str]) -> list[Grid]:
         """What a backbone says that took no part in training or sampling, where there is one."""
         if INDEPENDENT not in self.first.evaluators:
             return []
         names = [INDEPENDENT + name for name in ("cosine", "top1_match", "top5_match")]
-        return [by_condition(f"By {self.first.evaluators[INDEPENDENT].backbone.name}, which took no part", figures, conditions, names, "model")]
+        return [
+            by_condition(
+                f"By {self.first.evaluators[INDEPENDENT].backbone.name}, which took no part",
+                figures,
+                conditions,
+                names,
+                "model",
+            )
+        ]
 
 
 class CrossModel(Several):
@@ -119,16 +150,38 @@ class CrossModel(Several):
             raise FeatInvError("suite cross-model needs models of two or more backbones; these share one. Use layers")
 
     def evaluators(self, spec: ModelSpec) -> dict[str, Evaluator]:
-        backbones = {(backbone := self.context.backbone(other)).name: backbone for other in several(self.args, self.default)}
+        backbones = {
+            (backbone := self.context.backbone(other)).name: backbone for other in several(self.args, self.default)
+        }
         return {f"{name}: ": Evaluator(backbone, {"cosine": (LAST, False)}) for name, backbone in backbones.items()}
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures, evaluators = self.figures(tables), list(self.first.evaluators)
         conditions = [UNCONDITIONAL, *self.models, ROUND_TRIP]
         grids = []
-        for title, measure in (("Top-1 match (paper Table 2)", "top1_match"), ("Top-5 match (Table 2)", "top5_match"), ("Cosine, last layer", "cosine")):
-            rows = [[condition, *(cell(figures[condition], evaluator + measure) for evaluator in evaluators)] for condition in conditions]
-            grids.append(Grid(title, ["conditioned on \\ evaluated by", *(evaluator.removesuffix(": ") for evaluator in evaluators)], rows))
-        grids.append(by_condition("Distance of the sets", figures, conditions, set_measures(figures[UNCONDITIONAL]), "model"))
-        lines = ["An evaluator sees the originals cut as the model's own backbone sees them, so that both pictures show the same."]
-        return Report("cross-model evaluation", figures, grids, lines, panels=self.panel(tables, f"{evaluators[0]}cosine"))
+        for title, measure in (
+            ("Top-1 match (paper Table 2)", "top1_match"),
+            ("Top-5 match (Table 2)", "top5_match"),
+            ("Cosine, last layer", "cosine"),
+        ):
+            rows = [
+                [condition, *(cell(figures[condition], evaluator + measure) for evaluator in evaluators)]
+                for condition in conditions
+            ]
+            grids.append(
+                Grid(
+                    title,
+                    ["conditioned on \\ evaluated by", *(evaluator.removesuffix(": ") for evaluator in evaluators)],
+                    rows,
+                )
+            )
+        grids.append(
+            by_condition("Distance of the sets", figures, conditions, set_measures(figures[UNCONDITIONAL]), "model")
+        )
+        lines = [
+            "An evaluator sees the originals cut as the model's own backbone sees them, so that both pictures show the"
+            " same."
+        ]
+        return Report(
+            "cross-model evaluation", figures, grids, lines, panels=self.panel(tables, f"{evaluators[0]}cosine")
+        )

@@ -32,13 +32,24 @@ class Quality(Suite):
 
     def report(self, tables: dict[str, Table]) -> Report:
         columns = [UNCONDITIONAL, RECONSTRUCTION, ROUND_TRIP]
-        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (RECONSTRUCTION, UNCONDITIONAL, ROUND_TRIP)}
+        figures = {
+            condition: figures_of(tables[condition], tables[ORIGINAL])
+            for condition in (RECONSTRUCTION, UNCONDITIONAL, ROUND_TRIP)
+        }
         way = gap_closed(figures)
         source = self.context.info(self.spec).source
-        lines = [f"Cosine: {way:.1%} of the way from the unconditional baseline to the round trip.", paper.beside(source.backbone, source.layer, source.pooled)]
+        lines = [
+            f"Cosine: {way:.1%} of the way from the unconditional baseline to the round trip.",
+            paper.beside(source.backbone, source.layer, source.pooled),
+        ]
         panel = condition_panel(tables, [ORIGINAL, RECONSTRUCTION, ROUND_TRIP, UNCONDITIONAL], self.title())
         return Report(
-            self.title(), figures, [by_measure("Faithfulness", figures, columns)], [line for line in lines if line], {"gap_closed": way}, {"panel.png": panel}
+            self.title(),
+            figures,
+            [by_measure("Faithfulness", figures, columns)],
+            [line for line in lines if line],
+            {"gap_closed": way},
+            {"panel.png": panel},
         )
 
 
@@ -55,7 +66,10 @@ class NaturalAdversarial(Quality):
 
     def subset(self) -> list[int]:
         self.require_imagenet()
-        return [int(line) for line in (Path(timm.data.__file__).parent / "_info" / "imagenet_a_indices.txt").read_text().split()]
+        return [
+            int(line)
+            for line in (Path(timm.data.__file__).parent / "_info" / "imagenet_a_indices.txt").read_text().split()
+        ]
 
 
 def gap_closed(results: dict, name: str = "cosine") -> float:

@@ -34,7 +34,10 @@ class BesideRCDM(Several):
     def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
         self.file = Path(args.rcdm or EMBEDDED)
         if not args.rcdm and not self.file.is_file():
-            raise FeatInvError("the drawn world's RCDM is not shipped: python training/make_world.py drawn --stage rcdm makes it, or name a checkpoint with --rcdm")
+            raise FeatInvError(
+                "the drawn world's RCDM is not shipped: python training/make_world.py drawn --stage rcdm makes it, or"
+                " name a checkpoint with --rcdm"
+            )
         self.rcdm = load_rcdm(self.file).to(context.device)
         super().__init__(context, args)
         for name, spec in self.models.items():
@@ -51,7 +54,13 @@ class BesideRCDM(Several):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--rcdm", help="published checkpoint, as rcdm_ema_supervised.pt (default: the one that make_world.py drawn --stage rcdm makes)")
+        parser.add_argument(
+            "--rcdm",
+            help=(
+                "published checkpoint, as rcdm_ema_supervised.pt (default: the one that make_world.py drawn --stage"
+                " rcdm makes)"
+            ),
+        )
         parser.add_argument("--rcdm-steps", type=int, help="RCDM's DDIM steps (default: 100, the drawn world's own 50)")
 
     def chosen(self) -> dict[str, ModelSpec]:
@@ -62,10 +71,18 @@ class BesideRCDM(Several):
     def require_fitting(self, name: str, spec: ModelSpec) -> None:
         """Raises FeatInvError for a model of other features than RCDM's."""
         source, own = self.context.info(spec).source, self.rcdm.source
-        if source.layer != LAST or source.channels != self.rcdm.channels or own and (own.backbone, own.input_size) != (source.backbone, source.input_size):
+        if (
+            source.layer != LAST
+            or source.channels != self.rcdm.channels
+            or own
+            and (own.backbone, own.input_size) != (source.backbone, source.input_size)
+        ):
             reads = f"{own.backbone}'s vectors" if own else "vectors"
             hint = "" if self.args.rcdm else "; give --rcdm FILE, a checkpoint for these features"
-            raise FeatInvError(f"RCDM {self.file} reads {reads} of {self.rcdm.channels} channels of the last layer; {name} inverts {source.describe()}{hint}")
+            raise FeatInvError(
+                f"RCDM {self.file} reads {reads} of {self.rcdm.channels} channels of the last layer; {name} inverts"
+                f" {source.describe()}{hint}"
+            )
 
     def evaluators(self, spec: ModelSpec) -> dict[str, Evaluator]:
         return {"": Evaluator(self.context.backbone(spec), COMPARED)}
@@ -77,22 +94,44 @@ class BesideRCDM(Several):
         pixel_values, side = originals.preprocess(self.first.backbone), self.rcdm.resolution
         seeds = [torch.Generator().manual_seed(n + self.context.seed) for n in originals.numbers]
         noise = torch.cat([torch.randn(1, 3, side, side, generator=seed) for seed in seeds])
-        drawn = self.rcdm.sample(self.rcdm.vectors(self.first.backbone, pixel_values), noise, self.sampling[COMPETITOR].steps)
+        drawn = self.rcdm.sample(
+            self.rcdm.vectors(self.first.backbone, pixel_values), noise, self.sampling[COMPETITOR].steps
+        )
         return self.first.measure(pixel_values, drawn, originals.single)
 
     def conditions(self) -> dict[str, Condition]:
         return {COMPETITOR: self.competitor} | super().conditions()
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures, conditions, side = self.figures(tables), [UNCONDITIONAL, COMPETITOR, *self.models, ROUND_TRIP], self.rcdm.resolution
-        sets = {small: [name for name in set_measures(figures[UNCONDITIONAL]) if (f"at {side} pixels" in name) == small] for small in (False, True)}
+        figures, conditions, side = (
+            self.figures(tables),
+            [UNCONDITIONAL, COMPETITOR, *self.models, ROUND_TRIP],
+            self.rcdm.resolution,
+        )
+        sets = {
+            small: [name for name in set_measures(figures[UNCONDITIONAL]) if (f"at {side} pixels" in name) == small]
+            for small in (False, True)
+        }
         measures = ("cosine", "cosine_pooled", "top5_match", "top1_match")
         grids = [
-            by_condition("At the backbone's resolution (paper Table 4)", figures, conditions, [*measures, *sets[False]], "model"),
-            by_condition(f"Both pictures scaled to {side} pixels, RCDM's own", figures, conditions, [*(NATIVE + name for name in measures), *sets[True]], "model"),
+            by_condition(
+                "At the backbone's resolution (paper Table 4)", figures, conditions, [*measures, *sets[False]], "model"
+            ),
+            by_condition(
+                f"Both pictures scaled to {side} pixels, RCDM's own",
+                figures,
+                conditions,
+                [*(NATIVE + name for name in measures), *sets[True]],
+                "model",
+            ),
         ]
-        lines = ["The paper, for ResNet50: RCDM cosine 0.29 at 128 pixels and 0.16 at 224, FID 13.02 and 28.26; FeatInv 0.46 and 11.49, pooled 0.12 and 31.64."]
-        panel = condition_panel(tables, [next(iter(self.tested_models)), COMPETITOR, *self.models, ROUND_TRIP, UNCONDITIONAL], self.title())
+        lines = [
+            "The paper, for ResNet50: RCDM cosine 0.29 at 128 pixels and 0.16 at 224, FID 13.02 and 28.26; FeatInv 0.46"
+            " and 11.49, pooled 0.12 and 31.64."
+        ]
+        panel = condition_panel(
+            tables, [next(iter(self.tested_models)), COMPETITOR, *self.models, ROUND_TRIP, UNCONDITIONAL], self.title()
+        )
         return Report(self.title(), figures, grids, lines, panels={"panel.png": panel})
 
     def title(self) -> str:

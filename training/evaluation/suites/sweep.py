@@ -28,36 +28,77 @@ class Sweep(Suite):
     def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
         super().__init__(context, args)
         self.tested = self.one_model()
-        self.settings_of = {f"strength={s:g}, guidance={g:g}": (s, g) for s, g in product(sorted(set(args.strengths)), sorted(set(args.guidances)))}
-        self.sampling = {condition: context.sampling(self.spec, strength=s, guidance=g) for condition, (s, g) in self.settings_of.items()}
-        self.sampling[UNCONDITIONAL] = context.sampling(self.spec, strength=1.0, guidance=1.0)  # whatever the file recommends, before and after
+        self.settings_of = {
+            f"strength={s:g}, guidance={g:g}": (s, g)
+            for s, g in product(sorted(set(args.strengths)), sorted(set(args.guidances)))
+        }
+        self.sampling = {
+            condition: context.sampling(self.spec, strength=s, guidance=g)
+            for condition, (s, g) in self.settings_of.items()
+        }
+        self.sampling[UNCONDITIONAL] = context.sampling(
+            self.spec, strength=1.0, guidance=1.0
+        )  # whatever the file recommends, before and after
         self.require_own_file()
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="control strengths")
-        parser.add_argument("--guidances", type=float, nargs="+", default=[1.0, 1.75, 3.0, 5.0, 8.0], help="guidance scales")
-        parser.add_argument("--write-back", action="store_true", help="make the setting of the highest cosine the file's recommended one")
+        parser.add_argument(
+            "--strengths", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="control strengths"
+        )
+        parser.add_argument(
+            "--guidances", type=float, nargs="+", default=[1.0, 1.75, 3.0, 5.0, 8.0], help="guidance scales"
+        )
+        parser.add_argument(
+            "--write-back",
+            action="store_true",
+            help="make the setting of the highest cosine the file's recommended one",
+        )
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (*self.settings_of, UNCONDITIONAL, ROUND_TRIP)}
+        figures = {
+            condition: figures_of(tables[condition], tables[ORIGINAL])
+            for condition in (*self.settings_of, UNCONDITIONAL, ROUND_TRIP)
+        }
         best = max(self.settings_of, key=lambda condition: figures[condition][self.score]["value"])
         matched = max(self.settings_of, key=lambda condition: figures[condition]["top1_match"]["value"])
         strengths, guidances = (sorted({pair[k] for pair in self.settings_of.values()}) for k in (0, 1))
         panels = {}
         for name, title in ((self.score, "cosine"), ("top1_match", "top-1 match")):
-            values = torch.tensor([[figures[f"strength={s:g}, guidance={g:g}"][name]["value"] for g in guidances] for s in strengths])
-            panels[f"{name}.png"] = heat_map(values, [f"strength {s:g}" for s in strengths], [f"guid. {g:g}" for g in guidances], f"{title}, {self.args.model}")
-        panels["panel.png"] = condition_panel(tables, list(dict.fromkeys([ORIGINAL, best, matched, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score)
+            values = torch.tensor(
+                [[figures[f"strength={s:g}, guidance={g:g}"][name]["value"] for g in guidances] for s in strengths]
+            )
+            panels[f"{name}.png"] = heat_map(
+                values,
+                [f"strength {s:g}" for s in strengths],
+                [f"guid. {g:g}" for g in guidances],
+                f"{title}, {self.args.model}",
+            )
+        panels["panel.png"] = condition_panel(
+            tables, list(dict.fromkeys([ORIGINAL, best, matched, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score
+        )
         lines = [
-            f"Highest cosine at {best}, highest top-1 match at {matched}: the best of {len(self.settings_of)} settings on these pictures, "
-            "whose figures are therefore too favourable; measure the chosen one on others."
+            f"Highest cosine at {best}, highest top-1 match at {matched}: the best of {len(self.settings_of)} settings"
+            " on these pictures, whose figures are therefore too favourable; measure the chosen one on others."
         ]
         if self.args.write_back:
             self.best = best
             lines.append(f"{self.args.model} now recommends {best}.")
-        grid = by_condition("All settings", figures, [UNCONDITIONAL, *self.settings_of, ROUND_TRIP], [self.score, "top1_match", "top5_match"], "setting")
-        return Report(self.title(), figures, [grid], lines, {"best": dict(zip(("strength", "guidance"), self.settings_of[best]))}, panels)
+        grid = by_condition(
+            "All settings",
+            figures,
+            [UNCONDITIONAL, *self.settings_of, ROUND_TRIP],
+            [self.score, "top1_match", "top5_match"],
+            "setting",
+        )
+        return Report(
+            self.title(),
+            figures,
+            [grid],
+            lines,
+            {"best": dict(zip(("strength", "guidance"), self.settings_of[best]))},
+            panels,
+        )
 
     def afterwards(self) -> None:
         if self.args.write_back:
@@ -70,5 +111,7 @@ def recommend(file: Path, strength: float | None = None, guidance: float | None 
     read_info(file)  # refuses what is no weights file
     metadata = read_metadata(file)
     about = json.loads(metadata["featinv"])
-    about["recommended"] |= {k: v for k, v in (("strength", strength), ("guidance", guidance)) if v is not None} | settings
+    about["recommended"] |= {
+        k: v for k, v in (("strength", strength), ("guidance", guidance)) if v is not None
+    } | settings
     write_safetensors(file, read_tensors(file), metadata | {"featinv": json.dumps(about)})

@@ -23,7 +23,8 @@ ROWS = 6  # originals in the panel
 
 
 class Variability(Suite):
-    """Several seeds per map: the variance of the pictures and of their features, beside that of the base model alone."""
+    """Several seeds per map: the variance of the pictures and of their features, beside that of the base model
+    alone."""
 
     name = "variability"
     chooses = False
@@ -63,7 +64,11 @@ class Variability(Suite):
                 drawn.append(pipeline.draw(target, sampling, start, len(start)))
                 measured.append(tested.measure(pixel_values, drawn[-1], originals.single))
                 maps.append(values(drawn[-1]))
-            columns = {name: torch.stack([f[name] for f in measured]).mean(0) for name in measured[0] if measured[0][name].ndim == 1}
+            columns = {
+                name: torch.stack([f[name] for f in measured]).mean(0)
+                for name in measured[0]
+                if measured[0][name].ndim == 1
+            }
             length = values(pixel_values).square().sum(1).mean((1, 2))
             columns["pixel_variance"] = torch.stack(drawn).var(0).mean((1, 2, 3))
             columns["feature_variance"] = torch.stack(maps).var(0).sum(1).mean((1, 2)) / length
@@ -73,12 +78,27 @@ class Variability(Suite):
 
     def conditions(self) -> dict[str, Condition]:
         own = {RECONSTRUCTION: self.varied(self.sampling[RECONSTRUCTION], True)}
-        return own | {UNCONDITIONAL: self.varied(self.sampling[UNCONDITIONAL], False), ROUND_TRIP: self.tested.round_trip}
+        return own | {
+            UNCONDITIONAL: self.varied(self.sampling[UNCONDITIONAL], False),
+            ROUND_TRIP: self.tested.round_trip,
+        }
 
     def report(self, tables: dict[str, Table]) -> Report:
-        figures = {condition: figures_of(tables[condition], tables[ORIGINAL]) for condition in (RECONSTRUCTION, UNCONDITIONAL, ROUND_TRIP)}
-        originals, drawn, unconditional = (tables[condition].pictures for condition in (ORIGINAL, RECONSTRUCTION, UNCONDITIONAL))
-        rows = [[(originals[k], "original"), *((x, f"sample {s}") for s, x in enumerate(drawn[k]))] for k in range(min(ROWS, len(drawn)))]
+        figures = {
+            condition: figures_of(tables[condition], tables[ORIGINAL])
+            for condition in (RECONSTRUCTION, UNCONDITIONAL, ROUND_TRIP)
+        }
+        originals, drawn, unconditional = (
+            tables[condition].pictures for condition in (ORIGINAL, RECONSTRUCTION, UNCONDITIONAL)
+        )
+        rows = [
+            [(originals[k], "original"), *((x, f"sample {s}") for s, x in enumerate(drawn[k]))]
+            for k in range(min(ROWS, len(drawn)))
+        ]
         rows.append([(x, "no features") for x in unconditional[0]])
-        grid = by_measure(f"{self.args.samples} samples of each map; measures are averaged over the samples", figures, [UNCONDITIONAL, RECONSTRUCTION, ROUND_TRIP])
+        grid = by_measure(
+            f"{self.args.samples} samples of each map; measures are averaged over the samples",
+            figures,
+            [UNCONDITIONAL, RECONSTRUCTION, ROUND_TRIP],
+        )
         return Report(self.title(), figures, [grid], panels={"panel.png": panel(rows, [""] * len(rows), self.title())})
