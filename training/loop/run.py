@@ -36,7 +36,7 @@ from .log import Pace, check_trackers, device_peak, open_log, show, start_tracke
 from .objective import at_stage, cast_frozen, observe, sample_noise, training_loss
 from .optimizer import build_optimizer, clip_and_step, weights_layout
 from .panel import sample_panel
-from .schedule import lr_at
+from .schedule import lr_at, step_seed
 from .scope import check_scope_data, end_with_scope
 from .setup import open_frozen, standardise, start_from
 
@@ -222,7 +222,7 @@ class Run:
     def step(self) -> None:
         """Gradients and update on the batch at hand; random numbers depend on the seed and the images seen alone."""
         config = self.config
-        torch.manual_seed(hash((config.seed, self.seen)) % 2**63)
+        torch.manual_seed(step_seed(config.seed, self.seen))
         set_lr(self.optimizer, lr_at(self.seen, config, self.per_step), 1 if self.seen < config.encoder_first else None)
         try:
             self.losses.append(self._take_step().clone())
