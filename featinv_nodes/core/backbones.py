@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -244,17 +245,17 @@ class Backbone(nn.Module):
         """What forward_features gives, as [B, C, H, W] without prefix tokens."""
         form, _, grid, count = self.last_map
         if form == "NLC":
-            return out[:, count:].transpose(1, 2).unflatten(2, grid)
-        return out.permute(0, 3, 1, 2) if form == "NHWC" else out
+            return rearrange(out[:, count:], "b (h w) c -> b c h w", h=grid[0])
+        return rearrange(out, "b h w c -> b c h w") if form == "NHWC" else out
 
     def _head(self, values: Tensor, prefix: Tensor | None) -> Tensor:
         """The inverse of _spatial for the last layer, then the model's own head: [B, classes]."""
         form = self.last_map.form
         if form == "NLC":
-            values = values.flatten(2).transpose(1, 2)
+            values = rearrange(values, "b c h w -> b (h w) c")
             values = values if prefix is None else torch.cat([prefix.to(values), values], 1)
         elif form == "NHWC":
-            values = values.permute(0, 2, 3, 1)
+            values = rearrange(values, "b c h w -> b h w c")
         return self.model.forward_head(values).float()
 
 

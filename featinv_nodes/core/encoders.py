@@ -4,6 +4,7 @@ A.1)."""
 from __future__ import annotations
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ class Encoder(nn.Module):
 
     def standardise(self, values: Tensor) -> None:
         """Sets mean and deviation per channel from feature maps [B, C, H, W] of the training set."""
-        flat = values.float().transpose(0, 1).flatten(1)
+        flat = rearrange(values.float(), "b c h w -> c (b h w)")
         self.mean.copy_(flat.mean(1))
         self.deviation.copy_(flat.std(1).clamp(min=1e-4))
 
@@ -131,17 +132,16 @@ class PerceiverEncoder(Encoder):
     def forward(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Feature values [B, C, h, w] -> hint [B, C_d, *size], size being the latent grid (H, W)."""
         tokens = self.in_proj(self.standardised(values)) + self.position
-        tokens = self.token_norm(tokens.flatten(2).transpose(1, 2))  # [B, h w, width]
-        grid = resize_bilinear(self.queries, size).flatten(2).transpose(1, 2)
-        grid = grid.expand(len(values), -1, -1)  # [B, H W, width]
+        tokens = self.token_norm(rearrange(tokens, "b c h w -> b (h w) c"))
+        grid = repeat(resize_bilinear(self.queries, size), "1 c h w -> b (h w) c", b=len(values))
         q, k, v = (
-            x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            rearrange(x, "b n (heads c) -> b heads n c", heads=self.heads)
             for x in (self.to_query(self.query_norm(grid)), *self.to_key_value(tokens).chunk(2, 2))
         )
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = grid + self.out_proj(attended)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        x = grid + self.out_proj(rearrange(attended, "b heads n c -> b n (heads c)"))
         x = x + self.mlp(self.norm(x))
-        return self.out(x).transpose(1, 2).unflatten(2, tuple(size))
+        return rearrange(self.out(x), "b (h w) c -> b c h w", h=size[0])
 
 
 KINDS = {"conv": ConvEncoder, "conv_at_map": MapConvEncoder, "perceiver": PerceiverEncoder}

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -108,7 +109,7 @@ class PatchAutoencoder(nn.Module):
     @torch.no_grad()
     def start_from_patches(self, x: Tensor) -> None:
         """Sets the two linear maps to the principal components of the patches of x [B, 3, h, w] and their inverse."""
-        patches = F.pixel_unshuffle(x, self.patch).transpose(0, 1).flatten(1)
+        patches = rearrange(x, "b c (h p) (w q) -> (c p q) (b h w)", p=self.patch, q=self.patch)
         mean = patches.mean(1, keepdim=True)
         basis, scale, _ = torch.linalg.svd((patches - mean) @ (patches - mean).T / patches.shape[1])
         basis, scale = basis[:, : self.latents], scale[: self.latents].sum().div(self.latents).sqrt()

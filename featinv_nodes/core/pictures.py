@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ DIVERGING = ((33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), 
 def principal_components(features: FeatureMap) -> Tensor:
     """[B, 3, H, W] in 0..1: the three directions of largest variance over all locations of the batch as red, green
     and blue, each from its 1st to its 99th percentile. Raises FeatInvError for a single vector."""
-    x = features.values.float().transpose(0, 1).flatten(1).T  # [B * H * W, C]
+    x = rearrange(features.values.float(), "b c h w -> (b h w) c")
     if len(x) < 2:
         raise FeatInvError("one pooled vector has no principal components; give a spatial feature map or a batch")
     x = x - x.mean(0)
@@ -30,8 +31,8 @@ def principal_components(features: FeatureMap) -> Tensor:
     )  # a sign that does not depend on the solver
     low, high = colours.quantile(0.01, 0), colours.quantile(0.99, 0)
     colours = ((colours - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
-    batch, _, height, width = features.values.shape
-    return colours.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+    batch, _, height, _ = features.values.shape
+    return rearrange(colours, "(b h w) c -> b c h w", b=batch, h=height)
 
 
 def heat_map(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields, replace
 from math import log
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -295,7 +296,7 @@ def sampled(values: Tensor, picks: torch.Generator) -> tuple[Tensor, Tensor]:
     indices = torch.rand(len(values), values[0, 0].numel(), generator=picks).argsort(1)[:, :PER_MAP]
     means = neighbour_mean(F.normalize(values, dim=1)) if indices.shape[1] > 1 else values
     return tuple(
-        v.flatten(2).gather(2, indices[:, None].expand(-1, v.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+        rearrange(v.flatten(2).gather(2, indices[:, None].expand(-1, v.shape[1], -1)), "b c n -> (b n) c")
         for v in (values, means)
     )
 

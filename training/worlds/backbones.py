@@ -6,6 +6,7 @@ from pathlib import Path
 
 import timm
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,7 +118,7 @@ def train_vit(work: Path, cnn: nn.Module, device: str = "cpu", seed: int = 0) ->
         with torch.autocast(device, torch.bfloat16):
             logits, cells, vectors = model(x)
             with torch.no_grad():
-                target = cnn.forward_features(x).flatten(2).transpose(1, 2)
+                target = rearrange(cnn.forward_features(x), "b c h w -> b (h w) c")
         loss = group_losses(logits, scenes.targets()) + group_losses(cells, token_targets(scenes))
         if indices[0] >= DISTIL_FROM:
             loss = loss + 4 * (1 - F.cosine_similarity(vectors.float(), target.float(), dim=-1).mean())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..backbones import Backbone
@@ -122,7 +123,7 @@ def collect(
     total = len(pictures)
     for labels, pixel_values in pictures:
         features = extract(pixel_values).to("cpu")
-        for cells in features.values.flatten(2).transpose(1, 2):  # [H * W, C]
+        for cells in rearrange(features.values, "b c h w -> b (h w) c"):
             share = (read + 1) * count // total - read * count // total
             vectors.append(cells[torch.randperm(len(cells), generator=generator)[:share]])
             read += 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..feature_map import FeatInvError, FeatureMap, FeatureSource
@@ -91,7 +92,7 @@ class Concepts:
         """phi [N, C] at all N = B H W locations and its coefficients z [N, D], a sparse tensor where the code is
         sparse."""
         features.source.require(self.source, "the feature map", "the concepts")
-        phi = features.values.movedim(1, -1).flatten(0, 2)
+        phi = rearrange(features.values, "b c h w -> (b h w) c")
         centred = phi if self.mean is None else phi - self.mean.to(phi)
         if self.encoder is None:
             return phi, centred @ self._inverse.to(phi)
@@ -153,8 +154,8 @@ class Concepts:
             triangle = torch.linalg.qr(basis.float().T, mode="r")[1].to(phi)  # U_i = R^T Q^T, so |z_i U_i| = |z_i R^T|
             lengths.append((self._of(code, number) @ triangle.T).norm(dim=1))
         lengths.append((phi - code @ self._stacked.to(phi)).norm(dim=1))
-        batch, _, height, width = features.values.shape
-        return torch.stack(lengths).unflatten(1, (batch, height, width))
+        batch, _, height, _ = features.values.shape
+        return rearrange(torch.stack(lengths), "n (b h w) -> n b h w", b=batch, h=height)
 
     def activation(self, features: FeatureMap) -> Tensor:
         """[n + 1, B, H, W] in 0..1 or little above: |phi_i| at each location over the largest |phi| of the picture."""
@@ -163,8 +164,8 @@ class Concepts:
 
 def _as_map(rows: Tensor, features: FeatureMap) -> Tensor:
     """[N, d] at the locations of a map to [B, d, H, W]."""
-    batch, _, height, width = features.values.shape
-    return rows.unflatten(0, (batch, height, width)).movedim(-1, 1)
+    batch, _, height, _ = features.values.shape
+    return rearrange(rows, "(b h w) d -> b d h w", b=batch, h=height)
 
 
 def completeness(bases: Sequence[Tensor], weights: Tensor) -> Tensor:
