@@ -7,16 +7,14 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-TILE, GAP, CAPTION, LINE = (
-    144,
-    8,
-    20,
-    16,
-)  # a picture's side, between pictures, a caption's first line, each further one
+TEMPLATE = Path(__file__).with_name("page.html")
+TILE, GAP = 144, 8  # pixels: a picture's side, between pictures
+CAPTION, LINE = 20, 16  # a caption's first line, each further one
 SMALL = 96  # pixels: smaller pictures are enlarged pixel by pixel
 INK, GREY, PALE, PAPER = (30, 30, 34), (105, 105, 112), (222, 222, 226), (255, 255, 255)
 Cell = tuple[Tensor, str]
@@ -80,25 +78,24 @@ def shortened(line: str, font: ImageFont.FreeTypeFont, width: int = TILE + GAP) 
     return f"{line}…"
 
 
+def document(title: str, body: str) -> str:
+    """An HTML file of this project's one template. body: HTML."""
+    return Template(TEMPLATE.read_text("utf-8")).substitute(title=html.escape(title), body=body)
+
+
+def picture_tag(image: Image.Image, name: str, form: str = "PNG") -> str:
+    """An image as an HTML element with the picture inside it. form: Pillow's name of a format."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, quality=88)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(name)}" title="{html.escape(name)}" src="data:image/{form.lower()};base64,{data}">'
+
+
 def page(title: str, image: Image.Image, paragraphs: Sequence[str], body: str = "") -> str:
     """One HTML file with the picture inside it, which opens without a server. body: HTML between paragraphs and
     picture."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    text = "".join(f"<p>{html.escape(p)}</p>" for p in paragraphs)
-    style = (
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:1700px;margin:2rem auto;padding:0"
-        " 1rem}img{max-width:100%}table{border-collapse:collapse;font-size:14px;margin:1rem 0}td,th{border:1px solid"
-        " #ccc;padding:.2rem .6rem;text-align:left}"
-    )
-    picture = (
-        f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    )
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    return (
-        f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title><style>{style}</style>'
-        f"<h1>{html.escape(title)}</h1>{text}{body}{picture}</html>\n"
-    )
+    text = "\n".join(f"<p>{html.escape(p)}</p>" for p in paragraphs)
+    return document(title, f"{text}\n{body}\n{picture_tag(image, title)}")
 
 
 def save_image(image: Image.Image, file: Path) -> None:

@@ -10,6 +10,8 @@ import { basename, join } from "node:path";
 const require = createRequire(join(process.cwd(), "x.js"));
 const { chromium } = require(process.env.PLAYWRIGHT_CORE || "playwright-core");
 const [url, out, ...files] = process.argv.slice(2);
+const HANG = 600000; // milliseconds that only a page that hangs can take
+const NODES = () => window.app?.graph && window.app.canvas && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100;
 mkdirSync(out, { recursive: true });
 
 const browser = await chromium.launch({
@@ -21,15 +23,22 @@ const trouble = [];
 page.on("pageerror", (error) => trouble.push(`page error: ${error.message}`));
 page.on("console", (message) => message.type() === "error" && trouble.push(message.text()));
 
+page.setDefaultTimeout(HANG);
+// until the requests and drawings that an action causes are over
+const settled = async () => {
+  await page.waitForLoadState("networkidle");
+  await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+};
+
 await page.goto(url);
-await page.waitForFunction(() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100, null, { timeout: 120000 });
+await page.waitForFunction(NODES);
 await page.evaluate(() => window.app.api.fetchApi("/settings", {
   method: "POST",
   body: JSON.stringify({ "Comfy.TutorialCompleted": true, "Comfy.Workflow.ShowMissingModelsWarning": false, "Comfy.Graph.CanvasInfo": false }),
 }));
 await page.reload();
-await page.waitForFunction(() => window.app?.graph && window.app.canvas && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100, null, { timeout: 120000 });
-await page.waitForTimeout(2000);
+await page.waitForFunction(NODES);
+await settled();
 await page.keyboard.press("Escape");
 
 const found = {};
@@ -47,7 +56,7 @@ for (const file of files) {
     const workflow = JSON.parse(readFileSync(file, "utf8"));
     await page.evaluate((data) => window.app.loadGraphData(data), workflow);
   }
-  await page.waitForTimeout(600);
+  await settled();
   const state = await page.evaluate(() => {
     const nodes = window.app.graph._nodes ?? window.app.graph.nodes;
     const dialog = [...document.querySelectorAll('[role="dialog"]')].map((d) => d.innerText.slice(0, 200));
@@ -58,7 +67,7 @@ for (const file of files) {
       unlinked: nodes.flatMap((n) => (n.inputs ?? []).filter((i) => i.link != null && !window.app.graph.links.get?.(i.link) && !window.app.graph.links[i.link]).map((i) => `${n.type}.${i.name}`)),
     };
   });
-  const ran = !basename(file).startsWith("minisd") && file.endsWith(".json") ? await page.evaluate(() => new Promise((done) => {
+  const ran = !basename(file).startsWith("minisd") && file.endsWith(".json") ? await page.evaluate((limit) => new Promise((done) => {
     const api = window.app.api, seen = { progress: 0, pictures: 0, error: null };
     const progress = () => (seen.progress += 1);
     const executed = (event) => (seen.pictures += event.detail?.output?.images?.length ?? 0);
@@ -70,8 +79,8 @@ for (const file of files) {
     const listeners = { progress, executed, execution_error: (e) => end(e.detail.exception_message), execution_success: () => end(null) };
     for (const [type, listener] of Object.entries(listeners)) api.addEventListener(type, listener);
     window.app.queuePrompt(0);
-    setTimeout(() => end("no end in 120 s"), 120000);
-  })) : null;
+    setTimeout(() => end("it hangs"), limit);
+  }), HANG) : null;
   await page.evaluate(() => {
     const nodes = window.app.graph._nodes ?? window.app.graph.nodes, ds = window.app.canvas.ds;
     const left = Math.min(...nodes.map((n) => n.pos[0])), top = Math.min(...nodes.map((n) => n.pos[1] - 40));
@@ -80,7 +89,7 @@ for (const file of files) {
     ds.offset = [90 / ds.scale - left, 90 / ds.scale - top];
     window.app.canvas.setDirty(true, true);
   });
-  await page.waitForTimeout(600);
+  await settled();
   await page.screenshot({ path: join(out, `${name}.png`) });
   found[basename(file)] = { ...state, ran, trouble: [...trouble] };
 }
@@ -101,7 +110,7 @@ if (process.env.NODE_PICTURES) {
       const box = window.app.canvas.canvas.getBoundingClientRect();
       return { x: box.left + 290 * 1.25, y: box.top + 162 * 1.25, width: (node.size[0] + 20) * 1.25, height: (node.size[1] + 46) * 1.25 };
     }, type);
-    await page.waitForTimeout(500);
+    await settled();
     await page.screenshot({ path: join(process.env.NODE_PICTURES, `${type}.png`), clip });
   }
 }

@@ -14,6 +14,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+HANG = 900  # seconds that only a host or a browser that hangs can take
 PACK = Path(__file__).resolve().parents[2]
 sys.path.append(str(PACK))
 
@@ -35,11 +36,11 @@ class Host:
         text = (self.root / "comfyui_version.py").read_text()
         return text.split('"')[1]
 
-    def run_inside(self, program: Path, *arguments: str | Path, timeout: int = 600) -> dict:
+    def run_inside(self, program: Path, *arguments: str | Path) -> dict:
         """Runs a program in the host's environment; returns the JSON on the last line that it prints."""
         command = [self.python, str(program), str(self.root), *map(str, arguments)]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command, capture_output=True, text=True, timeout=HANG, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
         if done.returncode:
             raise RuntimeError(
@@ -84,7 +85,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=base, env=os.environ | {"OMP_NUM_THREADS": "1"}
             )
-        self.wait(lambda: self.get("/system_stats"), 180, "start")
+        self.wait(lambda: self.get("/system_stats"), "start")
 
     @property
     def url(self) -> str:
@@ -95,11 +96,11 @@ class Server:
         return self.log_file.read_text(errors="replace")
 
     def get(self, path: str) -> dict:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=HANG) as answer:
             return json.loads(answer.read())
 
     def file(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=HANG) as answer:
             return answer.read()
 
     def post(self, path: str, body: dict) -> tuple[int, dict]:
@@ -107,7 +108,7 @@ class Server:
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=HANG) as answer:
                 return answer.status, json.loads(answer.read() or b"{}")
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -117,13 +118,13 @@ class Server:
         assert status == 200, json.dumps(answer, indent=1)
         return answer["prompt_id"]
 
-    def result(self, prompt_id: str, seconds: int = 180) -> dict:
+    def result(self, prompt_id: str) -> dict:
         """The history of a prompt once it has ended, well or not."""
-        return self.wait(lambda: self.get(f"/history/{prompt_id}")[prompt_id], seconds, f"finish {prompt_id}")
+        return self.wait(lambda: self.get(f"/history/{prompt_id}")[prompt_id], f"finish {prompt_id}")
 
-    def run(self, prompt: dict, seconds: int = 180) -> dict:
+    def run(self, prompt: dict) -> dict:
         """Outputs by node id of a prompt that succeeds."""
-        result = self.result(self.submit(prompt), seconds)
+        result = self.result(self.submit(prompt))
         assert result["status"]["status_str"] == "success", json.dumps(result["status"]["messages"], indent=1)[-3000:]
         return result["outputs"]
 
@@ -134,9 +135,9 @@ class Server:
         assert errors, "the prompt did not fail"
         return errors[0].strip()
 
-    def wait(self, ask, seconds: int, what: str) -> dict:
-        """Asks until there is an answer."""
-        end = time.monotonic() + seconds
+    def wait(self, ask, what: str) -> dict:
+        """Asks until there is an answer, or the host has ended."""
+        end = time.monotonic() + HANG
         while time.monotonic() < end:
             try:
                 return ask()
@@ -144,7 +145,7 @@ class Server:
                 if self.process.poll() is not None:
                     raise RuntimeError(f"the host ended:\n{self.log[-4000:]}") from None
                 time.sleep(0.2)  # polls another process; nothing is timed by it
-        raise TimeoutError(f"the host did not {what} in {seconds} s:\n{self.log[-4000:]}")
+        raise TimeoutError(f"the host did not {what} in {HANG} s:\n{self.log[-4000:]}")
 
     def resident(self) -> int:
         """Bytes of memory that the host's process holds, from its own count of what is free where there is no /proc."""
@@ -156,4 +157,4 @@ class Server:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(HANG)

@@ -478,7 +478,7 @@ def write(server: Server, name: str, graph: Graph, info: dict, pictures: bool) -
     if not pictures:
         return
     prompt = to_prompt(workflow, info)
-    picture = results(server, workflow, server.run(with_second_picture(prompt, graph), 600))
+    picture = results(server, workflow, server.run(with_second_picture(prompt, graph)))
     carried = PngInfo()
     carried.add_text("prompt", json.dumps(prompt))
     carried.add_text("workflow", json.dumps(workflow))

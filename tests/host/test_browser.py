@@ -46,7 +46,6 @@ def seen(host, tmp_path_factory):
             command,
             capture_output=True,
             text=True,
-            timeout=1200,
             env=os.environ | {"PLAYWRIGHT_CORE": CORE, "CHROMIUM": CHROMIUM},
         )
         assert done.returncode == 0, done.stderr[-3000:]

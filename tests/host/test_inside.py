@@ -63,7 +63,9 @@ def test_guidance_by_the_gradient_makes_pictures_more_alike(measured):
     result = measured["gradient"]
     assert result["moved"] > result["plain"] + 0.01 and result["bypass"] and result["after"] == 0
     assert max(result["dual"], result["one"]) <= CLOSE
-    assert result["command line"] <= 5e-4  # each guided step enlarges the float32 differences before it; 8e-5 seen
+    # Guided steps enlarge float32's differences: noise changed by 1e-5 moves these latents by 7e-6 without guidance,
+    # by 6e-5 with it. 8.3e-5 is seen between host and program.
+    assert result["command line"] <= 5e-4
     assert (
         "Use the same backbone" in result["other backbone"] and "3 latent channels, the model 24" in result["other vae"]
     )

@@ -120,7 +120,7 @@ def test_interrupted_then_queued_again(server):
         server.post("/interrupt", {})
         return server.get(f"/history/{number}")[number]
 
-    assert any(kind == "execution_interrupted" for kind, _ in server.wait(stopped, 60, "stop")["status"]["messages"])
+    assert any(kind == "execution_interrupted" for kind, _ in server.wait(stopped, "stop")["status"]["messages"])
     assert server.run(inversion())["9"]["images"]
 
 

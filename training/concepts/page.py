@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 
 import torch
 from PIL import Image
@@ -16,36 +14,10 @@ from featinv_nodes.core.concepts.collect import Collected
 from featinv_nodes.core.concepts.statistics import Statistics, dimensions, remarks
 from featinv_nodes.core.pictures import heat_map
 
+from ..report import document, picture_tag
+
 CROPS, EXAMPLES, MOST = 5, 4, 40  # of a concept; pictures with heat maps; concepts shown in pictures
 CONTEXT, SIDE = 4, 160  # a crop's side in grid cells; a picture's side on the page in pixels
-
-STYLE = """
-:root{color-scheme:light dark;--line:#8884;--dim:#888;--bar:#3b7ea1}
-h1{font-size:1.5rem;overflow-wrap:anywhere}
-body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem}
-h2{font-size:1.1rem;margin:0 0 .2rem}
-h2 a{color:inherit;text-decoration:none}
-p{margin:.3rem 0;max-width:46rem}
-.dim{color:var(--dim)}
-section{border-top:1px solid var(--line);padding:1rem 0}
-.row{display:flex;flex-wrap:wrap;gap:.4rem 2rem}
-.strip{margin:.4rem 0}
-.strip>span{display:block;font-size:.85rem;color:var(--dim)}
-.strip div{display:flex;flex-wrap:wrap;gap:4px}
-.strip img{width:92px;height:92px;object-fit:contain;display:block;border-radius:2px}
-@media(max-width:620px){
-  table{font-size:.85rem}
-  td:last-child,th:last-child,td i{display:none}
-  td{white-space:nowrap}
-  .strip img{width:calc((100vw - 2rem - 16px)/5);height:auto}
-}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .6rem .25rem 0;text-align:left;border-top:1px solid var(--line)}
-td.n,th.n{text-align:right}
-.wide{overflow-x:auto}
-i{display:inline-block;height:.6rem;background:var(--bar);vertical-align:middle;margin-right:.4rem}
-ul{margin:.3rem 0;padding-left:1.2rem}
-"""
 
 
 def page(concepts: Concepts, collected: Collected, stats: Statistics) -> str:
@@ -75,15 +47,10 @@ def page(concepts: Concepts, collected: Collected, stats: Statistics) -> str:
     ]
     originals = "".join(_picture(collected.pictures[b], collected.names[b]) for b in examples)
     rejected = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(concepts, stats))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"'
-        ' content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-        + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-        + f"<ul>{rejected}</ul>{summary(concepts, stats, listed)}"
-        '<section><div class="strip"><span>the'
-        f" examples</span><div>{originals}</div></div></section>{cards}{others}</html>\n"
-    )
+    body = [f"<p>{html.escape(line)}</p>" for line in lines]
+    body += [f"<ul>{rejected}</ul>", summary(concepts, stats, listed)]
+    body += [f'<section><div class="strip"><span>the examples</span><div>{originals}</div></div></section>']
+    return document(title, "\n".join([*body, cards, others]))
 
 
 def summary(concepts: Concepts, stats: Statistics, numbers: list[int], linked: bool = True) -> str:
@@ -180,11 +147,8 @@ def _picture(picture: Tensor, name: str) -> str:
     resample = Image.Resampling.LANCZOS if max(image.size) > SIDE else Image.Resampling.NEAREST
     scale = SIDE / max(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(name)}" title="{html.escape(name)}" src="data:image/jpeg;base64,{data}">'
+    return picture_tag(image, name, "JPEG")
 
 
 def _bar(value: float, widest: float) -> str:
-    return f'<i style="width:{max(0.0, value) / widest * 5:.2f}rem"></i>{value:.1%}'
+    return f'<i class="bar" style="width:{max(0.0, value) / widest * 5:.2f}rem"></i>{value:.1%}'
