@@ -29,7 +29,7 @@ from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
 from training.models.pipeline import load_pipeline
 from training.worlds import inversion, loop, make_photo
-from training.worlds.inversion import Kept
+from training.worlds.inversion import StageCache
 from training.worlds.loop import images_seen
 from training.worlds.photographs import read_photographs
 
@@ -359,7 +359,7 @@ def keep(made, data, network):
         open_backbone(str(network)),
         read_photographs([str(data)], 64),
     )
-    return lambda folder, views=1: Kept(folder, photographs, base, backbone, list(DEPTHS), views)
+    return lambda folder, views=1: StageCache(folder, photographs, base, backbone, list(DEPTHS), views)
 
 
 def rows_of(kept):
@@ -423,7 +423,7 @@ def test_kept_features_are_of_these_photographs(keep, made, data, network, tmp_p
         read_photographs([str(data)], 64),
     )
     photographs.pictures = photographs.pictures.flip(3)
-    after = rows_of(Kept(tmp_path, photographs, base, backbone, list(DEPTHS), 1))
+    after = rows_of(StageCache(tmp_path, photographs, base, backbone, list(DEPTHS), 1))
     assert not np.array_equal(before["latents"], after["latents"])
 
 

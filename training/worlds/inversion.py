@@ -54,7 +54,7 @@ def fresh(photographs: Photographs, base: BaseModel, backbone: Backbone, depth: 
     return draw
 
 
-class Kept:
+class StageCache:
     """`views` crops of each photograph, their latents and the features of all depths computed once and kept in a
     folder: for a processor, where a backbone costs as much as a training step. Stopped at any moment, it goes on."""
 

@@ -33,7 +33,7 @@ from training.report import panel, save_image
 
 from .autoencoder import standardise, train_decoder
 from .base import build, train_base, write_base
-from .inversion import BATCH, POOLED, Kept, fresh, layer_of, train_inversion
+from .inversion import BATCH, POOLED, StageCache, fresh, layer_of, train_inversion
 from .photographs import Photographs, read_photographs, scaled
 
 DEPTHS = ("blocks.4", "blocks.2", "last", POOLED)
@@ -310,7 +310,7 @@ class Maker:
             recommended=RECOMMENDED if pooled else GUIDED,
         )
         if self.views:
-            draw = Kept(
+            draw = StageCache(
                 self.work / "kept", self.photographs, base, self.backbone, list(self.args.depths), self.views
             ).draw(depth, self.device)
         else:
