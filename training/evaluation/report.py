@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image
 
 from ..files import write_json, write_text
 from ..report import page, save_image
@@ -117,39 +116,6 @@ def condition_panel(
         pictures, values = tables[condition].pictures, tables[condition].columns.get(scored)
         rows.append([(x, "" if values is None else f"cos {values[k]:.2f}") for k, x in enumerate(pictures)])
     return draw_panel(rows, [condition.replace(", ", ",\n") for condition in conditions], heading)
-
-
-def heat_map(values: Tensor, rows: Sequence[str], columns: Sequence[str], heading: str, digits: int = 2) -> Image.Image:
-    """A picture of a matrix [rows, columns] with its numbers, brighter where it is higher, as in the paper's Fig.
-    10."""
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    left, top, wide, high = 20 + max(round(small.getlength(r)) for r in rows), 60, 66, 40
-    sheet = Image.new(
-        "RGB",
-        (max(left + wide * len(columns) + 16, round(font.getlength(heading)) + 24), top + high * len(rows) + 12),
-        "white",
-    )
-    pen = ImageDraw.Draw(sheet)
-    pen.text((10, 8), heading, "black", font)
-    low, span = values.min().item(), max((values.max() - values.min()).item(), 1e-9)
-    for c, column in enumerate(columns):
-        pen.text((left + wide * (c + 0.5), top - 6), column, "black", small, anchor="ms")
-    for r, row in enumerate(rows):
-        pen.text((left - 8, top + high * (r + 0.5)), row, "black", small, anchor="rm")
-        for c, value in enumerate(values[r].tolist()):
-            share = (value - low) / span
-            colour = tuple(round(a + (b - a) * share) for a, b in zip((38, 34, 98), (250, 214, 90)))
-            pen.rectangle(
-                (left + wide * c, top + high * r, left + wide * (c + 1) - 2, top + high * (r + 1) - 2), fill=colour
-            )
-            pen.text(
-                (left + wide * (c + 0.5), top + high * (r + 0.5)),
-                f"{value:.{digits}f}",
-                "white" if share < 0.5 else "black",
-                small,
-                anchor="mm",
-            )
-    return sheet
 
 
 def to_markdown(report: Report, notes: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import product
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.sampling import SOLVERS, Sampling
@@ -15,6 +15,7 @@ from featinv_nodes.worlds import model_file
 
 from ...models.flops import gmac_of
 from ...models.pipeline import InversionPipeline
+from ...plots import curves
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..report import Figures, Grid, Report, cell, condition_panel, figures_of
 from ..shards import Table
@@ -24,7 +25,6 @@ from .sweep import recommend
 
 REFERENCE = "ddim", 50
 GUIDED, STEP = "gradient", 0.05  # the step where the file recommends none
-COLOURS = {"ddim": (38, 34, 98), "dpmpp_2m": (200, 80, 30), "unipc": (30, 140, 90), GUIDED: (150, 40, 140)}
 
 
 class Cost(Suite):
@@ -140,14 +140,12 @@ class Cost(Suite):
 
     def curve(self, figures: dict[str, Figures], costs: dict[str, dict]) -> Image.Image:
         """Cosine with its interval against GMAC, a line per solver, and one for the gradient."""
-        lines: dict[str, list] = {name: [] for name in COLOURS}
+        points = {name: (costs[name]["gmac"], figures[name][self.score]) for name in [*self.tried, PAPER]}
+        lines: dict[str, list] = {}
         for condition, sampling in self.tried.items():
-            lines[GUIDED if sampling.gradient else sampling.solver].append(
-                (costs[condition]["gmac"], figures[condition][self.score])
-            )
-        return curves(
-            lines, (costs[PAPER]["gmac"], figures[PAPER][self.score]), f"{self.score} against cost, {self.args.model}"
-        )
+            lines.setdefault(GUIDED if sampling.gradient else sampling.solver, []).append(points[condition])
+        title = f"{self.score} against cost, {self.args.model}"
+        return curves(lines, {PAPER: points[PAPER]}, title, "GMAC for a picture")
 
 
 def drawing_gmac(pipeline: InversionPipeline, sampling: Sampling) -> float:
@@ -164,37 +162,3 @@ def choose(scores: dict[str, dict], costs: dict[str, float]) -> tuple[str, str]:
     best = max(scores, key=lambda condition: scores[condition]["value"])
     close = [condition for condition in scores if scores[condition]["value"] >= scores[best]["low"]]
     return best, min(close, key=lambda condition: (costs[condition], -scores[condition]["value"]))
-
-
-def curves(lines: dict[str, list[tuple[float, dict]]], reference: tuple[float, dict], heading: str) -> Image.Image:
-    """A picture of lines of (x, {"value", "low", "high"}), with the paper's sampling as a cross."""
-    left, top, wide, high = 70, 50, 560, 320
-    small = ImageFont.load_default(13)
-    sheet = Image.new("RGB", (left + wide + 30, top + high + 60), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((10, 8), heading, "black", ImageFont.load_default(15))
-    points = [*(point for line in lines.values() for point in line), reference]
-    most, lows, highs = max(x for x, _ in points), min(y["low"] for _, y in points), max(y["high"] for _, y in points)
-    span = max(highs - lows, 1e-9)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + wide * x / most, top + high * (highs - y) / span
-
-    pen.rectangle((left, top, left + wide, top + high), outline="grey")
-    for k in range(5):
-        x, y = most * k / 4, lows + span * k / 4
-        pen.text((at(x, lows)[0], top + high + 8), f"{x:.0f}", "black", small, anchor="mt")
-        pen.text((left - 8, at(0, y)[1]), f"{y:.3f}", "black", small, anchor="rm")
-    pen.text((left + wide / 2, top + high + 30), "GMAC for a picture", "black", small, anchor="mt")
-    for number, (solver, line) in enumerate(lines.items()):
-        pen.line([at(x, y["value"]) for x, y in sorted(line, key=lambda point: point[0])], COLOURS[solver], 2)
-        for x, y in line:
-            pen.line((at(x, y["low"]), at(x, y["high"])), COLOURS[solver])
-            cx, cy = at(x, y["value"])
-            pen.ellipse((cx - 3, cy - 3, cx + 3, cy + 3), COLOURS[solver])
-        pen.text((left + 10, top + high - 82 + 16 * number), solver, COLOURS[solver], small, anchor="lm")
-    cx, cy = at(reference[0], reference[1]["value"])
-    pen.line((cx - 5, cy - 5, cx + 5, cy + 5), "black", 2)
-    pen.line((cx - 5, cy + 5, cx + 5, cy - 5), "black", 2)
-    pen.text((left + 10, top + high - 82 + 16 * len(lines)), f"x  {PAPER}", "black", small, anchor="lm")
-    return sheet

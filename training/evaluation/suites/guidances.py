@@ -9,8 +9,9 @@ import torch
 
 from featinv_nodes.core.sampling import Sampling
 
+from ...plots import matrix
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelUnderTest
-from ..report import Report, by_condition, condition_panel, figures_of, heat_map, set_measures
+from ..report import Report, by_condition, condition_panel, figures_of, set_measures
 from ..shards import Table
 from .base import INDEPENDENT, Suite, independent_evaluator, independent_name
 
@@ -84,7 +85,7 @@ class Guidances(Suite):
             values = torch.tensor([[figures[pair(f, t)][name]["value"] for t in self.texts] for f in self.features])
             labels = [f"features {f:g}" for f in self.features], [f"text {t:g}" for t in self.texts]
             digits = 4 if name.startswith("kid") else 3
-            panels[f"{name.split(' (')[0].replace(': ', '_')}.png"] = heat_map(
+            panels[f"{name.split(' (')[0].replace(': ', '_')}.png"] = matrix(
                 values, *labels, f"{name}, {self.args.model}", digits
             )
         lines = [

@@ -13,8 +13,9 @@ from featinv_nodes.core.files import read_metadata, read_tensors, write_safetens
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file
 
+from ...plots import matrix
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
-from ..report import Report, by_condition, condition_panel, figures_of, heat_map
+from ..report import Report, by_condition, condition_panel, figures_of
 from ..shards import Table
 from .base import Suite
 
@@ -68,7 +69,7 @@ class Sweep(Suite):
             values = torch.tensor(
                 [[figures[f"strength={s:g}, guidance={g:g}"][name]["value"] for g in guidances] for s in strengths]
             )
-            panels[f"{name}.png"] = heat_map(
+            panels[f"{name}.png"] = matrix(
                 values,
                 [f"strength {s:g}" for s in strengths],
                 [f"guid. {g:g}" for g in guidances],
