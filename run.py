@@ -2,7 +2,7 @@
 """One door to the project on a fresh machine; needs Python 3.10 or newer and nothing else.
 
     python3 run.py demo [--image FILE ...]    set up, then invert, mix and compose photographs; results in out/demo
-    python3 run.py test [PYTEST ARGUMENTS]    set up, then run every test
+    python3 run.py test [PYTEST ARGUMENTS]    set up, then run every test in two processes (-n N for more)
     python3 run.py comfy [HOST ARGUMENTS]     start ComfyUI (COMFYUI_PATH, or ~/comfy/ComfyUI) with the pack linked in
     python3 run.py download CONFIG [--to DIR] set up, then fetch the backbone and base model of a training configuration
                                               into DIR: the models folder of that ComfyUI, or models/ where there is
@@ -110,10 +110,13 @@ def main() -> int:
     python = environment(REQUIREMENTS[args.command], args.no_venv)
     program = {
         "demo": [str(ROOT / "training" / "demo.py")],
-        "test": ["-m", "pytest"],
+        "test": ["-m", "pytest", "-n", "2", "--dist", "loadfile"],  # a later -n wins
         "download": [str(ROOT / "training" / "download.py"), "--to", str(models_folder())],  # a later --to wins
     }[args.command]
-    return subprocess.call([python, *program, *rest], cwd=ROOT if args.command == "test" else None)
+    if args.command == "test":
+        os.chdir(ROOT)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores already
+    return subprocess.call([python, *program, *rest])
 
 
 if __name__ == "__main__":

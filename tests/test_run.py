@@ -50,7 +50,7 @@ def test_comfy_links_the_pack_and_a_first_workflow(tmp_path, monkeypatch, capfd)
 
 def test_files_are_fetched_into_the_comfyui_that_is_there(tmp_path, monkeypatch):
     called = []
-    monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: called.append(command[1:]) or 0)
+    monkeypatch.setattr(run.subprocess, "call", lambda command: called.append(command[1:]) or 0)
     monkeypatch.setattr(sys, "argv", ["run.py", "--no-venv", "download", "tiny_cnn_last", "--base", "owner/name"])
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     program, given = str(run.ROOT / "training" / "download.py"), ["tiny_cnn_last", "--base", "owner/name"]
@@ -61,7 +61,7 @@ def test_files_are_fetched_into_the_comfyui_that_is_there(tmp_path, monkeypatch)
 
 def test_the_demo_is_given_the_users_pictures(monkeypatch):
     called = []
-    monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: called.append(command) or 0)
+    monkeypatch.setattr(run.subprocess, "call", lambda command: called.append(command) or 0)
     monkeypatch.setattr(sys, "argv", ["run.py", "--no-venv", "demo", "--image", "a photo.jpg", "--world", "drawn"])
     assert run.main() == 0
     assert called == [
