@@ -15,6 +15,9 @@ class Encoder(nn.Module):
     """What every encoder has: `mean` and `deviation` [C], which standardise each channel first; 0 and 1 (the paper)
     leave it as it is."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
@@ -59,8 +62,8 @@ class ConvEncoder(Encoder):
             nn.SiLU(),
             nn.Conv2d(width, out_channels, kernel, padding=kernel // 2),
         )
-        nn.init.zeros_(self.block[-1].weight)
-        nn.init.zeros_(self.block[-1].bias)
+        for parameter in self.block[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Feature values [B, C, h, w] -> hint [B, C_d, *size], size being the latent grid (H, W)."""
@@ -126,8 +129,8 @@ class PerceiverEncoder(Encoder):
         )
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.out = nn.Linear(width, out_channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Feature values [B, C, h, w] -> hint [B, C_d, *size], size being the latent grid (H, W)."""

@@ -17,27 +17,30 @@ from torch.nn import functional as F
 from .files import read_weights
 
 
+def zero(layer: nn.Module) -> nn.Module:
+    """The layer, with all its parameters zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 class Residual(nn.Module):
     """x + conv(silu(conv(silu(x)))), the second convolution starting at zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        zero(self.second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.silu(self.first(F.silu(x))))
 
 
-def _zero(layer: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class PatchAutoencoder(nn.Module):
     """encode: linear projection of each p x p patch plus a convolutional correction; decode: its inverse, alike."""
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, patch: int = 8, latents: int = 24, refined: bool = True) -> None:
         """patch: its side p in pixels, a multiple of 4. latents: channels C. refined: whether encode has its
@@ -61,7 +64,7 @@ class PatchAutoencoder(nn.Module):
                 Residual(128),
                 Residual(128),
                 Residual(128),
-                _zero(nn.Conv2d(128, latents, 1)),
+                zero(nn.Conv2d(128, latents, 1)),
             )
         )
         self.decoder = nn.Sequential(
@@ -73,7 +76,7 @@ class PatchAutoencoder(nn.Module):
             nn.Conv2d(64, 128, 1),
             nn.PixelShuffle(2),
             *(Residual(32) for _ in range(2)),
-            _zero(nn.Conv2d(32, 3 * fold**2, 3, padding=1)),
+            zero(nn.Conv2d(32, 3 * fold**2, 3, padding=1)),
             nn.PixelShuffle(fold),
         )
 
@@ -98,7 +101,7 @@ class PatchAutoencoder(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Pictures -> latents of zero mean and unit variance over the training pictures."""
         z = self.project(F.pixel_unshuffle(x, self.patch))
-        z = z + self.encoder(x) if self.refined else z
+        z = z if self.encoder is None else z + self.encoder(x)
         return (z - self.mean) / self.deviation
 
     def decode(self, z: Tensor) -> Tensor:
@@ -113,7 +116,6 @@ class PatchAutoencoder(nn.Module):
         mean = patches.mean(1, keepdim=True)
         basis, scale, _ = torch.linalg.svd((patches - mean) @ (patches - mean).T / patches.shape[1])
         basis, scale = basis[:, : self.latents], scale[: self.latents].sum().div(self.latents).sqrt()
-        self.project.weight.copy_((basis.T / scale)[:, :, None, None])
-        self.project.bias.copy_((-basis.T @ mean / scale)[:, 0])
-        self.expand.weight.copy_((basis * scale)[:, :, None, None])
-        self.expand.bias.copy_(mean[:, 0])
+        to_latents, from_latents = (basis.T / scale)[:, :, None, None], (basis * scale)[:, :, None, None]
+        self.project.load_state_dict({"weight": to_latents, "bias": (-basis.T @ mean / scale)[:, 0]})
+        self.expand.load_state_dict({"weight": from_latents, "bias": mean[:, 0]})

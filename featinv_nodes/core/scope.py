@@ -273,9 +273,9 @@ def fit_scope(maps: FeatureMap | Iterable[FeatureMap], seed: int = 0, centres: i
     result on the same machine. Raises FeatInvError for too few maps, constant features and maps of several sources.
     """
     picks = torch.Generator().manual_seed(seed)
-    count, source, x, around, kept = 0, None, [], [], []
+    count, x, around, kept = 0, [], [], []
     for batch in [maps] if isinstance(maps, FeatureMap) else maps:
-        source = source or batch.source
+        source = kept[0].source if kept else batch.source
         batch.source.require(source, "a feature map", "the first one")
         values = batch.values.float().cpu()
         odd = (torch.arange(len(values)) + count) % 2 == 1
@@ -295,10 +295,11 @@ def sampled(values: Tensor, picks: torch.Generator) -> tuple[Tensor, Tensor]:
     each."""
     indices = torch.rand(len(values), values[0, 0].numel(), generator=picks).argsort(1)[:, :PER_MAP]
     means = neighbour_mean(F.normalize(values, dim=1)) if indices.shape[1] > 1 else values
-    return tuple(
-        rearrange(v.flatten(2).gather(2, indices[:, None].expand(-1, v.shape[1], -1)), "b c n -> (b n) c")
-        for v in (values, means)
-    )
+
+    def vectors_of(v: Tensor) -> Tensor:
+        return rearrange(v.flatten(2).gather(2, indices[:, None].expand(-1, v.shape[1], -1)), "b c n -> (b n) c")
+
+    return vectors_of(values), vectors_of(means)
 
 
 def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled: bool) -> dict:
@@ -347,7 +348,7 @@ def calibrated(scope: Scope, maps: Iterable[FeatureMap]) -> Scope:
     """The same scope with quantiles from maps that it was not fitted to."""
     raws = [scope.raw(batch) for batch in maps if len(batch)]
     raw = {name: torch.cat([part[name] for part in raws]) for name in scope.statistics}
-    quantiles = {}
+    quantiles: dict[str, Tensor] = {}
     for at, values_of in (("", {name: whole(name, values) for name, values in raw.items()}), (" at", raw)):
         quantiles |= {name + at: quantiles_of(values) for name, values in values_of.items()}
         known = replace(scope, quantiles=quantiles)

@@ -13,10 +13,10 @@ from ..core.feature_map import FeatInvError
 class Ratio(float):
     """A factor on a channel count whose product is a whole number, as the host's classes expect of channel_mult."""
 
-    def __mul__(self, channels: int) -> int:
+    def __mul__(self, channels: float) -> int:  # type: ignore[override]
         return round(float(self) * channels)
 
-    __rmul__ = __mul__
+    __rmul__ = __mul__  # type: ignore[assignment]
 
 
 def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
