@@ -274,7 +274,6 @@ def test_a_world_that_was_stopped_at_any_moment_ends_as_one_never_stopped(made, 
     out = tmp_path / "world"
     last = SEEN["small_last"] // 16
     for name, count, before in (
-        ("decoder", 2, False),
         ("decoder", 2, True),
         ("base", 5, False),
         ("small_layer2", 3, True),

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.prediction import predicted_clean, prediction_of
 from featinv_nodes.core.sampling import SOLVERS, Sampling, set_timesteps
 from featinv_nodes.core.weights import read_info
@@ -16,7 +16,8 @@ from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import evaluate, fit_scope, reconstruct, visualize_concepts
 from training.cli import model_parser, pipeline_from
-from training.evaluation.suites.cost import choose
+from training.evaluation.suites.cost import choose, drawing_gmac
+from training.models.flops import gmac_of
 from training.models.pipeline import ATTEMPT, load_pipeline
 from training.models.sampling import sample, solver_of
 
@@ -299,6 +300,13 @@ def test_the_cheapest_within_the_interval_of_the_best_is_chosen():
         "poor": {"value": 0.5, "low": 0.4},
     }
     assert choose(scores, {"long": 50, "short": 20, "other": 20, "poor": 5}) == ("long", "other")
+
+
+def test_the_cost_of_a_drawing_is_that_of_all_its_steps(pipeline):
+    sampling = Sampling(4, guidance=3.0, gradient=0.05, gradient_steps=2)
+    blank = FeatureMap(torch.zeros(1, 128, 8, 8), pipeline.info.source)
+    whole = gmac_of(lambda: pipeline.draw(blank, sampling, pipeline.noise([0])))
+    assert drawing_gmac(pipeline, sampling) == pytest.approx(whole, rel=1e-9)
 
 
 def test_the_cost_suite_tries_steps_and_the_gradient_and_writes_the_cheapest_good_one(tmp_path):

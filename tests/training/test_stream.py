@@ -75,7 +75,7 @@ def test_every_picture_is_read_once_an_epoch_by_one_reader(data, processes, work
 @pytest.mark.parametrize("workers", [0, 3])
 def test_it_goes_on_exactly_from_any_batch(data, workers):
     whole = [batch.tensors["pictures"] for batch in islice(reading(data, workers=workers), 25)]  # more than two epochs
-    for stop in (1, 4, 5, 12, 20):
+    for stop in (1, 5, 20):
         before = reading(data, workers=workers)
         for _ in range(stop):
             next(before)

@@ -120,11 +120,11 @@ def test_the_result_opens_as_a_model_and_states_how_it_was_made(tmp_path):
 
 
 def test_training_helps_on_scenes_it_never_saw(tmp_path):
-    """100 steps lower the loss on held-out scenes, at equal noise and timesteps: by 0.7 and 1.1 % with two seeds."""
+    """50 steps lower the loss on held-out scenes, at equal noise and timesteps: by 0.9 and 1.0 % with two seeds."""
     pipeline = load_pipeline(
-        str(run(tmp_path, 1600, batch="16", lr="2e-3", encoder_width="64", save_every="4000", panel_every="4000"))
+        str(run(tmp_path, 800, batch="16", lr="1e-3", encoder_width="64", save_every="4000", panel_every="4000"))
     )
-    scenes = draw(0, torch.arange(256), "held-out").image
+    scenes = draw(0, torch.arange(128), "held-out").image
     latents, features = pipeline.base.encode(scenes), pipeline.features(scenes)
     config = read_config(DEFAULT, {"dropout": "0.0", "cycle": "0.0"})
     losses = []
