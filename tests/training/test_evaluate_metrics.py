@@ -8,6 +8,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.metrics import frechet_distance
 from training.evaluation.evaluator import Evaluator, Features
 from training.evaluation.metrics import kid, mean_entry, set_entries
 from training.evaluation.spaces import Inception
@@ -80,6 +81,20 @@ def test_frechet_distance_and_the_names_of_the_figures():
     assert not set_entries("net", a[:7], b[:7])  # too few to say anything
     large = vectors(0, 2048, 2)
     assert not set_entries("net", large, large)["frechet_distance (net)"]["biased"]
+
+
+@pytest.mark.parametrize("name", ["frechet_distance (net)", "kid (net)"])
+def test_the_intervals_of_distances_are_of_95_per_cent(name):
+    """1.96 standard deviations to either side, over resamples of the pairs; these are our own 400, with other numbers.
+    The deviation of a hundred is known to 7 %."""
+    a, b, n = vectors(0, 60), vectors(1, 60, shift=0.3), 60
+    picks = torch.randint(n, (400, n), generator=torch.Generator().manual_seed(1))
+    if name.startswith("kid"):
+        resampled = kid(a, b, True, torch.stack([torch.bincount(p, minlength=n) for p in picks]))
+    else:
+        resampled = torch.tensor([frechet_distance(a[p], b[p]) for p in picks])
+    entry = set_entries("net", a, b)[name]
+    assert (entry["high"] - entry["low"]) / 2 / resampled.std().item() == pytest.approx(1.96, rel=0.25)
 
 
 def test_the_distances_are_torch_fidelitys():
