@@ -21,7 +21,7 @@ from featinv_nodes.core.concepts import (
 )
 from featinv_nodes.core.concepts.discovery import dependent
 from featinv_nodes.core.concepts.relevance import class_weights, relevance, relevance_map
-from featinv_nodes.core.concepts.statistics import concept_statistics, top_weights
+from featinv_nodes.core.concepts.statistics import Statistics, concept_statistics, top_weights
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 
 CHANNELS = 48
@@ -340,21 +340,29 @@ def test_statistics_add_up():
     concepts = discover(torch.randn(96, 24, generator=generator(1)), features.source, "pca", 5)
     result = concept_statistics(backbone, concepts, features)
     logits, parts = backbone.logits(features), concepts.parts(features)
-    bias = relevance(backbone, concepts, features)[1]
+    contributions, bias = relevance(backbone, concepts, features)
     tops = logits.argmax(1)
     assert set(result.classes) == {f"class {c}" for c in tops.tolist()} and sum(result.relevance) == pytest.approx(
         1, abs=1e-4
     )
     for c in tops.unique().tolist():
         assert sum(result.classes[f"class {c}"]) == pytest.approx((logits - bias)[tops == c, c].mean().item(), rel=1e-3)
+        added = contributions[:, tops == c, c].mean(1)
+        assert result.classes[f"class {c}"] == pytest.approx(added.tolist(), abs=1e-4 * added.abs().max().item())
     assert result.share == pytest.approx(
         (parts.norm(dim=2).sum((1, 2, 3)) / features.values.norm(dim=1).sum()).tolist(), rel=1e-4
     )
-    best = max(result.classes, key=lambda name: result.classes[name][0])
-    assert result.classes[best][0] <= 0.05 or result.speaks_for(0)[0] == (best, result.classes[best][0])
     assert result.completeness == pytest.approx(
         completeness(concepts.bases, top_weights(backbone, features)).mean().item(), abs=1e-5
     )
+
+
+def test_a_concept_speaks_for_the_classes_to_which_it_adds_most():
+    added = {"cat": [0.04, 2.0], "dog": [1.0, -3.0], "fox": [0.5, 0.0], "owl": [3.0, 0.05], "hen": [0.2, -1.0]}
+    known = Statistics([0.5, 0.5], classes=added)
+    assert known.speaks_for(0) == [("owl", 3.0), ("dog", 1.0), ("fox", 0.5)]
+    assert known.speaks_for(0, 9)[-1] == ("hen", 0.2) and known.speaks_for(1) == [("cat", 2.0)]
+    assert known.classes_of(0) == "owl +3.0, dog +1.0, fox +0.5"
 
 
 def test_completeness_is_the_share_of_the_weights_in_the_span():

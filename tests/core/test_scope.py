@@ -108,6 +108,17 @@ def test_direction_does_not_see_length_nor_plain_statistics_places(spatial):
         assert torch.allclose(usual.share[name], shuffled.share[name], atol=0.01)
 
 
+def test_a_map_is_as_unusual_as_its_worst_tenth_by_neighbours_and_as_its_mean_by_the_rest(spatial):
+    """So a seam of a few locations shows, which the mean over all would hide. Of 30 locations, a tenth are three."""
+    scope, unseen = spatial
+    raw, report = scope.raw(unseen), scope.evaluate(unseen)
+    worst = raw["neighbours"].flatten(1).topk(3).values.mean(1)
+    expected = {"neighbours": worst, "direction": raw["direction"].mean((1, 2))}
+    for name, statistic in expected.items():
+        rising = report.surprise[name][statistic.argsort()].diff()
+        assert rising.min() > -1e-4, f"{name}: maps are ranked by another number"  # float32, sums in another order
+
+
 def test_says_where(spatial):
     scope, unseen = spatial
     values = unseen.values.clone()
@@ -210,7 +221,11 @@ def test_neighbour_mean_leaves_out_the_place_itself_and_the_border():
 def test_shipped_models_know_held_out_scenes_from_noise(name):
     """95 and 99 % by construction; of 200 new scenes chance leaves 5 +- 5 % and 1 +- 2 % beyond (three deviations)."""
     scope = load_scope(model_file(name))
-    assert scope.maps >= 2000 and "cycle" in scope.quantiles and set(scope.statistics) <= set(STATISTICS)
+    expected = [name for name in STATISTICS if name != "neighbours" or not scope.source.pooled]
+    assert scope.maps >= 2000 and list(scope.statistics) == expected
+    calibrated = {name + at for name in (*expected, "score") for at in ("", " at")} | {"cycle"}
+    assert scope.quantiles.keys() == calibrated
+    assert all(len(q) == len(LEVELS) and (q.diff() >= 0).all() and q[0] < q[-1] for q in scope.quantiles.values())
     backbone = open_backbone(scope.source.backbone)
     pictures = backbone.preprocess(draw(0, torch.arange(300_000, 300_200), "held-out").image)
     features = backbone.extract(pictures, scope.source.layer, scope.source.pooled)
