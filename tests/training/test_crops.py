@@ -1,0 +1,59 @@
+"""The random crops and flips of training pictures (paper Sec. 2): as large, as placed and as turned as they are said
+to be."""
+
+import pytest
+import torch
+from PIL import Image
+
+from training.config import DEFAULT, read_config
+from training.data.loader import open_source
+
+SIDE, COUNT = 16, 600
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder with one square picture that says where its pixels are: red grows to the right, green downwards."""
+    folder = tmp_path_factory.mktemp("places")
+    ramp = torch.arange(256, dtype=torch.uint8).expand(256, 256)
+    Image.fromarray(torch.stack([ramp, ramp.T, ramp * 0], 2).numpy()).save(folder / "places.png")
+    return folder
+
+
+def crops(folder, flips):
+    """COUNT crops of the picture, one per epoch: left, top, right and bottom edge, [COUNT] each in 0..1, as shown: a
+    picture that is turned has its left edge to the right."""
+    source = open_source(read_config(DEFAULT, {"data": str(folder), "flips": flips}), {"pictures": SIDE})
+    pictures = source.__getitems__(list(range(COUNT))).tensors["pictures"]
+    red, green = pictures[:, 0, SIDE // 2], pictures[:, 1, :, SIDE // 2]  # [COUNT, SIDE]
+    edges = []
+    for line in (red, green):  # from pixels two from each end, which no filter bends, to the ends
+        step = (line[:, -3] - line[:, 2]) / (SIDE - 5)
+        edges.append((line[:, 2] - 2.5 * step, line[:, -3] + 2.5 * step))
+    (left, right), (top, bottom) = edges
+    return left, top, right, bottom
+
+
+def test_areas_and_places_are_those_of_a_random_resized_crop(places):
+    """8 to 100 % of the area, evenly but that ten tries are made of what does not fit, and anywhere in the picture."""
+    left, top, right, bottom = crops(places, "none")
+    width, height = right - left, bottom - top
+    area, aspect = width * height, width / height
+    assert 0.07 < area.min() < 0.12 and area.max() > 0.9  # the pictures' bytes give edges to 1 %
+    below = (area < 0.5).float().mean().item()
+    assert 0.4 < below < 0.62  # 0.46 before, and a little over a half after what does not fit is tried again
+    assert 0.7 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.42
+    for first, last in ((left, right), (top, bottom)):
+        place = (first / (first + 1 - last).clamp(min=1e-3))[last - first < 0.8]  # 0 at one end, 1 at the other
+        assert abs(place.mean() - 0.5) < 0.06 and place.min() < 0.1 and place.max() > 0.9
+
+
+@pytest.mark.parametrize(("flips", "across", "down"), [("none", 0, 0), ("horizontal", 0.5, 0), ("both", 0.5, 0.5)])
+def test_half_of_the_pictures_are_turned_as_asked(places, flips, across, down):
+    left, top, right, bottom = crops(places, flips)
+    turned, upside_down = (right < left).float(), (bottom < top).float()
+    error = 4 * (0.25 / COUNT) ** 0.5  # four standard errors, 0.08
+    assert turned.mean().item() == pytest.approx(across, abs=error * bool(across))
+    assert upside_down.mean().item() == pytest.approx(down, abs=error * bool(down))
+    if down:
+        assert (turned * upside_down).mean().item() == pytest.approx(0.25, abs=error)  # one says nothing of the other
