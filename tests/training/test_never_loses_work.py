@@ -54,6 +54,8 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_killed(straight, tmp_path)
     folder = tmp_path / "run"
     for moment in killed.MOMENTS:
         assert process(folder, moment) == -signal.SIGKILL, moment.__name__
+        # what has a checkpoint's name is one: half of one has another name until it is whole
+        assert all(checksum.is_whole(file) for file in folder.glob("checkpoint-*.pt")), moment.__name__
     assert process(folder) == 0
     assert differences(straight, folder) == []
     assert saved(folder) == [42, 48, 50] and not list(folder.glob("*.part"))
@@ -121,6 +123,19 @@ class Filling:
         if self.room < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.file.write(data)
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
+    """While it is written, there is nothing that a reader of such files would take for one."""
+
+    def write(opened):
+        opened.write(b"half")
+        opened.flush()
+        assert not list(tmp_path.glob("*.pt"))
+        opened.write(b"whole")
+
+    file = checksum.write_checksummed(tmp_path, "checkpoint-000000000002", ".pt", write)
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == b"halfwhole" and checksum.is_whole(file)
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_said_to_be_full(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from featinv_nodes.worlds import open_backbone
 from tests.training import killed
 from training.config import CONFIGS, DEFAULT, read_config
 from training.loop.flops import step_gmac
+from training.loop.optimizer import build_optimizer
 from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
@@ -99,6 +100,18 @@ def test_the_encoder_alone_learns_first(tmp_path):
     assert moved and all(k.startswith("controlnet_cond_embedding.block") for k in moved)
     further = load_file(here(tmp_path / "first", init_from=str(given), encoder_first="4", max_images="6", ema="0"))
     assert any(not torch.equal(start[k], further[k]) for k in start if not k.startswith("controlnet_cond_embedding"))
+
+
+def test_weights_without_a_gradient_decay_as_the_configuration_says():
+    """AdamW (Loshchilov & Hutter 2019): by lr times the decay at each step, in both groups."""
+    base, config = load_base("tiny", ""), read_config(DEFAULT, {"lr": "0.5", "weight_decay": "0.2"})
+    model = FeatureControlNet.start(base, open_backbone("tiny-cnn").source(), 16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, config)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.allclose(p, 0.9 * before[name]) for name, p in model.named_parameters())
 
 
 def test_min_snr_weights_are_those_of_the_paper():
