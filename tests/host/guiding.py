@@ -157,3 +157,31 @@ def gradient(world: World) -> dict:
         "other backbone": error_of(guided, world, features=world.extract(0, 1, backbone=vit)),
         "other vae": error_of(guided, world, vae=comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})),
     }
+
+
+def scaled(world: World, factor: float = 0.18215, shift: float = 0.7) -> dict:
+    """Feature guidance with the embedded world's model and autoencoder as if their latents had a scale and a shift, as
+    Stable Diffusion's have: the sampler's own latents, and so the guidance, must be the same."""
+    before, vae, form = world.model, world.vae.first_stage_model, world.model.model.latent_format
+    world.model = guided(world)
+    expected, decode = world.draw(world.apply()), vae.decode
+    form.process_in = lambda latent: (latent - shift) * factor
+    form.process_out = lambda latent: latent / factor + shift
+    vae.decode = lambda z: decode((z - shift) * factor)
+    try:
+        result = comfy.sample.sample(
+            world.model,
+            comfy.sample.prepare_noise(torch.zeros(BATCH, 24, 8, 8), SEED),
+            STEPS,
+            3.0,
+            "ddim",
+            "simple",
+            *world.apply(),
+            torch.full((BATCH, 24, 8, 8), shift),  # nothing, in these latents
+            seed=SEED,
+            disable_pbar=True,
+        )
+    finally:
+        del form.process_in, form.process_out, vae.decode
+        world.model = before
+    return {"same": relative((result - shift) * factor, expected), "scaled": relative(result, expected)}

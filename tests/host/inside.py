@@ -326,6 +326,21 @@ def memory(world: World) -> dict:
     return result
 
 
+def encoded(world: World) -> dict:
+    """Live tensors of the encoded maps' shape before, while and after a run whose conditioning is kept, as the host
+    keeps the outputs of its nodes."""
+    shape = (world.control.info.encoder["out_channels"], 8, 8)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(1 for o in gc.get_objects() if type(o) is torch.Tensor and o.shape[1:] == shape)
+
+    conditioning, seen = world.apply(), []
+    before = alive()
+    world.draw(conditioning, callback=lambda step, *rest: seen.append(alive()) if step == 3 else None)
+    return {"before": before, "while": seen[0], "after": alive(), "kept": len(conditioning)}
+
+
 def unloading(world: World) -> dict:
     """All models out of memory, and back."""
     reference = world.draw(world.apply())
@@ -567,12 +582,14 @@ def main() -> None:
             "two_scales": guiding.two_scales(world),
             "best": guiding.best(world),
             "gradient": guiding.gradient(world),
+            "scaled": guiding.scaled(world),
             "scope": scope(world),
             "paired": paired(world),
             "batches": batches(world),
             "areas": areas(world),
             "interruption": interruption(world),
             "memory": memory(world),
+            "encoded": encoded(world),
             "unloading": unloading(world),
             "low_memory": low_memory(world),
             "features_nodes": features_nodes(world),
