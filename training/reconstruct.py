@@ -69,7 +69,7 @@ def target_maps(
         raise FeatInvError(f"--mix and --mask take exactly two pictures, got {len(args.image)}")
     first, second = features.select(0), features.select(1)
     if args.mask is not None:
-        mask = pipeline.backbone.preprocess(read_image(args.mask), args.resize_mode).mean(1)
+        mask = pipeline.backbone.preprocess(read_image(args.mask).mean(1, keepdim=True), args.resize_mode)[:, 0]
         return [("composed", compose(first, second, mask, args.soft))]
     if not all(0 <= w <= 1 for w in args.mix):
         raise FeatInvError(f"--mix {args.mix}: expected shares between 0 and 1")

@@ -15,10 +15,10 @@ from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
 from .files import HUB
+from .preprocess import evaluation_view, require_known, stretched
 
 LAST = "last"
 RESIZE_MODES = ("crop", "stretch")
@@ -55,7 +55,10 @@ class Backbone(nn.Module):
         )  # a transformer may be built for another size
         self.input_size: tuple[int, int] = tuple(built_for or config["input_size"][1:])
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
-        self.interpolation, self.crop_pct = config["interpolation"], config["crop_pct"]
+        self.interpolation, self.crop_pct, self.crop_mode = (
+            config[key] for key in ("interpolation", "crop_pct", "crop_mode")
+        )
+        require_known(name, self.interpolation, self.crop_mode)
         self.register_buffer("_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(self.std)[:, None, None], persistent=False)
         info = getattr(model, "feature_info", None) or []
@@ -80,21 +83,14 @@ class Backbone(nn.Module):
     def preprocess(self, images: Tensor, resize_mode: str = "crop") -> Tensor:
         """Cuts and scales pictures [B, 3, h, w] in 0..1 to what the backbone reads, [B, 3, *input_size] in 0..1.
 
-        resize_mode "crop": the largest centred region of the input's aspect, times timm's crop_pct, as in the model's
-        own evaluation; "stretch": the whole picture. Antialiased, by the model's own interpolation.
+        resize_mode "crop": as the model's own evaluation, by timm's crop_mode, crop_pct and interpolation; "stretch":
+        the whole picture, whatever its aspect. Gradients reach the pictures if they ask.
         """
         if resize_mode not in RESIZE_MODES:
             raise FeatInvError(f"resize_mode {resize_mode!r}: expected one of {RESIZE_MODES}")
-        if resize_mode == "crop":
-            height, width = images.shape[2:]
-            scale = min(height / self.input_size[0], width / self.input_size[1]) * self.crop_pct
-            h, w = (max(1, round(side * scale)) for side in self.input_size)
-            top, left = (height - h) // 2, (width - w) // 2
-            images = images[:, :, top : top + h, left : left + w]
-        if tuple(images.shape[2:]) == self.input_size:
-            return images
-        mode = "bicubic" if self.interpolation == "bicubic" else "bilinear"
-        return F.interpolate(images.float(), self.input_size, mode=mode, antialias=True).clamp(0, 1)
+        if resize_mode == "stretch":
+            return stretched(images, self.input_size, self.interpolation)
+        return evaluation_view(images, self.input_size, self.crop_pct, self.crop_mode, self.interpolation, self.mean)
 
     def forward(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
         """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1. Gradients reach the pictures if they

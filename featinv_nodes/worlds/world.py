@@ -44,7 +44,7 @@ class Packaged:
     """A timm model whose published weights are the file of a Python package, which is never imported.
 
     name: timm architecture.tag. package: as pip knows it. file: below the package's folder. sha256: of the file.
-    input_size, crop_pct: how it looks at pictures here, where that is not timm's own.
+    input_size, crop_pct, crop_mode: how it looks at pictures here, where that is not timm's own.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Packaged:
     sha256: str
     input_size: int | None = None
     crop_pct: float | None = None
+    crop_mode: str | None = None
 
     def open(self, input_size: int | None = None) -> Backbone:
         """Raises FeatInvError if the package is not installed, or its file is another."""
@@ -65,8 +66,9 @@ class Packaged:
                 f"{file} is not the published file (its SHA-256 differs): pip install --force-reinstall {self.package}"
             )
         backbone = untrained_backbone(self.name, input_size or self.input_size)
-        if self.crop_pct and input_size in (None, self.input_size):
-            backbone.crop_pct = self.crop_pct
+        if input_size in (None, self.input_size):
+            backbone.crop_pct = self.crop_pct or backbone.crop_pct
+            backbone.crop_mode = self.crop_mode or backbone.crop_mode
         published = {k: v for k, v in read_pickle(file).items() if not k.endswith("num_batches_tracked")}
         own = {k: v for k, v in backbone.model.state_dict().items() if not k.endswith("num_batches_tracked")}
         # the same layers in the same order under other names: the digest vouches for it

@@ -17,6 +17,7 @@ LITE0 = Packaged(
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     input_size=160,
     crop_pct=160 / 168,
+    crop_mode="crop_first",
 )
 #: takes no part in training or sampling: it evaluates the pictures
 LITE2 = Packaged(
@@ -26,6 +27,7 @@ LITE2 = Packaged(
     "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     input_size=192,
     crop_pct=160 / 168,
+    crop_mode="crop_first",
 )
 
 PHOTO = World(
