@@ -18,6 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import FeatInvError
+
+#: what a base model may predict, by diffusers' prediction_type: the noise or the velocity
+PREDICTIONS = ("epsilon", "v_prediction")
+
 
 @contextmanager
 def in_own_precision(frozen: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -73,8 +78,10 @@ def prediction_of(scheduler: Any, noisy: Tensor, clean: Tensor, t: Tensor) -> Te
 
 
 def predicts_velocity(scheduler: Any) -> bool:  # noqa: ANN401
-    """Whether the base model predicts the velocity; else it predicts the noise."""
-    return scheduler.config.prediction_type == "v_prediction"
+    """Whether the base model predicts the velocity; else it predicts the noise. Raises FeatInvError if neither."""
+    if (kind := scheduler.config.prediction_type) not in PREDICTIONS:
+        raise FeatInvError(f"the base model has prediction_type {kind!r}; expected {' or '.join(PREDICTIONS)}")
+    return kind == "v_prediction"
 
 
 def _scales(scheduler: Any, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401

@@ -144,6 +144,9 @@ def test_a_single_file_is_the_same_model(parts, state, tmp_path, suffix):
     for module, again in zip(parts, (result[0], result[1], result[3])):
         want, have = module.state_dict(), again.state_dict()
         assert want.keys() == have.keys() and all(torch.equal(want[k], have[k]) for k in want)
+    alphas = stable_diffusion.DDIMScheduler(**stable_diffusion.SCHEDULE).alphas_cumprod
+    if suffix == "safetensors":  # published files have their schedule too, some in half precision
+        save_file(state | {"alphas_cumprod": alphas.half()}, file)
     base = load_base(file, PROMPT)
     assert {p: tuple(e.shape) for p, e in base.text.items()} == {"": (1, 77, 16), PROMPT: (1, 77, 16)}
     assert base.scheduler.config.prediction_type == "epsilon" and base.resolution == 64
@@ -195,6 +198,9 @@ def test_what_is_not_a_base_model(state, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "part.safetensors").read_bytes()[:5000])
     torch.save({"state_dict": state, "callbacks": Foreign()}, tmp_path / "foreign.ckpt")
     (tmp_path / "empty.ckpt").touch()
+    save_file(state | {"v_pred": torch.zeros(1)}, tmp_path / "velocity.safetensors")
+    save_file(state | {"alphas_cumprod": torch.linspace(1, 0, 1000)}, tmp_path / "schedule.safetensors")
+    (tmp_path / "pointer.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     for name, message in {
         "other.safetensors": "not Stable Diffusion 1.x: first width 16",
         "part.safetensors": "lacks .* tensors of the UNet",
@@ -202,6 +208,9 @@ def test_what_is_not_a_base_model(state, tmp_path):
         "foreign.ckpt": "foreign code",
         "empty.ckpt": "not a complete",
         "none.ckpt": "does not exist",
+        "velocity.safetensors": "something else than noise .*v_pred",
+        "schedule.safetensors": "another noise schedule",
+        "pointer.ckpt": "Git LFS pointer",
     }.items():
         with pytest.raises(FeatInvError, match=message):
             load_base(tmp_path / name, PROMPT)

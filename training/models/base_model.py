@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import HUB, is_in_8_bits, read_weights
+from featinv_nodes.core.files import HUB
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.worlds import find_world
 
-from . import stable_diffusion
+from . import parts, stable_diffusion
+
+#: names of single files of Stable Diffusion
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+#: owner/name of a repository, and of a file in it
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 #: unet, vae, scheduler, text embeddings
 Loaded = tuple[UNet2DConditionModel, AutoencoderKL | PatchAutoencoder, DDIMScheduler, dict[str, Tensor]]
@@ -91,47 +94,73 @@ def load_base(path: str | Path, prompt: str) -> BaseModel:
     """Reads a base model from local files; the network is never asked.
 
     path: an embedded world's base model, by its name; a diffusers folder (unet/, vae/, scheduler/ and either
-    text_encoder/ and tokenizer/ or prompts.safetensors, which holds an embedding per prompt); a single .safetensors or
-    .ckpt file of Stable Diffusion 1.x; or a repository in the hub's cache, owner/name, or owner/name/FILE for a single
-    file. The text encoder is used once and let go. Raises FeatInvError for what is none of these, lacks a part, or is
-    another architecture.
+    text_encoder/ and tokenizer/ or prompts.safetensors, which holds an embedding per prompt), in any variant; a single
+    file of Stable Diffusion 1.x, by SUFFIXES; or a repository in the hub's cache, owner/name, or owner/name/FILE for a
+    single file. The text encoder is used once and let go. Raises FeatInvError for what is none of these, lacks a part
+    or a tensor, is another architecture, or predicts neither noise nor velocity.
     """
-    if str(path).endswith((".safetensors", ".ckpt")):
-        unet, vae, scheduler, text = _from_file(Path(path), prompt)
-    else:
-        unet, vae, scheduler, text = _from_folder(
-            world.base_folder if (world := find_world(str(path))) else _folder(str(path)), prompt
-        )
-    c = unet.config
+    world = find_world(str(path))
+    found = world.base_folder if world else _found(str(path))
+    unet, vae, scheduler, text = (_from_folder if found.is_dir() else _from_file)(found, prompt)
+    c, latent_channels = unet.config, vae.config.latent_channels if isinstance(vae, AutoencoderKL) else vae.latents
     if (
-        c.addition_embed_type
-        or c.class_embed_type
-        or c.in_channels != c.out_channels
+        c.in_channels != c.out_channels
+        or c.in_channels != latent_channels
         or text[prompt].shape[2] != c.cross_attention_dim
     ):
         raise FeatInvError(
             f"base model {path} is not of the kind of Stable Diffusion 1.x: first width {c.block_out_channels[0]},"
             f" context {c.cross_attention_dim}, text embeddings {text[prompt].shape[2]}, {c.in_channels} channels in,"
-            f" {c.out_channels} out; expected one text encoder and no further input"
+            f" {c.out_channels} out, {latent_channels} in the latents; expected one text encoder and no further input"
         )
+    if not isinstance(c.sample_size, int):
+        raise FeatInvError(f"base model {path} has sample_size {c.sample_size}; expected the side of its latents")
     for module in (unet, vae):
         module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return BaseModel(str(path), unet, vae, scheduler, text)
 
 
-def _folder(path: str) -> Path:
-    """A diffusers folder, or the snapshot of owner/name in the hub's cache."""
-    if not Path(path).is_dir() and path.count("/") == 1 and not path.startswith((".", "/")):
-        try:
-            return Path(snapshot_download(path, local_files_only=True))
-        except OSError:
-            pass
-    if not Path(path).is_dir():
-        raise FeatInvError(
-            f"there is no base model {path!r}: no folder, no file, not in the hub's cache; python3 run.py download"
-            f" CONFIG fetches a configuration's, see {HUB}/{path}"
-        )
-    return Path(path)
+def _found(path: str) -> Path:
+    """The folder or file that a path or a name in the hub's cache means. Raises FeatInvError if there is none."""
+    there = Path(path).expanduser()
+    if there.is_dir():
+        return there
+    if there.is_file():
+        if there.suffix.lower() not in SUFFIXES:
+            raise FeatInvError(
+                f"base model {path} is a file of an unknown kind; expected a diffusers folder, or a file of Stable"
+                f" Diffusion 1.x whose name ends in {', '.join(SUFFIXES)}"
+            )
+        return there
+    is_file = there.suffix.lower() in SUFFIXES
+    repository, file = _split(path)
+    if REPOSITORY.fullmatch(repository) and (is_file or not file):
+        if cached := _cached(repository, file):
+            return cached
+        fetch = f" or in the hub's cache; {HUB}/{repository} has it if the name is right, and python3 run.py download"
+        fetch += f" CONFIG --base {path}" if is_file else " CONFIG fetches a configuration's"
+    else:
+        fetch = "; python3 run.py download CONFIG fetches a configuration's base model"
+    kind = "file" if is_file else "folder or file"
+    raise FeatInvError(f"base model {path} does not exist: there is no such {kind}{fetch}")
+
+
+def _split(path: str) -> tuple[str, str]:
+    """owner/name/FILE -> (owner/name, FILE)."""
+    owner, _, rest = path.partition("/")
+    name, _, file = rest.partition("/")
+    return f"{owner}/{name}", file
+
+
+def _cached(repository: str, file: str) -> Path | None:
+    """A file of a repository in the hub's cache, or the whole of it for no file; None where it is not there."""
+    if file:
+        cached = try_to_load_from_cache(repository, file)
+        return Path(cached) if isinstance(cached, str) else None
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (OSError, ValueError):  # not there, or no name of a repository
+        return None
 
 
 def _from_folder(folder: Path, prompt: str) -> Loaded:
@@ -139,58 +168,22 @@ def _from_folder(folder: Path, prompt: str) -> Loaded:
     texts = () if file.is_file() else ("text_encoder", "tokenizer")
     missing = [part for part in ("unet", "vae", "scheduler", *texts) if not (folder / part).is_dir()]
     if missing:
+        index = parts.read_config(folder, "model_index.json") if (folder / "model_index.json").is_file() else {}
+        kind = f" of the pipeline {index['_class_name']}" if "_class_name" in index else ""
         raise FeatInvError(
-            f"base model {folder}: no folder {', '.join(missing)}; expected a diffusers folder, as python3 run.py"
-            " download CONFIG fetches it"
+            f"base model {folder}{kind}: no folder {', '.join(missing)}; expected a diffusers folder of Stable"
+            " Diffusion 1.x, as python3 run.py download CONFIG fetches it"
         )
-    unet = _load_unet(folder / "unet")
-    scheduler = DDIMScheduler.from_pretrained(
-        folder / "scheduler", timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-    )
+    scheduler = parts.load_scheduler(folder / "scheduler")
     if file.is_file():
-        text = {name: value.float() for name, value in load_file(file).items()}
-        if prompt not in text:
-            raise FeatInvError(f"{file} has no embedding of the prompt {prompt!r}; it has {sorted(text)}")
+        text = parts.load_prompts(file, prompt)
     else:
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
-        text = _embeddings(encoder, CLIPTokenizer.from_pretrained(folder / "tokenizer"), prompt)
-    return unet, load_vae(folder / "vae"), scheduler, text
-
-
-def _load_unet(folder: Path) -> UNet2DConditionModel:
-    """diffusers' own reader, or for 8 bits, which it does not know, ours."""
-    file = folder / "diffusion_pytorch_model.safetensors"
-    if not file.is_file() or not is_in_8_bits(file):
-        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-    unet.load_state_dict(read_weights(file))
-    return unet
+        encoder = parts.load_text_encoder(folder / "text_encoder")
+        tokenizer = parts.load_tokenizer(folder / "tokenizer", encoder.config.vocab_size)
+        text = parts.embeddings(encoder, tokenizer, prompt)
+    return parts.load_unet(folder / "unet"), parts.load_vae(folder / "vae"), scheduler, text
 
 
 def _from_file(file: Path, prompt: str) -> Loaded:
-    if not file.is_file() and len(file.parts) == 3 and not file.is_absolute():
-        cached = try_to_load_from_cache("/".join(file.parts[:2]), file.parts[2])
-        file = Path(cached) if isinstance(cached, str) else file
-    if not file.is_file():
-        raise FeatInvError(
-            f"base model {file} does not exist; python3 run.py download CONFIG --base OWNER/NAME/FILE fetches one"
-        )
     unet, vae, scheduler, encoder = stable_diffusion.load_single_file(file)
-    return unet, vae, scheduler, _embeddings(encoder, stable_diffusion.Tokens(), prompt)
-
-
-@torch.inference_mode()
-def _embeddings(encoder: nn.Module, tokenizer: Callable, prompt: str) -> dict[str, Tensor]:
-    """Last hidden states [1, 77, D] of the empty text and the prompt."""
-    tokens = tokenizer(["", prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    empty, prompted = encoder(tokens)[0].clone().split(1)
-    return {"": empty, prompt: prompted}
-
-
-def load_vae(folder: Path) -> AutoencoderKL | PatchAutoencoder:
-    """The autoencoder of a base model folder, by its config.json."""
-    if json.loads((folder / "config.json").read_text())["_class_name"] != "PatchAutoencoder":
-        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    return PatchAutoencoder.load(folder)
+    return unet, vae, scheduler, parts.embeddings(encoder, stable_diffusion.Tokens(), prompt)

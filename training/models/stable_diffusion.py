@@ -9,12 +9,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_pickle
+
+from .parts import require_whole
 
 UNET = {
     "sample_size": 32,
@@ -60,6 +61,8 @@ CLIP = {
 PROMPT = "a high-quality, detailed, and professional image"
 KNOWN = {"": [], PROMPT: [320, 1400, 268, 3027, 267, 12609, 267, 537, 4774, 2867]}
 TOKENIZER = "openai/clip-vit-large-patch14"
+#: what ComfyUI reads off a single file that does not predict noise on SCHEDULE
+OTHER_OBJECTIVES = ("v_pred", "ztsnr", "edm_mean", "edm_vpred.sigma_max")
 UNET_PREFIX, CLIP_PREFIX = "model.diffusion_model.", "cond_stage_model.transformer."
 
 
@@ -95,12 +98,11 @@ class Tokens:
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
     """The state dict of a single-file checkpoint (.safetensors, .ckpt). A pickle is opened with weights_only=True.
 
-    Raises FeatInvError for an unreadable file, and for one that is not Stable Diffusion 1.x.
+    Raises FeatInvError for an unreadable file, for one that is not Stable Diffusion 1.x, and for another objective or
+    noise schedule.
     """
-    try:
-        state = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
-    except SafetensorError as error:
-        raise FeatInvError(f"{file} is not a readable safetensors file: {error}") from error
+    require_whole(file)
+    state = load_file(file) if file.suffix.lower() == ".safetensors" else read_pickle(file)
     shapes = [
         tuple(state[UNET_PREFIX + key].shape) if UNET_PREFIX + key in state else None
         for key in ("input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
@@ -111,6 +113,16 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         raise FeatInvError(
             f"{file} is not Stable Diffusion 1.x: first width {there[0]}, context {there[1]}; expected {width} and"
             f" {context}, with 4 latent channels"
+        )
+    if marks := [name for name in OTHER_OBJECTIVES if name in state]:
+        raise FeatInvError(
+            f"{file} predicts something else than noise (it is marked {', '.join(marks)}); give a diffusers folder of"
+            " it, whose scheduler says what"
+        )
+    own, schedule = state.get("alphas_cumprod"), DDIMScheduler(**SCHEDULE).alphas_cumprod
+    if own is not None and (own.shape != schedule.shape or (own.float() - schedule).abs().max() > 1e-3):  # fp16 rounds
+        raise FeatInvError(
+            f"{file} has another noise schedule than Stable Diffusion 1.x; give a diffusers folder of it"
         )
     return state
 

@@ -25,7 +25,8 @@ from training.data.scope import ship_scope
 from training.evaluation.rcdm import EMBEDDED, save_rcdm
 from training.loop.graph import check_device
 from training.loop.training import train
-from training.models.base_model import load_base, load_vae
+from training.models.base_model import load_base
+from training.models.parts import load_vae
 
 from . import autoencoder, backbones, base, rcdm
 from .card import write_card

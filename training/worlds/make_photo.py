@@ -26,8 +26,9 @@ from featinv_nodes.worlds import WORLDS, open_backbone
 from featinv_nodes.worlds.photo import PHOTO
 from training.config import TrainConfig
 from training.files import make_folder
-from training.models.base_model import BaseModel, load_base, load_vae
+from training.models.base_model import BaseModel, load_base
 from training.models.controlnet import FeatureControlNet
+from training.models.parts import load_vae
 from training.models.sampling import noise, sample
 from training.report import panel, save_image
 
