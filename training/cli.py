@@ -14,7 +14,7 @@ import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.guidance import NEGATIVES
-from featinv_nodes.core.sampling import SOLVERS, Sampling
+from featinv_nodes.core.sampling import SOLVERS, SPACINGS, Sampling
 from featinv_nodes.worlds import MODELS
 
 from .models.pipeline import InversionPipeline, load_pipeline
@@ -30,6 +30,7 @@ SAMPLING = (
     "gradient",
     "gradient_steps",
     "best_of",
+    "timestep_spacing",
 )
 
 
@@ -40,7 +41,7 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     parser.add_argument("--model", default="tiny_cnn_last", help=f"weights file, or one of {', '.join(MODELS)}")
     other = "".join(f", but --{name} {value:g}" for name, value in defaults.items())
     parser.add_argument(
-        "--steps", type=int, help=f"solver's steps (default for this and the next eight: the weights file's own{other})"
+        "--steps", type=int, help=f"solver's steps (default for this and the next nine: the weights file's own{other})"
     )
     parser.add_argument("--strength", type=float, help="control strength")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none")
@@ -63,6 +64,11 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     parser.add_argument("--gradient-steps", type=int, help="number of last steps in which the gradient guides")
     parser.add_argument(
         "--best-of", type=int, help="draw this many pictures of each map and keep the one with the highest cosine"
+    )
+    parser.add_argument(
+        "--timestep-spacing",
+        choices=SPACINGS,
+        help="timesteps that the solver takes: trailing from the last one on, leading as the paper's code does",
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
     parser.add_argument("--base", help="base model folder, where it is not the one named in the weights file")

@@ -290,6 +290,7 @@ def write_weights_file(args: argparse.Namespace) -> str:
     uniform = {"strength": 1.5, "guidance": 8.0} if args.pooled else {"strength": 1.0, "guidance": 1.75}
     given = {k: getattr(args, k) for k in ("strength", "guidance") if getattr(args, k) is not None}
     recommended = {**uniform, **given, "negative": args.negative, "steps": args.steps}
+    recommended["timestep_spacing"] = "leading"  # as the paper's code samples
     Sampling(**recommended)  # raises if they make no sense
     settings, tensors = from_official(read_official(args.input), args.heads, args.input)
     source = describe_source(args.backbone, args.layer, args.pooled, args.input_size)

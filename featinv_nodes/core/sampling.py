@@ -22,6 +22,10 @@ from .prediction import controlled_prediction, predicted_clean, prediction_of
 #: "ddim" and "dpmpp_2m" and scheduler "simple": second order in the logarithm of the signal-to-noise ratio but for the
 #: first step and the last, to no noise (Lu et al. 2022b). UniPC: Zhao et al. 2023, second order, B2(h) = e^h - 1.
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
+#: Which of the base model's timesteps a solver takes, in diffusers' words, and the scheduler of ComfyUI's KSampler that
+#: takes the same. "trailing" begins at the last timestep, with pure noise; "leading" ends at the second, 1: as the
+#: official code of Stable Diffusion, ControlNet and the paper does, wherever the steps divide the timesteps.
+SPACINGS = {"trailing": "simple", "leading": "ddim_uniform"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Sampling:
     one of SOLVERS. text_guidance: the text's own scale, guidance being that of the features then; None for one scale of
     both.
     gradient: step of guidance.toward_features, 0 for none, in the last gradient_steps steps. best_of: so many pictures
-    are drawn of each map, and the one of the highest cosine similarity is kept.
+    are drawn of each map, and the one of the highest cosine similarity is kept. timestep_spacing: one of SPACINGS.
     """
 
     steps: int = 50
@@ -45,12 +49,15 @@ class Sampling:
     gradient: float = 0.0
     gradient_steps: int = 10
     best_of: int = 1
+    timestep_spacing: str = "trailing"
 
     def __post_init__(self) -> None:
         if self.negative not in NEGATIVES:
             raise FeatInvError(f"negative {self.negative!r}: expected one of {NEGATIVES}")
         if self.solver not in SOLVERS:
             raise FeatInvError(f"solver {self.solver!r}: expected one of {', '.join(SOLVERS)}")
+        if self.timestep_spacing not in SPACINGS:
+            raise FeatInvError(f"timestep spacing {self.timestep_spacing!r}: expected one of {', '.join(SPACINGS)}")
         if self.steps < 1 or not 0 <= self.guidance < math.inf or not 0 <= self.start <= self.end <= 1:
             raise FeatInvError(f"{self}: expected steps >= 1, guidance >= 0 and 0 <= start <= end <= 1")
         if self.text_guidance is not None and self.text_guidance < 0:
@@ -139,10 +146,15 @@ def set_timesteps(solver: Any, steps: int) -> None:  # noqa: ANN401
     """The solver's timesteps, `steps` of them.
 
     For some numbers diffusers' "trailing" spacing, which counts down in floating point, gives one more, below zero: 61,
-    103 and sixty others up to 1000. Raises FeatInvError for more than there are.
+    103 and sixty others up to 1000. Raises FeatInvError for more than there are ("leading" leaves the first one out).
     """
-    if steps > (most := solver.config.num_train_timesteps):
-        raise FeatInvError(f"steps {steps}: the base model has {most} timesteps; give at most as many")
+    leading = solver.config.timestep_spacing == "leading"
+    most = solver.config.num_train_timesteps - leading
+    if steps > most:
+        raise FeatInvError(
+            f"steps {steps}: the base model has {most} timesteps{' of the spacing leading' * leading}; give at most as"
+            " many"
+        )
     solver.set_timesteps(steps)
     if len(solver.timesteps) > steps:
         solver.timesteps = solver.timesteps[:steps]

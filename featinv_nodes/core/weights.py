@@ -32,8 +32,8 @@ class InversionInfo:
     "context" (cross-attention width), "latent_channels", "heads" (attention heads)}. prompt: text of the positive
     prompt. recommended: {"strength", "guidance", "steps", "negative"}, "negative" being what guidance pushes away from:
     "text" or "features", and optionally "gradient" and "gradient_steps", the step of toward_features and in how many of
-    the last steps (10). images_seen: pictures in training. config: the training configuration.
-    metrics: as measured when it was saved.
+    the last steps (10), and "timestep_spacing" where it is "leading". images_seen: pictures in training. config: the
+    training configuration. metrics: as measured when it was saved.
     """
 
     source: FeatureSource

@@ -126,7 +126,7 @@ class LoadFeatInvControlNet(io.ComfyNode):
                     display_name="about",
                     tooltip=(
                         "What it inverts, its base model and prompt, and the recommended strength, guidance (cfg),"
-                        " steps and Feature Guidance."
+                        " steps, KSampler's scheduler and Feature Guidance."
                     ),
                 ),
             ],
@@ -138,6 +138,7 @@ class LoadFeatInvControlNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights: str) -> io.NodeOutput:
+        from ..core.sampling import SPACINGS
         from ..host.controlnet import load_feature_control
 
         embedded = weights.endswith(EMBEDDED)
@@ -150,7 +151,8 @@ class LoadFeatInvControlNet(io.ComfyNode):
             settings.pop("gradient_steps", 10) / settings["steps"],
         )  # 10: InversionInfo's
         guided = f"\nFeature Guidance: step {gradient:g}, last {min(last, 1):g}" if gradient else ""
-        words = ", ".join(f"{name} {value}" for name, value in settings.items())
+        scheduler = SPACINGS[settings.pop("timestep_spacing", "trailing")]
+        words = ", ".join(f"{name} {value}" for name, value in settings.items()) + f", scheduler {scheduler}"
         about = (
             f"inverts {info.source.describe()}\nbase model: {info.base['name']}\nprompt: {info.prompt}\nrecommended:"
             f" {words}{guided}\ntrained on {info.images_seen:,} images"

@@ -250,7 +250,8 @@ def test_what_the_weights_file_says_of_itself(converted, checkpoint):
         "kernel": 3,
     }
     assert info.base == {"name": "miniSD", "width": WIDTHS[0], "context": CONTEXT, "latent_channels": 4, "heads": HEADS}
-    assert info.recommended == {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
+    official = {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50, "timestep_spacing": "leading"}
+    assert info.recommended == official
     assert info.prompt == "a high-quality, detailed, and professional image"
     assert not {k.split(".")[0] for k in load_file(converted)} - {
         k.split(".")[0] for k in ControlNetModel(block_out_channels=WIDTHS).state_dict()
@@ -277,7 +278,8 @@ def test_what_the_weights_file_says_of_itself(converted, checkpoint):
     )
     info = read_info(pooled)
     assert info.source.pooled and info.source.input_size == (288, 288) and info.source.grid == (72, 72)
-    assert info.recommended == {"strength": 1.5, "guidance": 3.0, "negative": "text", "steps": 20}
+    official = {"strength": 1.5, "guidance": 3.0, "negative": "text", "steps": 20, "timestep_spacing": "leading"}
+    assert info.recommended == official
     assert info.base["name"] == "/models/sd" and info.prompt == "p"
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.guidance import leave_inference, toward_features
-from featinv_nodes.core.sampling import SOLVERS, Sampling, sample_latents, starting_noise
+from featinv_nodes.core.sampling import SOLVERS, SPACINGS, Sampling, sample_latents, starting_noise
 
 from .base_model import BaseModel
 from .controlnet import FeatureControlNet
@@ -27,7 +27,13 @@ SOLVER_CLASSES = {
     ),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}),
 }
-assert set(SOLVER_CLASSES) == set(SOLVERS)
+#: core.sampling.SPACINGS in diffusers' settings. The official code takes timesteps from 1 on, and its last step ends at
+#: the noise of timestep 0, not at none.
+SPACING_SETTINGS = {
+    "trailing": {"timestep_spacing": "trailing"},
+    "leading": {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},
+}
+assert set(SOLVER_CLASSES) == set(SOLVERS) and set(SPACING_SETTINGS) == set(SPACINGS)
 
 
 def noise(base: BaseModel, seed: int, samples: int = 1, size: tuple[int, int] | None = None) -> Tensor:
@@ -75,10 +81,13 @@ def sample(
 
 
 def solver_of(base: BaseModel, sampling: Sampling) -> Solver:
-    """A new solver with the base model's noise schedule, prediction and spacing of timesteps; multistep ones remember
-    earlier steps, so none is used twice."""
+    """A new solver with the base model's noise schedule and prediction, and the sampling's spacing of timesteps;
+    multistep ones remember earlier steps, so none is used twice."""
     kind, settings = SOLVER_CLASSES[sampling.solver]
-    return kind.from_config(base.scheduler.config, **settings)
+    spacing = SPACING_SETTINGS[sampling.timestep_spacing]
+    if kind is not DDIMScheduler:  # the only one that knows where the last step ends
+        spacing = {name: value for name, value in spacing.items() if name != "set_alpha_to_one"}
+    return kind.from_config(base.scheduler.config, **settings, **spacing)
 
 
 @torch.inference_mode()
