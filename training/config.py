@@ -93,7 +93,9 @@ class TrainConfig:
     train.py."""
 
     name: str = option("name of the run and of its weights file")
-    backbone: str = option('network to invert: an embedded one ("tiny-cnn"), a timm name or a timm-hub folder')
+    backbone: str = option(
+        'network to invert: an embedded one ("tiny-cnn"), a timm name, a timm-hub folder, or module:FILE.py:NAME'
+    )
     base: str = option(
         "base model: an embedded world's (tiny or photo), a diffusers folder, a file of Stable Diffusion 1.x, or"
         " owner/name in the hub's cache"

@@ -37,7 +37,7 @@ from diffusers import ControlNetModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from featinv_nodes.core.backbones import LAST, untrained_backbone
+from featinv_nodes.core.backbones import LAST, MODULE, untrained_backbone
 from featinv_nodes.core.encoders import build_encoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.files import read_pickle, write_safetensors
@@ -273,8 +273,8 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def describe_source(name: str, layer: str, pooled: bool, side: int | None = None) -> FeatureSource:
     """What a backbone's maps are, without its weights. name: timm name, timm-hub folder or embedded backbone. side:
     pixels it reads, where not its default. Raises FeatInvError for a name, layer or side that it does not have."""
-    own_file = Path(name).is_dir() or name in BACKBONES
-    backbone = open_backbone(name, input_size=side) if own_file else untrained_backbone(name, side)
+    own_file = Path(name).is_dir() or name in BACKBONES or name.startswith(MODULE)
+    backbone = open_backbone(name, None, side, run_code=True) if own_file else untrained_backbone(name, side)
     return backbone.source(layer, pooled)
 
 

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         raise FeatInvError(f"--concepts {args.concepts}: expected a number from 1, or {AUTO}")
     require_weights_name(args.out)
     make_folder(args.out.parent)
-    backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size).to(args.device)
+    backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size, run_code=True).to(args.device)
     concepts = load_directions(args.directions, backbone.source(args.layer)) if args.directions else None
     collected = read(backbone, args)
     backbone = backbone.cpu()

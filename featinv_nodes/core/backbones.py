@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -22,6 +22,8 @@ from .preprocess import evaluation_view, require_known, stretched
 
 LAST = "last"
 RESIZE_MODES = ("crop", "stretch")
+#: begins the name of a backbone of one's own, module:FILE.py:NAME
+MODULE = "module:"
 
 
 class LastMap(NamedTuple):
@@ -47,24 +49,39 @@ class Backbone(nn.Module):
     def __init__(self, model: nn.Module, name: str, classes: list[str] | None = None) -> None:
         """model: from timm.create_model. name: architecture.tag. classes: names of the logits, if known."""
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.name, self.classes = name, classes
         config = timm.data.resolve_model_data_config(model)
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        channels = 1 if first is not None and first.in_channels == 1 else config["input_size"][0]
+        if channels != 3:
+            raise FeatInvError(f"{name} reads pictures of {channels} colour channels; expected 3, red, green and blue")
         built_for = getattr(
             getattr(model, "patch_embed", None), "img_size", None
         )  # a transformer may be built for another size
-        self.input_size: tuple[int, int] = tuple(built_for or config["input_size"][1:])
-        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self._prepare(model, name, classes, built_for or config["input_size"][1:], config)
+        info = getattr(model, "feature_info", None) or []
+        names = [stage["module"] for stage in getattr(info, "info", info)]
+        self._stages = {name: names.index(name) for name in names if name}
+
+    def _prepare(
+        self, model: nn.Module, name: str, classes: list[str] | None, size: Collection[int], view: Mapping
+    ) -> None:
+        """view: how pictures are evaluated, under timm's names."""
+        self.model = model.eval().requires_grad_(False)
+        self.name, self.classes = name, classes
+        self.input_size: tuple[int, int] = tuple(size)
+        self.mean, self.std = tuple(view["mean"]), tuple(view["std"])
         self.interpolation, self.crop_pct, self.crop_mode = (
-            config[key] for key in ("interpolation", "crop_pct", "crop_mode")
+            view[key] for key in ("interpolation", "crop_pct", "crop_mode")
         )
         require_known(name, self.interpolation, self.crop_mode)
         self.register_buffer("_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(self.std)[:, None, None], persistent=False)
-        info = getattr(model, "feature_info", None) or []
-        names = [stage["module"] for stage in getattr(info, "info", info)]
-        self._stages = {name: names.index(name) for name in names if name}
         self._sources: dict[str, FeatureSource] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head; 0 without one."""
+        return self.model.num_classes
 
     @property
     def layers(self) -> list[str]:
@@ -75,10 +92,13 @@ class Backbone(nn.Module):
         if layer not in self._sources:
             channels, grid = self._size(layer)
             self._sources[layer] = FeatureSource(
-                self.name, layer, False, channels, grid, self.input_size, self.mean, self.std
+                self.name, layer, False, channels, grid, self.input_size, self.mean, self.std, self._definition(layer)
             )
         known = self._sources[layer]
         return FeatureSource(**{**known.to_dict(), "pooled": pooled})
+
+    def _definition(self, layer: str) -> str:
+        return ""  # timm's names say it all
 
     def preprocess(self, images: Tensor, resize_mode: str = "crop") -> Tensor:
         """Cuts and scales pictures [B, 3, h, w] in 0..1 to what the backbone reads, [B, 3, *input_size] in 0..1.
@@ -184,7 +204,7 @@ class Backbone(nn.Module):
     def _class_name(self, number: int) -> str:
         if self.classes:
             return self.classes[number]
-        if self.model.num_classes == 1000:
+        if self.num_classes == 1000:
             return _imagenet().index_to_description(number)
         return f"class {number}"
 
@@ -192,8 +212,7 @@ class Backbone(nn.Module):
     def last_map(self) -> LastMap:
         """The last map's layout, from one or two passes of zeros. Raises FeatInvError if the head reads no spatial
         map."""
-        with torch.inference_mode():
-            out = self.model.forward_features(self._blank())
+        out = self._tried(self.model.forward_features)
         if not isinstance(out, Tensor):
             raise FeatInvError(f"the head of {self.name} reads {len(out)} maps, not one; {self._other_layers()}")
         if out.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC":
@@ -221,9 +240,20 @@ class Backbone(nn.Module):
         """(C, (H, W)) of a layer's map."""
         if layer == LAST:
             return self.last_map.channels, self.last_map.grid
-        with torch.inference_mode():
-            values, _ = self._spatial(self._blank(), layer)
+        values, _ = self._tried(lambda blank: self._spatial(blank, layer))
         return values.shape[1], tuple(values.shape[2:])
+
+    @torch.inference_mode()
+    def _tried(self, run: Callable[[Tensor], Any]) -> Any:  # noqa: ANN401
+        """What comes of a picture of zeros. Raises FeatInvError if the model cannot read one."""
+        try:
+            return run(self._blank())
+        except FeatInvError:
+            raise
+        except Exception as error:  # models raise whatever they stumble over
+            size = "3 x {} x {}".format(*self.input_size)
+            reason = " ".join(str(error).split())[:300]
+            raise FeatInvError(f"{self.name} cannot read pictures of {size} ({reason})") from error
 
     def _spatial(self, x: Tensor, layer: str) -> tuple[Tensor, Tensor | None]:
         """Normalised pictures to (values [B, C, H, W], prefix tokens [B, P, C] or None)."""
@@ -252,7 +282,11 @@ class Backbone(nn.Module):
             values = values if prefix is None else torch.cat([prefix.to(values), values], 1)
         elif form == "NHWC":
             values = rearrange(values, "b c h w -> b h w c")
-        return self.model.forward_head(values).float()
+        return self._classified(values).float()
+
+    def _classified(self, out: Tensor) -> Tensor:
+        """The model's own head on what forward_features gives."""
+        return self.model.forward_head(out)
 
 
 @cache
@@ -261,14 +295,22 @@ def _imagenet() -> timm.data.ImageNetInfo:
     return timm.data.ImageNetInfo()
 
 
-def load_backbone(name: str, weights: str | Path | None = None, input_size: int | None = None) -> Backbone:
+def load_backbone(
+    name: str, weights: str | Path | None = None, input_size: int | None = None, run_code: bool = False
+) -> Backbone:
     """A backbone from local files alone; the network is never asked.
 
     name: timm architecture[.tag], with weights a .safetensors file of its state dict; or a timm-hub folder
     (config.json and model.safetensors), whose configuration then decides. input_size: side in pixels, where not the
-    model's own. Raises FeatInvError for an unknown name (with the nearest known ones), a missing or unreadable file,
-    keys that do not fit, and a side that the model cannot read.
+    model's own. Or module:FILE.py:NAME, a model of any kind by an adapter (see module_backbones), which runs FILE.py:
+    only where run_code is true, for names that the user gave and no file did. Raises FeatInvError for an unknown name
+    (with the nearest known ones), a missing or unreadable file, keys that do not fit, and a side that the model cannot
+    read.
     """
+    if name.startswith(MODULE):
+        from .module_backbones import load_module_backbone
+
+        return load_module_backbone(name, weights, input_size, run_code)
     folder = Path(name)
     if weights is None and (folder / "config.json").is_file():
         return _from_folder(folder, input_size)

@@ -17,7 +17,8 @@ class FeatureSource:
 
     backbone: timm name, architecture.tag. layer: "last" or a name from the backbone's feature_info.
     pooled: averaged over the locations. channels: C. grid: (H, W) of the unpooled map. input_size: (height,
-    width) in pixels that the backbone reads. mean, std: per colour channel, for pictures in 0..1.
+    width) in pixels that the backbone reads. mean, std: per colour channel, for pictures in 0..1. definition: of a
+    backbone that is not timm's, what the layer's name means and how pictures are cut and scaled.
     """
 
     backbone: str
@@ -28,6 +29,7 @@ class FeatureSource:
     input_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    definition: str = ""
 
     def describe(self) -> str:
         """One line for messages and captions."""
@@ -35,13 +37,14 @@ class FeatureSource:
         return f"{self.backbone}, layer {self.layer}, {self.channels} channels, {size}"
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """The fields by name; without the definition where there is none, as in files of timm's backbones."""
+        return {name: value for name, value in asdict(self).items() if name != "definition" or value}
 
     @classmethod
     def from_dict(cls, values: dict) -> FeatureSource:
         """The inverse of to_dict, also after a trip through JSON. Raises FeatInvError for missing or unknown fields."""
         names = {f.name for f in fields(cls)}
-        if set(values) != names:
+        if set(values) | {"definition"} != names:
             raise FeatInvError(f"feature source has the fields {sorted(values)}; expected {sorted(names)}")
         return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
 

@@ -31,8 +31,11 @@ def find_world(base: str) -> World | None:
     return next((world for world in WORLDS.values() if world.base == base), None)
 
 
-def open_backbone(name: str, weights: str | Path | None = None, input_size: int | None = None) -> Backbone:
-    """An embedded backbone by its short name or the name in a FeatureSource, any other one by load_backbone."""
+def open_backbone(
+    name: str, weights: str | Path | None = None, input_size: int | None = None, run_code: bool = False
+) -> Backbone:
+    """An embedded backbone by its short name or the name in a FeatureSource, any other one by load_backbone. run_code:
+    whether name may be a module:FILE.py:NAME, which runs FILE.py."""
     if weights is None:
         for world in WORLDS.values():
             for short, backbone in world.backbones.items():
@@ -40,7 +43,7 @@ def open_backbone(name: str, weights: str | Path | None = None, input_size: int 
                     return backbone.open(input_size)
     from ..core.backbones import load_backbone  # timm takes seconds to import
 
-    return load_backbone(name, weights, input_size)
+    return load_backbone(name, weights, input_size, run_code)
 
 
 def model_file(name: str) -> Path:

@@ -1,5 +1,7 @@
 """Feature maps are the model's own, of any timm family, and go back through its own head."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -201,6 +203,25 @@ def test_another_input_size_is_read_and_refused_where_the_model_is_fixed():
         open_backbone("tiny-vit", input_size=288)
     with pytest.raises(FeatInvError, match="at 8 pixels"):
         untrained_backbone("vit_tiny_patch16_224", 8)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_a_backbone_of_one_channel_is_refused(tmp_path, name):
+    model = timm.create_model(name, in_chans=1)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    about = {"architecture": name, "model_args": {"in_chans": 1}, "pretrained_cfg": {"input_size": [1, 224, 224]}}
+    for config in (about, about | {"pretrained_cfg": {}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(FeatInvError, match="1 colour channels; expected 3"):
+            load_backbone(str(tmp_path))
+
+
+def test_a_model_that_cannot_read_its_own_input_is_told_in_a_line():
+    model = timm.create_model("resnet10t")
+    model.layer4 = torch.nn.Linear(3, 3)
+    with pytest.raises(FeatInvError, match="resnet10t cannot read pictures of 3 x 176 x 176") as error:
+        Backbone(model, "resnet10t").source()
+    assert "\n" not in str(error.value)
 
 
 def test_a_stage_is_read_at_a_given_size_where_the_head_reads_no_map():

@@ -74,7 +74,9 @@ class EvalContext:
         key = spec.backbone or source.backbone, spec.backbone_weights, source.input_size
         if key not in self._backbones:
             height, width = source.input_size
-            backbone = open_backbone(key[0], spec.backbone_weights, height if height == width else None)
+            backbone = open_backbone(
+                key[0], spec.backbone_weights, height if height == width else None, bool(spec.backbone)
+            )
             self._backbones[key] = backbone.to(self.device, memory_format=torch.channels_last)
         return self._backbones[key]
 
@@ -96,7 +98,7 @@ class EvalContext:
     def spaces(self, spec: ModelSpec) -> list[Space]:
         """The named feature space, or the spec's own backbone; and Inception's where its file is given."""
         if self.space and self._space is None:
-            self._space = open_backbone(self.space, self.space_weights).to(self.device)
+            self._space = open_backbone(self.space, self.space_weights, run_code=True).to(self.device)
         own = self._space or self.backbone(spec)
         return [TimmSpace(own), *([self._inception] if self.inception else [])]
 

@@ -17,9 +17,8 @@ from .objective import observed_features
 def open_frozen(config: TrainConfig, device: torch.device) -> tuple[BaseModel, Backbone]:
     """The base model and the backbone, in float32."""
     base = load_base(config.base, config.prompt).to(device)
-    return base, open_backbone(config.backbone, config.backbone_weights, config.input_size).to(
-        device, memory_format=torch.channels_last
-    )
+    backbone = open_backbone(config.backbone, config.backbone_weights, config.input_size, run_code=True)
+    return base, backbone.to(device, memory_format=torch.channels_last)
 
 
 def start_from(model: FeatureControlNet, file: str, base: BaseModel) -> int | None:

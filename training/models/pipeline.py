@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatureMap
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import InversionInfo, read_info
@@ -119,7 +119,12 @@ def load_pipeline(
     info = read_info(file)
     height, width = info.source.input_size
     side = height if height == width else None  # what it reads where that is not its own default
-    source = open_backbone(backbone or info.source.backbone, backbone_weights, side).to(
+    if info.source.definition and not backbone:
+        raise FeatInvError(
+            f"{file.name} inverts {info.source.backbone}, a backbone of its maker's own ({info.source.definition});"
+            " give its adapter with --backbone module:FILE.py:NAME"
+        )
+    source = open_backbone(backbone or info.source.backbone, backbone_weights, side, bool(backbone)).to(
         device, memory_format=torch.channels_last
     )
     info.source.require(source.source(info.source.layer, info.source.pooled), f"{file.name}", "the backbone")

@@ -137,7 +137,7 @@ def make(args: argparse.Namespace) -> None:
     lengths = {stage: length(args, stage) for stage in chosen}
     sizes = checked(Sizes(args.side, args.patch, args.latents, tuple(args.widths)))
     require_same(args.out / "base", sizes)
-    backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size)
+    backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size, run_code=True)
     for depth in args.depths:
         backbone.source(*layer_of(depth))
     make_folder(args.out)

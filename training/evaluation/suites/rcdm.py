@@ -46,7 +46,8 @@ class BesideRCDM(Several):
         if len({(source.backbone, source.input_size) for source in sources}) > 1:
             raise FeatInvError("suite rcdm compares models of one backbone; use cross-model for several")
         spec, side = self.first.spec, self.rcdm.resolution
-        small = open_backbone(spec.backbone or self.first.backbone.name, spec.backbone_weights, side).to(context.device)
+        name = spec.backbone or self.first.backbone.name
+        small = open_backbone(name, spec.backbone_weights, side, bool(spec.backbone)).to(context.device)
         for tested in self.tested_models.values():
             tested.evaluators |= {NATIVE: Evaluator(small, COMPARED)}
             tested.spaces = [*self.spaces, *(Scaled(space, side) for space in self.spaces)]
