@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from training.config import TrainConfig, parse_arguments
 from training.data.latent_cache import SHARD, Part, parts_of
 from training.data.loader import Photographs, Scenes, as_it_is, open_source, sides
 from training.loop.objective import cast_frozen, observed_features, observed_moments
-from training.loop.setup import open_frozen
+from training.loop.setup import open_frozen, with_precision
 
 Entry = tuple[int, int]  # index, view
 
@@ -70,12 +70,15 @@ def fill(config: TrainConfig) -> None:
     the folder holds another."""
     if not config.cache:
         raise FeatInvError("say where with --cache DIR")
+    config, precision = with_precision(config, PartialState().device)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device, main = accelerator.device, accelerator.is_main_process
     base, backbone = open_frozen(config, device)
     cast_frozen(config, base, backbone)
     crop_sides = sides(base, backbone) if config.cache_features else {"target": base.resolution}
     source = open_source(config, crop_sides, device if config.workers == 0 else "cpu")
+    if main:
+        print(f"pictures: {source.describe()}\n{precision}")
     parts = parts_of(config, source, base, backbone)
     with accelerator.main_process_first():
         for part in parts:

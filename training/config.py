@@ -38,7 +38,7 @@ MODEL_FIELDS = (
 CHOICES = {
     "encoder": tuple(KINDS),
     "schedule": ("constant", "cosine"),
-    "precision": ("fp32", "bf16", "fp16"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
     "flips": ("none", "horizontal", "both"),
     "optimizer": ("adamw", "adamw8bit"),
     "nan": ("stop", "skip"),
@@ -77,6 +77,7 @@ RANGES = {
     "dropout": (0, 1),
     "ema": (0, 0.999999),
     "cycle_below": (0, 1000),
+    "seed": (0, 2**32 - 1),
 }
 
 
@@ -101,9 +102,9 @@ class TrainConfig:
         " owner/name in the hub's cache"
     )
     data: str = option(
-        'pictures: "drawn", a folder of images or of plain tar files (webdataset), "hf:" and a Hugging Face data set (a'
-        ' folder of save_to_disk, or a name with its split after a colon), or "stream:" and one that is read as it'
-        " comes"
+        'pictures: "drawn", a folder of images or of plain tar files (webdataset), hf:NAME[:SPLIT[:COLUMN]] for a'
+        " Hugging Face data set on this computer (a folder of save_to_disk, or a name; COLUMN chooses among several of"
+        " pictures), or stream:NAME[:SPLIT[:COLUMN]] for one that is read as it comes"
     )
     prompt: str = option("text of the positive prompt")
     max_images: int = option("images after which the run ends")
@@ -139,7 +140,10 @@ class TrainConfig:
         "adamw, or adamw8bit whose moments take a quarter of the memory (needs bitsandbytes)", "adamw"
     )
     nan: str = option("what happens to a step whose loss or gradients are not finite: stop or skip", "stop")
-    precision: str = option("fp32, bf16 (also for the frozen weights) or fp16", "bf16")
+    precision: str = option(
+        "fp32, bf16 (also for the frozen weights), fp16, or auto: bf16 where the device computes in it, else fp32",
+        "auto",
+    )
     compile: bool = option("use torch.compile, worth its minute on long runs", False)
     graph: bool = option("run the whole step as one CUDA graph, for small models on one GPU", False)
     init_from: str | None = option(
@@ -175,6 +179,8 @@ class TrainConfig:
                 raise FeatInvError(
                     f"{name} {value}: expected {f'at least {least}' if most == math.inf else f'{least} to {most}'}"
                 )
+        if not self.name.strip(".") or {"/", "\\"} & set(self.name):
+            raise FeatInvError(f"name {self.name!r}: expected a file's name, without folders")
         try:
             Sampling(**self.recommended)
         except TypeError as error:
@@ -212,18 +218,27 @@ class TrainConfig:
         """`precision` as accelerate names it."""
         return {"fp32": "no"}.get(self.precision, self.precision)
 
-    def save(self, file: Path) -> None:
-        """Writes the configuration beside its results.
-
-        Raises FeatInvError if the file is there already and belongs to a run of another model or optimizer.
-        """
-        if file.exists():
+    def check_folder(self, file: Path) -> dict:
+        """The configuration that stands in `file` beside a run's results; {} where there is none. Raises FeatInvError
+        if it belongs to a run of another model or optimizer, or is damaged."""
+        if not file.exists():
+            return {}
+        try:
             old, new = yaml.safe_load(file.read_text()), asdict(self)
-            differing = [
-                f"{name}: {old.get(name)} there, {new[name]} now" for name in MODEL_FIELDS if old.get(name) != new[name]
-            ]
-            if differing:
-                raise FeatInvError(f"{file.parent} holds another run ({'; '.join(differing)}); choose another --output")
+        except (yaml.YAMLError, UnicodeDecodeError):
+            old = None
+        if not isinstance(old, dict):
+            raise FeatInvError(f"{file} is damaged: remove it to go on with this configuration")
+        differing = [
+            f"{name}: {old.get(name)} there, {new[name]} now" for name in MODEL_FIELDS if old.get(name) != new[name]
+        ]
+        if differing:
+            raise FeatInvError(f"{file.parent} holds another run ({'; '.join(differing)}); choose another --output")
+        return old
+
+    def save(self, file: Path) -> None:
+        """Writes the configuration beside its results, or raises as check_folder does."""
+        self.check_folder(file)
         write_text(file, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
@@ -238,7 +253,7 @@ def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainCon
     values = _values(file) | {
         name: _parsed(text, str(known[name].type) if name in known else "") for name, text in (overrides or {}).items()
     }
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
         raise FeatInvError(f"{file}: unknown fields {unknown}; known: {', '.join(known)}")
     for name, value in values.items():
@@ -249,8 +264,11 @@ def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainCon
         raise FeatInvError(f"{file}: {error}") from error
 
 
-def _values(file: Path) -> dict:
-    """A YAML file's fields over those of the files that it extends, the last named first."""
+def _values(file: Path, extending: tuple[Path, ...] = ()) -> dict:
+    """A YAML file's fields over those of the files that it extends, the last named first. extending: the files that
+    led to this one."""
+    if file.resolve() in extending:
+        raise FeatInvError(f"{file} extends itself, through {', '.join(f.name for f in extending)}")
     try:
         own = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -259,10 +277,10 @@ def _values(file: Path) -> dict:
         raise FeatInvError(f"{file} holds no fields; expected lines such as `batch: 8`")
     parents = own.pop("extends", [])
     values = {}
-    for name in [parents] if isinstance(parents, str) else parents:
-        if not (file.parent / name).is_file():
+    for name in parents if isinstance(parents, list) else [parents]:
+        if not (file.parent / str(name)).is_file():
             raise FeatInvError(f"{file} extends {name}, which does not exist beside it")
-        values |= _values(file.parent / name)
+        values |= _values(file.parent / str(name), (*extending, file.resolve()))
     return values | own
 
 
@@ -289,15 +307,24 @@ def _typed(file: Path, name: str, value: object, expected: str) -> object:
     raise FeatInvError(f"{file}: {name} is {value!r}; expected {expected}")
 
 
-def parse_arguments(description: str) -> tuple[TrainConfig, Path]:
-    """Command line of train.py: --config FILE, --output DIR and --FIELD VALUE for every field."""
+def run_parser(description: str) -> argparse.ArgumentParser:
+    """The options --config FILE, --output DIR and --FIELD VALUE for every field."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=DEFAULT, help="YAML file (default: the drawn world's CNN)")
     parser.add_argument("--output", type=Path, help="folder of the run (default: out/train/NAME)")
     add_fields(parser)
-    args = parser.parse_args()
+    return parser
+
+
+def chosen(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
+    """The configuration and the run's folder that arguments of run_parser name."""
     config = read_config(args.config, given_fields(args))
     return config, args.output or Path("out/train") / config.name
+
+
+def parse_arguments(description: str) -> tuple[TrainConfig, Path]:
+    """Command line of the options of run_parser."""
+    return chosen(run_parser(description).parse_args())
 
 
 def add_fields(parser: argparse.ArgumentParser) -> None:

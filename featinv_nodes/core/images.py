@@ -10,19 +10,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .feature_map import FeatInvError
+from .picture_files import SUFFIXES, look_below
 
 SMALLEST, LARGEST = 8, 16_384  # pixels per side
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """All pictures below a folder, sorted. Raises FeatInvError for no folder, and for one without pictures."""
+    """All pictures below a folder, sorted, through links too. Raises FeatInvError for no folder, and for one without
+    pictures."""
     if not Path(folder).is_dir():
         raise FeatInvError(f"{folder} is not a folder")
-    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
-    if not files:
-        raise FeatInvError(f"no images ({', '.join(sorted(SUFFIXES))}) below {folder}")
-    return files
+    found = look_below(folder)
+    if not found.pictures:
+        raise FeatInvError(no_images(folder) + found.left_out.told())
+    return sorted(Path(folder, name) for name in found.pictures)
+
+
+def no_images(where: str | Path) -> str:
+    """What to say of a place without pictures."""
+    return f"no images ({', '.join(sorted(SUFFIXES))}) below {where}"
 
 
 def as_seen(opened: Image.Image) -> Image.Image:

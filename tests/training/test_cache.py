@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import open_backbone
@@ -144,6 +145,30 @@ def test_a_cache_of_other_crops_is_refused(parts, photographs, tmp_path, changes
     cache.fill(config(tmp_path, data=photographs, views=1))
     with pytest.raises(FeatInvError, match=message):
         open_pictures(config(tmp_path, data=photographs, **changes), *parts, "cpu", 0, 1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cache_of_pictures_that_were_replaced_under_their_names_is_refused(parts, photographs, tmp_path, packed):
+    """Old latents would pair with new features, in silence."""
+    library = pytest.importorskip("datasets") if packed else None
+
+    def data():
+        if not packed:
+            return photographs
+        rows = [str(file) for file in sorted(photographs.iterdir())]
+        kinds = library.Features({"image": library.Image()})
+        library.Dataset.from_dict({"image": rows}, features=kinds).save_to_disk(tmp_path / "set")
+        return f"hf:{tmp_path / 'set'}"
+
+    made = config(tmp_path / "cache", data=data(), views=1)
+    cache.fill(made)
+    assert len(open_pictures(made, *parts, "cpu", 0, 1).source) == 12
+    for file in photographs.iterdir():
+        ImageOps.flip(Image.open(file)).save(file)
+    data()
+    for refusing in (lambda: open_pictures(made, *parts, "cpu", 0, 1), lambda: cache.fill(made)):
+        with pytest.raises(FeatInvError, match="made from other pictures than those that are there now, by their"):
+            refusing()
 
 
 def test_a_cache_of_another_model_or_fewer_views_is_refused(parts, photographs, tmp_path):

@@ -27,6 +27,7 @@ from ..config import TrainConfig
 from ..files import make_folder, write_json
 from ..models.base_model import BaseModel
 from .batch import Batch
+from .identity import what_changed
 from .loader import Photographs, Scenes, fill, open_source, sides
 from .stream import Stream
 
@@ -35,25 +36,36 @@ COMMAND = "python training/cache.py makes it, from the same configuration"
 
 
 class Part:
-    """One kind of rows: `name` of the tensor, "moments" or "features"."""
+    """One kind of rows: `name` of the tensor, "moments" or "features". manifest: what they are of, identity: that of
+    the pictures."""
 
-    def __init__(self, folder: Path, name: str, manifest: dict, pictures: int, views: int) -> None:
-        self.folder, self.name, self.manifest, self.pictures, self.views = folder, name, manifest, pictures, views
+    def __init__(
+        self, folder: Path, name: str, manifest: dict, identity: dict[str, str], pictures: int, views: int
+    ) -> None:
+        self.folder, self.name, self.manifest, self.identity = folder, name, manifest | identity, identity
+        self.pictures, self.views = pictures, views
 
     def open(self) -> None:
         """Raises FeatInvError, naming the difference, if the folder holds rows of something else, or nothing."""
         try:
             there = json.loads((self.folder / "manifest.json").read_text())
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise FeatInvError(f"there is no cache in {self.folder}; {COMMAND}") from error
+        except ValueError as error:
+            raise FeatInvError(f"{self.folder / 'manifest.json'} is damaged ({error}); remove the folder") from error
         wrong = [
             f"{key}: {there.get(key)} there, {value} wanted"
             for key, value in self.manifest.items()
-            if there.get(key) != value
+            if there.get(key) != value and key not in self.identity
         ]
         if wrong:
             raise FeatInvError(
                 f"{self.folder} is a cache of something else ({'; '.join(wrong)}); choose another --cache folder"
+            )
+        if changed := what_changed(there, self.identity):
+            raise FeatInvError(
+                f"{self.folder} was made from other pictures than those that are there now, by their {changed}; to make"
+                " it again choose another --cache folder, or remove this one"
             )
 
     def begin(self) -> None:
@@ -111,20 +123,20 @@ def parts_of(config: TrainConfig, source: Scenes | Photographs, base: BaseModel,
     views = config.views if isinstance(source, Photographs) else 1
     crops = {
         "pictures": len(source),
-        "listing": source.fingerprint,
         "seed": config.seed,
         "flips": config.flips if isinstance(source, Photographs) else "none",
         "shard": SHARD,
     }
     latents = crops | {"resolution": base.resolution, "autoencoder": digest(base.vae)}
-    parts = [Part(Path(config.cache) / "latents", "moments", latents, len(source), views)]
+    parts = [Part(Path(config.cache) / "latents", "moments", latents, source.identity, len(source), views)]
     if config.cache_features:
         features = crops | {
             "features": backbone.source(config.layer, config.pooled).to_dict(),
             "backbone": digest(backbone.model),
         }
         name = re.sub(r"[^\w.-]+", "_", f"features-{backbone.name}-{config.layer}{'-pooled' if config.pooled else ''}")
-        parts.append(Part(Path(config.cache) / name, "features", json.loads(json.dumps(features)), len(source), views))
+        features = json.loads(json.dumps(features))
+        parts.append(Part(Path(config.cache) / name, "features", features, source.identity, len(source), views))
     return parts
 
 
@@ -143,7 +155,12 @@ class Cached(Dataset):
 
     def __init__(self, source: Scenes | Photographs, parts: list[Part]) -> None:
         self.source, self.parts = source, parts
-        self.name, self.entry, self.fingerprint = source.name, source.entry, source.fingerprint
+        self.name, self.entry, self.identity, self.describe = (
+            source.name,
+            source.entry,
+            source.identity,
+            source.describe,
+        )
         self._rest = len(parts) == 1  # the latents alone: features come from the pictures
 
     def render(self, entries: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[int, str]]:
@@ -159,14 +176,20 @@ class Cached(Dataset):
 
 
 def open_pictures(
-    config: TrainConfig, base: BaseModel, backbone: Backbone, device: torch.device | str, rank: int, processes: int
+    config: TrainConfig,
+    base: BaseModel,
+    backbone: Backbone,
+    device: torch.device | str,
+    rank: int,
+    processes: int,
+    write: bool = True,
 ) -> Scenes | Photographs | Stream | Cached:
     """The configuration's pictures, from its cache where it names one, every shard of which is read once by one of the
-    processes. Raises FeatInvError for a cache of something else, or an incomplete one."""
+    processes; write: as in TarShards. Raises FeatInvError for a cache of something else, or an incomplete one."""
     crop_sides = sides(base, backbone)
     if not config.cache:
-        return open_source(config, crop_sides, device)
-    source = open_source(config, {"pictures": crop_sides["pictures"]}, device)
+        return open_source(config, crop_sides, device, write)
+    source = open_source(config, {"pictures": crop_sides["pictures"]}, device, write)
     parts = parts_of(config, source, base, backbone)
     for part in parts:
         part.open()

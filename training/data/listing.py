@@ -2,151 +2,99 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import tarfile
+import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.images import SUFFIXES
+from featinv_nodes.core.images import no_images
+from featinv_nodes.core.picture_files import Found, look_below
 
 from ..config import STREAM
-from ..files import write_json
+from .hugging_face import FORM, HUGGING_FACE, HuggingFace
+from .identity import Stamp, stamp_of
+from .identity import fingerprint as fingerprint
+from .shards import TarShards
 
-HUGGING_FACE = "hf:"
 #: every 25th picture is left aside where a world of photographs is made: settings are chosen on these
 KEPT_BACK = 25
 
 
 class Listing(Protocol):
     """Pictures in a fixed order. names: one per picture; open reads the one at an index, or raises whatever the
-    decoder raises."""
+    decoder raises; stamp and encoded as in identity.Stamped; describe: how many there are, where, and what was left
+    out and why."""
 
     names: Sequence[str]
 
     def open(self, index: int) -> Image.Image: ...
 
+    def stamp(self, index: int) -> Stamp: ...
+
+    def encoded(self, index: int) -> bytes: ...
+
+    def describe(self) -> str: ...
+
 
 class Folder:
-    """All pictures below a folder, by name."""
+    """All pictures below a folder, by name. Links are followed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+    def __init__(self, folder: Path, found: Found | None = None) -> None:
+        """found: what lies below it, where that is known already."""
+        self.folder, self._found = folder, found or look_below(folder)
+        self.names = self._found.pictures
 
     def open(self, index: int) -> Image.Image:
         return Image.open(self.folder / self.names[index])
 
+    def stamp(self, index: int) -> Stamp:
+        return stamp_of(self.folder / self.names[index])
 
-class TarShards:
-    """All pictures in the tar files of a folder (webdataset's layout), shard by shard.
+    def encoded(self, index: int) -> bytes:
+        return (self.folder / self.names[index]).read_bytes()
 
-    Each shard is walked once; where its pictures begin is kept beside it in NAME.tar.index.json, if the folder can be
-    written, so that any picture can be read alone. Compressed tar files cannot be read so.
-    """
-
-    def __init__(self, shards: list[Path]) -> None:
-        self.names: list[str] = []
-        self._where: list[tuple[Path, int, int]] = []
-        for shard in shards:
-            for name, offset, size in _index(shard):
-                self.names.append(f"{shard.name}/{name}")
-                self._where.append((shard, offset, size))
-
-    def open(self, index: int) -> Image.Image:
-        shard, offset, size = self._where[index]
-        with open(shard, "rb") as opened:
-            opened.seek(offset)
-            return Image.open(io.BytesIO(opened.read(size)))
+    def describe(self) -> str:
+        folders, links = self._found.folders, self._found.links
+        through = f", {links:,} reached through a link" if links else ""
+        return f"{len(self.names):,} in {folders:,} folder{'s' * (folders != 1)}{through}{self._found.left_out.told()}"
 
 
-def _index(shard: Path) -> list[tuple[str, int, int]]:
-    """(name, offset, size) of each picture in a tar file."""
-    index_file, size = shard.with_name(shard.name + ".index.json"), shard.stat().st_size
-    try:
-        known = json.loads(index_file.read_text())
-        if known["size"] == size:
-            return known["pictures"]
-    except (OSError, ValueError, KeyError):
-        pass  # not there, or cut off: made again
-    try:
-        with tarfile.open(shard, "r:") as opened:
-            pictures = [
-                (m.name, m.offset_data, m.size)
-                for m in opened
-                if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES
-            ]
-    except tarfile.TarError as error:
-        raise FeatInvError(
-            f"{shard} is not a plain tar file ({error}); unpack it, or pack it without compression"
-        ) from error
-    try:
-        write_json(index_file, {"size": size, "pictures": pictures})
-    except OSError:
-        pass  # a folder that cannot be written: walked again next time
-    return pictures
+class Joined:
+    """Several listings one after another."""
 
+    def __init__(self, parts: list[Listing]) -> None:
+        self._parts = parts
+        self.names = [name for part in parts for name in part.names]
+        self._ends = list(accumulate(len(part.names) for part in parts))
 
-def hugging_face(data: str, streaming: bool = False) -> tuple[ModuleType, Any, str]:
-    """(the `datasets` library, the set that `data` names after its prefix, its column of pictures).
-
-    After the prefix: a folder of save_to_disk, not for streaming, or what load_dataset takes, with the split after a
-    colon (default train). Raises FeatInvError if there is no such set, or it has no pictures.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise FeatInvError(f"data {data} needs the package datasets: pip install datasets") from error
-    name = data.partition(":")[2]
-    saved = Path(name).is_dir() and any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json"))
-    if saved and streaming:
-        raise FeatInvError(
-            f"data {data} was saved by save_to_disk and is on this computer already: write {HUGGING_FACE}{name}"
-        )
-    try:
-        if saved:
-            dataset = datasets.load_from_disk(name)
-            dataset = dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
-        else:
-            name, _, split = name.partition(":")
-            dataset = datasets.load_dataset(name, split=split or "train", streaming=streaming)
-    except (OSError, ValueError, KeyError) as error:
-        raise FeatInvError(f"data {data} cannot be opened: {error}") from error
-    features = dataset.features or {}  # unknown in some streams
-    columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    if not columns:
-        raise FeatInvError(
-            f"data {data} has no column of pictures; it has {', '.join(features) or 'columns of unknown kinds'}"
-        )
-    return datasets, dataset, columns[0]
-
-
-class HuggingFace:
-    """A data set of the `datasets` library that is on this computer, with a column of pictures. classes: the name of
-    each one's label, None where it has none; None altogether for a data set without a column of labels."""
-
-    def __init__(self, data: str) -> None:
-        """data: as hugging_face takes it."""
-        library, dataset, self._column = hugging_face(data)
-        self._set = dataset.select_columns([self._column])
-        self.names = [f"{data.removeprefix(HUGGING_FACE)}[{index}]" for index in range(len(dataset))]
-        labels = [column for column, kind in dataset.features.items() if isinstance(kind, library.ClassLabel)]
-        known = dataset.features[labels[0]].names if labels else []
-        self.classes = [known[k] if k is not None and k >= 0 else None for k in dataset[labels[0]]] if labels else None
+    def _at(self, index: int) -> tuple[Listing, int]:
+        number = bisect.bisect_right(self._ends, index)
+        return self._parts[number], index - (self._ends[number - 1] if number else 0)
 
     def open(self, index: int) -> Image.Image:
-        return self._set[index][self._column]
+        part, own = self._at(index)
+        return part.open(own)
+
+    def stamp(self, index: int) -> Stamp:
+        part, own = self._at(index)
+        return part.stamp(own)
+
+    def encoded(self, index: int) -> bytes:
+        part, own = self._at(index)
+        return part.encoded(own)
+
+    def describe(self) -> str:
+        return ", and ".join(part.describe() for part in self._parts)
 
 
-def open_listing(data: str, images: int | None) -> Listing:
-    """A folder of pictures or of tar files, or "hf:" and a Hugging Face data set; images: only so many of them, evenly
-    spread. Raises FeatInvError where there are none, or fewer."""
+def open_listing(data: str, images: int | None, write: bool = True) -> Listing:
+    """A folder of pictures, of tar files, or of both (the tar files' come first), or "hf:" and a Hugging Face data set;
+    images: only so many of them, evenly spread; write: as in TarShards. Raises FeatInvError where there are none, or
+    fewer."""
     if data.startswith(HUGGING_FACE):
         listing: Listing = HuggingFace(data)
     elif data.startswith(STREAM):
@@ -154,17 +102,25 @@ def open_listing(data: str, images: int | None) -> Listing:
             f"data {data}: a stream can be trained on, not evaluated or listed; download the set, and write"
             f" {HUGGING_FACE}"
         )
-    elif Path(data).is_dir():
-        shards = sorted(Path(data).glob("*.tar"))
-        listing = TarShards(shards) if shards else Folder(Path(data))
+    elif data and Path(data).is_dir():
+        listing = _in_folder(Path(data), write)
     else:
         raise FeatInvError(
-            f"data {data!r} is neither 'drawn' nor a folder, nor '{HUGGING_FACE}' and the name of a Hugging Face"
-            " data set"
+            f"data {data!r} is neither 'drawn' nor a folder, nor '{HUGGING_FACE}' and a Hugging Face data set"
+            f" ({HUGGING_FACE}{FORM})"
         )
     if not listing.names:
-        raise FeatInvError(f"no images ({', '.join(sorted(SUFFIXES))}) below {data}")
+        raise FeatInvError(f"{no_images(data)}: {listing.describe()}")
     return listing if images is None else Part(listing, images)
+
+
+def _in_folder(folder: Path, write: bool) -> Listing:
+    found = look_below(folder)
+    if not found.tars:
+        return Folder(folder, found)
+    shards = TarShards([folder / name for name in found.tars], folder, write)
+    loose = Folder(folder, found)
+    return Joined([shards, loose]) if found.pictures or found.left_out.counts else shards
 
 
 class Chosen:
@@ -176,6 +132,15 @@ class Chosen:
 
     def open(self, index: int) -> Image.Image:
         return self._whole.open(self.indices[index])
+
+    def stamp(self, index: int) -> Stamp:
+        return self._whole.stamp(self.indices[index])
+
+    def encoded(self, index: int) -> bytes:
+        return self._whole.encoded(self.indices[index])
+
+    def describe(self) -> str:
+        return f"{len(self.names):,} of {self._whole.describe()}"
 
 
 def kept_back(whole: Listing) -> Chosen:
@@ -190,8 +155,3 @@ class Part(Chosen):
         if not 0 < count <= len(whole.names):
             raise FeatInvError(f"images {count}: expected 1 to {len(whole.names)}, as many as there are")
         super().__init__(whole, [k * len(whole.names) // count for k in range(count)])
-
-
-def fingerprint(names: Sequence[str]) -> str:
-    """A digest of names in their order: the same pictures at the same indices, as far as names tell."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

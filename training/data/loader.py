@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from ..config import STREAM, TrainConfig
 from ..models.base_model import BaseModel
 from .batch import TRIES, Batch, Unreadable, crops, leave_signals, plainly
-from .listing import Listing, fingerprint, open_listing
+from .identity import identity
+from .listing import Listing, open_listing
 from .stream import Reading, Stream
 
 AT_ONCE = 4096  # scenes drawn together on a GPU, where a batch takes no longer than a few
@@ -37,8 +39,11 @@ class Scenes(Dataset):
         return self.images
 
     @property
-    def fingerprint(self) -> str:
-        return f"scenes of seed {self.seed}"
+    def identity(self) -> dict[str, str]:
+        return {"scenes": f"scenes of seed {self.seed}"}
+
+    def describe(self) -> str:
+        return f"scenes of the drawn world, drawn as needed{f', {self.images:,} of them' if self.images else ''}"
 
     def name(self, index: int) -> str:
         return f"scene {index}"
@@ -81,9 +86,13 @@ class Photographs(Dataset):
     def __len__(self) -> int:
         return len(self.listing.names)
 
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.listing.names)
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """See identity.identity; of the pictures as they are when it is first asked for."""
+        return identity(self.listing)
+
+    def describe(self) -> str:
+        return self.listing.describe()
 
     def name(self, index: int) -> str:
         return self.listing.names[index]
@@ -163,14 +172,16 @@ def sides(base: BaseModel, backbone: Backbone) -> dict[str, int]:
 
 
 def open_source(
-    config: TrainConfig, crop_sides: dict[str, int], device: torch.device | str = "cpu"
+    config: TrainConfig, crop_sides: dict[str, int], device: torch.device | str = "cpu", write: bool = True
 ) -> Scenes | Photographs | Stream:
-    """The configuration's pictures, cropped to the `crop_sides` sides. Raises FeatInvError where there are none."""
+    """The configuration's pictures, cropped to the `crop_sides` sides; write: as in TarShards. Raises FeatInvError
+    where there are none."""
     if drawing_world(config.data):
         return Scenes(config.seed, device, config.images)
     if config.data.startswith(STREAM):
         return Stream(config.data, crop_sides, config.flips, config.seed)
-    return Photographs(open_listing(config.data, config.images), crop_sides, config.flips, config.seed, config.views)
+    listing = open_listing(config.data, config.images, write)
+    return Photographs(listing, crop_sides, config.flips, config.seed, config.views)
 
 
 def as_it_is(batch: tuple) -> tuple:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,8 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen
 
 from .batch import TRIES, Batch, Unreadable, crops, leave_signals, plainly
-from .listing import hugging_face
+from .hugging_face import hugging_face, parts_of
+from .identity import fingerprint, stamp_of
 
 BLOCK = 512  # encoded pictures that a reader holds and shuffles
 AT_ONCE = 64  # rows asked of the library together
@@ -47,9 +50,18 @@ class Stream:
         self._set = dataset.select_columns([self._column]).cast_column(self._column, library.Image(decode=False))
         self.files = dataset.num_shards
 
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.data}, {self.files} files"
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """The stream's name and number of files; sizes and modification times where they lie in a folder."""
+        folder, names = Path(parts_of(self.data)[0]), {"stream": f"{self.data}, {self.files} files"}
+        if not folder.is_dir():
+            return names
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        sizes, times = zip(*map(stamp_of, files))
+        return names | {"sizes": fingerprint(map(str, sizes)), "modification times": fingerprint(map(str, times))}
+
+    def describe(self) -> str:
+        return f"as they come in {self.files:,} files of {self.data}, column {self._column}"
 
     def entry(self, number: int) -> tuple[int, int]:
         return number, 0

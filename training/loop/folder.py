@@ -41,10 +41,17 @@ def only_run_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_room(folder: Path, checkpoint: int, keep: int, say: Callable[[str], object]) -> None:
-    """Says where `keep` checkpoints of so many bytes, and the one that is being written beside them, do not fit."""
+def room(folder: Path, checkpoint: int, keep: int) -> tuple[int, int]:
+    """(bytes that `keep` checkpoints of so many bytes, and the one that is being written beside them, need besides what
+    is there; bytes that are free). The folder need not be there yet."""
     there = sum(file.stat().st_size for file in folder.glob("checkpoint-*.pt"))
-    required, free = (keep + 1) * checkpoint - there, shutil.disk_usage(folder).free
+    first = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return max((keep + 1) * checkpoint - there, 0), shutil.disk_usage(first).free
+
+
+def check_room(folder: Path, checkpoint: int, keep: int, say: Callable[[str], object]) -> None:
+    """Says where the checkpoints, as room counts them, do not fit."""
+    required, free = room(folder, checkpoint, keep)
     if required > free:
         say(
             f"{folder} has {free / 1e9:.1f} GB left and its checkpoints need {required / 1e9:.1f} ({keep} and the one"

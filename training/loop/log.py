@@ -51,8 +51,11 @@ def write_line(log: IO[str], values: dict[str, float], say: Callable[[str], obje
 
 
 def check_trackers(names: list[str], folder: Path) -> None:
-    """Raises FeatInvError for trackers that accelerate does not know, or whose package is not installed."""
+    """Raises FeatInvError for trackers that accelerate does not know, or whose package is not installed. To be called
+    when accelerate's state is there: it logs what is missing."""
     for name in names:
+        if not isinstance(name, str):
+            raise FeatInvError(f"trackers: {name!r} is no name; expected such as [tensorboard]")
         try:
             installed = filter_trackers([name], folder)
         except ValueError as error:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
 from featinv_nodes.core.feature_map import FeatInvError
 
 MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes per parameter
+#: where Linux names a container's limit, by the version of its control groups
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def available(device: torch.device) -> float:
-    """GB of a device: all of a GPU's, this computer's for a processor; infinite where the system does not tell."""
+    """GB of a device: all of a GPU's; for a processor this computer's, or the container's where that is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / 1e9
+    return min(psutil.virtual_memory().total, *map(_limit, LIMITS)) / 1e9
+
+
+def _limit(file: str) -> float:
+    """Bytes that a control group's file names; infinite where there is no file, or no limit in it."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return float(Path(file).read_text())
+    except (OSError, ValueError):  # "max"
         return float("inf")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
@@ -22,6 +22,7 @@ from featinv_nodes.core.objective import latents_from
 from featinv_nodes.core.weights import InversionInfo
 
 from ..config import TrainConfig
+from ..data.identity import what_changed
 from ..data.latent_cache import open_pictures
 from ..data.loader import loader
 from ..data.stream import states
@@ -34,26 +35,32 @@ from .folder import check_room
 from .graph import check_device, make_plain, set_lr, training_step
 from .log import Pace, check_trackers, device_peak, open_log, show, start_trackers, write_line
 from .objective import at_stage, cast_frozen, observe, sample_noise, training_loss
+from .opening import opening, time_left
 from .optimizer import build_optimizer, clip_and_step, weights_layout
 from .panel import sample_panel
 from .schedule import lr_at, step_seed
 from .scope import check_scope_data, end_with_scope
-from .setup import open_frozen, standardise, start_from
+from .setup import open_frozen, standardise, start_from, with_precision
 
 
 class Run:
     """One run of one process. config: decides everything. output: the run's folder. stack: closes what was opened.
+    write: whether anything is written, which `train.py --check` does without.
 
     seen: images so far, of all processes; per_step: images of a step. model: what is trained; average: its moving
     average, or None. Raises FeatInvError for what cannot be trained so, before any step.
     """
 
-    def __init__(self, config: TrainConfig, output: Path, stack: ExitStack) -> None:
+    def __init__(self, config: TrainConfig, output: Path, stack: ExitStack, write: bool = True) -> None:
+        self._began = config.check_folder(output / "config.yaml")
+        config, precision = with_precision(config, PartialState().device, self._began.get("precision"))
         check_trackers(config.trackers, output)
-        check_scope_data(config)
-        self.config, self.output = config, output
+        check_scope_data(config, write)
+        self.config, self.output, self.write = config, output, write
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=output
+            mixed_precision=config.mixed_precision,
+            log_with=config.trackers if write and config.trackers else None,
+            project_dir=output,
         )
         self.device, self.rank, self.processes = (
             self.accelerator.device,
@@ -69,13 +76,14 @@ class Run:
         self.per_step = self.per_process * self.processes
         set_seed(config.seed)
         self._open_models()
-        self.pictures = open_pictures(
-            config, self.base, self.backbone, self.device if config.workers == 0 else "cpu", self.rank, self.processes
-        )
+        drawing = self.device if config.workers == 0 else "cpu"
+        self.pictures = open_pictures(config, self.base, self.backbone, drawing, self.rank, self.processes, write)
+        self._identity = self.pictures.identity  # as the pictures are now
         self.say(
             f"{config.name}: inverts {self.model.source.describe()} with base model {self.base.name};"
             f" {self._parameters() / 1e6:.1f} M parameters"
         )
+        self.say(precision)
         self._prepare(self._begin_or_resume())
         self._open_step(stack)
 
@@ -90,7 +98,7 @@ class Run:
             self.base.unet.enable_gradient_checkpointing()
             self.model.controlnet.enable_gradient_checkpointing()
         frozen = [self.base.unet, self.base.vae, self.backbone]
-        self._memory = (
+        self.memory_parts = (
             self.device,
             self.model,
             frozen,
@@ -98,7 +106,7 @@ class Run:
             memory.MOMENTS[config.optimizer],
             self.processes if self.shares_weights else 1,
         )
-        memory.require(*self._memory)
+        memory.require(*self.memory_parts)
 
     def _untrained(self) -> FeatureControlNet:
         source = self.backbone.source(self.config.layer, self.config.pooled)
@@ -110,10 +118,11 @@ class Run:
     def _begin_or_resume(self) -> dict | None:
         """The newest checkpoint of the folder; without one the model starts as the configuration says."""
         config = self.config
+        self.checkpoint_bytes = self._parameters() * (4 + memory.MOMENTS[config.optimizer] + 4 * bool(config.ema))
         if self.main:
+            check_room(self.output, self.checkpoint_bytes, config.keep, self.say)
+        if self.main and self.write:
             config.save(self.output / "config.yaml")
-            checkpoint = self._parameters() * (4 + memory.MOMENTS[config.optimizer] + 4 * bool(config.ema))  # bytes
-            check_room(self.output, checkpoint, config.keep, self.say)
         (file,) = broadcast_object_list([checkpoints.newest(self.output, self.say) if self.main else None])
         state = checkpoints.load(file) if file else {"seen": 0, "before": 0, "losses": [], "stream": None}
         self.seen, self.before, self._stream = state["seen"], state["before"], state["stream"]
@@ -167,9 +176,17 @@ class Run:
                 f"{self.seen} of {config.max_images} images are seen: nothing is left to train; begin anew with another"
                 " --output, or go on with a larger --max-images"
             )
-        if state["data"] != self.pictures.fingerprint:
+        before = state["data"]
+        if isinstance(before, str):  # an older checkpoint knows the names alone
+            before = self._identity | {next(iter(self._identity)): before}
+        if changed := what_changed(before, self._identity):
             self.say(
-                f"{config.data} holds other pictures than before: the run goes on, but not as if it had never stopped"
+                f"{config.data} holds other pictures than before, by their {changed}: the run goes on, but not as if"
+                " it had never stopped"
+            )
+        if (seed := state.get("seed", self._began.get("seed", config.seed))) != config.seed:
+            self.say(
+                f"the run began with seed {seed} and goes on with seed {config.seed}: not as if it had never stopped"
             )
 
     def _open_step(self, stack: ExitStack) -> None:
@@ -181,21 +198,26 @@ class Run:
             self.pictures, self.seen, self.per_process, self.rank, self.processes, config.workers, pin, state
         )
         self.batches = stack.enter_context(closing(batches))
-        self._log = open_log(self.output / "stats.jsonl", self.seen) if self.main else None
-        start_trackers(self.accelerator, asdict(config))
+        self._log = open_log(self.output / "stats.jsonl", self.seen) if self.main and self.write else None
+        if self.write:
+            start_trackers(self.accelerator, asdict(config))
         batch = next(self.batches)
         self.faults.unread(batch.skipped)
-        self._images = {
+        self.images = {
             name: rows.to(self.device) for name, rows in batch.tensors.items()
         }  # the later batches are copied here
+        if self.main:
+            with self.accelerator.autocast():
+                self.say("\n".join(opening(self)))
         update = partial(clip_and_step, self.accelerator, self.model, self.optimizer)
+        self._untimed = True
         self._take_step = training_step(self._gradients, update, self.optimizer, config.graph)
         self._progress = tqdm(
             total=config.max_images,
             initial=self.seen,
             unit="img",
             desc=config.name,
-            disable=not self.main,
+            disable=not (self.main and self.write),
             smoothing=0.02,
             mininterval=2,
         )
@@ -206,7 +228,7 @@ class Run:
         for first in range(0, self.per_process, config.batch):
             with self.accelerator.no_sync(self._trained) if first + config.batch < self.per_process else nullcontext():
                 with self.accelerator.autocast():
-                    rows = {name: images[first : first + config.batch] for name, images in self._images.items()}
+                    rows = {name: images[first : first + config.batch] for name, images in self.images.items()}
                     moments, features = observe(self.base, self.backbone, rows, config)
                     noise = noise or sample_noise(self.per_step, moments, self.base, config)
                     own = noise.rows(self.rank * self.per_process + first, config.batch)
@@ -227,7 +249,7 @@ class Run:
         try:
             self.losses.append(self._take_step().clone())
         except torch.OutOfMemoryError as error:
-            raise memory.explain(error, config.batch, *self._memory) from error
+            raise memory.explain(error, config.batch, *self.memory_parts) from error
         self.seen += self.per_step
         if self.average is not None:
             update_average(
@@ -236,20 +258,20 @@ class Run:
                 min(config.ema, (1 + self.seen / self.per_step) / (10 + self.seen / self.per_step)),
             )
 
-    def next_batch(self) -> None:
-        """Reads the next batch, unless the run is at its end. What was learned is saved before an error of the data
-        ends the run; several processes would have to agree on that."""
-        if self.seen < self.config.max_images:
+    def next_batch(self, at_end: bool = False) -> None:
+        """Reads the next batch, unless the run is at its end, or `at_end` too. What was learned is saved before an
+        error of the data ends the run; several processes would have to agree on that."""
+        if self.seen < self.config.max_images or at_end:
             try:
                 with self.pace.waiting():
                     batch = next(self.batches)
             except Exception:
-                if self.processes == 1:
+                if self.processes == 1 and self.write:
                     self.save(must=False)
                 raise
             self.faults.unread(batch.skipped)
             for name, rows in batch.tensors.items():
-                self._images[name].copy_(rows, non_blocking=True)
+                self.images[name].copy_(rows, non_blocking=True)
         self.pace.step(self.per_step)
         self._progress.update(self.per_step)
 
@@ -259,7 +281,11 @@ class Run:
         values, stop = self.faults.check(self.losses, self.seen, signal)
         self.losses, finite = [] if full else self.losses, [value for value in values if math.isfinite(value)]
         mean = {"loss": fmean(finite)} if finite else {}
-        self._record(**mean, lr=lr_at(self.seen - self.per_step, self.config, self.per_step), **self.pace.report())
+        pace = self.pace.report()
+        self._record(**mean, lr=lr_at(self.seen - self.per_step, self.config, self.per_step), **pace)
+        if self._untimed and "images_per_second" in pace and self.seen < self.config.max_images:
+            self._untimed = False
+            self.say(time_left(self, pace["images_per_second"]))
         self._progress.set_postfix({name: f"{value:.4f}" for name, value in mean.items()})
         return stop
 
@@ -289,7 +315,8 @@ class Run:
             "seen": self.seen,
             "before": self.before,
             "losses": values,
-            "data": self.pictures.fingerprint,
+            "data": self._identity,
+            "seed": self.config.seed,
             "mishaps": self.faults.state(),
         }
         state["stream"] = states(self.batches, in_hand=self.seen < self.config.max_images)

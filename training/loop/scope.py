@@ -16,13 +16,14 @@ from ..data.listing import open_listing
 from ..models.pipeline import load_pipeline
 
 
-def check_scope_data(config: TrainConfig) -> None:
-    """Raises FeatInvError if the pictures for end_with_scope are not there, or too few; before a long training."""
+def check_scope_data(config: TrainConfig, write: bool = True) -> None:
+    """Raises FeatInvError if the pictures for end_with_scope are not there, or too few; before a long training. write:
+    as in TarShards."""
     if (
         config.scope
         and config.scope_data
         and not drawing_world(config.scope_data)
-        and (there := len(open_listing(config.scope_data, None).names)) < config.scope
+        and (there := len(open_listing(config.scope_data, None, write).names)) < config.scope
     ):
         raise FeatInvError(
             f"scope_data {config.scope_data} holds {there} images; asked for {config.scope}: give a folder with more,"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,38 @@ def open_frozen(config: TrainConfig, device: torch.device) -> tuple[BaseModel, B
     base = load_base(config.base, config.prompt).to(device)
     backbone = open_backbone(config.backbone, config.backbone_weights, config.input_size, run_code=True)
     return base, backbone.to(device, memory_format=torch.channels_last)
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether a device has arithmetic for bf16, as GPUs since NVIDIA's Ampere and some processors have. Others round
+    every result to it, which costs time and saves none."""
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu":
+        return False
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return False
+    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def with_precision(config: TrainConfig, device: torch.device, began: str | None = None) -> tuple[TrainConfig, str]:
+    """(the configuration with `auto` settled for a device, what to say of it). began: the precision of the run that
+    goes on, which `auto` keeps."""
+    native, asked = computes_in_bf16(device), config.precision
+    if asked == "auto":
+        precision = began if began in ("fp32", "bf16", "fp16") else "bf16" if native else "fp32"
+        why = f"as the run began on, {device}" if began == precision else f"chosen for {device}"
+        why += f", which {'computes' if native else 'does not compute'} in bf16"
+    else:
+        precision, why = asked, f"as asked for, on {device}"
+    if precision == "bf16" and not native:
+        why += "; it is slow on this device, where --precision fp32 is faster"
+    if asked != "auto" and began not in (None, "auto", asked):
+        why += f"; the run began with {began}"
+    return replace(config, precision=precision), f"precision: {precision}, {why}"
 
 
 def start_from(model: FeatureControlNet, file: str, base: BaseModel) -> int | None:
