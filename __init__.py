@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from comfy_api.latest import ComfyExtension, io
@@ -18,11 +19,15 @@ class FeatInv(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ComfyExtension:
+    from .featinv_nodes.core.requirements import old_timm
     from .featinv_nodes.host import folders
 
     folders.register()
-    if find_spec("timm") is None:
-        logging.warning(
-            "FeatInv: the package timm is missing; run `pip install timm` with the Python that runs ComfyUI"
-        )
+    for name in ("timm", "pydantic"):
+        if find_spec(name) is None:
+            logging.warning(
+                f"FeatInv: the package {name} is missing; run `pip install {name}` with the Python that runs ComfyUI"
+            )
+        elif name == "timm" and (fault := old_timm(version("timm"))):
+            logging.warning(f"FeatInv: {fault}")
     return FeatInv()

@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.files import require_name
 from featinv_nodes.core.guidance import NEGATIVES
 from featinv_nodes.core.sampling import SOLVERS, SPACINGS, Sampling
 from featinv_nodes.worlds import MODELS
@@ -108,6 +109,7 @@ def require_weights_name(file: Path) -> None:
     """Raises FeatInvError, before any work, for an output that cannot become a .safetensors file."""
     if file.suffix != ".safetensors" or file.is_dir():
         raise FeatInvError(f"--out {file}: expected the name of a .safetensors file")
+    require_name(file)
 
 
 def run(main: Callable[[], object]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -12,13 +11,14 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
+from .backbone_weights import HUB_FILES, fill, some
+from .errors import FeatInvError, UnknownBackbone
+from .feature_map import FeatureMap, FeatureSource, concatenate
 from .files import HUB
 from .preprocess import evaluation_view, require_known, stretched
+from .requirements import old_timm
 
 LAST = "last"
 RESIZE_MODES = ("crop", "stretch")
@@ -231,7 +231,7 @@ class Backbone(nn.Module):
         return LastMap("NLC", out.shape[2], grid, prefix)
 
     def _other_layers(self) -> str:
-        return f"choose one of the layers {_some(self.layers[1:], 16)}"
+        return f"choose one of the layers {some(self.layers[1:], 16)}"
 
     def _blank(self) -> Tensor:
         return torch.zeros(1, 3, *self.input_size, device=self._mean.device, dtype=self._mean.dtype)
@@ -258,7 +258,7 @@ class Backbone(nn.Module):
     def _spatial(self, x: Tensor, layer: str) -> tuple[Tensor, Tensor | None]:
         """Normalised pictures to (values [B, C, H, W], prefix tokens [B, P, C] or None)."""
         if layer not in self.layers:
-            raise FeatInvError(f"{self.name} has no layer {layer!r}; choose one of {_some(self.layers, 16)}")
+            raise FeatInvError(f"{self.name} has no layer {layer!r}; choose one of {some(self.layers, 16)}")
         if layer != LAST:
             (values,) = self.model.forward_intermediates(
                 x, indices=[self._stages[layer]], stop_early=True, output_fmt="NCHW", intermediates_only=True
@@ -295,17 +295,25 @@ def _imagenet() -> timm.data.ImageNetInfo:
     return timm.data.ImageNetInfo()
 
 
+@cache
+def require_timm() -> None:
+    """Raises FeatInvError for a version of timm that is too old."""
+    if fault := old_timm(timm.__version__):
+        raise FeatInvError(fault)
+
+
 def load_backbone(
     name: str, weights: str | Path | None = None, input_size: int | None = None, run_code: bool = False
 ) -> Backbone:
     """A backbone from local files alone; the network is never asked.
 
-    name: timm architecture[.tag], with weights a .safetensors file of its state dict; or a timm-hub folder
-    (config.json and model.safetensors), whose configuration then decides. input_size: side in pixels, where not the
-    model's own. Or module:FILE.py:NAME, a model of any kind by an adapter (see module_backbones), which runs FILE.py:
-    only where run_code is true, for names that the user gave and no file did. Raises FeatInvError for an unknown name
-    (with the nearest known ones), a missing or unreadable file, keys that do not fit, and a side that the model cannot
-    read.
+    name: timm architecture[.tag], with weights a file of its state dict (.safetensors, or a PyTorch checkpoint, opened
+    without running code from it); or a timm-hub folder (config.json, and model.safetensors or pytorch_model.bin), whose
+    configuration then decides. input_size: side in pixels, where not the model's own. Or module:FILE.py:NAME, a model
+    of any kind by an adapter (see module_backbones), which runs FILE.py: only where run_code is true, for names that
+    the user gave and no file did. Raises UnknownBackbone for an unknown name (with the nearest known ones),
+    FeatInvError for a missing or unreadable file, keys that do not fit, a side that the model cannot read, and a timm
+    that is too old.
     """
     if name.startswith(MODULE):
         from .module_backbones import load_module_backbone
@@ -317,95 +325,75 @@ def load_backbone(
     backbone = untrained_backbone(name, input_size)
     if weights is None:
         raise FeatInvError(
-            f"backbone {name} needs a local weights file (.safetensors) or a timm-hub folder: python3 run.py download"
+            f"backbone {name} needs a local weights file or a timm-hub folder: python3 run.py download"
             f" CONFIG, or {HUB}/timm/{name}"
         )
-    _fill(backbone.model, name, Path(weights))
+    fill(backbone.model, name, Path(weights))
     return backbone
 
 
-def untrained_backbone(name: str, input_size: int | None = None) -> Backbone:
-    """A backbone at random weights, which says what its maps are. name, input_size: as in load_backbone."""
+def untrained_backbone(name: str, input_size: int | None = None, num_classes: int | None = None) -> Backbone:
+    """A backbone at random weights, which says what its maps are. name, input_size: as in load_backbone. num_classes:
+    where not the model's own."""
+    require_timm()
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = ", ".join(get_close_matches(architecture, timm.list_models(), 4, 0.5)) or "none near"
-        raise FeatInvError(f"timm does not know the architecture {architecture!r}; similar names: {near}")
+        # a hub address has the account before the name; some write hyphens, timm writes underscores
+        asked, models = name.rpartition("/")[2].replace("-", "_"), timm.list_models()
+        stem = asked.partition(".")[0]
+        near = [asked] if timm.is_model(stem) else get_close_matches(stem, models, 4, 0.5)
+        raise UnknownBackbone(
+            f"timm does not know the architecture {architecture!r}; similar names: {', '.join(near) or 'none near'}"
+        )
     tagged = timm.list_models(f"{architecture}.*", include_tags=True)
     if tag and name not in tagged:
         near = ", ".join(get_close_matches(name, tagged, 4, 0)) or "none"
-        raise FeatInvError(f"timm knows no {name!r}; similar names: {near}; without a tag: {architecture}")
+        raise UnknownBackbone(f"timm knows no {name!r}; similar names: {near}; without a tag: {architecture}")
     known = timm.get_pretrained_cfg(name)
-    return _build(name, name, None, known.to_dict() if known else {}, input_size)
+    classes = {"num_classes": num_classes} if num_classes else {}
+    return _build(name, name, known.to_dict() if known else {}, input_size, **classes)
 
 
 def _from_folder(folder: Path, input_size: int | None) -> Backbone:
+    from .metadata import HubFolder, parse  # pydantic takes tenths of a second
+
+    require_timm()
+    file = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text())
-        architecture, known = config["architecture"], config.get("pretrained_cfg", {})
-    except (ValueError, KeyError) as error:
-        raise FeatInvError(f"{folder / 'config.json'} is not a timm-hub configuration: {error}") from error
-    name = f"{architecture}.{known['tag']}" if known.get("tag") else architecture
-    backbone = _build(f"local-dir:{folder}", name, config.get("label_names"), known, input_size)
-    _fill(backbone.model, architecture, folder / "model.safetensors")
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FeatInvError(f"{file} is not a timm-hub configuration: {error}") from error
+    config = parse(HubFolder, text, file, "timm-hub configuration")
+    if not timm.is_model(config.architecture):
+        raise UnknownBackbone(f"{file}: timm does not know the architecture {config.architecture!r}")
+    known, tag = config.pretrained_cfg, config.pretrained_cfg.get("tag")
+    name = f"{config.architecture}.{tag}" if tag else config.architecture
+    backbone = _build(f"local-dir:{folder}", name, known, input_size)
+    backbone.classes = config.classes(backbone.model.num_classes, file)
+    weights = next((folder / name for name in HUB_FILES if (folder / name).is_file()), folder / HUB_FILES[0])
+    fill(backbone.model, config.architecture, weights)
     return backbone
 
 
-def _build(what: str, name: str, classes: list[str] | None, known: dict, side: int | None) -> Backbone:
-    """timm's model `what` at random weights. known: its pretrained_cfg."""
+def _build(what: str, name: str, known: dict, side: int | None, **arguments: int) -> Backbone:
+    """timm's model `what` at random weights. known: its pretrained_cfg. arguments: of timm.create_model."""
     overlay = {"input_size": (3, side, side)} if side else {}
     if side and tuple(known.get("test_input_size") or ()) == overlay["input_size"]:
         overlay["crop_pct"] = known.get("test_crop_pct") or known.get("crop_pct", 1.0)  # timm evaluates at that size so
     try:
-        backbone = Backbone(
-            timm.create_model(what, pretrained=False, pretrained_cfg_overlay=overlay or None), name, classes
-        )
+        model = timm.create_model(what, pretrained=False, pretrained_cfg_overlay=overlay or None, **arguments)
+        backbone = Backbone(model, name)
         if side:  # whether it runs at that size, whatever its head reads
             with torch.inference_mode():
                 backbone.model.forward_features(backbone._blank())
-    except (RuntimeError, AssertionError) as error:
-        raise FeatInvError(f"timm cannot run {name}{f' at {side} pixels' if side else ''}: {error}") from error
+    except FeatInvError:
+        raise
+    except Exception as error:  # timm checks little of what it is given, and raises whatever it stumbles over
+        reason = f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__}, without a reason"
+        raise FeatInvError(f"timm cannot run {name}{f' at {side} pixels' if side else ''}: {reason}") from error
     if side and backbone.input_size != (side, side):
         raise FeatInvError(
             f"{name} reads {backbone.input_size[0]} x {backbone.input_size[1]} pixels and cannot be set to {side};"
             " leave the input size out"
         )
     return backbone
-
-
-def _fill(model: nn.Module, name: str, file: Path) -> None:
-    if not file.is_file():
-        raise FeatInvError(
-            f"backbone weights {file} do not exist; python3 run.py download CONFIG fetches a configuration's"
-        )
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise FeatInvError(f"{file} is not a readable safetensors file: {error}") from error
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise FeatInvError(
-            f"{file} does not fit {name}: {_misfits(model.state_dict(), state)}. Give the weights of this model, or the"
-            " name they were made for (a timm-hub folder, if classes or input size are not timm's)"
-        ) from error
-
-
-def _misfits(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> str:
-    """Which keys differ, a few of each kind by name; without BatchNorm's counters, which torch fills in."""
-    expected, actual = (
-        {k: v.shape for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (expected, actual)
-    )
-    reshaped = [k for k in expected if k in actual and actual[k] != expected[k]]
-    kinds = {
-        "missing": [k for k in expected if k not in actual],
-        "unexpected": [k for k in actual if k not in expected],
-        "misshapen": [f"{k} {list(actual[k])} instead of {list(expected[k])}" for k in reshaped],
-    }
-    kinds = {kind: keys for kind, keys in kinds.items() if keys}
-    return "; ".join(f"{kind} {_some(keys, 8 // len(kinds))}" for kind, keys in kinds.items())
-
-
-def _some(names: Collection[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + more

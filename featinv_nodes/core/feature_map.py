@@ -40,14 +40,6 @@ class FeatureSource:
         """The fields by name; without the definition where there is none, as in files of timm's backbones."""
         return {name: value for name, value in asdict(self).items() if name != "definition" or value}
 
-    @classmethod
-    def from_dict(cls, values: dict) -> FeatureSource:
-        """The inverse of to_dict, also after a trip through JSON. Raises FeatInvError for missing or unknown fields."""
-        names = {f.name for f in fields(cls)}
-        if set(values) | {"definition"} != names:
-            raise FeatInvError(f"feature source has the fields {sorted(values)}; expected {sorted(names)}")
-        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
-
     def require(self, other: FeatureSource, mine: str, theirs: str) -> None:
         """Raises FeatInvError, naming both sides and each differing field, unless the sources are equal."""
         differing = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]

@@ -1,28 +1,44 @@
-"""safetensors files with a JSON text about themselves in their metadata: weights, concepts, feature maps; and foreign
-PyTorch checkpoints."""
+"""safetensors files with a JSON text about themselves in their metadata: weights, concepts, feature maps."""
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
-import re
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .feature_map import FeatInvError
+from .errors import FeatInvError
+
+if TYPE_CHECKING:
+    from .metadata import Kind
 
 #: where files of models have their pages
 HUB = "https://huggingface.co"
+LONGEST = 250  # bytes of a file's name: file systems take 255, of which the temporary name needs five
+
+
+def require_name(file: str | Path) -> None:
+    """Raises FeatInvError for a path that no file system takes, before any work is done for it."""
+    for part in Path(file).parts:
+        size = len(part.encode(errors="replace"))
+        if size > LONGEST:
+            raise FeatInvError(
+                f"the name {part[:40]}... has {size} bytes; a name takes at most {LONGEST}. Give a shorter one"
+            )
+    if "\0" in str(file):
+        raise FeatInvError(f"the name {str(file)!r} holds a zero byte; give one without")
 
 
 def write_safetensors(file: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file under a temporary name and renames it."""
+    """Writes a safetensors file under a temporary name and renames it. Raises FeatInvError for a name that is too
+    long."""
+    require_name(file)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
@@ -33,59 +49,67 @@ def write_safetensors(file: str | Path, tensors: dict[str, Tensor], metadata: di
         part.unlink(missing_ok=True)
 
 
-def read_about(file: str | Path, key: str, kind: str) -> dict:
-    """The JSON under `key` in a file's metadata, without its tensors. kind: what such a file is called in messages.
-
-    Raises FeatInvError for a missing, truncated or foreign file.
-    """
+@contextmanager
+def opened(file: str | Path, kind: str = "file") -> Iterator[safe_open]:
+    """A safetensors file. kind: what it is called in messages. Raises FeatInvError if it is missing or damaged."""
     try:
-        with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get(key)
+        with safe_open(file, "pt") as handle:
+            yield handle
     except FileNotFoundError as error:
         raise FeatInvError(f"{kind} {file} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise FeatInvError(f"{file} is not a complete safetensors file ({error}); download or copy it again") from error
+
+
+def read_about(file: str | Path, key: str, model: type[Kind], kind: str) -> Kind:
+    """The JSON under `key` in a file's metadata, without its tensors. model: its fields, from metadata.py. kind: what
+    such a file is called in messages.
+
+    Raises FeatInvError for a missing, truncated or foreign file, one of a later format, and for wrong fields.
+    """
+    from .metadata import parse  # pydantic takes tenths of a second
+
+    text = read_metadata(file, kind).get(key)
     if text is None:
         raise FeatInvError(f"{file} is no {kind}: its metadata has no entry {key!r}")
-    return json.loads(text)
+    return parse(model, text, file, kind)
 
 
-def read_metadata(file: str | Path) -> dict[str, str]:
-    """All texts in the metadata of a file that read_about accepted."""
-    with safe_open(file, "pt") as opened:
-        return opened.metadata()
+def read_metadata(file: str | Path, kind: str = "file") -> dict[str, str]:
+    """All texts in the metadata of a file. Raises FeatInvError as opened does."""
+    with opened(file, kind) as handle:
+        return handle.metadata() or {}
 
 
 def read_tensors(file: str | Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a file that read_about accepted, or those whose names begin with `prefix`, on the CPU."""
-    with safe_open(file, "pt") as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)}
+    """The tensors of a file, or those whose names begin with `prefix`, on the CPU. Raises FeatInvError as opened
+    does."""
+    with opened(file) as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys() if key.startswith(prefix)}
 
 
-def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The state dict of a foreign .ckpt, .pth or .pt file, of a Lightning checkpoint too. Objects besides tensors are
-    never made. Raises FeatInvError for a file that is damaged, holds such objects, or no state dict."""
-    try:
-        # mapped, so that what is left behind is not read either; files of before PyTorch 1.6 are no zip and cannot be
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"Unsupported (global: GLOBAL \S+|.*)|$", str(error))[0] or type(error).__name__
+def as_float(value: Tensor, name: str, file: str | Path) -> Tensor:
+    """A tensor of a file in float32. Raises FeatInvError for one that holds no floating-point numbers (8 bits of these
+    are read too), or some that are NaN or infinite in float32."""
+    if not value.is_floating_point():
         raise FeatInvError(
-            f"{file} was not opened, because it is damaged or holds objects besides tensors, which could run foreign"
-            f" code ({reason}). If you trust its origin, save its state_dict alone where it was made:"
-            " torch.save({'state_dict': model.state_dict()}, ...)"
-        ) from error
-    except Exception as error:  # of a file that is cut off, the reader raises whatever it stumbles over
-        raise FeatInvError(
-            f"{file} is not a complete PyTorch checkpoint ({type(error).__name__}: {str(error)[:120]}); download or"
-            " copy it again"
-        ) from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict):
-        raise FeatInvError(
-            f"{file} holds a {type(state).__name__}; expected a state dict, or a Lightning checkpoint with one"
+            f"{file}: the tensor {name!r} holds {_kind(value)}; expected floating-point numbers, such as float32"
         )
-    return state
+    value = _widened(value, name, file)
+    if not value.isfinite().all():
+        raise FeatInvError(f"{file}: the tensor {name!r} holds NaN or infinite values; write the file again")
+    return value
+
+
+def _widened(value: Tensor, name: str, file: str | Path) -> Tensor:
+    try:
+        return value.float()
+    except NotImplementedError as error:  # of the 4 bits that safetensors knows
+        raise FeatInvError(f"{file}: PyTorch cannot read the tensor {name!r} of {_kind(value)}") from error
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 SCALE = ".scale"  # after the name of a tensor in 8 bits: what each output channel is multiplied by
@@ -114,28 +138,27 @@ def write_weights(
 
 def read_weights(file: str | Path, skip: str | None = None) -> dict[str, Tensor]:
     """What write_weights wrote, or any other safetensors file: floating-point tensors in float32, on the CPU; skip:
-    without those whose names begin so. Raises FeatInvError for a file that is missing or cut off."""
-    try:
-        stored = read_tensors(file)
-    except (SafetensorError, OSError) as error:
-        raise FeatInvError(
-            f"{file} is missing or not a complete safetensors file ({error}); download or copy it again"
-        ) from error
+    without those whose names begin so. Raises FeatInvError for a file that is missing or cut off, and for 8 bits
+    without their scale."""
+    stored = read_tensors(file)
     weights = {}
     for name, value in stored.items():
         if name.endswith(SCALE) and name.removesuffix(SCALE) in stored or skip and name.startswith(skip):
             continue
         if value.dtype == torch.int8:
-            value = value.float() * stored[name + SCALE].view(-1, *[1] * (value.ndim - 1))
-        weights[name] = value.float() if value.is_floating_point() else value
+            scale = stored.get(name + SCALE)
+            if scale is None or scale.shape != value.shape[:1]:
+                raise FeatInvError(
+                    f"{file}: the tensor {name!r} is stored in 8 bits, but {name + SCALE!r} holds no scale for each of"
+                    " its channels; download or copy the file again"
+                )
+            value = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
+        weights[name] = _widened(value, name, file) if value.is_floating_point() else value
     return weights
 
 
 def is_in_8_bits(file: str | Path) -> bool:
     """Whether a safetensors file holds tensors with a scale, as write_weights stores 8 bits. Raises FeatInvError for a
     file that is cut off."""
-    try:
-        with safe_open(file, "pt") as opened:
-            return any(name.endswith(SCALE) for name in opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise FeatInvError(f"{file} is not a complete safetensors file ({error}); download or copy it again") from error
+    with opened(file) as handle:
+        return any(name.endswith(SCALE) for name in handle.keys())

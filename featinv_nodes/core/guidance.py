@@ -9,13 +9,16 @@ et al. 2023, Sec. 3.2). The latter is not in the paper.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbones import Backbone
 from .feature_map import FeatInvError, FeatureMap
+
+if TYPE_CHECKING:
+    from .backbones import Backbone  # timm takes seconds to import
 
 #: What guidance pushes away from: the same features with empty text (the paper), or zero features with empty text,
 #: the combination that training drops to.

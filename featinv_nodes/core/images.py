@@ -46,6 +46,22 @@ def as_seen(opened: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def as_rgb(pictures: Tensor) -> Tensor:
+    """[B, 3, h, w] from pictures [B, C, h, w] in 0..1, with transparency on white as in as_seen. C: 1 is grey, 2 grey
+    and alpha, 3 RGB, 4 RGB and alpha. Raises FeatInvError for another shape."""
+    if pictures.ndim != 4 or not 1 <= pictures.shape[1] <= 4:
+        raise FeatInvError(
+            f"pictures of the shape {tuple(pictures.shape)} (batch, channels, height, width); expected 1 to 4 channels:"
+            " grey or RGB, with or without alpha"
+        )
+    pictures, channels = pictures.float(), pictures.shape[1]
+    colours = pictures[:, : 1 if channels < 3 else 3]
+    if channels in (2, 4):
+        alpha = pictures[:, -1:]
+        colours = colours * alpha + (1 - alpha)
+    return colours.expand(-1, 3, -1, -1)
+
+
 def as_tensor(image: Image.Image) -> Tensor:
     """[1, 3, h, w] in 0..1 from an RGB picture."""
     return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)[None].contiguous()

@@ -37,15 +37,23 @@ def at_grid(mask: Tensor, grid: tuple[int, int], soft: bool = False) -> Tensor:
     return cover if soft else (cover >= 0.5).float()
 
 
+def require_mask(mask: Tensor) -> None:
+    """Raises FeatInvError for what is no mask [B, h, w] of finite numbers."""
+    if mask.ndim != 3 or not mask.isfinite().all():
+        wrong = "has NaN or infinite values" if mask.ndim == 3 else f"has the shape {tuple(mask.shape)}"
+        raise FeatInvError(f"the mask {wrong}; expected numbers in 0..1 of the shape [masks, height, width]")
+
+
 def compose(inside: FeatureMap, outside: FeatureMap, mask: Tensor, soft: bool = False) -> FeatureMap:
     """`inside` where the mask [B or 1, h, w] is set, `outside` elsewhere.
 
     The prefix tokens belong to neither picture any more and are dropped. Raises FeatInvError for pooled maps, for
-    another number of masks, and for a mask that selects nothing.
+    another number of masks, and for a mask that selects nothing or holds NaN.
     """
     inside.source.require(outside.source, "the inner feature map", "the outer one")
     if inside.source.pooled:
         raise FeatInvError("pooled feature maps have no locations to compose; extract them with pooling off")
+    require_mask(mask)
     if len(mask) not in (1, len(inside)):
         raise FeatInvError(f"{len(mask)} masks and {len(inside)} feature maps; give one mask, or one for each map")
     m = at_grid(mask, inside.source.grid, soft).to(inside.values)

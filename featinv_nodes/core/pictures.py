@@ -35,6 +35,30 @@ def principal_components(features: FeatureMap) -> Tensor:
     return rearrange(colours, "(b h w) c -> b c h w", b=batch, h=height)
 
 
+def bars(features: FeatureMap, side: int = 256) -> Tensor:
+    """[B, 3, side, side] in 0..1: feature vectors without a place, their channels from left to right as bars from the
+    middle line, red up for positive values and blue down for negative ones; the longest of the batch reaches the edge.
+
+    features: pooled, or of a 1 x 1 grid. Channels that share a column of pixels show their most extreme values.
+    """
+    values = features.values.float().flatten(1)[:, None]  # [B, 1, C]
+    columns, half = min(values.shape[2], side), side // 2
+    ends = [F.adaptive_max_pool1d((sign * values).clamp(min=0), columns) for sign in (1, -1)]
+    ends = [F.interpolate(end, side)[:, 0] for end in ends]  # [B, side] each
+    longest = torch.stack(ends).amax().clamp(min=1e-8)
+    up, down = ((end / longest * half).round()[:, None] for end in ends)
+    place = torch.arange(half, device=values.device)[:, None]
+    bar = torch.cat([(half - 1 - place < up).float(), -(place < down).float()], 1)  # [B, side, side], 1, 0 or -1
+    return diverging(F.pad(bar, (0, 0, 0, side - 2 * half)))
+
+
+def preview(features: FeatureMap, side: int = 256) -> Tensor:
+    """[B, 3, h, w] in 0..1: principal components as colours where there are locations, bars where there are none."""
+    if features.values.shape[2:].numel() == 1:
+        return bars(features, side)
+    return enlarge(principal_components(features), side)
+
+
 def heat_map(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """[B, H, W] -> [B, 3, H, W] colours in 0..1, from `low` (dark) to `high` (bright)."""
     return _coloured((values.float() - low) / (high - low), HEAT)

@@ -200,19 +200,35 @@ class Scope:
 
     @classmethod
     def read(cls, source: FeatureSource, about: dict, tensors: dict[str, Tensor]) -> Scope:
-        """The inverse of tensors and about. Raises FeatInvError for missing or misshapen parts."""
-        needed = {f.name for f in fields(cls)} - {"source", "scale", "maps", "quantiles"}
-        if (
-            tensors.keys() != needed
-            or tuple(about.get("levels", ())) != LEVELS
-            or tensors["bank"].shape[1] != source.channels
-        ):
+        """The inverse of tensors and about, whose fields metadata.ScopeStatistics has checked. Further tensors are
+        ignored. Raises FeatInvError for missing or misshapen parts."""
+        shapes = _shapes(source, tensors)
+        maps = [name for name in STATISTICS if name != "neighbours" or not source.pooled] + ["score"]
+        named = [*maps, *(f"{name} at" for name in maps), *({"cycle"} & about["quantiles"].keys())]
+        lengths = {name: len(about["quantiles"].get(name, ())) for name in named}
+        wrong = [f"a tensor {k!r}" for k, shape in shapes.items() if k not in tensors or tensors[k].shape != shape]
+        wrong += [f"quantiles of {name!r}" for name, length in lengths.items() if length != len(LEVELS)]
+        if wrong or tuple(about["levels"]) != LEVELS:
             raise FeatInvError(
-                f"scope statistics with the tensors {sorted(tensors)} do not fit {source.describe()}; fit them again"
-                " with training/fit_scope.py"
+                f"scope statistics without {', '.join(wrong[:3]) or 'the levels'} that fit {source.describe()}; fit"
+                " them again with training/fit_scope.py"
             )
-        quantiles = {name: torch.tensor(values) for name, values in about["quantiles"].items()}
-        return cls(source=source, scale=about["scale"], maps=about["maps"], quantiles=quantiles, **tensors)
+        quantiles = {name: torch.tensor(about["quantiles"][name]) for name in named}
+        parts = {name: tensors[name] for name in shapes}
+        return cls(source=source, scale=about["scale"], maps=about["maps"], quantiles=quantiles, **parts)
+
+
+def _shapes(source: FeatureSource, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a Scope of this source needs. How many directions there are, the file says."""
+
+    def first(name: str) -> int:
+        return max(1, tensors[name].shape[:1].numel()) if name in tensors else 1
+
+    c, z = source.channels, first("axes")
+    neighbours = {"centre": (c,), "axes": (z, c), "predict": (z, z), "residual": (z, z)}
+    if source.pooled:
+        neighbours = dict.fromkeys(neighbours, (0,))
+    return {"bank": (first("bank"), c), "mean": (c,), "whiten": (c, c), **neighbours}
 
 
 def two_sided(statistic: str) -> bool:

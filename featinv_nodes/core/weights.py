@@ -8,16 +8,21 @@ text under the key "featinv", and one under "featinv_scope" with the statistics'
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .encoders import KINDS, build_encoder
+from .encoders import build_encoder
 from .feature_map import FeatInvError, FeatureSource
-from .files import read_about, read_metadata, read_tensors, read_weights, write_safetensors, write_weights
+from .files import as_float, read_about, read_metadata, read_tensors, read_weights, write_safetensors, write_weights
 from .scope import Scope
+
+if TYPE_CHECKING:
+    from .metadata import Inversion
 
 FORMAT = 1
 ENCODER_PREFIX = "controlnet_cond_embedding."
@@ -26,7 +31,7 @@ SCOPE_PREFIX, SCOPE_KEY = "scope.", "featinv_scope"
 
 @dataclass
 class InversionInfo:
-    """What a weights file says of itself.
+    """What a weights file says of itself; metadata.Inversion checks it.
 
     source: the features it inverts. encoder: settings for build_encoder. base: {"name", "width" (first block),
     "context" (cross-attention width), "latent_channels", "heads" (attention heads)}. prompt: text of the positive
@@ -69,17 +74,41 @@ def save_inversion(
 def read_info(file: str | Path) -> InversionInfo:
     """The metadata of a weights file, without its tensors.
 
-    Raises FeatInvError for a missing, truncated or foreign file, another format version, or an unknown encoder.
+    Raises FeatInvError for a missing, truncated or foreign file, a later format version, and wrong or missing fields,
+    which it names. Fields that this release does not know are ignored.
     """
-    about = read_about(file, "featinv", "FeatInv weights file")
-    if about.get("format") != FORMAT:
-        raise FeatInvError(f"{file} has format version {about.get('format')}; this release reads version {FORMAT}")
-    info = InversionInfo(**{**about, "source": FeatureSource.from_dict(about["source"])})
-    if info.encoder.get("kind") not in KINDS:
-        raise FeatInvError(
-            f"{file} needs the conditional encoder {info.encoder.get('kind')!r}; known: {', '.join(KINDS)}"
-        )
-    return info
+    return _info(_read_about(file))
+
+
+def _read_about(file: str | Path) -> Inversion:
+    from .metadata import Inversion  # pydantic takes tenths of a second
+
+    about = read_about(file, "featinv", Inversion, "FeatInv weights file")
+    source, encoder = about.source.made(), about.encoder
+    for name, stated, needed in (
+        ("encoder.channels", encoder.channels, source.channels),
+        ("encoder.out_channels", encoder.out_channels, about.base.width),
+    ):
+        if stated != needed:
+            raise FeatInvError(
+                f"{file}: the field {name} is {stated}, but {source.describe()} and a base model of width"
+                f" {about.base.width} need {needed}; download or copy the file again"
+            )
+    return about
+
+
+def _info(about: Inversion) -> InversionInfo:
+    return InversionInfo(
+        about.source.made(),
+        about.encoder.model_dump(mode="json", exclude_unset=True),
+        about.base.model_dump(),
+        about.prompt,
+        about.recommended.made(),
+        about.images_seen,
+        about.config,
+        about.metrics,
+        about.format,
+    )
 
 
 def load_inversion(file: str | Path) -> tuple[InversionInfo, dict[str, Tensor], nn.Module]:
@@ -87,10 +116,23 @@ def load_inversion(file: str | Path) -> tuple[InversionInfo, dict[str, Tensor], 
 
     Raises FeatInvError as read_info does, and for encoder tensors that are missing, unexpected or misshapen.
     """
-    info = read_info(file)
+    about = _read_about(file)
+    info = _info(about)
     tensors = read_weights(file, SCOPE_PREFIX)
+    own = {
+        k.removeprefix(ENCODER_PREFIX): as_float(tensors.pop(k), k, file)
+        for k in list(tensors)
+        if k.startswith(ENCODER_PREFIX)
+    }
+    for name, size in about.encoder.sizes().items():  # before an encoder of any stated size is made
+        if name in own and own[name].shape != size:
+            raise FeatInvError(
+                f"{file}: the conditional encoder's tensors do not fit its settings: {name} has the shape"
+                f" {list(own[name].shape)}, the settings state {list(size)}"
+            )
+        if name not in own:
+            raise FeatInvError(f"{file}: the conditional encoder's tensor {name} is missing")
     encoder = build_encoder(info.encoder)
-    own = {k.removeprefix(ENCODER_PREFIX): tensors.pop(k) for k in list(tensors) if k.startswith(ENCODER_PREFIX)}
     try:
         encoder.load_state_dict(own, strict=True)
     except RuntimeError as error:
@@ -99,13 +141,25 @@ def load_inversion(file: str | Path) -> tuple[InversionInfo, dict[str, Tensor], 
 
 
 def load_scope(file: str | Path) -> Scope | None:
-    """The scope statistics of a weights file; None where it has none, which is no fault. Raises FeatInvError as
-    read_info does, and for statistics that do not fit the file's features."""
+    """The scope statistics of a weights file; None where it has none, which is no fault, and, with a warning in the
+    log, where they cannot be used. Raises FeatInvError as read_info does."""
+    from .metadata import ScopeStatistics, parse
+
     info, text = read_info(file), read_metadata(file).get(SCOPE_KEY)
     if text is None:
         return None
-    tensors = {key.removeprefix(SCOPE_PREFIX): value for key, value in read_tensors(file, SCOPE_PREFIX).items()}
-    return Scope.read(info.source, json.loads(text), tensors)
+    try:
+        about = parse(ScopeStatistics, text, file, "text about scope statistics")
+        stored = read_tensors(file, SCOPE_PREFIX)
+        tensors = {key.removeprefix(SCOPE_PREFIX): as_float(value, key, file) for key, value in stored.items()}
+        half = [key for key in tensors if stored[SCOPE_PREFIX + key].dtype == torch.float16]
+        tensors |= {key: tensors[key].half() for key in half}  # kept as they are, half of the memory
+        return Scope.read(info.source, about.model_dump(), tensors)
+    except FeatInvError as error:
+        logging.getLogger(__name__).warning(
+            "%s is opened without its scope statistics: %s", file, str(error).removeprefix(f"{file}: ")
+        )
+        return None
 
 
 def save_scope(file: str | Path, scope: Scope, out: str | Path | None = None) -> None:

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import folder_paths
 
+from ..core.backbone_weights import HUB_FILES
+from ..core.checkpoints import SUFFIXES
 from ..core.feature_map import FeatInvError
 from ..core.files import HUB
 
 BACKBONES, CONTROLS, CONCEPTS = "backbones", "featinv", "featinv_concepts"
-EXTENSIONS = {".safetensors"}
+EXTENSIONS = {
+    BACKBONES: {".safetensors", *SUFFIXES},
+    CONTROLS: {".safetensors"},
+    CONCEPTS: {".safetensors"},
+}
 
 
 def register() -> None:
@@ -20,7 +26,7 @@ def register() -> None:
     for name in (BACKBONES, CONTROLS, CONCEPTS):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
         paths, known = folder_paths.folder_names_and_paths[name]
-        folder_paths.folder_names_and_paths[name] = (paths, set(known) | EXTENSIONS)
+        folder_paths.folder_names_and_paths[name] = (paths, set(known) | EXTENSIONS[name])
 
 
 def names(folder: str) -> list[str]:
@@ -39,9 +45,7 @@ def path(folder: str, name: str) -> Path:
     full = folder_paths.get_full_path(folder, name)
     if full is None:
         places = ", ".join(folder_paths.get_folder_paths(folder))
-        page = f"{HUB}/timm/{name.removesuffix('.safetensors').removesuffix('/model')}"
+        page = f"{HUB}/timm/{Path(name).parent if Path(name).name in HUB_FILES else Path(name).stem}"
         fetch = f" (from {page}, or by python3 run.py download CONFIG)" if folder == BACKBONES else ""
-        raise FeatInvError(
-            f"{name} is not in {places}. Put the .safetensors file there{fetch} and press R to refresh the list"
-        )
+        raise FeatInvError(f"{name} is not in {places}. Put the file there{fetch} and press R to refresh the list")
     return Path(full)

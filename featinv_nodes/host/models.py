@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import comfy.model_management as management
 import comfy.model_patcher
@@ -10,8 +11,11 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..core.backbones import LAST, Backbone
+from ..core.backbone_weights import HUB_FILES
+from ..core.backbones import LAST, Backbone, load_backbone
+from ..core.errors import FeatInvError, UnknownBackbone
 from ..core.feature_map import FeatureMap, concatenate
+from ..worlds import BACKBONES
 
 #: newer hosts have a patcher for models that take part in their own memory scheme
 Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -33,6 +37,22 @@ def managed(model: nn.Module, load: torch.device | None = None) -> Whole:
     return Whole(
         model, load_device=load or management.get_torch_device(), offload_device=management.unet_offload_device()
     )
+
+
+def open_file(file: Path, timm_name: str, input_size: int | None) -> Backbone:
+    """The backbone in a file of models/backbones. timm_name: "" for the file's own name, or its folder's. Raises
+    FeatInvError as load_backbone does, and for a name that is not timm's where to write one."""
+    hub = file.name in HUB_FILES
+    if hub and not timm_name and (file.parent / "config.json").is_file():
+        return load_backbone(str(file.parent), input_size=input_size)
+    try:
+        return load_backbone(timm_name or file.stem, file, input_size)
+    except UnknownBackbone as error:
+        missing = f"{file.parent} has no config.json, which would say what model it is. " if hub else ""
+        raise FeatInvError(
+            f"Load Backbone: {missing}{error}. Write the model's timm name, architecture.tag, into timm_name, or choose"
+            f" an embedded model: {', '.join(BACKBONES)}"
+        ) from error
 
 
 class ManagedBackbone:

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..core.concepts import METHODS
 from ..core.feature_map import FeatInvError
+from ..core.files import require_name
 from ..core.images import find_images
 from ..host import folders
 from .types import CATEGORY, Backbone, ConceptSet, channels_first
@@ -160,6 +161,7 @@ def located(folder: str) -> Path:
 
 def named(name: str) -> Path:
     """The concept file to write. Raises FeatInvError for a name that leads out of its folder."""
+    require_name(f"{name.strip()}.safetensors")
     place = Path(folder_paths.get_folder_paths(folders.CONCEPTS)[0]).resolve()
     file = (place / f"{name.strip().removesuffix('.safetensors')}.safetensors").resolve()
     if not file.is_relative_to(place) or file.name == ".safetensors":

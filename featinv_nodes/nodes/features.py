@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core.feature_map import FeatInvError, FeatureMap, concatenate
+from ..core.files import require_name
 from ..host.folders import stamp
 from .types import CATEGORY, Backbone, Features, channels_first, channels_last
 
@@ -181,7 +182,7 @@ class FeatureMix(io.ComfyNode):
         weight_d=0.5,
         backbone=None,
     ) -> io.NodeOutput:
-        from ..core.mixing import compose, interpolate
+        from ..core.mixing import compose, interpolate, require_mask
 
         if mode not in MIXES:  # the oldest hosts let any text through
             raise FeatInvError(f"Feature Mix: mode {mode!r}; expected one of {MIXES}")
@@ -198,6 +199,7 @@ class FeatureMix(io.ComfyNode):
             raise FeatInvError(
                 "Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor"
             )
+        require_mask(mask)
         if backbone is not None:
             mask = backbone.backbone.preprocess(mask[:, None], "crop")[:, 0]
         return io.NodeOutput(compose(b, a, mask.to(a.values.device), soft_edge))
@@ -239,6 +241,7 @@ class SaveFeatures(io.ComfyNode):
     def execute(cls, features, filename_prefix) -> io.NodeOutput:
         from ..core.feature_files import save_features
 
+        require_name(f"{filename_prefix}_00001.safetensors")
         folder, name, _, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         file = next(file for n in count(1) if not (file := Path(folder) / f"{name}_{n:05}.safetensors").exists())
         save_features(file, features)

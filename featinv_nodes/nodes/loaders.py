@@ -36,8 +36,8 @@ class LoadBackbone(io.ComfyNode):
                     options=options,
                     default=options[0],
                     tooltip=(
-                        "A .safetensors file in models/backbones, a timm-hub folder there (its model.safetensors), or"
-                        " an embedded model."
+                        "A weights file in models/backbones (.safetensors, .pth or .bin), a timm-hub folder there (its"
+                        " model.safetensors), or an embedded model."
                     ),
                 ),
                 io.String.Input(
@@ -82,18 +82,13 @@ class LoadBackbone(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights: str, timm_name: str, input_size: int) -> io.NodeOutput:
-        from ..core.backbones import load_backbone
-        from ..host.models import ManagedBackbone
+        from ..host.models import ManagedBackbone, open_file
         from ..worlds import open_backbone
 
         if weights.endswith(EMBEDDED):
             backbone = open_backbone(weights.removesuffix(EMBEDDED), input_size=input_size or None)
         else:
-            file = folders.path(folders.BACKBONES, weights)
-            is_folder = (file.parent / "config.json").is_file() and file.name == "model.safetensors"
-            asked = timm_name.strip()
-            name, own = (str(file.parent), None) if is_folder and not asked else (asked or file.stem, file)
-            backbone = load_backbone(name, own, input_size or None)
+            backbone = open_file(folders.path(folders.BACKBONES, weights), timm_name.strip(), input_size or None)
         return io.NodeOutput(ManagedBackbone(backbone), "\n".join(backbone.layers))
 
 

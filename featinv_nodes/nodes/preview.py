@@ -73,18 +73,18 @@ class PreviewFeatures(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Shows feature maps: their three principal components as red, green and blue. Like colours are like"
-                " features."
+                " features. Pooled features, which have no locations, are shown as bars, a channel beside the other."
             ),
             inputs=[Features.Input("features", tooltip="One feature map or a batch; a batch shares its colours.")],
-            outputs=[io.Image.Output("image", display_name="image", tooltip="The maps in false colours.")],
+            outputs=[io.Image.Output("image", display_name="image", tooltip="The maps in false colours, or as bars.")],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, features) -> io.NodeOutput:
-        from ..core.pictures import enlarge, principal_components
+        from ..core.pictures import preview
 
-        image = channels_last(enlarge(principal_components(features), 256))
+        image = channels_last(preview(features))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..core.images import as_rgb
+
 Backbone = io.Custom("FEATINV_BACKBONE")
 Features = io.Custom("FEATINV_FEATURES")
 Control = io.Custom("FEATINV_CONTROL_NET")
@@ -25,8 +27,8 @@ CATEGORY = "FeatInv"
 
 
 def channels_first(image: Tensor) -> Tensor:
-    """IMAGE [B, H, W, 3 or 4] -> [B, 3, H, W]."""
-    return image[..., :3].movedim(-1, 1)
+    """IMAGE [B, H, W, 1 to 4] -> [B, 3, H, W], transparency on white. Raises FeatInvError for other shapes."""
+    return as_rgb(image.movedim(-1, 1))
 
 
 def channels_last(pictures: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import FeatInvError
+from ..core.errors import FeatInvError, UnknownBackbone
 from .drawn import DRAWN
 from .photo import PHOTO
 from .world import World
@@ -43,7 +43,10 @@ def open_backbone(
                     return backbone.open(input_size)
     from ..core.backbones import load_backbone  # timm takes seconds to import
 
-    return load_backbone(name, weights, input_size, run_code)
+    try:
+        return load_backbone(name, weights, input_size, run_code)
+    except UnknownBackbone as error:
+        raise FeatInvError(f"{error}. Embedded backbones: {', '.join(BACKBONES)}") from error
 
 
 def model_file(name: str) -> Path:

@@ -157,7 +157,7 @@ def test_bad_names_layers_and_files_are_named(tmp_path):
     with pytest.raises(FeatInvError, match="does not exist|do not exist"):
         load_backbone("resnet18", tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("not weights")
-    with pytest.raises(FeatInvError, match="not a readable safetensors"):
+    with pytest.raises(FeatInvError, match="not a complete safetensors"):
         load_backbone("resnet18", tmp_path / "text.safetensors")
     save_file({"fc.weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
     with pytest.raises(FeatInvError, match="conv1.weight"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
+from featinv_nodes.core.metadata import Source, parse
 from featinv_nodes.core.metrics import best_rows, bootstrap, cosine, cosine_per_location, frechet_distance, top_k_match
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 
@@ -18,9 +19,9 @@ def random_map(seed=0, batch=2):
 
 
 def test_source_survives_json():
-    assert FeatureSource.from_dict(json.loads(json.dumps(SOURCE.to_dict()))) == SOURCE
-    with pytest.raises(FeatInvError, match="expected"):
-        FeatureSource.from_dict({"backbone": "x"})
+    assert parse(Source, json.dumps(SOURCE.to_dict()), "file", "source").made() == SOURCE
+    with pytest.raises(FeatInvError, match="file: the source cannot be read: field layer is missing; .* and 4 more"):
+        parse(Source, '{"backbone": "x"}', "file", "source")
 
 
 def test_shape_and_finiteness_are_checked():
@@ -67,6 +68,12 @@ def test_composition_takes_each_cell_from_its_side():
         compose(a.pool(), b.pool(), mask)
     with pytest.raises(FeatInvError, match="covers no cell of the 3 x 4 feature map"):
         compose(a, b, torch.zeros(1, 30, 40))
+    for wrong in (torch.full((1, 30, 40), torch.nan), torch.ones(30, 40), torch.ones(1, 1, 30, 40)):
+        for soft in (True, False):
+            with pytest.raises(FeatInvError, match="the mask ha.*expected numbers in 0..1 of the shape"):
+                compose(a, b, wrong, soft)
+    with pytest.raises(FeatInvError, match="the mask has NaN"):
+        compose(a, b, torch.tensor([[[0.0, torch.nan]]]))
     with pytest.raises(FeatInvError, match="3 masks and"):
         compose(a, b, torch.ones(3, 30, 40))
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from featinv_nodes.core.checkpoints import read_checkpoint
 from featinv_nodes.core.encoders import ConvEncoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from featinv_nodes.core.files import SCALE, is_in_8_bits, read_pickle, read_weights, write_safetensors, write_weights
+from featinv_nodes.core.files import SCALE, is_in_8_bits, read_weights, write_safetensors, write_weights
 from featinv_nodes.core.scope import fit_scope
 from featinv_nodes.core.weights import InversionInfo, load_inversion, load_scope, save_inversion, save_scope
 
@@ -116,7 +117,7 @@ def saved(file, dtype):
     info = InversionInfo(
         SOURCE,
         encoder.settings,
-        {"name": "b", "width": 8, "context": 4, "latent_channels": 4},
+        {"name": "b", "width": 8, "context": 4, "latent_channels": 4, "heads": 2},
         "a prompt",
         images_seen=7,
     )
@@ -163,7 +164,7 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, dtype, kept):
         FeatInvError, match=r"cut off.safetensors is .*not a complete safetensors file .*download or copy it again$"
     ):
         read_weights(file)
-    with pytest.raises(FeatInvError, match="none.safetensors is missing"):
+    with pytest.raises(FeatInvError, match="none.safetensors does not exist"):
         read_weights(tmp_path / "none.safetensors")
 
 
@@ -179,13 +180,27 @@ def test_on_a_full_disk_the_old_file_stays_and_nothing_else(tmp_path):
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["w.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "ü" * 130, "x" * 239, "folder" * 50 + "/w", "a\0b"])
+def test_a_name_that_no_disk_takes_is_said_before_anything_is_written(tmp_path, name):
+    with pytest.raises(FeatInvError, match="has .* bytes; a name takes at most 250. Give a shorter one|a zero byte"):
+        write_safetensors(tmp_path / f"{name}.safetensors", {"a": torch.zeros(1)}, {"format": "pt"})
+    assert not os.listdir(tmp_path)
+    write_safetensors(tmp_path / f"{'x' * 238}.safetensors", {"a": torch.zeros(1)}, {"format": "pt"})
+
+
+def test_8_bits_without_their_scale_are_named(tmp_path):
+    save_file({"layer.weight": torch.ones(4, 20, dtype=torch.int8)}, tmp_path / "w.safetensors")
+    with pytest.raises(FeatInvError, match="w.safetensors: the tensor 'layer.weight' is stored in 8 bits"):
+        read_weights(tmp_path / "w.safetensors")
+
+
 def test_a_checkpoint_cut_off_anywhere_is_named(tmp_path):
     """A file of before PyTorch 1.6, whose reader raises something else at almost every length."""
     file = tmp_path / "cut.pth"
     torch.save({"a": torch.zeros(3)}, file, _use_new_zipfile_serialization=False)
     whole = file.read_bytes()
-    assert read_pickle(file)["a"].shape == (3,)
+    assert read_checkpoint(file)["a"].shape == (3,)
     for length in range(len(whole)):
         file.write_bytes(whole[:length])
         with pytest.raises(FeatInvError, match="cut.pth"):
-            read_pickle(file)
+            read_checkpoint(file)

@@ -1,5 +1,6 @@
 """Any nn.Module serves as a backbone: the page's own adapters, on tiny models at random weights in their real files."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,9 @@ from transformers import (
 )
 
 from featinv_nodes.core.backbones import load_backbone
-from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
+from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.guidance import toward_features
+from featinv_nodes.core.metadata import Source, parse
 from featinv_nodes.core.module_backbones import Layer, ModuleBackbone
 from featinv_nodes.worlds import open_backbone
 
@@ -30,6 +32,11 @@ TRANSFORMERS = {
     "dinov2": (Dinov2Model, Dinov2Config(mlp_ratio=1, **TINY), 1),
     "siglip": (SiglipVisionModel, SiglipVisionConfig(intermediate_size=32, **TINY), 0),
 }
+
+
+def read_again(source):
+    """A source after a trip through a file's metadata."""
+    return parse(Source, json.dumps(source.to_dict()), "file", "source").made()
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +128,9 @@ def test_the_source_records_the_hook_and_the_preprocessing():
     ):
         with pytest.raises(FeatInvError, match="do not fit together"):
             one.require(other.source(), "the feature map", "the backbone")
-    assert FeatureSource.from_dict(one.to_dict()) == one and "output of 1 as NCHW" in one.definition
+    assert read_again(one) == one and "output of 1 as NCHW" in one.definition
     timms = replace(one, definition="")
-    assert "definition" not in timms.to_dict() and FeatureSource.from_dict(timms.to_dict()) == timms
+    assert "definition" not in timms.to_dict() and read_again(timms) == timms
 
 
 def test_no_file_is_run_unless_the_user_named_it(tmp_path):

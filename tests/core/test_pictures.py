@@ -1,12 +1,15 @@
 """Pictures of feature maps, and feature maps on disk."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from featinv_nodes.core.feature_files import load_features, save_features
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from featinv_nodes.core.pictures import captioned, diverging, enlarge, heat_map, principal_components
+from featinv_nodes.core.images import as_rgb, as_seen, as_tensor
+from featinv_nodes.core.pictures import captioned, diverging, enlarge, heat_map, preview, principal_components
 
 SOURCE = FeatureSource("net.tag", "last", False, 6, (4, 4), (32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
@@ -23,6 +26,34 @@ def test_like_features_have_like_colours():
     pooled = FeatureMap(values.mean((2, 3), keepdim=True), FeatureSource(**{**SOURCE.to_dict(), "pooled": True}))
     with pytest.raises(FeatInvError, match="pooled"):
         principal_components(pooled)
+
+
+def test_a_pooled_map_is_shown_as_bars_and_any_map_gets_a_picture():
+    """Positive channels stand above the middle, negative ones hang below, the longest to the edge; in their order."""
+    values = torch.tensor([2.0, -1.0, 0.0, 1.0, 0.0, 0.0])[None, :, None, None]
+    pooled = FeatureMap(values, FeatureSource(**{**SOURCE.to_dict(), "pooled": True}))
+    picture = preview(pooled, 48)[0]
+    assert picture.shape == (3, 48, 48) and 0 <= picture.min() and picture.max() <= 1
+    red, blue = picture[0] - picture[2] > 0.3, picture[2] - picture[0] > 0.3
+    assert red[:, :8].sum(0).tolist() == [24] * 8 and red[:, 24:32].sum(0).tolist() == [12] * 8  # six bars of 8 pixels
+    assert blue[:, 8:16].sum(0).tolist() == [12] * 8 and not blue[:24].any() and not red[24:].any()
+    assert not (red | blue)[:, [*range(16, 24), *range(32, 48)]].any()
+    for width in (1, 40, 1000):  # more channels than columns, too
+        source = FeatureSource(**{**SOURCE.to_dict(), "pooled": True, "channels": width})
+        assert preview(FeatureMap(torch.zeros(2, width, 1, 1), source), 48).shape == (2, 3, 48, 48)
+    assert preview(FeatureMap(torch.randn(2, 6, 4, 4), SOURCE), 48).shape == (2, 3, 48, 48)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_tensors_and_files_follow_one_rule_for_grey_and_transparency(mode):
+    """Transparency is put on white, grey becomes RGB: for the host's tensors as for files."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, len(mode)), np.uint8)
+    expected = as_tensor(as_seen(Image.fromarray(pixels.squeeze(), mode)))
+    result = as_rgb(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+    assert result.shape == (1, 3, 8, 9) and (result - expected).abs().max() <= 1 / 255  # Pillow rounds to 8 bits
+    for shape in ((1, 5, 8, 9), (1, 0, 8, 9), (8, 9, 3)):
+        with pytest.raises(FeatInvError, match="expected 1 to 4 channels"):
+            as_rgb(torch.zeros(shape))
 
 
 def test_heat_grows_brighter():

@@ -13,8 +13,8 @@ import torch
 from sklearn.datasets import load_sample_image
 
 from featinv_nodes.core.backbones import Backbone, load_backbone
+from featinv_nodes.core.checkpoints import read_checkpoint
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import read_pickle
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import (
     BACKBONES,
@@ -70,7 +70,7 @@ def test_the_packaged_network_knows_what_is_in_a_photograph(lite0):
 @pytest.mark.parametrize("packaged", PHOTO.backbones.values(), ids=list(PHOTO.backbones))
 def test_a_packaged_network_holds_the_published_numbers(packaged):
     """Every tensor of the file is in the model, at a name that ends alike, and none of timm's own is left at random."""
-    published = {k: v for k, v in read_pickle(packaged.path()).items() if not k.endswith("num_batches_tracked")}
+    published = {k: v for k, v in read_checkpoint(packaged.path()).items() if not k.endswith("num_batches_tracked")}
     own = {k: v for k, v in packaged.open().model.state_dict().items() if not k.endswith("num_batches_tracked")}
     if packaged is LITE0:
         assert len(published) == 247
@@ -103,7 +103,7 @@ def test_a_package_that_is_missing_is_named_as_pip_knows_it():
 
 def test_another_file_under_its_name_is_refused(tmp_path, monkeypatch):
     """One number changed, everything else in place: only the digest can tell."""
-    state = read_pickle(LITE0.path())
+    state = read_checkpoint(LITE0.path())
     name = next(iter(state))
     torch.save(state | {name: state[name] + 1e-3}, tmp_path / "lite0.pth")
     monkeypatch.setattr(type(LITE0), "path", lambda self: tmp_path / "lite0.pth")

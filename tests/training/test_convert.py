@@ -17,6 +17,7 @@ from featinv_nodes.core.weights import ENCODER_PREFIX, load_inversion, read_info
 from training import convert
 from training.models.base_model import BaseModel
 from training.models.controlnet import FeatureControlNet
+from training.models.official import from_official
 
 BACKBONE = "resnet10t"
 CHANNELS, HIDDEN, CONTEXT, HEADS = 64, 24, 48, 8  # layer1 of that backbone has 64 channels
@@ -311,7 +312,7 @@ def test_stable_diffusion_at_its_real_size():
     shapes = official_layout((320, 640, 1280, 1280), 768, 1024, 512)
     assert len(shapes) == 330
     official = {k.removeprefix("control_model."): torch.empty(s, device="meta") for k, s in shapes.items()}
-    settings, ours = convert.from_official(official, 8, "file")
+    settings, ours = from_official(official, 8, "file")
     assert settings == {"kind": "conv", "channels": 1024, "out_channels": 320, "width": 512, "kernel": 3}
     encoder = {k.removeprefix(ENCODER_PREFIX): ours.pop(k).shape for k in list(ours) if k.startswith(ENCODER_PREFIX)}
     with torch.device("meta"):
@@ -409,6 +410,21 @@ def test_a_checkpoint_that_does_not_fit_is_named_tensor_by_tensor(state, tmp_pat
     with pytest.raises(FeatInvError, match=message):
         convert.main([str(tmp_path / "bad.ckpt"), str(tmp_path / "out" / "ours.safetensors"), *ARGUMENTS])
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_checkpoint_of_a_training_that_failed_is_refused(state, converted, tmp_path, suffix):
+    wrong = {**state, HINT: state[HINT] * math.nan, ZERO: state[ZERO] + math.inf}
+    file, out = tmp_path / f"bad{suffix}", tmp_path / "ours.safetensors"
+    torch.save({"state_dict": wrong}, file) if suffix == ".ckpt" else save_file(wrong, file)
+    with pytest.raises(FeatInvError, match="bad.* holds NaN or infinite values in control_model") as error:
+        convert.main([str(file), str(out), *ARGUMENTS])
+    assert HINT in str(error.value) and ZERO in str(error.value) and PROJ not in str(error.value) and not out.exists()
+    info, tensors, encoder = load_inversion(converted)
+    save_inversion(out, info, tensors | {"conv_in.bias": tensors["conv_in.bias"] * math.nan}, encoder)
+    for to in ("official", "diffusers"):
+        with pytest.raises(FeatInvError, match=r"ours.safetensors holds NaN or infinite values in conv_in\.bias;"):
+            convert.main([str(out), str(tmp_path / f"{to}.ckpt"), "--to", to])
 
 
 class Foreign:

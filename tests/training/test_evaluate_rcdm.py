@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import read_about
+from featinv_nodes.core.files import read_metadata
 from featinv_nodes.worlds import model_file, open_backbone
 from tests.training.test_evaluate_suites import photographic as photographic
 from tests.training.test_evaluate_suites import run
@@ -185,7 +185,7 @@ def test_a_finished_checkpoint_is_shipped_without_training(tmp_path, capsys):
     )
     ship_rcdm(tmp_path, "cpu", IMAGES, tmp_path / "rcdm.safetensors")
     assert torch.equal(load_rcdm(tmp_path / "rcdm.safetensors").vector.bias, average["vector.bias"].half().float())
-    about = read_about(tmp_path / "rcdm.safetensors", "rcdm", "RCDM")
+    about = json.loads(read_metadata(tmp_path / "rcdm.safetensors")["rcdm"])
     assert about["images_seen"] == IMAGES and tuple(about["widths"]) == WIDTHS and about["source"]["pooled"]
     # as much compute as the model of pooled features had, to within a batch of each
     assert about["gmac"] == pytest.approx(INVERSION_IMAGES * INVERSION_COST, rel=1e-3)

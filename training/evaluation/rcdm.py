@@ -18,8 +18,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from featinv_nodes.core.backbones import LAST, Backbone
+from featinv_nodes.core.checkpoints import read_checkpoint
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
-from featinv_nodes.core.files import read_about, read_pickle, read_weights, write_weights
+from featinv_nodes.core.files import read_about, read_weights, write_weights
+from featinv_nodes.core.metadata import Count, Fields, Source
 from featinv_nodes.core.sampling import set_timesteps
 
 #: the drawn world's, of the CNN's pooled last layer; not shipped, make_world.py makes it
@@ -166,6 +168,15 @@ def translate(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     return converted
 
 
+class About(Fields):
+    """The entry "rcdm" in this project's own layout, as far as loading needs it."""
+
+    widths: list[Count]
+    resolution: Count
+    source: Source
+    steps: Count
+
+
 def save_rcdm(file: str | Path, model: RCDM, source: FeatureSource, about: dict) -> None:
     """Writes this project's own layout in fp16. about: the steps, and how it was trained; see the module."""
     about = {"widths": model.widths, "resolution": model.resolution, "source": source.to_dict()} | about
@@ -182,16 +193,16 @@ def load_rcdm(file: str | Path) -> RCDM:
 
 def load_own(file: str | Path) -> RCDM:
     """A file that save_rcdm wrote."""
-    about = read_about(file, "rcdm", "RCDM")
-    source = FeatureSource.from_dict(about["source"])
-    model = RCDM(source.channels, tuple(about["widths"]), about["resolution"])
+    about = read_about(file, "rcdm", About, "RCDM")
+    source = about.source.made()
     try:
+        model = RCDM(source.channels, tuple(about.widths), about.resolution)
         model.load_state_dict(read_weights(file))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise FeatInvError(
-            f"{file}: RCDM's tensors do not fit the widths {about['widths']}: {str(error)[:300]}"
+            f"{file}: RCDM's tensors do not fit the widths {about.widths}: {str(error)[:300]}"
         ) from error
-    model.source, model.mean, model.std, model.steps = source, source.mean, source.std, about["steps"]
+    model.source, model.mean, model.std, model.steps = source, source.mean, source.std, about.steps
     return model
 
 
@@ -201,7 +212,7 @@ def load_published(file: str | Path) -> RCDM:
         raise FeatInvError(
             f"RCDM checkpoint {file} does not exist; its authors publish rcdm_ema_supervised.pt for ResNet50"
         )
-    state = read_pickle(Path(file))
+    state = read_checkpoint(file)
     vector = state.get("ssl_emb.weight")
     if not isinstance(vector, Tensor) or vector.ndim != 2:
         raise FeatInvError(f"{file} is no RCDM checkpoint: it has no layer ssl_emb, which takes the feature vector")

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.checkpoints import read_checkpoint
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import read_pickle
 
 
 class Space(Protocol):
@@ -66,7 +66,8 @@ class Inception:
                 f"--inception {file}: there is no such file; torch-fidelity's releases have it as"
                 " weights-inception-2015-12-05-6726825d.pth"
             )
-        read_pickle(Path(file))  # torch-fidelity itself would run whatever code the file holds
+        if read_checkpoint(file).replaced:  # torch-fidelity itself would run whatever code the file holds
+            raise FeatInvError(f"--inception {file} holds objects besides tensors, and is not torch-fidelity's file")
         try:
             self._network = FeatureExtractorInceptionV3(
                 "inception", ["2048"], feature_extractor_weights_path=str(file)

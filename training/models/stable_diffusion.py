@@ -12,8 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from featinv_nodes.core import checkpoints
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import read_pickle
 
 from .parts import require_whole
 
@@ -102,7 +102,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     noise schedule.
     """
     require_whole(file)
-    state = load_file(file) if file.suffix.lower() == ".safetensors" else read_pickle(file)
+    state = load_file(file) if file.suffix.lower() == ".safetensors" else checkpoints.read_checkpoint(file)
     shapes = [
         tuple(state[UNET_PREFIX + key].shape) if UNET_PREFIX + key in state else None
         for key in ("input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")

@@ -48,6 +48,13 @@ class Concepts:
                     f"concept {label!r}: basis of shape {tuple(basis.shape)}; expected [d, {self.source.channels}],"
                     " finite"
                 )
+        if self.mean is not None and tuple(self.mean.shape) != (self.source.channels,):
+            raise FeatInvError(f"a mean of shape {tuple(self.mean.shape)}; expected [{self.source.channels}]")
+        if self.encoder is not None and self.encoder.bias.shape != self.encoder.weight.shape[:1]:
+            raise FeatInvError(
+                f"an encoder with a bias of shape {tuple(self.encoder.bias.shape)}; expected [{len(self)}], one number"
+                " for each concept"
+            )
         if self.encoder is not None and tuple(self.encoder.weight.shape) != tuple(self._stacked.shape):
             raise FeatInvError(
                 f"an encoder of shape {tuple(self.encoder.weight.shape)} for {len(self)} concepts; expected"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..feature_map import FeatInvError, FeatureSource
-from ..files import read_about, read_tensors, write_safetensors
+from ..feature_map import FeatInvError
+from ..files import as_float, read_about, read_tensors, write_safetensors
 from .decomposition import Concepts
 from .sparse import SparseEncoder
 
@@ -36,21 +36,39 @@ def save_concepts(file: str | Path, concepts: Concepts) -> None:
 
 
 def load_concepts(file: str | Path) -> Concepts:
-    """Reads a concept file. Raises FeatInvError for a missing, truncated or foreign one, or another format version."""
-    about = read_about(file, KEY, "concept file")
-    if about.get("format") != FORMAT:
-        raise FeatInvError(f"{file} has format version {about.get('format')}; this release reads version {FORMAT}")
-    tensors = read_tensors(file)
-    bases = [tensors[f"basis.{i}"] for i in range(len(about["labels"]))]
-    encoder = None
-    if "encoder.weight" in tensors:
-        encoder = SparseEncoder(tensors["encoder.weight"], tensors["encoder.bias"], int(tensors["encoder.active"]))
-    return Concepts(
-        bases,
-        about["labels"],
-        FeatureSource.from_dict(about["source"]),
-        tensors.get("mean"),
-        about["method"],
-        about["settings"],
-        encoder,
-    )
+    """Reads a concept file. Raises FeatInvError for a missing, truncated or foreign one, a later format version, wrong
+    fields, and tensors that are missing, misshapen or no finite floating-point numbers."""
+    from ..metadata import ConceptFile  # pydantic takes tenths of a second
+
+    about = read_about(file, KEY, ConceptFile, "concept file")
+    tensors, source = read_tensors(file), about.source.made()
+
+    def read(name: str) -> torch.Tensor:
+        if name not in tensors:
+            raise FeatInvError(
+                f"{file}: the tensor {name!r} is missing; it has {len(about.labels)} labels and the tensors"
+                f" {', '.join(sorted(tensors)[:8]) or 'none'}"
+            )
+        return as_float(tensors[name], name, file)
+
+    try:
+        return Concepts(
+            [read(f"basis.{i}") for i in range(len(about.labels))],
+            about.labels,
+            source,
+            read("mean") if "mean" in tensors else None,
+            about.method,
+            about.settings,
+            SparseEncoder(read("encoder.weight"), read("encoder.bias"), _number(tensors, "encoder.active"))
+            if "encoder.weight" in tensors
+            else None,
+        )
+    except FeatInvError as error:
+        raise error if str(file) in str(error) else FeatInvError(f"{file}: {error}") from error
+
+
+def _number(tensors: dict[str, torch.Tensor], name: str) -> int:
+    value = tensors.get(name)
+    if value is None or value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.item() < 1:
+        raise FeatInvError(f"the tensor {name!r} is missing or no whole number of at least 1")
+    return int(value.item())

@@ -1,0 +1,120 @@
+"""Foreign PyTorch checkpoints (.ckpt, .pth, .pt, .bin): opened with weights_only, so that nothing in them is run."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import FeatInvError
+
+SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".tar")
+#: Objects that trainers write beside the weights: Lightning's callbacks, timm's arguments, numpy's numbers. Something
+#: that does nothing stands in for them.
+HARMLESS = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)\..+|argparse\.Namespace|pathlib\.\w+"
+    r"|numpy\.(dtype|dtypes\.\w+|ndarray|_?core\.multiarray\.(scalar|_reconstruct))|_codecs\.encode|typing\.Any"
+)
+#: where trainers keep the weights, an average before the last ones, as timm chooses too
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
+MOST = 64  # kinds of objects
+
+
+class Checkpoint(dict):
+    """The tensors of a checkpoint by name. entry: under which they stood, "" for a bare state dict. left: the names of
+    the other entries. replaced: kinds of objects that were not made. other: the entries that are plain values."""
+
+    entry: str = ""
+    left: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    other: dict[str, object] = {}
+
+
+def read_checkpoint(file: str | Path) -> Checkpoint:
+    """The state dict of a foreign checkpoint, bare or as Lightning and timm keep it. Of other objects beside tensors,
+    those in HARMLESS are passed over, and none is ever made.
+
+    Raises FeatInvError for a file that is missing, damaged, holds further objects, or no state dict.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FeatInvError(f"checkpoint {file} does not exist")
+    loaded, replaced = _loaded(file)
+    entry = next((name for name in ENTRIES if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)), "")
+    state = loaded[entry] if entry else loaded
+    if not isinstance(state, dict):
+        raise FeatInvError(
+            f"{file} holds a {type(state).__name__}; expected a state dict, or a checkpoint of Lightning or timm with"
+            " one. Save model.state_dict() where the model was made"
+        )
+    checkpoint = Checkpoint({str(name): value for name, value in state.items() if isinstance(value, Tensor)})
+    checkpoint.entry, checkpoint.replaced = entry, replaced
+    if entry:
+        checkpoint.left = tuple(str(name) for name in loaded if name != entry)
+        checkpoint.other = {str(name): value for name, value in loaded.items() if isinstance(value, (str, list, dict))}
+    return checkpoint
+
+
+def _loaded(file: Path) -> tuple[object, tuple[str, ...]]:
+    """What the file holds, and which objects were replaced."""
+    replaced: list[str] = []
+    while True:
+        try:
+            with _allowed(replaced):
+                # mapped, so that what is left behind is not read either; files of before PyTorch 1.6 are no zip
+                mapped = zipfile.is_zipfile(file)
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), tuple(replaced)
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL (\S+)|$", str(error))[1] or ""
+            if HARMLESS.fullmatch(name) and name not in replaced and len(replaced) < MOST:
+                replaced.append(name)
+                continue
+            reason = re.search(r"Unsupported (global: GLOBAL \S+|.*)|$", str(error))[0] or type(error).__name__
+            raise FeatInvError(
+                f"{file} was not opened, because it is damaged or holds objects besides tensors, which could run"
+                f" foreign code ({reason}). If you trust its origin, save its state_dict alone where it was made:"
+                " torch.save({'state_dict': model.state_dict()}, ...)"
+            ) from error
+        except Exception as error:  # of a file that is cut off, the reader raises whatever it stumbles over
+            raise FeatInvError(
+                f"{file} is not a complete PyTorch checkpoint ({type(error).__name__}: {str(error)[:120]}); download"
+                " or copy it again"
+            ) from error
+
+
+@contextmanager
+def _allowed(names: list[str]) -> Iterator[None]:
+    """torch's loader takes stand-ins for objects of these names meanwhile, and no other ones."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()  # a host may have registered others of the same names
+    torch.serialization.add_safe_globals([_stand_in(name) for name in names])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _stand_in(name: str) -> type:
+    """A class of this name that takes any arguments and any state, and keeps none. torch's loader fills no
+    dictionaries but its own, so that Lightning's hyperparameters become one of these."""
+    module, _, own = name.rpartition(".")
+    made = OrderedDict if own == "AttributeDict" else object
+    return type(
+        own,
+        (),
+        {
+            "__module__": module,
+            "__qualname__": own,
+            "__new__": lambda cls, *_, **__: made.__new__(made if made is OrderedDict else cls),
+            "__init__": lambda self, *_, **__: None,
+            "__setstate__": lambda self, _: None,
+        },
+    )
