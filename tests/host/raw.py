@@ -3,6 +3,7 @@
 python raw.py HOST_ROOT PACK BASE_DIRECTORY
 """
 
+import asyncio
 import json
 import logging
 import sys
@@ -30,6 +31,20 @@ def damaged(folder: str, shipped: str, key: str, changes: dict, drop: tuple[str,
     name = f"{len(list((MODELS / folder).iterdir()))}.safetensors"
     save_file(load_file(DRAWN / shipped), MODELS / folder / name, metadata | {key: json.dumps(about)})
     return name
+
+
+def start() -> list[str]:
+    """What is logged at the start with a timm that is too old."""
+    lines, version = [], pack.version
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    pack.version = lambda name: "0.6.13"
+    asyncio.run(pack.comfy_entrypoint())
+    pack.version = version
+    asyncio.run(pack.comfy_entrypoint())
+    logging.getLogger().removeHandler(handler)
+    return lines
 
 
 def models() -> dict[str, str]:
@@ -118,7 +133,7 @@ def pictures() -> dict:
 
 def main() -> None:
     with torch.inference_mode():
-        print(json.dumps({"models": models(), "backbones": backbones(), "pictures": pictures()}))
+        print(json.dumps({"start": start(), "models": models(), "backbones": backbones(), "pictures": pictures()}))
 
 
 if __name__ == "__main__":

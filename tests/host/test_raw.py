@@ -12,6 +12,11 @@ def told(host, tmp_path_factory):
     return host.run_inside(Path(__file__).with_name("raw.py"), PACK, tmp_path_factory.mktemp("raw"))
 
 
+def test_an_old_timm_is_one_line_at_the_start(told):
+    (line,) = told["start"]
+    assert line.startswith("FeatInv: timm 0.6.13 is installed, but FeatInv needs timm 1.0.12 or newer; run `pip ")
+
+
 def test_fields_are_named_and_a_bad_scope_is_left_out(told):
     said = told["models"]
     for case, words in {
