@@ -30,6 +30,7 @@ from featinv_nodes.core.images import read_image
 from featinv_nodes.core.pictures import diverging, heat_map, spotlight
 from featinv_nodes.core.viz import (
     FACTOR,
+    ROUNDS,
     SEEDS,
     THRESHOLD,
     Visualization,
@@ -66,8 +67,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--closed-loop",
         action="store_true",
-        help="search for the factor that gives the slope asked for, at up to five times the cost",
+        help="search for the factor that gives the slope asked for, at the cost of a drawing per factor tried",
     )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="factors that the closed loop tries at most")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="reconstructions of each map")
     parser.add_argument("--seed", type=int, default=0, help="of their noise")
     parser.add_argument(
@@ -109,15 +111,18 @@ def detail_row(visualization: Visualization) -> list[Cell]:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
-    if args.seeds < 1 or not 0 <= args.threshold <= 1:
-        raise FeatInvError(f"--seeds {args.seeds} --threshold {args.threshold}: expected at least 1, and 0 to 1")
+    if args.seeds < 1 or args.rounds < 1 or not 0 <= args.threshold <= 1:
+        raise FeatInvError(
+            f"--seeds {args.seeds} --rounds {args.rounds} --threshold {args.threshold}: expected at least 1, at least"
+            " 1, and 0 to 1"
+        )
     make_folder(args.out)
     concepts, groups = load_concepts(concepts_file(args.concepts)), parse_groups(args.names)
     pictures = [read_image(file) for file in args.image]
     pipeline, sampling = pipeline_from(args)
     pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
     features = pipeline.features(pixel_values)
-    settings = VizSettings(args.factor, args.seeds, args.seed, args.keep_length, args.closed_loop)
+    settings = VizSettings(args.factor, args.seeds, args.seed, args.keep_length, args.rounds if args.closed_loop else 1)
     rows = []
     with tqdm(desc="drawing", unit="picture") as bar:
         for i in range(len(pixel_values)):
@@ -156,9 +161,12 @@ def main(argv: list[str] | None = None) -> None:
         },
     )
     for (name, visualization), scope in zip(details, scopes):
-        print(
-            f"{name}, {title(visualization)}: {visualization.slope.describe()}; scope: {scope.get('line', 'unknown')}"
+        said = (
+            visualization.describe()
+            if args.closed_loop
+            else f"{title(visualization)}: {visualization.slope.describe()}"
         )
+        print(f"{name}, {said}; scope: {scope.get('line', 'unknown')}")
     print(f"wrote grid.png, details.png and results.json to {args.out}")
 
 
@@ -172,6 +180,7 @@ def save(args: argparse.Namespace, stem: str, number: int, visualization: Visual
         "variant": number,
         "concepts": list(visualization.change.groups[0]),
         "commanded": visualization.commanded,
+        "rounds": visualization.rounds,
         "passed": visualization.slope.passed,
         **asdict(visualization.slope),
         **{kind: f"{stem}_{number}_{kind}.png" for kind in files},

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from .concepts import Concepts
 from .feature_map import FeatInvError, FeatureMap, concatenate
+from .waiting import Check, unchecked
 
 THRESHOLD, FACTOR, SEEDS = 0.33, 0.25, 5
+ROUNDS = 5  # of the closed loop, at most
 #: a slope passes if this share of the asked change arrives: 0.15 to 0.40 where 0.25 is asked
 LEAST, MOST = 0.80, 1.134
 
@@ -22,7 +25,8 @@ class Edit:
     """A feature map and what it becomes when concepts are scaled.
 
     original: B maps. changed: for each group in turn the B maps in which that group's concepts, and no others, are
-    scaled by the factor. concepts: the decomposition that the names in groups belong to.
+    scaled: by the factor, or after a closed loop by what was commanded to reach it. concepts: the decomposition that
+    the names in groups belong to. keep_length: see edit.
     """
 
     original: FeatureMap
@@ -30,6 +34,7 @@ class Edit:
     concepts: Concepts
     groups: tuple[tuple[str, ...], ...]
     factor: float
+    keep_length: bool = False
 
     def titles(self) -> list[str]:
         """One per group: its concepts' names."""
@@ -86,7 +91,7 @@ def edit(
             m.with_values(m.values * (length / m.values.norm(dim=1, keepdim=True).clamp(min=1e-8)).clamp(max=1))
             for m in changed
         ]
-    return Edit(features, concatenate(changed), concepts, named, factor)
+    return Edit(features, concatenate(changed), concepts, named, factor, keep_length)
 
 
 def parse_groups(text: str) -> list[list[str]]:
@@ -157,42 +162,53 @@ class Slope:
     def passed(self) -> bool:
         return passes(self.asked, self.own)
 
+    @property
+    def verdict(self) -> str:
+        """As asked, or not and why."""
+        little = arrived(self.asked, self.own) < LEAST
+        return "as asked" if self.passed else f"NOT as asked: too {'little' if little else 'much'} changed"
+
     def describe(self) -> str:
         """One line for captions and messages."""
-        share = arrived(self.asked, self.own)
-        verdict = "as asked" if self.passed else f"NOT as asked: too {'little' if share < LEAST else 'much'} changed"
         null = "" if self.null is None else f"; {self.null:.1f} times the difference between seeds"
-        return f"slope {self.own:.2f} for {self.asked:g} asked ({verdict}), other concepts {self.others:.2f}{null}"
+        return f"slope {self.own:.2f} for {self.asked:g} asked ({self.verdict}), other concepts {self.others:.2f}{null}"
 
 
 def measure_slope(
-    change: Edit, group: int, pictures: tuple[Tensor, Tensor], reread: tuple[FeatureMap, FeatureMap]
+    change: Edit,
+    group: int,
+    pictures: tuple[Tensor, Tensor],
+    reread: tuple[FeatureMap, FeatureMap],
+    check: Check = unchecked,
 ) -> Slope:
     """What a group's edit came to. pictures: the reconstructions [n, 3, H, W] of the original and of the changed map;
-    reread: their feature maps, read again by the backbone."""
+    reread: their feature maps, read again by the backbone. check: called for each concept."""
     concepts, phi = change.concepts, change.original.to(reread[1].values.device)
     own = [concepts.index(name) for name in change.groups[group]]
     others = [i for i in range(len(concepts)) if i not in own]
     null = null_difference(pictures[0])
     return Slope(
         change.factor,
-        own=slope(concepts, own, phi, reread[1]),
-        others=slope(concepts, others, phi, reread[1]) if others else 1.0,
-        untouched=slope(concepts, own, phi, reread[0]),
+        own=slope(concepts, own, phi, reread[1], check),
+        others=slope(concepts, others, phi, reread[1], check) if others else 1.0,
+        untouched=slope(concepts, own, phi, reread[0], check),
         null=None if null is None else float(difference(*pictures).mean() / null.mean().clamp(min=1e-8)),
     )
 
 
-def measure_slopes(change: Edit, pictures: Tensor, reread: FeatureMap) -> list[Slope]:
+def measure_slopes(change: Edit, pictures: Tensor, reread: FeatureMap, check: Check = unchecked) -> list[Slope]:
     """What each group's edit came to. pictures: as in Edit.unpaired; reread: their feature maps, read again by the
-    backbone.
+    backbone. check: as in measure_slope.
 
     Raises FeatInvError if these are of another source than the edited map, or as Edit.unpaired does.
     """
     reread.source.require(change.original.source, "what the backbone reads in the pictures", "the edited feature map")
     first, *others = change.unpaired(pictures)
     again, *changed = [reread.select(slice(i, i + len(first))) for i in range(0, len(reread), len(first))]
-    return [measure_slope(change, group, (first, other), (again, changed[group])) for group, other in enumerate(others)]
+    return [
+        measure_slope(change, group, (first, other), (again, changed[group]), check)
+        for group, other in enumerate(others)
+    ]
 
 
 def arrived(asked: float, own: float) -> float:
@@ -205,18 +221,25 @@ def passes(asked: float, own: float) -> bool:
     return LEAST <= arrived(asked, own) <= MOST
 
 
-def slope(concepts: Concepts, numbers: Sequence[int], original: FeatureMap, again: FeatureMap) -> float:
+def slope(
+    concepts: Concepts,
+    numbers: Sequence[int],
+    original: FeatureMap,
+    again: FeatureMap,
+    check: Check = unchecked,
+) -> float:
     """<phi_c, phi'_c> / <phi_c, phi_c> summed over the concepts c, locations and channels, and the n maps of `again`
-    against the one of `original`; 0 for concepts that the original does not have."""
+    against the one of `original`; 0 for concepts that the original does not have. check: called for each concept."""
     along = length = 0.0
     for number, (part, reread) in enumerate(zip(concepts.each_part(original), concepts.each_part(again))):
+        check()
         if number in numbers:
             along += float((part * reread).sum())
             length += float(part.square().sum()) * len(again)
     return along / length if length > 0 else 0.0
 
 
-def closed_loop(slope_at: Callable[[float], float], asked: float, rounds: int = 5) -> tuple[float, float]:
+def closed_loop(slope_at: Callable[[float], float], asked: float, rounds: int = ROUNDS) -> tuple[float, float]:
     """(factor to command, slope it gives): the factor whose re-read slope passes or, if none does, comes nearest to the
     one asked for.
 
@@ -243,21 +266,22 @@ class VizSettings:
     """What to do to each group of concepts.
 
     factor: what their part is multiplied by. seeds, seed: reconstructions of each map, and the seed of their noise.
-    keep_length: see edit. closed: where the asked factor gives another slope, command one that gives it, at up to five
-    times the cost.
+    keep_length: see edit. rounds: where the asked factor gives another slope, draw with up to this many factors in all
+    to find one that gives it, at that many times the cost (closed_loop); 1 takes the asked factor as it is.
     """
 
     factor: float = FACTOR
     seeds: int = SEEDS
     seed: int = 0
     keep_length: bool = False
-    closed: bool = False
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
 class Visualization:
     """FeatInv-Viz of one group of concepts. change: the edit, of this group alone. original, changed: reconstructions
     [n, 3, h, w]. distance: the difference map [h, w] (Algorithm 1). slope: what came of it. commanded: the factor used.
+    rounds: with how many factors it was drawn to find that one.
     """
 
     change: Edit
@@ -266,20 +290,30 @@ class Visualization:
     distance: Tensor
     slope: Slope
     commanded: float
+    rounds: int = 1
+
+    def describe(self) -> str:
+        """One line: what was asked, commanded and reached."""
+        rounds = f"{self.rounds} round{'s' * (self.rounds != 1)}"
+        return (
+            f"{self.change.titles()[0]}: asked {self.slope.asked:g}, commanded {self.commanded:.2f},"
+            f" reached {self.slope.own:.2f} ({self.slope.verdict}) in {rounds}; other concepts {self.slope.others:.2f}"
+        )
 
 
 def visualize(
     draw: Callable[[FeatureMap], tuple[Tensor, FeatureMap]],
     features: FeatureMap,
     concepts: Concepts,
-    groups: list[list[str]],
+    groups: Sequence[Sequence[str]],
     settings: VizSettings,
+    check: Check = unchecked,
 ) -> list[Visualization]:
     """Algorithm 1 for each group of concepts in one feature map [1, C, H, W]; the original is drawn once.
 
     draw: maps [k * seeds, C, H, W], one after the other for each seed as Edit.paired orders them -> (their
     reconstructions [k * seeds, 3, h, w], the feature maps of these). Row i and row i + seeds must begin with the same
-    noise. Raises FeatInvError as `edit` does.
+    noise. check: called for each concept while slopes are measured. Raises FeatInvError as `edit` does.
     """
     asked = edit(features, concepts, groups, settings.factor, settings.keep_length)
     pictures, reread = draw(asked.paired(settings.seeds))
@@ -288,14 +322,16 @@ def visualize(
         reread.select(slice(i, i + settings.seeds)) for i in range(0, len(pictures), settings.seeds)
     ]
 
-    def result(group: list[str], commanded: float, changed: Tensor, features_of_changed: FeatureMap) -> Visualization:
+    def result(
+        group: Sequence[str], commanded: float, changed: Tensor, features_of_changed: FeatureMap
+    ) -> Visualization:
         change = edit(features, concepts, [group], commanded, settings.keep_length)
         slope = measure_slope(
-            replace(change, factor=settings.factor), 0, (first, changed), (again, features_of_changed)
+            replace(change, factor=settings.factor), 0, (first, changed), (again, features_of_changed), check
         )
         return Visualization(change, first, changed, difference(first, changed), slope, commanded)
 
-    def draw_at(group: list[str], factor: float) -> Visualization:
+    def draw_at(group: Sequence[str], factor: float) -> Visualization:
         return result(
             group,
             factor,
@@ -303,12 +339,11 @@ def visualize(
         )
 
     results = [result(group, settings.factor, *pair) for group, *pair in zip(groups, others, changed_again)]
-    if settings.closed:
-        return [_closed(one, partial(draw_at, group), settings.factor) for one, group in zip(results, groups)]
-    return results
+    loop = partial(_closed, asked=settings.factor, rounds=settings.rounds)
+    return [loop(one, partial(draw_at, group)) for one, group in zip(results, groups)]
 
 
-def _closed(one: Visualization, draw_at: Callable[[float], Visualization], asked: float) -> Visualization:
+def _closed(one: Visualization, draw_at: Callable[[float], Visualization], asked: float, rounds: int) -> Visualization:
     """The same group with the factor that closed_loop commands."""
     tried = {asked: one}
 
@@ -317,4 +352,17 @@ def _closed(one: Visualization, draw_at: Callable[[float], Visualization], asked
             tried[factor] = draw_at(factor)
         return tried[factor].slope.own
 
-    return tried[closed_loop(slope_at, asked)[0]]
+    return replace(tried[closed_loop(slope_at, asked, rounds)[0]], rounds=len(tried))
+
+
+def as_commanded(found: Sequence[Visualization]) -> tuple[Edit, Tensor]:
+    """What the groups of one `visualize` were drawn with: the edit of them all, its maps as commanded and its factor as
+    asked, and all pictures [(1 + groups) * seeds, 3, h, w] in the order of Edit.paired."""
+    changes = [one.change for one in found]
+    change = replace(
+        changes[0],
+        changed=concatenate([one.changed for one in changes]),
+        groups=tuple(group for one in changes for group in one.groups),
+        factor=found[0].slope.asked,
+    )
+    return change, torch.cat([found[0].original, *(one.changed for one in found)])

@@ -66,8 +66,8 @@ def test_a_factor_of_one_changes_nothing(pipeline, concepts, features):
 def test_the_closed_loop_comes_nearer_to_what_was_asked(pipeline, concepts, features):
     sampling = pipeline.recommended(steps=4)
     asked, closed = (
-        visualize(pipeline, features, concepts, [["object"]], VizSettings(0.25, seeds=1, closed=c), sampling)[0]
-        for c in (False, True)
+        visualize(pipeline, features, concepts, [["object"]], VizSettings(0.25, seeds=1, rounds=r), sampling)[0]
+        for r in (1, 5)
     )
     assert not asked.slope.passed and asked.commanded == 0.25
     assert (
@@ -110,6 +110,7 @@ def test_the_program_writes_pictures_and_slopes(tmp_path, capsys):
         (["--names", "dog"], "there is no concept 'dog'; there are 8"),
         (["--names", ";"], "no concept named"),
         (["--names", "0", "--seeds", "0"], "--seeds 0"),
+        (["--names", "0", "--rounds", "0"], "--rounds 0"),
     ):
         with pytest.raises(FeatInvError, match=words):
             visualize_concepts.main(["--image", images[0], *wrong, "--out", str(tmp_path / "no")])

@@ -32,7 +32,7 @@ from featinv_nodes.core.concepts import Concepts, discover
 from featinv_nodes.core.concepts.relevance import relevance
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.sampling import Sampling
-from featinv_nodes.core.viz import Visualization, VizSettings, null_difference
+from featinv_nodes.core.viz import ROUNDS, Visualization, VizSettings, null_difference
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import BACKGROUNDS, Scenes, draw
 from training.cli import model_parser, pipeline_from, run
@@ -105,7 +105,7 @@ def trials(
     covered = scene.masks[0].sum(0).clamp(max=1) > 0.5
     names = {"object": track.stands_for[OBJECT], "background": track.stands_for[BACKGROUNDS[scene.background[0]]]}
     asked = visualize(
-        pipeline, features, track.concepts, [[n] for n in names.values()], replace(settings, closed=False), sampling
+        pipeline, features, track.concepts, [[n] for n in names.values()], replace(settings, rounds=1), sampling
     )
     for (kind, name), visualization in zip(names.items(), asked):
         trial = Trial(
@@ -115,13 +115,13 @@ def trials(
             trial.visualizations[CLOSED] = (
                 visualization
                 if visualization.slope.passed
-                else visualize(pipeline, features, track.concepts, [[name]], replace(settings, closed=True), sampling)[
-                    0
-                ]
+                else visualize(
+                    pipeline, features, track.concepts, [[name]], replace(settings, rounds=ROUNDS), sampling
+                )[0]
             )
             random = localisation.random_subspace(track.concepts, name, int(scene.centre.sum() * 1000))
             trial.heats["random subspace"] = visualize(
-                pipeline, features, random, [["random"]], replace(settings, closed=False), sampling
+                pipeline, features, random, [["random"]], replace(settings, rounds=1), sampling
             )[0].distance
         trial.heats |= {method: one.distance for method, one in trial.visualizations.items()}
         if (null := null_difference(visualization.original)) is not None:

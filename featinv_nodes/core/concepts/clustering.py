@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..waiting import Progress, attended
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
-
-Progress = Callable[[int, int], object]  # vectors done, of how many
 
 NEIGHBOURS, CHUNK, REDUCED = 20, 512, 128
 GAMMA, DROPPED = 10.0, 0.25  # of the elastic net, as published with MCD
@@ -45,21 +45,26 @@ def neighbour_affinity(points: Tensor, progress: Progress) -> csr_array:
     """Thresholded |cosine| [N, N] (Heckel and Boelcskei 2015, "Robust subspace clustering via thresholding").
 
     Each of the unit vectors [N, C] is joined with the 20 of largest |cosine|, with the weight exp(-2 arccos |cosine|).
-    Memory: 512 rows of the N x N cosines at a time.
+    Memory: 512 rows of the N x N cosines at a time. progress: called with vectors done, of how many.
     """
     from scipy.sparse import csr_array
 
     total, weights, columns = len(points), [], []
     for start in range(0, total, CHUNK):
-        cosine = (points[start : start + CHUNK] @ points.T).abs()
-        cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = 0
-        largest, where = cosine.topk(min(NEIGHBOURS, total - 1))
+        largest, where = attended(partial(_nearest, points, start), partial(progress, start, total))
         weights.append(torch.exp(-2 * torch.arccos(largest.clamp(max=1))))
         columns.append(where)
-        progress(start + len(cosine), total)
+        progress(start + len(where), total)
     weight, column = torch.cat(weights), torch.cat(columns)
     ends = range(0, weight.numel() + 1, weight.shape[1])
     return csr_array((weight.flatten().double().numpy(), column.flatten().numpy(), list(ends)), shape=(total, total))
+
+
+def _nearest(points: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The largest |cosine| of 512 of the unit vectors, from number `start` on, and with which others."""
+    cosine = (points[start : start + CHUNK] @ points.T).abs()
+    cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = 0
+    return cosine.topk(min(NEIGHBOURS, len(points) - 1))
 
 
 def elastic_net(points: Tensor, progress: Progress) -> csr_array:
@@ -67,7 +72,7 @@ def elastic_net(points: Tensor, progress: Progress) -> csr_array:
 
     min over c of |c|_1 + a / 2 |x - X c|^2 with a = gamma / largest |cosine| to x: gamma times the smallest a whose
     solution is not zero. (The published mixing weight tau = 1 leaves no |c|^2.) One path of least angles per vector;
-    the coefficients are kept sparse.
+    the coefficients are kept sparse. progress: called with vectors done, of how many.
     """
     from scipy.sparse import csr_array, vstack
     from sklearn.exceptions import ConvergenceWarning
@@ -84,8 +89,7 @@ def elastic_net(points: Tensor, progress: Progress) -> csr_array:
             warnings.simplefilter("ignore", ConvergenceWarning)  # of two equal vectors, one is left out
             rows.append(csr_array(lars_path(columns, x, method="lasso", alpha_min=weakest, return_path=False)[2][None]))
         columns[:, i] = x
-        if (i + 1) % 100 == 0 or i + 1 == total:
-            progress(i + 1, total)
+        progress(i + 1, total)
     return vstack(rows, format="csr")
 
 

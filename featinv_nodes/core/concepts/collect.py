@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..feature_map import FeatInvError, FeatureMap, concatenate
 from ..images import find_images, read_image
-from .clustering import Progress
+from ..waiting import Progress, unchecked
 
 EVALUATED, BATCH = 128, 16
 Batch = tuple[list[str], Tensor]  # names and preprocessed pictures [b, 3, h, w] in 0..1
@@ -39,8 +39,7 @@ class Collected:
 
 @dataclass
 class Pictures:
-    """Pictures [B, 3, h, w] in 0..1 that are there already, called NAME 0, NAME 1, ... Iterated: batches of 16,
-    preprocessed."""
+    """Pictures [B, 3, h, w] in 0..1 that are there already, called NAME 0, NAME 1, ..."""
 
     images: Tensor
     backbone: Backbone
@@ -50,12 +49,14 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def batches(self, progress: Progress = unchecked) -> Iterator[Batch]:
+        """16 pictures at a time, preprocessed. progress: called for each."""
         for numbers in torch.arange(len(self.images)).split(BATCH):
-            yield (
-                [f"{self.name} {n}" for n in numbers.tolist()],
-                self.backbone.preprocess(self.images[numbers].cpu(), self.resize_mode),
-            )
+            pixel_values = []
+            for number in numbers.tolist():
+                progress(number, len(self))
+                pixel_values.append(self.backbone.preprocess(self.images[number : number + 1].cpu(), self.resize_mode))
+            yield [f"{self.name} {n}" for n in numbers.tolist()], torch.cat(pixel_values)
 
     def skipped(self) -> str:
         return ""
@@ -63,8 +64,8 @@ class Pictures:
 
 @dataclass
 class Folder:
-    """The pictures below a folder in a random order, `most` of them at most. Iterated: batches of 16, preprocessed; why
-    files could not be read gathers in `unreadable`."""
+    """The pictures below a folder in a random order, `most` of them at most; why files could not be read gathers in
+    `unreadable`."""
 
     folder: Path
     backbone: Backbone
@@ -81,10 +82,13 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def batches(self, progress: Progress = unchecked) -> Iterator[Batch]:
+        """16 pictures at a time, preprocessed. progress: called for each file. Raises FeatInvError if none can be
+        read."""
         for start in range(0, len(self.files), BATCH):
             names, pixel_values = [], []
-            for file in self.files[start : start + BATCH]:
+            for number, file in enumerate(self.files[start : start + BATCH], start):
+                progress(number, len(self))
                 try:
                     pixel_values.append(self.backbone.preprocess(read_image(file), self.resize_mode))
                     names.append(file.relative_to(self.folder).as_posix())
@@ -110,18 +114,19 @@ def collect(
     extract: Callable[[Tensor], FeatureMap],
     count: int,
     seed: int,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unchecked,
 ) -> Collected:
     """Up to `count` feature vectors of all pictures, as many from each, at locations drawn with the seed.
 
-    extract: preprocessed pictures [b, 3, h, w] to their feature maps. progress: called with pictures done, of how many.
+    extract: preprocessed pictures [b, 3, h, w] to their feature maps. progress: called with pictures done, of how many,
+    for each picture; what it raises ends the collecting.
     The first 128 pictures and their maps are kept to evaluate the concepts on. Memory: 2 count C numbers, those maps
     and pictures (the latter as bytes), and what a batch of 16 takes.
     """
     generator = torch.Generator().manual_seed(seed)
     vectors, maps, images, names, classes, read = [], [], [], [], set(), 0
     total = len(pictures)
-    for labels, pixel_values in pictures:
+    for labels, pixel_values in pictures.batches(progress):
         features = extract(pixel_values).to("cpu")
         for cells in rearrange(features.values, "b c h w -> b (h w) c"):
             share = (read + 1) * count // total - read * count // total
@@ -133,5 +138,5 @@ def collect(
             maps.append(features.select(slice(0, room)))
             images.append((pixel_values[:room].cpu() * 255).round().byte())
             names += labels[:room]
-        progress(read, total)
+    progress(total, total)
     return Collected(torch.cat(vectors), concatenate(maps), torch.cat(images), names, read, len(classes))

@@ -3,22 +3,26 @@ autoencoder."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..feature_map import FeatInvError, FeatureSource
-from .clustering import Progress, elastic_net_affinity, neighbour_affinity, principal, reduced, spectral_clusters, unit
+from ..waiting import Check, Progress, attended, unchecked
+from .clustering import elastic_net_affinity, neighbour_affinity, principal, reduced, spectral_clusters, unit
 from .decomposition import Concepts, completeness
 from .sparse import fit_dictionary
 
 if TYPE_CHECKING:
+    import numpy as np
     from scipy.sparse import csr_array
 
 METHODS = ("mcd", "mcd-elastic-net", "pca", "nmf", "kmeans", "sae")
 SMALLEST_SHARE, SMALLEST_EIGENVALUE, SMALLEST_SINE = 0.02, 0.05, 0.2
 COMPLETE, MOST_CLUSTERS = 0.5, 40  # eta at which the published search ends; where ours does, at the latest
+RUNS = 4  # of k-means, of which the best counts
 ACTIVE = 16  # atoms of a sparse dictionary in each vector, if not said otherwise
 
 
@@ -29,7 +33,7 @@ def discover(
     concepts: int = 10,
     seed: int = 0,
     centred: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unchecked,
     weights: Tensor | None = None,
     active: int | None = None,
 ) -> Concepts:
@@ -41,7 +45,8 @@ def discover(
     TopK sparse autoencoder, Gao et al. 2024, its atoms by decreasing share, with a mean and an encoder).
     concepts: clusters, directions or atoms; 0: MCD with 2, 3, ... clusters until the completeness eta, the mean over
     the classes of `weights` [C, classes], reaches 0.5. centred: MCD's bases are those of PCA about each cluster's mean,
-    as published, instead of the linear subspace through the origin. progress: called with steps done, of how many.
+    as published, instead of the linear subspace through the origin. progress: called with steps done, of how many, ten
+    times a second and oftener; what it raises ends the search.
     active: k, the atoms of a sparse dictionary that are active in each vector; an eighth of all and at most 16, if
     None. Clusters that collapse are not returned but listed in the settings under "rejected".
 
@@ -50,20 +55,21 @@ def discover(
     Raises FeatInvError for vectors from which these concepts cannot be found.
     """
     vectors = _checked(vectors, source, method, concepts, weights, active).float().cpu()
+    finished = partial(progress, len(vectors), len(vectors))
     settings: dict[str, object] = {"vectors": len(vectors), "concepts": concepts, "seed": seed}
     if method.startswith("mcd"):
         points, affinity = affinities(vectors, method.endswith("elastic-net"), progress)
         settings["centred"] = centred
         if concepts:
-            return _mcd(subspaces(points, affinity, concepts, seed, centred), source, method, settings)
-        return _grown(points, affinity, source, method, settings, weights)
+            found = attended(lambda: subspaces(points, affinity, concepts, seed, centred), finished)
+            return _mcd(found, source, method, settings)
+        return _grown(points, affinity, source, method, settings, weights, finished)
     mean = vectors.mean(0) if method in ("pca", "sae") else None
     if method == "sae":
         active = max(1, min(ACTIVE, concepts // 8)) if active is None else active
         return _sae(vectors, mean, source, settings | {"active": active}, progress)
-    rows = _directions(vectors, method, concepts, seed)
-    progress(len(vectors), len(vectors))
-    rejected = dependent(rows)
+    rows = _directions(vectors, method, concepts, seed, progress)
+    rejected = attended(lambda: dependent(rows), finished)
     kept = [row[None] for i, row in enumerate(rows) if i not in rejected]
     settings["rejected"] = [f"direction {i}: zero, or in the span of those before it" for i in rejected]
     return Concepts(kept, numbered(len(kept)), source, mean, method, settings)
@@ -113,9 +119,10 @@ def affinities(vectors: Tensor, published: bool, progress: Progress) -> tuple[Te
     points = unit(
         vectors[vectors.norm(dim=1) > 1e-6 * vectors.norm(dim=1).max()]
     )  # a ReLU leaves vectors without direction
+    short = attended(lambda: reduced(points), partial(progress, 0, len(points)))
     if not published:
-        return points, neighbour_affinity(reduced(points), progress)
-    affinity, kept = elastic_net_affinity(reduced(points), progress)
+        return points, neighbour_affinity(short, progress)
+    affinity, kept = elastic_net_affinity(short, progress)
     return points[kept], affinity
 
 
@@ -166,12 +173,14 @@ def _grown(
     method: str,
     settings: dict[str, object],
     weights: Tensor,
+    check: Check,
 ) -> Concepts:
     """As many clusters as completeness asks for; the affinity is that of all. The way there goes into the settings."""
     way = []
     for clusters in range(2, MOST_CLUSTERS + 1):
-        result = subspaces(points, affinity, clusters, settings["seed"], settings["centred"])
-        eta = completeness(result[0], weights).mean().item() if result[0] else 0.0
+        step = partial(subspaces, points, affinity, clusters, settings["seed"], settings["centred"])
+        result = attended(step, check)
+        eta = attended(partial(completeness, result[0], weights), check).mean().item() if result[0] else 0.0
         way.append([clusters, round(eta, 4)])
         if len(result[0]) > 1 and eta >= COMPLETE:
             break
@@ -202,19 +211,31 @@ def dependent(rows: Tensor) -> list[int]:
     return chosen
 
 
-def _directions(vectors: Tensor, method: str, count: int, seed: int) -> Tensor:
+def _directions(vectors: Tensor, method: str, count: int, seed: int, progress: Progress) -> Tensor:
     """[count, C] single directions of unit length, or zero."""
+    begun = partial(progress, 0, len(vectors))
     if method == "pca":
-        return principal(vectors - vectors.mean(0))[0][:count].contiguous()
+        return attended(lambda: principal(vectors - vectors.mean(0))[0][:count].contiguous(), begun)
     if method == "nmf":
         from sklearn.decomposition import NMF
 
-        rows = NMF(count, init="nndsvda", random_state=seed, max_iter=400, tol=1e-3).fit(vectors.numpy()).components_
+        fit = NMF(count, init="nndsvda", random_state=seed, max_iter=400, tol=1e-3).fit
+        rows = attended(lambda: fit(vectors.numpy()), begun).components_
     else:
-        from sklearn.cluster import KMeans
-
-        rows = KMeans(count, n_init=4, random_state=seed).fit(unit(vectors).numpy()).cluster_centers_
+        rows = _centres(unit(vectors), count, seed, progress)
     return unit(torch.from_numpy(rows).float())
+
+
+def _centres(points: Tensor, count: int, seed: int, progress: Progress) -> np.ndarray:
+    """[count, C] the centres that scikit-learn's KMeans(count, n_init=RUNS, random_state=seed) finds, run by run."""
+    import numpy as np
+    from sklearn.cluster import KMeans
+
+    random, data, runs = np.random.RandomState(seed), points.numpy(), []
+    for done in range(RUNS):
+        run = KMeans(count, n_init=1, random_state=random)
+        runs.append(attended(partial(run.fit, data), partial(progress, done * len(data) // RUNS, len(data))))
+    return min(runs, key=lambda run: run.inertia_).cluster_centers_
 
 
 def _sae(
@@ -222,7 +243,10 @@ def _sae(
 ) -> Concepts:
     atoms = settings["concepts"]
     decoder, encoder = fit_dictionary(vectors - mean, atoms, settings["active"], settings["seed"], progress)
-    energy = sum(encoder(part - mean).square().sum(0) for part in vectors.split(1024))
+    energy = torch.zeros(atoms)
+    for part in vectors.split(1024):
+        energy += encoder(part - mean).square().sum(0)
+        progress(len(vectors), len(vectors))
     order = energy.argsort(descending=True, stable=True)[: int((energy > 0).sum())]
     settings |= {"rejected": [f"{atoms - len(order)} of {atoms} atoms: never active"] if len(order) < atoms else []}
     return Concepts(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..feature_map import FeatInvError, FeatureMap
+from ..waiting import Check, unchecked
 from .decomposition import Concepts
 
 TOLERANCE = 1e-3  # of the largest logit: what float32 leaves of an exact sum
@@ -19,17 +20,22 @@ ROUNDING = 1e-6  # likewise: of nothing
 
 
 def relevance(
-    backbone: Backbone, concepts: Concepts, features: FeatureMap, classes: Tensor | None = None
+    backbone: Backbone,
+    concepts: Concepts,
+    features: FeatureMap,
+    classes: Tensor | None = None,
+    check: Check = unchecked,
 ) -> tuple[Tensor, Tensor]:
     """What each concept contributes to each logit: [n + 1, B, classes], and the head's bias [B, classes].
 
     Contributions and bias sum to the logits. With each picture's LayerNorm scale frozen, pool -> norm -> linear is an
     affine function f of the feature map, and the contribution is f(phi_i) - f(0), w . phi_i in the paper's words.
-    classes: numbers [B, m] of each picture's logits to look at, instead of all.
+    classes: numbers [B, m] of each picture's logits to look at, instead of all. check: called for each concept.
     Raises FeatInvError for a head that is not affine even so, and as Backbone.logits does.
     """
 
     def logits_of(values: Tensor) -> Tensor:
+        check()
         logits = backbone.logits(features.with_values(values, keep_prefix=True))
         return logits if classes is None else logits.gather(1, classes.to(logits.device))
 
@@ -75,12 +81,12 @@ def relevance_map(backbone: Backbone, concepts: Concepts, features: FeatureMap, 
     return contributions
 
 
-def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64) -> Tensor:
+def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64, check: Check = unchecked) -> Tensor:
     """w [C, classes]: each logit's response to each channel, one everywhere on the grid, in the affine head of the
     first map.
 
-    A LayerNorm's scale makes w longer or shorter from picture to picture, but turns it nowhere. Raises as relevance
-    does.
+    A LayerNorm's scale makes w longer or shorter from picture to picture, but turns it nowhere. check:
+    called for each `batch` of channels. Raises as relevance does.
     """
     first = features.select(0)
     unit = torch.eye(first.values.shape[1], device=first.values.device)[:, :, None, None].expand(
@@ -90,7 +96,10 @@ def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64) -> 
         logits = backbone.logits(first)
         freeze()
         bias = backbone.logits(first.with_values(torch.zeros_like(first.values), keep_prefix=True))
-        rows = [backbone.logits(_like(first, part)) - bias for part in unit.split(batch)]
+        rows = []
+        for part in unit.split(batch):
+            check()
+            rows.append(backbone.logits(_like(first, part)) - bias)
         weights = torch.cat(rows)
         pooled = first.values.mean((2, 3)).to(weights)
     _require_affine(backbone, pooled @ weights + bias, logits)

@@ -6,12 +6,13 @@ language models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..waiting import Progress
 
 BATCH, STEPS, RATE = 512, 1000, 1e-2
 #: steps without activity that make an atom a silent one; weight of the loss through these (1/32 in the paper leaves
@@ -49,7 +50,7 @@ def largest(values: Tensor, count: int) -> Tensor:
 
 
 def fit_dictionary(
-    centred: Tensor, atoms: int, active: int, seed: int, progress: Callable[[int, int], object]
+    centred: Tensor, atoms: int, active: int, seed: int, progress: Progress
 ) -> tuple[Tensor, SparseEncoder]:
     """Decoder rows [n, C] of unit length and the encoder that minimise |x - z U|^2 over vectors [N, C] of mean zero.
 

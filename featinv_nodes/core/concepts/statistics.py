@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backbones import Backbone
 from ..feature_map import FeatInvError, FeatureMap
+from ..waiting import Check, attended, unchecked
 from .decomposition import Concepts, completeness
 from .relevance import class_weights, relevance
 
@@ -44,24 +45,29 @@ def top_classes(backbone: Backbone, maps: FeatureMap) -> Tensor:
     return torch.stack([logits[:, part].argmax(1) + (part.start or 0) for part in backbone.groups.values()], 1).cpu()
 
 
-def top_weights(backbone: Backbone, maps: FeatureMap) -> Tensor:
-    """[C, B groups] the weights of every picture's top classes, for `discover` to be complete for.
+def top_weights(backbone: Backbone, maps: FeatureMap, check: Check = unchecked) -> Tensor:
+    """[C, B groups] the weights of every picture's top classes, for `discover` to be complete for. check: as in
+    class_weights.
 
     Raises FeatInvError where the head does not read this layer or is not affine.
     """
     try:
-        return class_weights(backbone, maps)[:, top_classes(backbone, maps).flatten()].cpu()
+        return class_weights(backbone, maps, check=check)[:, top_classes(backbone, maps).flatten()].cpu()
     except FeatInvError as error:
         raise FeatInvError(f"how complete concepts are is not known here, so give a number of them: {error}") from error
 
 
-def concept_statistics(backbone: Backbone, concepts: Concepts, maps: FeatureMap) -> Statistics:
-    """Statistics of concepts on feature maps of their source."""
-    share = (concepts.lengths(maps).sum((1, 2, 3)) / maps.values.norm(dim=1).sum()).tolist()
+def concept_statistics(
+    backbone: Backbone, concepts: Concepts, maps: FeatureMap, check: Check = unchecked
+) -> Statistics:
+    """Statistics of concepts on feature maps of their source. check: called ten times a second and oftener."""
+    lengths = attended(lambda: concepts.lengths(maps), check)
+    share = (lengths.sum((1, 2, 3)) / maps.values.norm(dim=1).sum()).tolist()
     try:
         tops = top_classes(backbone, maps)
-        contributions = relevance(backbone, concepts, maps, tops)[0].cpu()  # [n + 1, B, groups]
-        eta = completeness(concepts.bases, class_weights(backbone, maps)).cpu()[tops].mean().item()
+        contributions = relevance(backbone, concepts, maps, tops, check)[0].cpu()  # [n + 1, B, groups]
+        weights = class_weights(backbone, maps, check=check)
+        eta = attended(lambda: completeness(concepts.bases, weights), check).cpu()[tops].mean().item()
     except FeatInvError as error:
         return Statistics(share, remark=f"no relevance: {error}")
     relevant = contributions.sum((1, 2)) / contributions.sum()
