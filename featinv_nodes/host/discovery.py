@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import comfy.model_management as management
 import comfy.utils
 from torch import Tensor
@@ -12,7 +10,7 @@ from ..core.concepts import Concepts, discover
 from ..core.concepts.collect import Collected, Folder, Pictures, collect
 from ..core.concepts.statistics import Statistics, concept_statistics, top_weights
 from ..core.feature_map import FeatureMap
-from .models import ManagedBackbone
+from .models import ManagedBackbone, shown, stop_if_cancelled
 
 STEPS = 1000  # of the bar: half for the features, half for the method
 
@@ -29,18 +27,22 @@ def find(
     """Concepts of a managed backbone's features, what they are worth, and what was read. concepts: 0 to grow."""
     bar = comfy.utils.ProgressBar(STEPS)
 
-    def half(start: int) -> Callable[[int, int], None]:
-        return lambda done, total: bar.update_absolute(start + STEPS * done // (2 * total))
-
     def extract(pixel_values: Tensor) -> FeatureMap:
         management.load_models_gpu(
             [backbone.patcher], memory_required=pixel_values.numel() * 4 * 64
         )  # as ManagedBackbone does
         return backbone.backbone.extract(pixel_values.to(backbone.patcher.load_device), layer)
 
-    collected = collect(pictures, extract, vectors, seed, half(0))
-    weights = None if concepts else top_weights(backbone.backbone, collected.maps)
+    collected = collect(pictures, extract, vectors, seed, shown(bar, 0, STEPS // 2))
+    weights = None if concepts else top_weights(backbone.backbone, collected.maps, stop_if_cancelled)
     result = discover(
-        collected.vectors, collected.maps.source, method, concepts, seed, progress=half(STEPS // 2), weights=weights
+        collected.vectors,
+        collected.maps.source,
+        method,
+        concepts,
+        seed,
+        progress=shown(bar, STEPS // 2, STEPS),
+        weights=weights,
     )
-    return result, concept_statistics(backbone.backbone, result, collected.maps), collected
+    worth = concept_statistics(backbone.backbone, result, collected.maps, stop_if_cancelled)
+    return result, worth, collected

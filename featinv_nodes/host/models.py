@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..core.backbone_weights import HUB_FILES
 from ..core.backbones import LAST, Backbone, load_backbone
 from ..core.errors import FeatInvError, UnknownBackbone
-from ..core.feature_map import FeatureMap, concatenate
+from ..core.feature_map import FeatureMap, FeatureSource, concatenate
+from ..core.waiting import Progress
 from ..worlds import BACKBONES
 
 #: newer hosts have a patcher for models that take part in their own memory scheme
@@ -55,29 +56,66 @@ def open_file(file: Path, timm_name: str, input_size: int | None) -> Backbone:
         ) from error
 
 
+def stop_if_cancelled(*_: object) -> None:
+    """Raises what ends a node that the user has cancelled. Serves as a check of core's, and as a module's hook."""
+    management.throw_exception_if_processing_interrupted()
+
+
+def shown(bar: comfy.utils.ProgressBar, start: int = 0, end: int | None = None) -> Progress:
+    """A progress function that moves the host's bar from `start` to `end`, and raises once the user has cancelled."""
+    end = bar.total if end is None else end
+
+    def move(done: int, total: int) -> None:
+        stop_if_cancelled()
+        value = start + (end - start) * done // max(total, 1)
+        if value != bar.current:  # each is a message to the browser
+            bar.update_absolute(value)
+
+    return move
+
+
 class ManagedBackbone:
-    """A backbone and its patcher. Pictures and feature maps stay on the host's intermediate device."""
+    """A backbone and its patcher. Pictures and feature maps stay on the host's intermediate device. Where the user
+    cancels, it stops before its next layer."""
 
     BATCH = 16
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.patcher = managed(backbone)
+        for module in backbone.modules():
+            module.register_forward_pre_hook(stop_if_cancelled)
 
     @property
     def name(self) -> str:
         return self.backbone.name
 
-    def extract(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
-        """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1; float32, with the host's progress bar."""
-        bar = comfy.utils.ProgressBar(len(pixel_values))
+    def preprocess(self, images: Tensor, fit: str) -> Tensor:
+        """Backbone.preprocess for any number of pictures [B, 3, h, w] in 0..1, one after the other."""
+        pictures = []
+        for image in images.split(1):
+            stop_if_cancelled()
+            pictures.append(self.backbone.preprocess(image, fit))
+        return torch.cat(pictures)
+
+    def extract(
+        self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False, progress: Progress | None = None
+    ) -> FeatureMap:
+        """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1; float32. progress: called with pictures
+        done, of how many; the host's bar if None."""
+        progress = progress or shown(comfy.utils.ProgressBar(len(pixel_values)))
         parts = []
         for part in pixel_values.split(self.BATCH):
             parts.append(
                 self._run(lambda x: self.backbone(x, layer, pooled).to(management.intermediate_device()), part)
             )
-            bar.update(len(part))
+            progress(sum(len(p) for p in parts), len(pixel_values))
         return concatenate(parts)
+
+    def read_again(self, pictures: Tensor, source: FeatureSource, progress: Progress | None = None) -> FeatureMap:
+        """What the backbone reads, at the layer of a map, in pictures [B, 3, h, w] that were drawn from it. progress:
+        as in extract."""
+        return self.extract(self.preprocess(pictures, "stretch"), source.layer, source.pooled, progress)
 
     def logits(self, features: FeatureMap) -> Tensor:
         """[B, classes] the model's own head on a last-layer map."""

@@ -68,7 +68,7 @@ class ExtractFeatures(io.ComfyNode):
 
     @classmethod
     def execute(cls, backbone, image, layer, pooled, fit) -> io.NodeOutput:
-        pixel_values = backbone.backbone.preprocess(channels_first(image).cpu(), fit)
+        pixel_values = backbone.preprocess(channels_first(image).cpu(), fit)
         return io.NodeOutput(backbone.extract(pixel_values, layer.strip(), pooled), channels_last(pixel_values))
 
 

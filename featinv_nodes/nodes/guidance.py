@@ -101,8 +101,8 @@ class KeepMostSimilar(io.ComfyNode):
     def execute(cls, image, features, backbone, keep) -> io.NodeOutput:
         from ..core.metrics import best_rows, cosine
 
-        pictures, source = channels_first(image).cpu(), features.source
-        reread = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled)
+        pictures = channels_first(image).cpu()
+        reread = backbone.read_again(pictures, features.source)
         scores = cosine(features.in_turn(len(pictures)), reread)
         rows = best_rows(scores, len(features), keep).tolist()
         lines = [f"number {row}: cosine {scores[row]:.3f}" for row in rows]

@@ -54,8 +54,7 @@ class FeatureSimilarity(io.ComfyNode):
 
         pictures = channels_first(image).cpu()
         features = features.in_turn(len(pictures))  # as the pictures were drawn
-        source = features.source
-        again = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled)
+        again = backbone.read_again(pictures, features.source)
         similarity = cosine_per_location(features, again)
         scores = similarity.mean((1, 2))
         captioned_pictures = captioned(pictures, [f"cosine {score:.3f}" for score in scores.tolist()])
@@ -129,7 +128,7 @@ class ClassifyImage(io.ComfyNode):
         if backbone.backbone.model.num_classes == 0:
             raise FeatInvError(f"Classify Image: {backbone.name} has no classifier; choose weights that have one")
         pictures = channels_first(image).cpu()
-        logits = backbone.logits(backbone.extract(backbone.backbone.preprocess(pictures, fit)))
+        logits = backbone.logits(backbone.extract(backbone.preprocess(pictures, fit)))
         best = backbone.backbone.top_classes(logits, top)
         lines = ["; ".join(f"{name} {share:.0%}" for name, share in row) for row in best]
         firsts = [

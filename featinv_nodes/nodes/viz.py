@@ -132,13 +132,12 @@ class FeatInvViz(io.ComfyNode):
     def execute(cls, pictures, edit, backbone, threshold) -> io.NodeOutput:
         from ..core import viz
         from ..core.pictures import captioned, diverging, enlarge, heat_map, spotlight
+        from ..host.models import stop_if_cancelled
 
-        pictures, source = channels_first(pictures).cpu().float(), edit.original.source
+        pictures = channels_first(pictures).cpu().float()
         first, *others = edit.unpaired(pictures)
-        reread = backbone.extract(backbone.backbone.preprocess(pictures, "stretch"), source.layer, source.pooled).to(
-            "cpu"
-        )
-        slopes = viz.measure_slopes(edit, pictures, reread)
+        reread = backbone.read_again(pictures, edit.original.source).to("cpu")
+        slopes = viz.measure_slopes(edit, pictures, reread, stop_if_cancelled)
         distance = torch.stack([viz.difference(first, other) for other in others])
         masks = torch.stack([viz.affected(d, threshold) for d in distance])
         signed = torch.stack([viz.signed_difference(first, other) for other in others])
