@@ -1,6 +1,6 @@
 """The pack's nodes, thin V3 classes over core and host."""
 
-from . import concepts, control, discover, features, guidance, loaders, preview, viz
+from . import closed_loop, concepts, control, discover, features, guidance, loaders, preview, viz
 
 ALL = [
     *loaders.NODES,
@@ -10,5 +10,6 @@ ALL = [
     *concepts.NODES,
     *discover.NODES,
     *viz.NODES,
+    *closed_loop.NODES,
     *preview.NODES,
 ]

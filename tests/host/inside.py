@@ -28,6 +28,7 @@ from opening import (
 )  # before anything else of the host
 
 sys.path.append(PACK)
+import closing
 import comfy.controlnet
 import comfy.model_management as management
 import comfy.sample
@@ -583,6 +584,8 @@ def main() -> None:
             "best": guiding.best(world),
             "gradient": guiding.gradient(world),
             "scaled": guiding.scaled(world),
+            "closed_loop": closing.closed_loop(world),
+            "cancelled": closing.cancelled(world),
             "scope": scope(world),
             "paired": paired(world),
             "batches": batches(world),

@@ -74,9 +74,14 @@ def draw(
 ) -> Node:
     """Feature maps -> pictures, by the stock sampler; latent: what it starts from if not from empty latents; model: if
     not the world's own."""
-    g, settings = world.graph, world.settings(kind or world.kind)
+    settings = world.settings(kind or world.kind)
     steered = add_control(world, features, control, settings)
-    latent = latent or world.empty(batch)
+    return sample(world, steered, settings, latent or world.empty(batch), model)
+
+
+def sample(world: World, steered: Node, settings: dict, latent: Ref, model: Ref | None = None) -> Node:
+    """The stock sampler and the decoder behind FeatInv ControlNet."""
+    g = world.graph
     sampled = g.add(
         "KSampler",
         model=model or world.model,
@@ -109,10 +114,10 @@ def extract(
 
 
 def compare(
-    world: World, features: Ref, backbone: Node, pictures: Node, title: str = RESULT, number: str = SIMILARITY
+    world: World, features: Ref, backbone: Node, pictures: Ref, title: str = RESULT, number: str = SIMILARITY
 ) -> None:
     """The pictures with their cosine similarity, which is also shown as a number."""
-    similar = world.graph.add("FeatInv_FeatureSimilarity", features=features, backbone=backbone[0], image=pictures[0])
+    similar = world.graph.add("FeatInv_FeatureSimilarity", features=features, backbone=backbone[0], image=pictures)
     world.graph.add("PreviewImage", title=title, images=similar[0])
     world.graph.add("PreviewAny", title=number, source=similar[2])
 
@@ -121,7 +126,7 @@ def reconstruct(world: World) -> str:
     backbone, control = start(world)
     picture, features = extract(world, backbone, 0)
     pictures = draw(world, features[0], control, model=guided(world, features[0], backbone, world.settings(world.kind)))
-    compare(world, features[0], backbone, pictures)
+    compare(world, features[0], backbone, pictures[0])
     world.graph.add("FeatInv_PreviewFeatures", features=features[0])
     classes = world.graph.add("FeatInv_ClassifyImage", backbone=backbone[0], image=pictures[0], fit="stretch", top=1)
     world.graph.add("PreviewImage", title="What the model takes it for", images=classes[0])
@@ -142,7 +147,7 @@ def seeds(world: World) -> str:
     backbone, control = start(world)
     picture, features = extract(world, backbone, 1)
     model = guided(world, features[0], backbone, world.settings(world.kind))
-    compare(world, features[0], backbone, draw(world, features[0], control, batch=4, model=model))
+    compare(world, features[0], backbone, draw(world, features[0], control, batch=4, model=model)[0])
     world.graph.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
         "**What does the model not care about?** Four pictures of one feature map, each from other noise. What stays"
@@ -163,7 +168,7 @@ def interpolate(world: World) -> str:
         steps=5,
         soft_edge=False,
     )
-    compare(world, mixed[0], backbone, draw(world, mixed[0], control, batch=5))
+    compare(world, mixed[0], backbone, draw(world, mixed[0], control, batch=5)[0])
     if world.graph.pictures_below:
         for letter, features in (("a", a), ("b", b)):
             world.graph.add("PreviewImage", title=f"Original {letter}", images=world.as_seen(features))
@@ -190,7 +195,7 @@ def compose(world: World) -> str:
         soft_edge=False,
         **where,
     )
-    compare(world, mixed[0], backbone, draw(world, mixed[0], control))
+    compare(world, mixed[0], backbone, draw(world, mixed[0], control)[0])
     g.add("PreviewImage", title="Outside", images=world.as_seen(a))
     g.add("PreviewImage", title="Inside", images=world.as_seen(b))
     previews = g.add("MaskToImage", mask=where["mask"])
@@ -208,7 +213,13 @@ def attenuate(world: World) -> str:
     concepts = world.concepts(backbone, picture)
     name = "water" if world.name == "drawn" else "0"
     weaker = turned_down(world, features, concepts, control, name, 0.25)
-    compare(world, weaker[0], backbone, draw(world, weaker[0], control))
+    settings = world.settings(world.kind)
+    steered, latent = add_control(world, weaker[0], control, settings), world.empty(1)
+    pictures = sample(world, steered, settings, latent)
+    g.add("PreviewImage", title="Without the closed loop", images=pictures[0])
+    found = closed_loop(world, weaker, backbone, steered, settings, latent)
+    compare(world, weaker[0], backbone, found[0])
+    g.add("PreviewAny", title=REPORT, source=found[1])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     previews = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
     g.add("PreviewImage", title="Where each concept is active", images=previews[0])
@@ -217,7 +228,27 @@ def attenuate(world: World) -> str:
         f"**Turn a concept down.** The feature map is taken apart into concepts; one of them ({name}) is multiplied by"
         " the factor, and the result is drawn. Names and numbers of the concepts are listed; try another. *Scope* says"
         " whether the changed map is like one that a picture has; where it is not, the sampler draws the nearest"
-        " that is."
+        " that is, and the concept may still be there. So Concept Closed Loop draws, lets the backbone read the"
+        " picture, and commands another factor, until the picture shows what was asked or the rounds are used up."
+    )
+
+
+def closed_loop(world: World, edited: Node, backbone: Node, steered: Node, settings: dict, latent: Ref) -> Node:
+    """The node that draws an edit until it shows what was asked, with the sampler that `sample` uses."""
+    g = world.graph
+    guider = g.add("CFGGuider", model=world.model, positive=steered[0], negative=steered[1], cfg=settings["guidance"])
+    schedule = g.add("BasicScheduler", model=world.model, scheduler="simple", steps=settings["steps"], denoise=1.0)
+    return g.add(
+        "FeatInv_ClosedLoop",
+        edit=edited[1],
+        backbone=backbone[0],
+        vae=world.vae,
+        noise=g.add("RandomNoise", noise_seed=7)[0],
+        guider=guider[0],
+        sampler=g.add("KSamplerSelect", sampler_name="ddim")[0],
+        sigmas=schedule[0],
+        latent_image=latent,
+        rounds=5,
     )
 
 
@@ -242,21 +273,25 @@ def viz(world: World) -> str:
     picture, features = extract(world, backbone, 4)
     names, factor = ("object; sky", 0.0) if world.name == "drawn" else ("0; 1; 2", 0.25)
     weaker = turned_down(world, features, world.concepts(backbone, picture), control, names, factor)
-    paired = g.add("FeatInv_PairedLatents", edit=weaker[1], latent=world.empty(5))
-    pictures = draw(world, paired[0], control, latent=paired[1])
-    result = g.add("FeatInv_Viz", pictures=pictures[0], edit=weaker[1], backbone=backbone[0], threshold=0.33)
+    settings = world.settings(world.kind)
+    steered = add_control(world, weaker[0], control, settings)
+    found = closed_loop(world, weaker, backbone, steered, settings, world.empty(5))
+    g.add("PreviewAny", title="What was commanded", source=found[1])
+    result = g.add("FeatInv_Viz", pictures=found[4], edit=found[6], backbone=backbone[0], threshold=0.33)
     g.add("PreviewImage", title=RESULT, images=result[0])
     g.add("PreviewAny", title=REPORT, source=result[4])
     g.add("PreviewImage", title="Difference", images=result[1])
     g.add("PreviewImage", title="Darker (blue) or brighter (red)", images=result[2])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
-    compare(world, paired[0], backbone, pictures, "All reconstructions")
+    compare(world, found[5], backbone, found[4], "All reconstructions")
     return (
         "**Where does a concept live?** FeatInv-Viz (the paper's Algorithm 1): five pictures of the map, and five of"
         " each map with a concept turned down, seed by seed from the same noise; the pixels that change are the"
         " concept's. The *slope* says whether the pictures show what was asked: the backbone reads them again, and"
-        f" finds the concept at that share of what it was. Semicolons part variants, as in {names!r}; commas would turn"
-        " concepts down together. The paper's factor is 0.25; 0 removes the concept. Change the number of seeds in"
+        " finds the concept at that share of what it was. Where the factor asked does not do that, Concept Closed Loop"
+        " commands others, up to its number of rounds; with 1 it draws what was asked. Semicolons part variants, as in"
+        f" {names!r}; commas would turn concepts down together. The paper's factor is 0.25; 0 removes the concept."
+        " Change the number of seeds in"
         f" {world.batch[1]}, and keep to samplers without noise of their own (ddim, euler)."
     )
 
@@ -280,7 +315,7 @@ def discover(world: World) -> str:
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     g.add("PreviewImage", title="Result: where each concept is active", images=previews[0])
     weaker = turned_down(world, features, concepts, control, "2", 0.25)
-    compare(world, weaker[0], backbone, draw(world, weaker[0], control))
+    compare(world, weaker[0], backbone, draw(world, weaker[0], control)[0])
     where = (
         "64 scenes"
         if world.name == "drawn"
@@ -299,7 +334,7 @@ def backbones(world: World) -> str:
         backbone, control = start(world, kind)
         picture, features = extract(world, backbone, 2)
         model = guided(world, features[0], backbone, world.settings(kind))
-        compare(world, features[0], backbone, draw(world, features[0], control, 2, kind, model=model), title)
+        compare(world, features[0], backbone, draw(world, features[0], control, 2, kind, model=model)[0], title)
     return (
         "**Do two models see the same?** One picture, inverted from the feature map of a convolutional network and from"
         " that of a transformer, with the same noise. What one keeps and the other loses tells them apart."
@@ -333,7 +368,7 @@ def two_guidances(world: World) -> str:
         sigmas=schedule[0],
         latent_image=world.empty(2),
     )
-    compare(world, features[0], backbone, g.add("VAEDecode", samples=sampled[0], vae=world.vae))
+    compare(world, features[0], backbone, g.add("VAEDecode", samples=sampled[0], vae=world.vae)[0])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
         "**How much features, how much prompt?** Guidance in two parts, each with a scale of its own:"
@@ -353,7 +388,7 @@ def faithful(world: World) -> str:
     }
     pictures = draw(world, features[0], control, batch=4, model=guided(world, features[0], backbone, settings))
     kept = g.add("FeatInv_KeepMostSimilar", image=pictures[0], features=features[0], backbone=backbone[0], keep=1)
-    compare(world, features[0], backbone, kept)
+    compare(world, features[0], backbone, kept[0])
     g.add("PreviewAny", title="The best, and the range of all", source=kept[1])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
@@ -379,7 +414,7 @@ def depth(world: World) -> str:
             world,
             features[0],
             backbone,
-            draw(world, features[0], control, kind=kind, model=model),
+            draw(world, features[0], control, kind=kind, model=model)[0],
             f"{RESULT}: {title}",
             f"{SIMILARITY}: {title}",
         )
@@ -399,7 +434,7 @@ def concept(world: World) -> str:
     g.add("PreviewAny", title="The concepts", source=concepts[1])
     weaker = turned_down(world, features, concepts, control, "1", 0.25)
     paired = g.add("FeatInv_PairedLatents", edit=weaker[1], latent=world.empty(1))
-    compare(world, paired[0], backbone, draw(world, paired[0], control, latent=paired[1]))
+    compare(world, paired[0], backbone, draw(world, paired[0], control, latent=paired[1])[0])
     previews = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     g.add("PreviewImage", title=f"{RESULT}: where each concept is active", images=previews[0])

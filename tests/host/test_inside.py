@@ -13,7 +13,7 @@ def test_loading_imports_no_heavy_library(measured):
 
 def test_a_missing_requirement_gives_one_line(measured):
     line, nodes = measured["missing"]
-    assert "timm is missing" in line and "pip install" in line and nodes == "20 nodes"
+    assert "timm is missing" in line and "pip install" in line and nodes == "21 nodes"
 
 
 def test_the_same_picture_as_the_command_line(measured):
@@ -96,6 +96,37 @@ def test_a_run_of_paired_latents_is_the_command_line_s_feat_inv_viz(measured):
         assert result["report"] == result["expected"] and result["report"][1].startswith("sky + night: slope ")
         (k, height, width, _), heat, signed, mask = result["shapes"]
         assert (k, width) == (2, 256) and height > 256 and heat == signed == [2, 256, 256, 3] and mask == [2, 64, 64]
+
+
+def test_the_closed_loop_is_the_command_line_s(measured):
+    """The same factors commanded in as many rounds, the same slopes and pictures; FeatInv-Viz reads the same of it."""
+    for rounds in ("1", "3"):
+        result = measured["closed_loop"][rounds]
+        (ours, theirs), (reached, expected, read) = result["commanded"], result["reached"]
+        assert ours == theirs and abs(reached - expected) <= 1e-4 and abs(reached - read) <= 1e-4
+        assert result["pictures"] <= 1e-4 and result["image"] and result["maps"] <= 1e-4  # float32, other batch sizes
+        assert result["report"][0] == result["report"][1]
+    assert measured["closed_loop"]["3"]["rounds"] == [2, 3]  # one passes, the other does not
+    passed, failed = measured["closed_loop"]["3"]["report"][0]
+    assert passed.startswith("object: asked 0.25, commanded -0.12, reached 0.") and "(as asked) in 2 rounds" in passed
+    assert "sky + night: asked 0.25, commanded" in failed and "(NOT as asked" in failed
+
+
+def test_a_closed_loop_without_what_it_needs(measured):
+    assert "connect the positive and the negative of FeatInv ControlNet" in measured["closed_loop"]["no control"]
+    assert "this edit is of 3 feature maps" in measured["closed_loop"]["several maps"]
+
+
+def test_what_takes_long_can_be_cancelled(measured):
+    """Whenever the user does it, with the next question whether to go on; and it asks often: for each layer of the
+    backbone, each concept, each layer and step of the sampler's drawing."""
+    result = measured["cancelled"]
+    assert set(result) == {"discover mcd", "discover nmf", "extract", "viz", "closed loop"}
+    for name, work in result.items():
+        assert work.pop("finished") == "no error" and work.pop("asked") > 50, name
+        assert len(work) == 2, name
+        for message, asked, last in work.values():
+            assert message.startswith("InterruptProcessingException") and asked == last, (name, message)
 
 
 def test_a_seed_has_the_same_noise_in_every_part(measured):

@@ -66,6 +66,18 @@ def test_runs_and_shows_what_it_promises(server, file):
     assert results and all(outputs[str(n["id"])]["images"] for n in results)
 
 
+@pytest.mark.parametrize("file", ["tiny_attenuate", "tiny_viz"])
+def test_the_closed_loop_reaches_what_was_asked(server, file):
+    """It says so on the node, and in the report behind it."""
+    workflow = json.loads((FOLDER / f"{file}.json").read_text())
+    outputs = server.run(to_prompt(workflow, server.get("/object_info")))
+    (node,) = [n for n in workflow["nodes"] if n["type"] == "FeatInv_ClosedLoop"]
+    shown = outputs[str(node["id"])]
+    said = shown["text"][0]
+    assert shown["images"] and said.count("(as asked)") == len(said.splitlines()) == len(shown["images"])
+    assert said in [outputs[str(n["id"])]["text"][0] for n in workflow["nodes"] if n["type"] == "PreviewAny"]
+
+
 def test_the_shown_concepts_were_turned_down_as_asked(server):
     """FeatInv-Viz says so itself, a line per variant; and the scope of the changed maps is shown."""
     workflow = json.loads((FOLDER / "tiny_viz.json").read_text())
