@@ -19,7 +19,7 @@ HUGGING_FACE = "hf:"
 FORM = "NAME[:SPLIT[:COLUMN]]"
 
 
-def parts_of(data: str) -> tuple[str, str, str]:
+def parsed(data: str) -> tuple[str, str, str]:
     """(name, split, column) of data after its prefix, the last two empty where they are not given. Raises FeatInvError
     where there is no name, or more than these."""
     prefix, _, rest = data.partition(":")
@@ -42,7 +42,7 @@ def hugging_face(data: str, streaming: bool = False) -> tuple[ModuleType, Any, s
         import datasets
     except ImportError as error:
         raise FeatInvError(f"data {data} needs the package datasets: pip install datasets") from error
-    name, split, column = parts_of(data)
+    name, split, column = parsed(data)
     saved = Path(name).is_dir() and any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json"))
     if saved and streaming:
         raise FeatInvError(
@@ -97,11 +97,11 @@ class HuggingFace:
 
     def __init__(self, data: str) -> None:
         """data: as hugging_face takes it."""
-        self._library, dataset, self._column = hugging_face(data)
+        library, dataset, self._column = hugging_face(data)
         self._set = dataset.select_columns([self._column])
         self._others = [column for column in dataset.features if column != self._column]
         self.names = [f"{data.removeprefix(HUGGING_FACE)}[{index}]" for index in range(len(dataset))]
-        labels = [column for column, kind in dataset.features.items() if isinstance(kind, self._library.ClassLabel)]
+        labels = [column for column, kind in dataset.features.items() if isinstance(kind, library.ClassLabel)]
         known = dataset.features[labels[0]].names if labels else []
         self.classes = [known[k] if k is not None and k >= 0 else None for k in dataset[labels[0]]] if labels else None
 
@@ -110,7 +110,9 @@ class HuggingFace:
 
     @cached_property
     def _encoded(self) -> Any:  # noqa: ANN401 - the set with its pictures as {"bytes", "path"}
-        return self._set.cast_column(self._column, self._library.Image(decode=False))
+        from datasets import Image as ImageColumn
+
+        return self._set.cast_column(self._column, ImageColumn(decode=False))
 
     def encoded(self, index: int) -> bytes:
         row = self._encoded[index][self._column] or {"bytes": b"", "path": None}

@@ -24,7 +24,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen
 
 from .batch import TRIES, Batch, Unreadable, crops, leave_signals, plainly
-from .hugging_face import hugging_face, parts_of
+from .hugging_face import hugging_face, parsed
 from .identity import fingerprint, stamp_of
 
 BLOCK = 512  # encoded pictures that a reader holds and shuffles
@@ -53,7 +53,7 @@ class Stream:
     @cached_property
     def identity(self) -> dict[str, str]:
         """The stream's name and number of files; sizes and modification times where they lie in a folder."""
-        folder, names = Path(parts_of(self.data)[0]), {"stream": f"{self.data}, {self.files} files"}
+        folder, names = Path(parsed(self.data)[0]), {"stream": f"{self.data}, {self.files} files"}
         if not folder.is_dir():
             return names
         files = sorted(file for file in folder.rglob("*") if file.is_file())
