@@ -20,6 +20,20 @@ INK, GREY, PALE, PAPER = (30, 30, 34), (105, 105, 112), (222, 222, 226), (255, 2
 Cell = tuple[Tensor, str]
 
 
+#: what the marks of figure_text mean, for below a table
+FEW_NOTE = "few: an interval of fewer than 10 pictures says little; (-): one picture has no interval."
+
+
+def figure_text(entry: dict, digits: int = 3, scale: float = 1.0, sign: str = "") -> str:
+    """A figure {"value", "low", "high", ...} with its interval: "0.414 (0.403 to 0.424)"; "(-)" for one picture's, and
+    "few" after that of fewer than ten. sign: "+" to show one."""
+    form = f"{sign}.{digits}f"
+    value, low, high = (entry.get(k) if entry.get(k) is None else entry[k] * scale for k in ("value", "low", "high"))
+    if low is None:
+        return f"{value:{form}} (-)"
+    return f"{value:{form}} ({low:{form}} to {high:{form}}{', few' if entry.get('few') else ''})"
+
+
 def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
     """[3, H, W] in 0..1 to a Pillow image; small ones are enlarged pixel by pixel, all others scaled smoothly."""
     array = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

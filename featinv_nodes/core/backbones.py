@@ -24,6 +24,10 @@ LAST = "last"
 RESIZE_MODES = ("crop", "stretch")
 #: begins the name of a backbone of one's own, module:FILE.py:NAME
 MODULE = "module:"
+#: outputs of classifiers of ImageNet's label sets: 1k, 12k, and the variants of 21k and 22k
+IMAGENET_COUNTS = (1000, 11221, 11821, 19168, 21841, 21842, 21843)
+#: in the names of timm's models that compare pictures with texts
+CONTRASTIVE = ("clip", "vit_pe_core", "vitamin")
 
 
 class LastMap(NamedTuple):
@@ -183,6 +187,24 @@ class Backbone(nn.Module):
             return answer
         return self._head(values, prefix)
 
+    @cached_property
+    def has_classes(self) -> bool:
+        """Whether the head's outputs are classes. False without a head (DINO, SigLIP), and for the projection of CLIP
+        and its kin: the channels of an embedding, which timm counts as num_classes."""
+        count = self.num_classes
+        if self.classes or count in IMAGENET_COUNTS:
+            return True
+        kin = any(word in self.name for word in CONTRASTIVE)
+        return count > 0 and not (kin and count in _published_counts(self.name.partition(".")[0]))
+
+    def require_classes(self) -> None:
+        """Raises FeatInvError for a backbone without classes."""
+        if not self.has_classes:
+            raise FeatInvError(
+                f"{self.name} has no classes: it ends in features or an embedding, not in a classifier; choose weights"
+                " with a classifier, as those that timm tags ft_in1k"
+            )
+
     @property
     def groups(self) -> dict[str, slice]:
         """Label groups in the logits: those that the class names state as "group: name", else one of all."""
@@ -192,7 +214,9 @@ class Backbone(nn.Module):
         return {g: slice(groups.index(g), groups.index(g) + groups.count(g)) for g in dict.fromkeys(groups)}
 
     def top_classes(self, logits: Tensor, k: int) -> list[list[tuple[str, float]]]:
-        """For each row of logits [B, classes]: the k most probable (name, probability) of every label group."""
+        """For each row of logits [B, classes]: the k most probable (name, probability) of every label group. Raises
+        FeatInvError for a backbone without classes."""
+        self.require_classes()
         ranked: list[list[tuple[str, float]]] = [[] for _ in logits]
         for part in self.groups.values():
             probabilities = logits[:, part].softmax(1)
@@ -287,6 +311,13 @@ class Backbone(nn.Module):
     def _classified(self, out: Tensor) -> Tensor:
         """The model's own head on what forward_features gives."""
         return self.model.forward_head(out)
+
+
+@cache
+def _published_counts(architecture: str) -> frozenset[int]:
+    """num_classes of an architecture's weights in timm."""
+    tagged = timm.list_models(f"{architecture}.*", include_tags=True)
+    return frozenset(timm.get_pretrained_cfg(name).num_classes for name in tagged)
 
 
 @cache

@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from .feature_map import FeatInvError, FeatureMap
 
+FEW = 10  # values below which an interval is marked
+AT_ONCE = 10_000_000  # resampled values in memory
+
 
 def cosine_per_location(a: FeatureMap, b: FeatureMap, centre: Tensor | None = None) -> Tensor:
     """[B, H, W] cosine similarity of the feature vectors at each location.
@@ -69,12 +72,29 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def bootstrap(
-    values: Tensor, statistic: Callable[[np.ndarray], np.ndarray] | None = None, draws: int = 2000, seed: int = 0
+    *samples: Tensor, statistic: Callable[..., np.ndarray] = np.mean, draws: int = 2000, seed: int = 0
 ) -> dict:
-    """Mean (or `statistic` over axis 1) of [N] values with its 95 % percentile bootstrap interval:
-    {"value", "low", "high", "n"}."""
-    x = values.double().cpu().numpy()
-    statistic = statistic or (lambda resampled: resampled.mean(1))
-    picks = np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))
-    low, high = np.percentile(statistic(x[picks]), [2.5, 97.5])
-    return {"value": float(statistic(x[None])[0]), "low": float(low), "high": float(high), "n": len(x)}
+    """Mean of [N] values with its 95 % percentile bootstrap interval, by SciPy: {"value", "low", "high", "n"}.
+
+    samples: several [N] whose rows belong together, row i of each to picture i. statistic(*samples, axis): another one
+    than the mean, vectorised. One value has no interval: low and high are None. Of fewer than FEW values an interval
+    says little, and the entry has "few": True.
+    """
+    from scipy import stats
+
+    x = tuple(sample.double().cpu().numpy() for sample in samples)
+    entry = {"value": float(statistic(*x, axis=-1)), "low": None, "high": None, "n": len(x[0])}
+    if len(x[0]) > 1:
+        result = stats.bootstrap(
+            x,
+            statistic,
+            n_resamples=draws,
+            batch=max(1, AT_ONCE // len(x[0])),
+            vectorized=True,
+            paired=True,
+            axis=-1,
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        )
+        entry |= {"low": float(result.confidence_interval.low), "high": float(result.confidence_interval.high)}
+    return entry | ({"few": True} if len(x[0]) < FEW else {})

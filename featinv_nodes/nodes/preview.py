@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.feature_map import FeatInvError
 from .types import CATEGORY, Backbone, Features, channels_first, channels_last
 
 
@@ -125,8 +124,7 @@ class ClassifyImage(io.ComfyNode):
     def execute(cls, backbone, image, fit, top) -> io.NodeOutput:
         from ..core.pictures import captioned
 
-        if backbone.backbone.model.num_classes == 0:
-            raise FeatInvError(f"Classify Image: {backbone.name} has no classifier; choose weights that have one")
+        backbone.backbone.require_classes()
         pictures = channels_first(image).cpu()
         logits = backbone.logits(backbone.extract(backbone.preprocess(pictures, fit)))
         best = backbone.backbone.top_classes(logits, top)

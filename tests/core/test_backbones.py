@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from featinv_nodes.core.backbones import Backbone, load_backbone, untrained_backbone
+from featinv_nodes.core.concepts.statistics import top_classes
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn import DRAWN
@@ -228,3 +229,25 @@ def test_a_stage_is_read_at_a_given_size_where_the_head_reads_no_map():
     """An inversion model is opened with the size that it was trained at."""
     backbone = untrained_backbone("pit_ti_224", 224)
     assert backbone.source(backbone.layers[1]).input_size == (224, 224)
+
+
+@pytest.mark.parametrize(
+    "name, count, expected",
+    [
+        ("vit_tiny_patch16_224", 1000, True),
+        ("vit_tiny_patch16_224", 512, True),  # somebody's own 512 classes
+        ("vit_small_patch14_dinov2.lvd142m", 0, False),
+        ("vit_base_patch16_siglip_224.webli", 0, False),
+        ("vit_base_patch16_clip_224.openai", 512, False),  # timm counts the channels of CLIP's embedding
+        ("vit_base_patch16_clip_224.openai_ft_in1k", 1000, True),
+        ("vit_base_patch16_clip_224", 10, True),  # fine-tuned
+    ],
+)
+def test_an_embedding_is_no_classifier(name, count, expected):
+    backbone = Backbone(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=count), name)
+    assert backbone.has_classes == expected
+    if not expected:
+        with pytest.raises(FeatInvError, match=f"{name} has no classes"):
+            backbone.top_classes(torch.zeros(1, max(count, 1)), 1)
+        with pytest.raises(FeatInvError, match="has no classes"):  # relevance is of classes
+            top_classes(backbone, backbone.extract(torch.zeros(1, 3, 32, 32)))

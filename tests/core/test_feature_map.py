@@ -114,6 +114,15 @@ def test_bootstrap_interval_covers_the_mean():
     result = bootstrap(torch.arange(100.0))
     assert result["n"] == 100 and result["low"] < result["value"] == 49.5 < result["high"]
     assert 4 < result["value"] - result["low"] < 8  # 1.96 * 28.9 / 10 = 5.7
+    assert "few" not in result and bootstrap(torch.arange(9.0))["few"]
+    assert bootstrap(torch.ones(1)) == {"value": 1.0, "low": None, "high": None, "n": 1, "few": True}
+
+
+def test_bootstrap_draws_rows_of_several_samples_together():
+    a = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    ratio = bootstrap(a, 2 * a, statistic=lambda x, y, axis: y.mean(axis) / x.mean(axis))
+    # 1e-12: float64; were the samples drawn apart, the ratio would spread by about a tenth
+    assert ratio["low"] == pytest.approx(2, abs=1e-12) and ratio["high"] == pytest.approx(2, abs=1e-12)
 
 
 def test_bootstrap_interval_is_one_of_95_per_cent():

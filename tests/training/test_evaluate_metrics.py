@@ -9,6 +9,7 @@ from scipy.linalg import sqrtm
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.metrics import frechet_distance
+from training.evaluation import metrics
 from training.evaluation.evaluator import Evaluator, Features
 from training.evaluation.metrics import kid, mean_entry, set_entries
 from training.evaluation.spaces import Inception
@@ -70,35 +71,40 @@ def test_kid_is_near_zero_for_one_distribution_and_copies_do_not_make_it_negativ
 def test_frechet_distance_and_the_names_of_the_figures():
     a, b = vectors(0, 60), vectors(1, 60, shift=0.3)
     entries = set_entries("net, pooled", a, b)
-    assert set(entries) == {"frechet_distance (net, pooled)", "kid (net, pooled)"}
+    assert set(entries) == {"frechet_distance (net, pooled)", "kid (net, pooled)", "kid_paired (net, pooled)"}
     x, y = a.double().numpy(), b.double().numpy()
+    # 1e-9: float64 sums of a few thousand terms around 1 to 100
+    assert entries["kid (net, pooled)"]["value"] == pytest.approx(plain_kid(x, y, False), rel=1e-9)
+    assert entries["kid_paired (net, pooled)"]["value"] == pytest.approx(plain_kid(x, y, True), rel=1e-9)
     root = sqrtm(np.cov(x.T) @ np.cov(y.T)).real
     expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
     result = entries["frechet_distance (net, pooled)"]
     assert result["value"] == pytest.approx(expected, rel=1e-6) and result["biased"] and result["n"] == 60
     assert "biased" not in entries["kid (net, pooled)"] and result["low"] < result["value"] < result["high"]
-    assert set(set_entries("Inception", a, b)) == {"fid", "kid (Inception)"}
+    assert set(set_entries("Inception", a, b)) == {"fid", "kid (Inception)", "kid_paired (Inception)"}
     assert not set_entries("net", a[:7], b[:7])  # too few to say anything
     large = vectors(0, 2048, 2)
     assert not set_entries("net", large, large)["frechet_distance (net)"]["biased"]
 
 
-@pytest.mark.parametrize("name", ["frechet_distance (net)", "kid (net)"])
+@pytest.mark.parametrize("name", ["frechet_distance (net)", "kid (net)", "kid_paired (net)"])
 def test_the_intervals_of_distances_are_of_95_per_cent(name):
     """1.96 standard deviations to either side, over resamples of the pairs; these are our own 400, with other numbers.
     The deviation of a hundred is known to 7 %."""
     a, b, n = vectors(0, 60), vectors(1, 60, shift=0.3), 60
     picks = torch.randint(n, (400, n), generator=torch.Generator().manual_seed(1))
     if name.startswith("kid"):
-        resampled = kid(a, b, True, torch.stack([torch.bincount(p, minlength=n) for p in picks]))
+        resampled = kid(a, b, "paired" in name, torch.stack([torch.bincount(p, minlength=n) for p in picks]))
     else:
         resampled = torch.tensor([frechet_distance(a[p], b[p]) for p in picks])
     entry = set_entries("net", a, b)[name]
     assert (entry["high"] - entry["low"]) / 2 / resampled.std().item() == pytest.approx(1.96, rel=0.25)
 
 
-def test_the_distances_are_torch_fidelitys():
-    fid, own = pytest.importorskip("torch_fidelity.metric_fid"), pytest.importorskip("torch_fidelity.metric_kid")
+def test_the_distances_are_torch_fidelitys():  # FID and KID as published, on any features
+    from torch_fidelity import metric_fid as fid
+    from torch_fidelity import metric_kid as own
+
     a, b = vectors(0, 60).double(), vectors(1, 60, shift=0.3).double()
     entries = set_entries("Inception", a, b)
     expected = fid.fid_statistics_to_metric(fid.fid_features_to_statistics(a), fid.fid_features_to_statistics(b), False)
@@ -106,29 +112,43 @@ def test_the_distances_are_torch_fidelitys():
     expected = own.kid_features_to_metric(
         a, b, kid_subsets=1, kid_subset_size=60, verbose=False
     )  # one subset: all vectors
+    assert entries["kid (Inception)"]["value"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
     assert kid(a, b).item() == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
 
 
+def test_kid_of_many_vectors_is_the_published_mean_over_subsets(monkeypatch):
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    a, b = vectors(0, 60).double(), vectors(1, 60, shift=0.3).double()
+    assert (metrics.SUBSETS, metrics.SUBSET) == (100, 1000)  # Binkowski et al. 2018
+    monkeypatch.setattr(metrics, "SUBSETS", 3)
+    monkeypatch.setattr(metrics, "SUBSET", 20)
+    expected = kid_features_to_metric(a, b, kid_subsets=3, kid_subset_size=20, verbose=False)
+    assert set_entries("Inception", a, b)["kid (Inception)"]["value"] == expected["kernel_inception_distance_mean"]
+
+
 def test_inceptions_file_is_named_when_it_cannot_be_used(tmp_path):
-    pytest.importorskip("torch_fidelity")
     with pytest.raises(FeatInvError, match="no such file"):
         Inception(tmp_path / "none.pth")
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(FeatInvError, match="does not hold"):
         Inception(tmp_path / "other.pth")
     torch.save({"a": tmp_path}, tmp_path / "foreign.pth")  # an object of Python's: such a file could run code
-    with pytest.raises(FeatInvError, match="was not opened"):
+    with pytest.raises(FeatInvError, match="objects besides tensors"):
         Inception(tmp_path / "foreign.pth")
 
 
 def test_without_torch_fidelity_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(FeatInvError, match="pip install torch-fidelity"):
-        Inception(tmp_path / "none.pth")
+    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.metric_kid", None)
+    for needs in (lambda: Inception(tmp_path / "none.pth"), lambda: set_entries("net", vectors(0, 9), vectors(1, 9))):
+        with pytest.raises(FeatInvError, match="pip install torch-fidelity"):
+            needs()
 
 
 def measures_of(subset=None, groups=None):
-    evaluator = Evaluator(SimpleNamespace(groups=groups or {"class": slice(None)}), {"cosine": ("last", False)}, subset)
+    backbone = SimpleNamespace(groups=groups or {"class": slice(None)}, has_classes=True, last_map="a map")
+    evaluator = Evaluator(backbone, {"cosine": ("last", False)}, subset)
     seen = []
     for seed in (0, 1):
         values = torch.rand(4, 5, 2, 3, generator=torch.Generator().manual_seed(seed))

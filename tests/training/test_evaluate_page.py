@@ -33,7 +33,7 @@ def test_tables_are_what_the_evaluation_found(tmp_path):
     result, text = json.loads((tmp_path / "out" / "quality" / "results.json").read_text()), page.read_text()
     entry = result["reconstruction"]["cosine"]
     assert "`python training/evaluate.py --suite quality --count 8` (n = 8)" in text
-    assert f"| {entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}) |" in text
+    assert f"| {entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}, few) |" in text
     own = evaluation_page.PAGE.read_text()
     assert text.split("<!-- end quality -->")[1] == own.split("<!-- end quality -->")[1]
 
@@ -55,7 +55,7 @@ def measures_of(value):
         "independent: cosine": entry(value - 0.2),
         "top1_match": entry(value),
         "independent: top1_match": entry(value),
-        "kid (x, pooled)": entry(value / 10),
+        "kid_paired (x, pooled)": entry(value / 10),
     }
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featinv_nodes.core.metrics import bootstrap
+from featinv_nodes.core.metrics import FEW, bootstrap
 from featinv_nodes.core.pictures import heat_map, spotlight
 from featinv_nodes.core.viz import LEAST, MOST, Visualization, affected, normalised
 
 from ..files import write_json, write_text
-from ..report import Cell, page, panel, save_image
+from ..report import FEW_NOTE, Cell, figure_text, page, panel, save_image
 from .localisation import auroc, best_threshold, boundary_f, iou, measures
 
 VIZ, CLOSED, BAR = "FeatInv-Viz", "FeatInv-Viz, closed loop", "occlusion of the concept"
@@ -104,8 +104,7 @@ def as_table(figures: dict[str, dict[str, dict]], columns: Sequence[str], head: 
 
 
 def _entry(value: dict) -> str:
-    spread = f" ({value['low']:.2f} to {value['high']:.2f})" if "low" in value else ""
-    return f"{value['value']:.2f}{spread}"
+    return figure_text(value, 2) if "low" in value else f"{value['value']:.2f}"
 
 
 def verdicts(kind: str, located: dict, true: dict, asked: float) -> list[str]:
@@ -121,7 +120,9 @@ def verdicts(kind: str, located: dict, true: dict, asked: float) -> list[str]:
         )
     for method in true:
         own, bar = located[method]["boundary F"], located[BAR]["boundary F"]
-        word = "above" if own["low"] > bar["high"] else "below" if own["high"] < bar["low"] else "not told apart from"
+        known = own["low"] is not None  # one picture has no interval
+        above, below = known and own["low"] > bar["high"], known and own["high"] < bar["low"]
+        word = "above" if above else "below" if below else "not told apart from"
         lines.append(f"{kind}, {method}: boundary F {own['value']:.2f}, {word} that of occlusion, {bar['value']:.2f}.")
     return lines
 
@@ -211,4 +212,5 @@ def summary(about: dict) -> str:
         f"{about['count']} held-out scenes, {about['seeds']} seeds, concepts multiplied by {about['factor']:g};"
         f" {about['source']}. Means with 95 % bootstrap intervals; thresholds chosen on {about['validation']} further"
         " scenes. Low is good for deletion, high for everything else."
+        + (f" {FEW_NOTE}" if about["count"] < FEW else "")
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,10 +15,11 @@ from featinv_nodes.worlds import model_file, open_backbone
 
 from ..models.pipeline import ATTEMPT, InversionPipeline, load_pipeline
 from ..models.sampling import round_trip
+from . import paper
 from .evaluator import Columns, Evaluator
 from .shards import Condition, Table
 from .sources import Originals, Source
-from .spaces import Inception, Space, TimmSpace
+from .spaces import RESIZE, Inception, Space, TimmSpace, scaled
 
 ORIGINAL, UNCONDITIONAL, ROUND_TRIP = (
     "original",
@@ -42,7 +43,8 @@ class EvalContext:
     """Opens what the suites ask for. One inversion model is in memory at a time, the backbones stay.
 
     changes: sampling settings that replace a weights file's own, None leaves one alone. seed: added to a picture's
-    number.
+    number. side: of the pictures that are compared as sets, None for the base model's own. papers: everything as in the
+    paper's tables, see paper.py.
     """
 
     source: Source
@@ -52,8 +54,11 @@ class EvalContext:
     inception: str | None = None
     space: str | None = None
     space_weights: str | None = None
+    side: int | None = None
+    papers: bool = False
 
     def __post_init__(self) -> None:
+        self._resolutions: dict[ModelSpec, int] = {}
         self._pipeline: tuple[ModelSpec, InversionPipeline] | None = None
         self._backbones: dict[tuple, Backbone] = {}
         self._space: Backbone | None = None
@@ -62,6 +67,7 @@ class EvalContext:
         if self._pipeline is None or self._pipeline[0] != spec:
             self._pipeline = None  # let go before the next is read
             pipeline = load_pipeline(spec.model, spec.base, spec.backbone_weights, spec.backbone, self.device)
+            self._resolutions[spec] = pipeline.base.resolution
             self._pipeline = (
                 spec,
                 replace(pipeline, backbone=self.backbone(spec)),
@@ -77,6 +83,8 @@ class EvalContext:
             backbone = open_backbone(
                 key[0], spec.backbone_weights, height if height == width else None, bool(spec.backbone)
             )
+            if self.papers:
+                paper.set_cut(backbone)
             self._backbones[key] = backbone.to(self.device, memory_format=torch.channels_last)
         return self._backbones[key]
 
@@ -91,9 +99,34 @@ class EvalContext:
     def info(spec: ModelSpec) -> InversionInfo:
         return read_info(model_file(spec.model))
 
+    def recommended(self, spec: ModelSpec) -> dict:
+        """The weights file's own settings, or the paper's."""
+        info = self.info(spec)
+        return asdict(paper.sampling(info.source.pooled)) if self.papers else info.recommended
+
     def sampling(self, spec: ModelSpec, **changes) -> Sampling:
-        """The weights file's own settings with the run's changes, and these."""
-        return Sampling.chosen(self.info(spec).recommended, self.changes | changes)
+        """The recommended settings with the run's changes, and these."""
+        return Sampling.chosen(self.recommended(spec), self.changes | changes)
+
+    def seed_of(self, number: int) -> int:
+        """The seed of a picture's noise."""
+        return paper.SEED + self.seed if self.papers else number + self.seed
+
+    @property
+    def seeds(self) -> str:
+        """The seeds in words."""
+        return f"{self.seed_of(0)} for every picture" if self.papers else f"picture number + {self.seed}"
+
+    @property
+    def resize(self) -> str:
+        """How sets are brought to one size."""
+        return paper.RESIZE if self.papers else RESIZE
+
+    def set_side(self, spec: ModelSpec) -> int:
+        """The side in pixels of the pictures that are compared as sets."""
+        if self.side is None and spec not in self._resolutions:
+            self.open(spec)
+        return self.side or self._resolutions[spec]
 
     def spaces(self, spec: ModelSpec) -> list[Space]:
         """The named feature space, or the spec's own backbone; and Inception's where its file is given."""
@@ -110,20 +143,20 @@ class EvalContext:
 class ModelUnderTest:
     """One model under test: its conditions draw with its own settings, and its evaluators look at what was drawn.
 
-    evaluators: prefix of the columns -> evaluator. spaces: those in which the sets are compared.
+    evaluators: prefix of the columns -> evaluator. spaces: those in which the sets are compared. sized_by: the model
+    that decides their size, this one unless several are compared.
     """
 
     def __init__(
         self, context: EvalContext, spec: ModelSpec, evaluators: dict[str, Evaluator], spaces: list[Space]
     ) -> None:
         self.context, self.spec, self.evaluators, self.spaces = context, spec, evaluators, spaces
-        self.backbone = context.backbone(spec)
+        self.backbone, self.sized_by = context.backbone(spec), spec
 
     def start(self, originals: Originals, sample: int = 0) -> Tensor:
         """Starting noise, a picture's number its seed; `sample` further ones lie a million apart."""
-        return self.context.open(self.spec).noise(
-            [n + self.context.seed + 1_000_000 * sample for n in originals.numbers]
-        )
+        seeds = [self.context.seed_of(n) + 1_000_000 * sample for n in originals.numbers]
+        return self.context.open(self.spec).noise(seeds)
 
     def draw(self, pixel_values: Tensor, sampling: Sampling, start: Tensor) -> Tensor:
         """Pictures with the features of preprocessed ones."""
@@ -138,13 +171,22 @@ class ModelUnderTest:
             columns |= {prefix + name: values for name, values in measured.items()}
         return columns | self.vectors(pictures)
 
-    def vectors(self, pictures: Tensor) -> Columns:
-        return {f"vectors/{space.name}": space(pictures) for space in self.spaces}
+    def vectors(self, pictures: Tensor, original: bool = False) -> Columns:
+        """The pictures in all spaces, at the size that all pictures have there."""
+        columns: Columns = {}
+        for space in self.spaces:
+            alike = pictures
+            if space.side is None:
+                alike = scaled(pictures, self.context.set_side(self.sized_by), self.context.resize)
+            if original and self.context.papers:
+                alike = paper.stored(alike)
+            columns[f"vectors/{space.name}"] = space(alike)
+        return columns
 
     def original(self, originals: Originals) -> Columns:
         """The originals themselves: their vectors, and what the centres are made of."""
         pixel_values = originals.preprocess(self.backbone)
-        columns: Columns = {"pictures": pixel_values} | self.vectors(pixel_values)
+        columns: Columns = {"pictures": pixel_values} | self.vectors(pixel_values, True)
         for prefix, evaluator in self.evaluators.items():
             columns |= {
                 f"mean/{prefix}{name}": values
@@ -164,7 +206,7 @@ class ModelUnderTest:
             pipeline = self.context.open(by or self.spec)
 
             def start_of(attempt: int) -> Tensor:
-                return pipeline.noise([n + self.context.seed + ATTEMPT * attempt for n in originals.numbers])
+                return pipeline.noise([self.context.seed_of(n) + ATTEMPT * attempt for n in originals.numbers])
 
             drawn, _ = pipeline.best(
                 pipeline.features(originals.preprocess(pipeline.backbone)), sampling, start_of, len(originals.numbers)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from featinv_nodes.core.metrics import bootstrap, frechet_distance
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.metrics import FEW, bootstrap, frechet_distance
 
 RESAMPLES = {512: 100, 100_000: 20}  # of the sets' distances, by the vectors' length at most
 ENOUGH = 2048  # pictures below which the Frechet distance is marked as biased: FID's number of channels
 FEWEST = 8  # pictures of which a set's distance says anything
 ROWS = 1024  # of a kernel matrix at once
+SUBSETS, SUBSET = 100, 1000  # of KID as published: the mean over so many subsets of so many vectors
 
 
 def mean_entry(values: Tensor) -> dict:
@@ -26,8 +28,8 @@ def mean_entry(values: Tensor) -> dict:
 
 
 def set_entries(space: str, originals: Tensor, pictures: Tensor) -> dict[str, dict]:
-    """Frechet distance and KID between the vectors [N, D] of originals and of the pictures drawn for them, named after
-    their space; nothing for fewer than eight pictures.
+    """Frechet distance, KID and paired KID between the vectors [N, D] of originals and of the pictures drawn for them,
+    named after their space; nothing for fewer than eight pictures.
 
     The intervals are the value plus and minus 1.96 standard deviations over bootstrap resamples of the pairs;
     percentiles of the Frechet distance would lie above its value, to which drawing with replacement adds. It is marked
@@ -43,13 +45,35 @@ def set_entries(space: str, originals: Tensor, pictures: Tensor) -> dict[str, di
     frechet = _around(frechet_distance(originals, pictures), spread, n) | {
         "biased": n < max(ENOUGH, originals.shape[1])
     }
-    distance = _around(kid(originals, pictures, True).item(), kid(originals, pictures, True, weights), n)
-    return {"fid" if space == "Inception" else f"frechet_distance ({space})": frechet, f"kid ({space})": distance}
+    published = _around(published_kid(originals, pictures), kid(originals, pictures, False, weights), n)
+    paired = _around(kid(originals, pictures, True).item(), kid(originals, pictures, True, weights), n)
+    name = "fid" if space == "Inception" else f"frechet_distance ({space})"
+    return {name: frechet, f"kid ({space})": published, f"kid_paired ({space})": paired}
 
 
 def _around(value: float, resampled: Tensor, n: int) -> dict:
     spread = 1.96 * resampled.std().item()
-    return {"value": value, "low": value - spread, "high": value + spread, "n": n, "resamples": len(resampled)}
+    entry = {"value": value, "low": value - spread, "high": value + spread, "n": n, "resamples": len(resampled)}
+    return entry | ({"few": True} if n < FEW else {})
+
+
+def published_kid(a: Tensor, b: Tensor) -> float:
+    """KID of two sets of vectors [N, D] as torch-fidelity computes it: the mean of the unbiased estimate over 100
+    random subsets of 1000 vectors, or that of all where there are no more. Raises FeatInvError without torch-fidelity.
+    """
+    try:
+        from torch_fidelity.metric_kid import kid_features_to_metric
+    except ImportError as error:
+        raise FeatInvError("KID needs the package torch-fidelity: pip install torch-fidelity") from error
+    size = min(SUBSET, len(a), len(b))
+    result = kid_features_to_metric(
+        a.double(),
+        b.double(),
+        kid_subsets=SUBSETS if max(len(a), len(b)) > size else 1,
+        kid_subset_size=size,
+        verbose=False,
+    )
+    return result["kernel_inception_distance_mean"]
 
 
 def kid(a: Tensor, b: Tensor, paired: bool = False, weights: Tensor | None = None) -> Tensor:
@@ -57,8 +81,9 @@ def kid(a: Tensor, b: Tensor, paired: bool = False, weights: Tensor | None = Non
     mean discrepancy with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, Sec. 4), over all pairs, in float64.
 
     paired: a_i and b_i belong together, N = M, and the pairs (a_i, b_i) are left out, which otherwise would make
-    reconstructions look closer than any other pictures could be (the U-statistic of Gretton et al. 2012). weights [R,
-    N]: how often each pair occurs in R resamples; a vector is not compared with its own copies.
+    reconstructions look closer than any other pictures could be (the U-statistic of Gretton et al. 2012). That is no
+    KID as published, and is called paired KID. weights [R, N]: how often each pair occurs in R resamples; a vector is
+    not compared with its own copies.
     """
     a, b = a.double(), b.double()
     wa, wb = (torch.ones(1, len(x), dtype=torch.float64) if weights is None else weights.double() for x in (a, b))

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..files import write_json, write_text
-from ..report import page, save_image
+from ..report import FEW_NOTE, figure_text, page, save_image
 from ..report import panel as draw_panel
 from .metrics import mean_entry, set_entries
 from .shards import Table, room
@@ -61,9 +61,7 @@ def cell(figures: Figures, name: str, interval: bool = True) -> str:
         return ""
     entry = figures[name]
     digits = 4 if name.startswith("kid") or "variance" in name else 3
-    text = f"{entry['value']:.{digits}f}"
-    if interval:
-        text += f" ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
+    text = figure_text(entry, digits) if interval else f"{entry['value']:.{digits}f}"
     return text + (" biased" if entry.get("biased") else "")
 
 
@@ -71,7 +69,7 @@ def by_measure(title: str, figures: dict[str, Figures], columns: Sequence[str]) 
     """A row per measure, a column per condition."""
     names = list(dict.fromkeys(name for condition in columns for name in figures[condition]))
     rows = [[name, *(cell(figures[condition], name) for condition in columns)] for name in names]
-    return Grid(title, ["measure", *columns], rows, bias_note({condition: figures[condition] for condition in columns}))
+    return Grid(title, ["measure", *columns], rows, marks({condition: figures[condition] for condition in columns}))
 
 
 def by_condition(
@@ -84,7 +82,7 @@ def by_condition(
         title,
         [what, *names],
         rows,
-        bias_note(
+        marks(
             {
                 condition: {n: figures[condition][n] for n in names if n in figures[condition]}
                 for condition in conditions
@@ -94,17 +92,27 @@ def by_condition(
 
 
 def set_measures(figures: Figures) -> list[str]:
-    """The names of a condition's figures of sets: Frechet distances and KID."""
+    """The names of a condition's figures of sets: Frechet distances, KID and paired KID."""
     return [name for name in figures if name == "fid" or name.startswith(("frechet_distance", "kid"))]
 
 
-def bias_note(figures: dict[str, Figures]) -> str:
-    if not any(entry.get("biased") for entries in figures.values() for entry in entries.values()):
-        return ""
-    return (
-        "Biased: a Frechet distance of so few pictures is too large, by as much as depends on their number; compare it"
-        " at equal n, or read KID."
-    )
+def paired_kids(figures: Figures) -> list[str]:
+    """The names of a condition's paired KIDs, by which settings are chosen."""
+    return [name for name in figures if name.startswith("kid_paired")]
+
+
+def marks(figures: dict[str, Figures]) -> str:
+    """What the marks beside a table's figures mean; "" where there are none."""
+    entries = [entry for of_condition in figures.values() for entry in of_condition.values()]
+    lines = []
+    if any(entry.get("biased") for entry in entries):
+        lines.append(
+            "Biased: a Frechet distance of so few pictures is too large, by as much as depends on their number; compare"
+            " it at equal n, or read KID."
+        )
+    if any(entry.get("few") for entry in entries):
+        lines.append(FEW_NOTE[0].upper() + FEW_NOTE[1:])
+    return " ".join(lines)
 
 
 def condition_panel(
@@ -118,9 +126,10 @@ def condition_panel(
     return draw_panel(rows, [condition.replace(", ", ",\n") for condition in conditions], heading)
 
 
-def to_markdown(report: Report, notes: Sequence[str]) -> str:
+def to_markdown(report: Report, notes: Sequence[str], made: Sequence[Grid] = ()) -> str:
+    """made: how the figures were made, the last tables."""
     lines = [f"# {report.title}", ""]
-    for grid in report.grids:
+    for grid in (*report.grids, *made):
         lines += [f"## {grid.title}", "", _row(grid.header), "|" + "---|" * len(grid.header), *map(_row, grid.rows), ""]
         lines += [grid.note, ""] if grid.note else []
     lines += [text for line in [*report.lines, *notes] for text in (line, "")]
@@ -128,26 +137,52 @@ def to_markdown(report: Report, notes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def to_html(report: Report, notes: Sequence[str]) -> str:
-    """One page with all pictures inside it."""
+def to_html(report: Report, notes: Sequence[str], made: Sequence[Grid] = ()) -> str:
+    """One page with all pictures inside it. made: how the figures were made, the last tables."""
     body = ""
-    for grid in report.grids:
+    for grid in (*report.grids, *made):
         head = "".join(f"<th>{html.escape(text)}</th>" for text in grid.header)
         rows = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in grid.rows)
         body += f"<h2>{html.escape(grid.title)}</h2><table><tr>{head}</tr>{rows}</table><p>{html.escape(grid.note)}</p>"
     return page(report.title, _stack(list(report.panels.values())), [*report.lines, *notes], body)
 
 
+def how_made(about: dict) -> list[Grid]:
+    """Number of pictures, data, seeds, sampling, digests and command of a report, from the entries of its
+    results.json: a table of what holds for all conditions, and of what differs between them."""
+    sampling = about.get("sampling", {})
+    fields = list(next(iter(sampling.values()), {}))
+    differing = [name for name in fields if len({str(one[name]) for one in sampling.values()}) > 1]
+    common = ", ".join(
+        f"{name} {sampled[name]}" for sampled in list(sampling.values())[:1] for name in fields if name not in differing
+    )
+    rows = {
+        "n": f"{about['count']} pictures",
+        "data": about.get("data"),
+        "seeds": about.get("seeds"),
+        "sampling": common,
+        "sets": about.get("sets"),
+        "digests": ", ".join(f"{name} {value}" for name, value in about.get("digests", {}).items()),
+        "command": about.get("command"),
+    }
+    grids = [Grid("How the figures were made", ["", ""], [[name, str(value)] for name, value in rows.items() if value])]
+    if differing:
+        own = [[condition, *(str(one[name]) for name in differing)] for condition, one in sampling.items()]
+        grids.append(Grid("Sampling that differs", ["condition", *differing], own))
+    return grids
+
+
 def write(folder: Path, report: Report, about: dict, notes: Sequence[str]) -> str:
     """Writes the report's files, each whole or not at all; returns the Markdown text. about: entries of results.json
     beside the figures."""
-    text = to_markdown(report, notes)
+    made = how_made(about)
+    text = to_markdown(report, notes, made)
     with room(folder):
         for name, image in report.panels.items():
             save_image(image, folder / name)
         write_json(folder / "results.json", about | {"notes": list(notes)} | report.extra | report.figures)
         write_text(folder / "report.md", text)
-        write_text(folder / "index.html", to_html(report, notes))
+        write_text(folder / "index.html", to_html(report, notes, made))
     return text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,10 +26,11 @@ from ..models.sampling import round_trip
 from .context import ORIGINAL, EvalContext
 from .evaluator import Evaluator
 from .metrics import mean_entry, set_entries
+from .paper import PER_CLASS
 from .report import write
 from .shards import Store, Table, aligned, record
 from .sources import Source, open_source, read
-from .spaces import TimmSpace
+from .spaces import TimmSpace, scaled
 from .suites import SUITES
 from .suites.base import Suite
 from .suites.quality import gap_closed as gap_closed
@@ -61,12 +63,13 @@ def evaluate_in_memory(
         drawn = {"reconstruction": pipeline.draw(original, sampling, start, batch, bar.update)}
         drawn["unconditional"] = pipeline.draw(None, sampling, start, batch, bar.update)
     drawn["round trip"] = torch.cat([round_trip(pipeline.base, part) for part in pixel_values.split(64)])
-    target, vectors, results = evaluator.extract(pixel_values), space(pixel_values), {}
+    side = pipeline.base.resolution
+    target, vectors, results = evaluator.extract(pixel_values), space(scaled(pixel_values, side)), {}
     evaluator.centres = {name: means.mean(0) for name, means in evaluator.means(target).items()}
     for name, pictures in drawn.items():
         columns = evaluator.compare(target, evaluator.extract(pictures), single)
         results[name] = {measure: mean_entry(values) for measure, values in columns.items()} | set_entries(
-            space.name, vectors, space(pictures)
+            space.name, vectors, space(scaled(pictures, side))
         )
     return results, drawn
 
@@ -96,7 +99,20 @@ def arguments(description: str = "") -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("--seed", type=int, default=0, help="added to a picture's number")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help=(
+            "timesteps, cut, sampling, noise, counts and reference set as in the paper's tables; other options change"
+            " single settings of it"
+        ),
+    )
     parser.add_argument("--inception", help="torch-fidelity's Inception weights, for FID and KID")
+    parser.add_argument(
+        "--set-size",
+        type=int,
+        help="side in pixels of the pictures that are compared as sets (default: what the base model draws)",
+    )
     parser.add_argument(
         "--space",
         help=(
@@ -130,9 +146,22 @@ def digest(file: Path) -> str:
     return sha.hexdigest()[:16]
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """The command that gives the same figures: the options that differ from their defaults, but for those that decide
+    no figure."""
+    words = []
+    for action in arguments()._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in (*IDLE, "help") or value == action.default:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [action.option_strings[0], *map(str, values)]
+    return shlex.join(["python", "training/evaluate.py", *words])
+
+
 def run_suite(args: argparse.Namespace) -> None:
     """Makes what is missing of a suite's records, and its report. args: of arguments()."""
-    for name in ("batch", "count", "per_class"):
+    for name in ("batch", "count", "per_class", "set_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     require_device(args.device)
@@ -141,24 +170,37 @@ def run_suite(args: argparse.Namespace) -> None:
     )  # processes that finish early wait for the others
     device = str(dist_state.device) if args.device == "cuda" else args.device
     chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
-    source = open_source(
-        args.data, args.count or (chosen.count if drawing_world(args.data) else None), args.per_class, args.kept_back
-    )
+    count, per_class = args.count, args.per_class
+    if drawing_world(args.data):
+        count = count or chosen.count
+    elif args.paper and count is None and per_class is None:
+        per_class = PER_CLASS
+    source = open_source(args.data, count, per_class, args.kept_back)
     changes = {name: getattr(args, name) for name in SAMPLING}
     if (args.best_of or 1) > 1 and not chosen.chooses:
         raise FeatInvError(
             f"--best-of {args.best_of}: suite {args.suite} draws each picture once; quality, layers and others choose"
             " among several"
         )
-    suite = chosen(
-        EvalContext(source, device, changes, args.seed, args.inception, args.space, args.space_weights), args
+    context = EvalContext(
+        source,
+        device,
+        changes,
+        args.seed,
+        args.inception,
+        args.space,
+        args.space_weights,
+        args.set_size,
+        args.paper,
     )
+    suite = chosen(context, args)
     conditions, store = suite.all_conditions(), Store(out, len(source.names))
     options = {name: value for name, value in vars(args).items() if name not in IDLE}
     settings = options | {
         "pictures": source.fingerprint,
         "files": {name: digest(file) for name, file in suite.files().items()},
         "sampling": suite.settings(),
+        "sets": suite.sets(),
     }
     if dist_state.is_main_process:
         make_folder(out)
@@ -188,21 +230,24 @@ def finish(store: Store, source: Source, suite: Suite, conditions: list[str], se
     """Makes the report of what is recorded and prints it."""
     tables: dict[str, Table] = aligned({name: store.table(name) for name in conditions})
     skipped = tables[conditions[0]].skipped
-    notes = list(source.notes)
+    notes = [*source.notes, *suite.no_match()]
     if skipped:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:20])
         more = " and more, see results.json" if len(skipped) > 20 else ""
         notes.append(f"{len(skipped)} of {store.count} pictures could not be read and were left out: {named}{more}.")
+    count = len(tables[conditions[0]].numbers)
+    notes += suite.departures(count)
     about = {
         "suite": suite.name,
         "model": suite.args.model,
         "data": suite.args.data,
-        "settings": settings,
+        "count": count,
+        "seeds": suite.context.seeds,
+        "command": command_of(suite.args),
+        "digests": settings["files"],
+        "sets": settings["sets"],
         "sampling": suite.settings(),
-    }
-    about |= {
-        "seeds": f"picture number + {suite.args.seed}",
-        "count": len(tables[conditions[0]].numbers),
+        "settings": settings,
         "skipped": skipped,
     }
     print(write(store.folder, suite.report(tables), about, notes))

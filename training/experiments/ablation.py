@@ -16,6 +16,7 @@ DIR/measured (the records), results.json, report.md, index.html and panel.png.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
@@ -38,7 +39,17 @@ from training.config import TrainConfig
 from training.evaluation.context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec, ModelUnderTest
 from training.evaluation.evaluator import Evaluator
 from training.evaluation.metrics import mean_entry
-from training.evaluation.report import Figures, Grid, Report, cell, condition_panel, figures_of, to_markdown, write
+from training.evaluation.report import (
+    Figures,
+    Grid,
+    Report,
+    cell,
+    condition_panel,
+    figures_of,
+    paired_kids,
+    to_markdown,
+    write,
+)
 from training.evaluation.run import digest
 from training.evaluation.shards import Condition, Store, Table, record
 from training.evaluation.sources import open_source
@@ -59,7 +70,7 @@ from training.experiments.ablation_rows import (
 from training.files import make_folder, write_text
 from training.loop.training import train
 from training.models.pipeline import load_pipeline
-from training.report import save_image
+from training.report import figure_text, save_image
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {"drawn": DOCS / "faithfulness.md", "photo": DOCS / "photographs.md"}
@@ -131,7 +142,7 @@ def report_of(model: str, rows: dict[str, Row], chosen: list[Row], tables: dict[
     figures = {
         condition: figures_of(table, tables[ORIGINAL]) for condition, table in tables.items() if condition != ORIGINAL
     }
-    kid_names = [name for name in figures[UNCONDITIONAL] if name.startswith("kid")]
+    kid_names = paired_kids(figures[UNCONDITIONAL])
     first, second, extra, pipeline = [], [], {}, load_pipeline(model)
     for row in chosen:
         own = figures[row.name]
@@ -227,11 +238,11 @@ def result(
         return None, []
     best = max(papers, key=lambda name: figures[name]["cosine"]["value"])
     pair = [tables[name].columns for name in (best, RECOMMENDED)]
-    distances = torch.stack([1 - columns["cosine"] for columns in pair], 1)
+    distances = [1 - columns["cosine"] for columns in pair]
     compared = {
         "paper": best,
         "recommended": RECOMMENDED,
-        "distance_ratio": bootstrap(distances, lambda x: x[..., 0].mean(1) / x[..., 1].mean(1)),
+        "distance_ratio": bootstrap(*distances, statistic=lambda a, b, axis: a.mean(axis) / b.mean(axis)),
     }
     compared |= {
         name: mean_entry(pair[1][name] - pair[0][name])
@@ -240,8 +251,7 @@ def result(
     cost = [gmac[name] for name in (best, RECOMMENDED)]
     kid_names = [
         f"{name}: {cell(figures[best], name)} against {cell(figures[RECOMMENDED], name)}"
-        for name in figures[best]
-        if name.startswith("kid")
+        for name in paired_kids(figures[best])
     ]
     return compared | {"gmac": cost}, [
         f"The paper's recipe at the best of its rates ({best}) against {RECOMMENDED}: the cosine distance, 1 - cosine,"
@@ -253,7 +263,7 @@ def result(
 
 
 def _signed(entry: dict | None) -> str:
-    return f"{entry['value']:+.3f} ({entry['low']:+.3f} to {entry['high']:+.3f})" if entry else ""
+    return figure_text(entry, sign="+") if entry else ""
 
 
 def write_page(page: Path, report: Report, notes: list[str], panel: bool) -> None:
@@ -324,6 +334,9 @@ def main(argv: list[str] | None = None) -> None:
     about = {
         "images": args.images,
         "count": args.count,
+        "data": args.photos or args.world,
+        "seeds": "picture number",
+        "command": shlex.join(["python", "training/experiments/ablation.py", *sys.argv[1:]]),
         "configs": {name: asdict(config) for name, config in configs.items()},
         "sampling": {row.name: asdict(sampling_of(rows, row)) for row in chosen},
     }

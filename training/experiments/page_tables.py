@@ -25,7 +25,7 @@ WORDS = {
     "top1_match": "top-1 match",
     "top5_match": "top-5 match",
     "frechet_distance": "Frechet distance, biased at this n",
-    "kid": "KID",
+    "kid_paired": "paired KID",
 }
 #: pictures that the page shows, by run: name among its results, and beside the page
 PANELS = {
@@ -74,7 +74,7 @@ def quality(results: dict) -> list[str]:
         "cosine_centred",
         "top1_match",
         "top5_match",
-        *(named(results[UNCONDITIONAL], kind) for kind in ("frechet_distance", "kid")),
+        *(named(results[UNCONDITIONAL], kind) for kind in ("frechet_distance", "kid_paired")),
     ]
     rows = [
         [WORDS[name.split(" ")[0]], *(text_of(results[condition], name) for condition in conditions.values())]
@@ -98,7 +98,7 @@ def layers(results: dict) -> list[str]:
         "cosine, last layer": "cosine last",
         "top-1 match": "top1_match",
         "top-5 match": "top5_match",
-        "KID": named(results[UNCONDITIONAL], "kid"),
+        "paired KID": named(results[UNCONDITIONAL], "kid_paired"),
     }
     return [
         "Cosine at every stage:",
@@ -110,7 +110,7 @@ def layers(results: dict) -> list[str]:
 
 def layers_by_another(results: dict) -> list[str]:
     names = {
-        "KID in the transformer's space": named(results[UNCONDITIONAL], "kid"),
+        "paired KID in the transformer's space": named(results[UNCONDITIONAL], "kid_paired"),
         "Frechet distance there, biased at this n": named(results[UNCONDITIONAL], "frechet_distance"),
     }
     return figures_by_condition(results, [UNCONDITIONAL, *models(results), ROUND_TRIP], names, what="model")[:-1]
@@ -134,7 +134,7 @@ def rcdm(results: dict) -> list[str]:
         ("All pictures scaled to 32 pixels, RCDM's own:", NATIVE),
     ):
         names = {WORDS[name]: prefix + name for name in ("cosine", "cosine_pooled", "top1_match", "top5_match")}
-        for kind in ("frechet_distance", "kid"):
+        for kind in ("frechet_distance", "kid_paired"):
             names[WORDS[kind]] = next(
                 name
                 for name in set_measures(results[UNCONDITIONAL])
@@ -220,7 +220,7 @@ def measures_of(results: dict) -> dict[str, str]:
         "by the transformer": other[0],
         "top-1 match": own[1],
         "match by the transformer": other[1],
-        "KID": named(results[UNCONDITIONAL], "kid"),
+        "paired KID": named(results[UNCONDITIONAL], "kid_paired"),
     }
 
 
@@ -232,7 +232,7 @@ def guidances(results: dict) -> list[str]:
     for title, measure in (
         ("Cosine:", "cosine"),
         ("Cosine by the transformer:", f"{INDEPENDENT}cosine"),
-        ("KID:", named(results[UNCONDITIONAL], "kid")),
+        ("Paired KID:", named(results[UNCONDITIONAL], "kid_paired")),
     ):
         rows = [
             [
@@ -300,7 +300,9 @@ def photo_depths(results: dict) -> list[str]:
             "top5_match",
             *(INDEPENDENT + name for name in ("cosine", "top1_match", "top5_match")),
         )
-        kid = next(name for name in set_measures(results[condition]) if name.startswith("kid") and LITE2.name in name)
+        kid = next(
+            name for name in set_measures(results[condition]) if name.startswith("kid_paired") and LITE2.name in name
+        )
         rows.append(
             [
                 condition,
@@ -322,7 +324,7 @@ def photo_depths(results: dict) -> list[str]:
         "independent: cosine",
         "top-1 match",
         "top-5 match",
-        "KID in its space",
+        "paired KID in its space",
     ]
     return table(head, rows)[:-1]
 

@@ -12,6 +12,7 @@ from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 
 from ..evaluation.run import evaluate_in_memory, gap_closed, load_pictures
 from ..models.pipeline import InversionPipeline, load_pipeline
+from ..report import figure_text
 from . import autoencoder, backbones, base
 
 COUNT = 500
@@ -45,11 +46,7 @@ The concept file is fitted to the true masks of 4,000 training scenes (stage con
 
 def entry(result: dict, percent: bool = False) -> str:
     """A figure with its 95 % interval."""
-    scale, digits = (100, 1) if percent else (1, 3)
-    return " ".join(
-        f"{a}{result[k] * scale:.{digits}f}{b}"
-        for k, a, b in (("value", "", ""), ("low", "(", " to"), ("high", "", ")"))
-    )
+    return figure_text(result, 1, 100) if percent else figure_text(result)
 
 
 def second_opinion(

@@ -39,7 +39,9 @@ class Statistics:
 
 
 def top_classes(backbone: Backbone, maps: FeatureMap) -> Tensor:
-    """[B, groups] the most probable class of every label group, by number. Raises as Backbone.logits does."""
+    """[B, groups] the most probable class of every label group, by number. Raises as Backbone.logits does, and
+    FeatInvError for a backbone without classes."""
+    backbone.require_classes()
     with torch.inference_mode():
         logits = backbone.logits(maps)
     return torch.stack([logits[:, part].argmax(1) + (part.start or 0) for part in backbone.groups.values()], 1).cpu()

@@ -6,13 +6,14 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from featinv_nodes.core.backbones import LAST
+from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import find_world, model_file
 
+from .. import paper
 from ..context import ORIGINAL, UNCONDITIONAL, EvalContext, ModelSpec, ModelUnderTest, own_evaluator
-from ..evaluator import Evaluator
+from ..evaluator import Evaluator, deepest
 from ..report import Report
 from ..shards import Condition, Table
 
@@ -63,7 +64,7 @@ class Suite:
             tested.centre(tables[name])
 
     def files(self) -> dict[str, Path]:
-        """The weights under test."""
+        """The weights under test; the report's digests are theirs."""
         return {tested.spec.model: model_file(tested.spec.model) for tested in self.tested_models.values()}
 
     def settings(self) -> dict:
@@ -97,11 +98,31 @@ class Suite:
 
     def require_imagenet(self) -> None:
         """Raises FeatInvError for a backbone without ImageNet-1k's classes."""
-        if (classes := self.context.backbone(self.spec).model.num_classes) != 1000:
+        if (classes := self.context.backbone(self.spec).num_classes) != 1000:
             raise FeatInvError(
                 f"suite {self.name} needs a backbone with ImageNet-1k's 1000 classes; {self.args.model}'s has"
                 f" {classes}. Use suite ood"
             )
+
+    def no_match(self) -> list[str]:
+        """A sentence for each backbone by which there is no match of classes."""
+        evaluators = [evaluator for tested in self.tested_models.values() for evaluator in tested.evaluators.values()]
+        return list(dict.fromkeys(f"No match of classes: {e.no_match}." for e in evaluators if e.no_match))
+
+    def departures(self, count: int) -> list[str]:
+        """With --paper, what still differs from the paper's set-up, a sentence each."""
+        if not self.context.papers:
+            return []
+        tested = next(iter(self.tested_models.values()))
+        info, base = self.context.info(tested.spec), self.context.open(tested.spec).base
+        return paper.departures(info.source, base, count, self.args.data)
+
+    def sets(self) -> str:
+        """How pictures are compared as sets, in words."""
+        tested = next(iter(self.tested_models.values()))
+        side = self.context.set_side(tested.sized_by)
+        jpeg = "; the originals as JPEG" if self.context.papers else ""
+        return f"compared at {side} x {side} pixels, {self.context.resize}, antialiased{jpeg}"
 
     def title(self) -> str:
         return f"{self.name}: {self.args.model}, {self.context.info(self.spec).source.describe()}"
@@ -126,4 +147,9 @@ def independent_name(context: EvalContext, spec: ModelSpec) -> str | None:
 
 def independent_evaluator(context: EvalContext, name: str | None) -> dict[str, Evaluator]:
     """Its evaluator, by its last layer; none without a name."""
-    return {INDEPENDENT: Evaluator(context.named(name), {"cosine": (LAST, False)})} if name else {}
+    return {INDEPENDENT: last_evaluator(context.named(name))} if name else {}
+
+
+def last_evaluator(backbone: Backbone) -> Evaluator:
+    """A backbone by its last layer, or where its head reads several maps by the last that timm names."""
+    return Evaluator(backbone, {"cosine": (deepest(backbone), False)})

@@ -18,7 +18,7 @@ from featinv_nodes.worlds import find_world
 from ...models import base_model, stable_diffusion
 from ...models.sampling import sample
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
-from ..evaluator import Columns
+from ..evaluator import Columns, without_match
 from ..report import Report, by_measure, condition_panel, figures_of
 from ..shards import Condition, Table
 from ..sources import Originals
@@ -45,6 +45,8 @@ class Baseline(Suite):
                 " the unconditional baseline of suite quality"
             )
         self.require_imagenet()
+        if reason := without_match(context.backbone(self.spec)):
+            raise FeatInvError(f"suite baseline measures the accuracy of a classifier, and {reason}")
         unnamed = [n for n, c in zip(context.source.names, context.source.classes) if c not in context.source.labels]
         if unnamed:
             raise FeatInvError(

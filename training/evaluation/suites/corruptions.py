@@ -95,7 +95,8 @@ class Corruptions(Suite):
             drawn = self.tested.draw(spoilt, self.sampling[kind], self.tested.start(originals))
             columns = self.tested.measure(spoilt, drawn, originals.single)
             reference = {
-                key.replace("vectors/", "reference/"): values for key, values in self.tested.vectors(spoilt).items()
+                key.replace("vectors/", "reference/"): values
+                for key, values in self.tested.vectors(spoilt, True).items()
             }
             return columns | reference | {"pictures": torch.stack([spoilt.cpu(), at_size(drawn, spoilt)], 1)}
 

@@ -140,12 +140,17 @@ class Cost(Suite):
 
     def curve(self, figures: dict[str, Figures], costs: dict[str, dict]) -> Image.Image:
         """Cosine with its interval against GMAC, a line per solver, and one for the gradient."""
-        points = {name: (costs[name]["gmac"], figures[name][self.score]) for name in [*self.tried, PAPER]}
+        points = {name: (costs[name]["gmac"], bounded(figures[name][self.score])) for name in [*self.tried, PAPER]}
         lines: dict[str, list] = {}
         for condition, sampling in self.tried.items():
             lines.setdefault(GUIDED if sampling.gradient else sampling.solver, []).append(points[condition])
         title = f"{self.score} against cost, {self.args.model}"
         return curves(lines, {PAPER: points[PAPER]}, title, "GMAC for a picture")
+
+
+def bounded(entry: dict) -> dict:
+    """A figure with its value as the bounds where it has no interval."""
+    return entry if entry["low"] is not None else entry | {"low": entry["value"], "high": entry["value"]}
 
 
 def drawing_gmac(pipeline: InversionPipeline, sampling: Sampling) -> float:
@@ -169,5 +174,6 @@ def choose(scores: dict[str, dict], costs: dict[str, float]) -> tuple[str, str]:
     """(the setting of the highest score, the cheapest one whose score lies within that one's interval; of equally cheap
     ones the better)."""
     best = max(scores, key=lambda condition: scores[condition]["value"])
-    close = [condition for condition in scores if scores[condition]["value"] >= scores[best]["low"]]
+    low = scores[best]["value"] if scores[best]["low"] is None else scores[best]["low"]  # one picture has no interval
+    close = [condition for condition in scores if scores[condition]["value"] >= low]
     return best, min(close, key=lambda condition: (costs[condition], -scores[condition]["value"]))

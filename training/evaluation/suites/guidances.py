@@ -11,7 +11,7 @@ from featinv_nodes.core.sampling import Sampling
 
 from ...plots import matrix
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelUnderTest
-from ..report import Report, by_condition, condition_panel, figures_of, set_measures
+from ..report import Report, by_condition, condition_panel, figures_of, paired_kids, set_measures
 from ..shards import Table
 from .base import INDEPENDENT, Suite, independent_evaluator, independent_name
 
@@ -35,7 +35,7 @@ class Guidances(Suite):
             for f, t in product(self.features, self.texts)
         }
         recommended, changes = (
-            context.info(self.spec).recommended,
+            context.recommended(self.spec),
             context.changes | {"text_guidance": None, "negative": "text"},
         )
         self.joint = {
@@ -121,6 +121,5 @@ def evaluated_by_two(suite: Suite) -> ModelUnderTest:
 
 
 def extra_measures(figures: dict) -> list[str]:
-    """What else a setting is chosen by: the independent backbone's cosine and the distances KID, those that there
-    are."""
-    return [name for name in figures if name == f"{INDEPENDENT}cosine" or name.startswith("kid")]
+    """What else a setting is chosen by: the independent backbone's cosine and the paired KIDs, those that there are."""
+    return [name for name in figures if name == f"{INDEPENDENT}cosine"] + paired_kids(figures)

@@ -9,11 +9,11 @@ from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
 
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec, ModelUnderTest
-from ..evaluator import Evaluator
+from ..evaluator import Evaluator, deepest
 from ..report import Figures, Grid, Report, by_condition, cell, condition_panel, figures_of, set_measures
 from ..shards import Condition, Table
 from ..spaces import Space, TimmSpace
-from .base import INDEPENDENT, Suite, independent_evaluator, independent_name, several
+from .base import INDEPENDENT, Suite, independent_evaluator, independent_name, last_evaluator, several
 
 MOST = 8  # layers that are compared, if a backbone has more: those of the models and the last
 
@@ -35,6 +35,8 @@ class Several(Suite):
             self.tested_models[f"{ORIGINAL} {name}"] = ModelUnderTest(context, spec, self.evaluators(spec), self.spaces)
             self.sampling[name] = context.sampling(spec)
         self.first = next(iter(self.tested_models.values()))
+        for tested in self.tested_models.values():
+            tested.sized_by = self.first.spec
         self.sampling[UNCONDITIONAL] = context.sampling(self.first.spec)
 
     def chosen(self) -> dict[str, ModelSpec]:
@@ -96,7 +98,9 @@ class Layers(Several):
             if len(backbone.layers) <= MOST
             else sorted({self.context.info(c).source.layer for c in self.models.values()} - {LAST})
         )
-        own = {"": Evaluator(backbone, {f"cosine {layer}": (layer, False) for layer in (*stages, LAST)})}
+        last = deepest(backbone)
+        layers = [layer for layer in stages if layer != last] + [last]
+        own = {"": Evaluator(backbone, {f"cosine {layer}": (layer, False) for layer in layers})}
         return own | independent_evaluator(self.context, independent_name(self.context, spec))
 
     def report(self, tables: dict[str, Table]) -> Report:
@@ -119,7 +123,10 @@ class Layers(Several):
             *self.by_another(figures, conditions),
         ]
         return Report(
-            f"layers of {self.first.backbone.name}", figures, grids, panels=self.panel(tables, f"cosine {LAST}")
+            f"layers of {self.first.backbone.name}",
+            figures,
+            grids,
+            panels=self.panel(tables, f"cosine {deepest(self.first.backbone)}"),
         )
 
     def by_another(self, figures: dict[str, Figures], conditions: list[str]) -> list[Grid]:
@@ -153,7 +160,7 @@ class CrossModel(Several):
         backbones = {
             (backbone := self.context.backbone(other)).name: backbone for other in several(self.args, self.default)
         }
-        return {f"{name}: ": Evaluator(backbone, {"cosine": (LAST, False)}) for name, backbone in backbones.items()}
+        return {f"{name}: ": last_evaluator(backbone) for name, backbone in backbones.items()}
 
     def report(self, tables: dict[str, Table]) -> Report:
         figures, evaluators = self.figures(tables), list(self.first.evaluators)

@@ -42,11 +42,14 @@ class Quality(Suite):
             f"Cosine: {way:.1%} of the way from the unconditional baseline to the round trip.",
             paper.beside(source.backbone, source.layer, source.pooled),
         ]
+        grids = [by_measure("Faithfulness", figures, columns)]
+        if self.context.papers and (row := paper.table(source, figures[RECONSTRUCTION])):
+            grids.insert(0, row)
         panel = condition_panel(tables, [ORIGINAL, RECONSTRUCTION, ROUND_TRIP, UNCONDITIONAL], self.title())
         return Report(
             self.title(),
             figures,
-            [by_measure("Faithfulness", figures, columns)],
+            grids,
             [line for line in lines if line],
             {"gap_closed": way},
             {"panel.png": panel},

@@ -93,7 +93,7 @@ class BesideRCDM(Several):
 
     def competitor(self, originals: Originals) -> Columns:
         pixel_values, side = originals.preprocess(self.first.backbone), self.rcdm.resolution
-        seeds = [torch.Generator().manual_seed(n + self.context.seed) for n in originals.numbers]
+        seeds = [torch.Generator().manual_seed(self.context.seed_of(n)) for n in originals.numbers]
         noise = torch.cat([torch.randn(1, 3, side, side, generator=seed) for seed in seeds])
         drawn = self.rcdm.sample(
             self.rcdm.vectors(self.first.backbone, pixel_values), noise, self.sampling[COMPETITOR].steps

@@ -61,11 +61,18 @@ class Sweep(Suite):
             condition: figures_of(tables[condition], tables[ORIGINAL])
             for condition in (*self.settings_of, UNCONDITIONAL, ROUND_TRIP)
         }
-        best = max(self.settings_of, key=lambda condition: figures[condition][self.score]["value"])
-        matched = max(self.settings_of, key=lambda condition: figures[condition]["top1_match"]["value"])
+        scored = [
+            (self.score, "cosine"),
+            *([] if self.tested.evaluators[""].no_match else [("top1_match", "top-1 match")]),
+        ]
+        highest = {
+            name: max(self.settings_of, key=lambda condition, name=name: figures[condition][name]["value"])
+            for name, _ in scored
+        }
+        best = highest[self.score]
         strengths, guidances = (sorted({pair[k] for pair in self.settings_of.values()}) for k in (0, 1))
         panels = {}
-        for name, title in ((self.score, "cosine"), ("top1_match", "top-1 match")):
+        for name, title in scored:
             values = torch.tensor(
                 [[figures[f"strength={s:g}, guidance={g:g}"][name]["value"] for g in guidances] for s in strengths]
             )
@@ -76,11 +83,15 @@ class Sweep(Suite):
                 f"{title}, {self.args.model}",
             )
         panels["panel.png"] = condition_panel(
-            tables, list(dict.fromkeys([ORIGINAL, best, matched, ROUND_TRIP, UNCONDITIONAL])), self.title(), self.score
+            tables,
+            list(dict.fromkeys([ORIGINAL, *highest.values(), ROUND_TRIP, UNCONDITIONAL])),
+            self.title(),
+            self.score,
         )
         lines = [
-            f"Highest cosine at {best}, highest top-1 match at {matched}: the best of {len(self.settings_of)} settings"
-            " on these pictures, whose figures are therefore too favourable; measure the chosen one on others."
+            f"Highest {', highest '.join(f'{title} at {highest[name]}' for name, title in scored)}: the best of"
+            f" {len(self.settings_of)} settings on these pictures, whose figures are therefore too favourable; measure"
+            " the chosen one on others."
         ]
         if self.args.write_back:
             self.best = best
