@@ -104,6 +104,8 @@ class Base(Fields):
     context: Count
     latent_channels: Count
     heads: Count
+    latent_size: Count | None = None
+    resolution: Count | None = None
 
 
 class Recommended(Fields):

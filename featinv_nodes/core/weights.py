@@ -34,8 +34,9 @@ class InversionInfo:
     """What a weights file says of itself; metadata.Inversion checks it.
 
     source: the features it inverts. encoder: settings for build_encoder. base: {"name", "width" (first block),
-    "context" (cross-attention width), "latent_channels", "heads" (attention heads)}. prompt: text of the positive
-    prompt. recommended: {"strength", "guidance", "steps", "negative"}, "negative" being what guidance pushes away from:
+    "context" (cross-attention width), "latent_channels", "heads" (attention heads), and in newer files "latent_size"
+    and "resolution", the sides of the latents and the pictures in training}. prompt: text of the positive prompt.
+    recommended: {"strength", "guidance", "steps", "negative"}, "negative" being what guidance pushes away from:
     "text" or "features", and optionally "gradient" and "gradient_steps", the step of toward_features and in how many of
     the last steps (10), and "timestep_spacing" where it is "leading". images_seen: pictures in training. config: the
     training configuration. metrics: as measured when it was saved.
@@ -101,7 +102,7 @@ def _info(about: Inversion) -> InversionInfo:
     return InversionInfo(
         about.source.made(),
         about.encoder.model_dump(mode="json", exclude_unset=True),
-        about.base.model_dump(),
+        about.base.model_dump(exclude_unset=True),
         about.prompt,
         about.recommended.made(),
         about.images_seen,

@@ -120,8 +120,8 @@ class LoadFeatInvControlNet(io.ComfyNode):
                     "about",
                     display_name="about",
                     tooltip=(
-                        "What it inverts, its base model and prompt, and the recommended strength, guidance (cfg),"
-                        " steps, KSampler's scheduler and Feature Guidance."
+                        "What it inverts, its base model and prompt, the recommended strength, guidance (cfg), steps,"
+                        " KSampler's scheduler and Feature Guidance, and the size that it was trained at."
                     ),
                 ),
             ],
@@ -135,6 +135,7 @@ class LoadFeatInvControlNet(io.ComfyNode):
     def execute(cls, weights: str) -> io.NodeOutput:
         from ..core.sampling import SPACINGS
         from ..host.controlnet import load_feature_control
+        from ..host.sizes import trained_size
 
         embedded = weights.endswith(EMBEDDED)
         file: Path = model_file(weights.removesuffix(EMBEDDED)) if embedded else folders.path(folders.CONTROLS, weights)
@@ -148,9 +149,10 @@ class LoadFeatInvControlNet(io.ComfyNode):
         guided = f"\nFeature Guidance: step {gradient:g}, last {min(last, 1):g}" if gradient else ""
         scheduler = SPACINGS[settings.pop("timestep_spacing", "trailing")]
         words = ", ".join(f"{name} {value}" for name, value in settings.items()) + f", scheduler {scheduler}"
+        size = f" at {size.describe()}" if (size := trained_size(info)) else ""
         about = (
             f"inverts {info.source.describe()}\nbase model: {info.base['name']}\nprompt: {info.prompt}\nrecommended:"
-            f" {words}{guided}\ntrained on {info.images_seen:,} images"
+            f" {words}{guided}\ntrained on {info.images_seen:,} images{size}"
         )
         return io.NodeOutput(control, about)
 

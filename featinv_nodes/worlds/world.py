@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -113,3 +114,9 @@ class World:
     @property
     def base_folder(self) -> Path:
         return self.folder / "base"
+
+    @property
+    def latent_size(self) -> int:
+        """Side of its latents in cells."""
+        settings = json.loads((self.base_folder / "unet" / "config.json").read_text())
+        return settings["sample_size"]

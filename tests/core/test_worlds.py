@@ -140,6 +140,8 @@ def test_what_a_world_lists_is_there(world):
     for name in world.concepts:
         assert concepts_file(name).is_file() and concepts_file(name).parent == world.folder
     if world.models:
+        vae = json.loads((world.base_folder / "vae" / "config.json").read_text())
+        assert world.latent_size * vae.get("patch", 8) == world.side
         assert all((world.base_folder / part / "config.json").is_file() for part in ("unet", "vae"))
         assert (world.base_folder / "prompts.safetensors").is_file() and (world.folder / "CARD.md").is_file()
     evaluated, evaluators = (

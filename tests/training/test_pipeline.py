@@ -118,6 +118,18 @@ def test_weights_file_gives_the_same_pictures(base, controlnet, features, tmp_pa
     )
 
 
+def test_the_size_of_training_is_kept_and_binds_no_one(base, controlnet, tmp_path):
+    """In the weights file; a file that lacks it, or says another, opens all the same."""
+    about = base.describe()
+    assert (about.pop("latent_size"), about.pop("resolution")) == (8, 64)
+    for case in (about, {**about, "latent_size": 64, "resolution": 512}):
+        controlnet.save(
+            tmp_path / "m.safetensors", InversionInfo(controlnet.source, controlnet.encoder.settings, case, PROMPT)
+        )
+        _, info = FeatureControlNet.load(tmp_path / "m.safetensors", base)
+        assert info.base == case
+
+
 def test_what_does_not_fit_is_refused(base, backbone, controlnet, features, tmp_path):
     other = {**base.describe(), "width": 320}
     controlnet.save(

@@ -66,6 +66,8 @@ class BaseModel:
             "context": c.cross_attention_dim,
             "latent_channels": c.in_channels,
             "heads": heads,
+            "latent_size": self.latent_size,
+            "resolution": self.resolution,
         }
 
     def encode(self, pictures: Tensor) -> Tensor:

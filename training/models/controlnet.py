@@ -44,7 +44,7 @@ class FeatureControlNet(nn.Module):
         wrong = [
             f"{k}: {info.base[k]} in the weights file, {actual[k]} in the base model"
             for k in actual
-            if k != "name" and info.base[k] != actual[k]
+            if k not in ("name", "latent_size", "resolution") and info.base[k] != actual[k]
         ]
         if wrong:
             raise FeatInvError(
