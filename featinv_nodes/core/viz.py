@@ -21,6 +21,16 @@ LEAST, MOST = 0.80, 1.134
 
 
 @dataclass(frozen=True)
+class PairedMaps(FeatureMap):
+    """Feature maps in the order of Edit.paired. Whatever is made of them is a FeatureMap in no such order.
+
+    seeds: how often each map stands in a row.
+    """
+
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
 class Edit:
     """A feature map and what it becomes when concepts are scaled.
 
@@ -40,13 +50,14 @@ class Edit:
         """One per group: its concepts' names."""
         return [" + ".join(group) for group in self.groups]
 
-    def paired(self, seeds: int) -> FeatureMap:
+    def paired(self, seeds: int) -> PairedMaps:
         """The maps of Algorithm 1 as one batch [(1 + groups) * seeds]: the original once per seed, then each change.
 
         Row i of every part belongs to seed i. Raises FeatInvError unless the edit is of a single map.
         """
         self._require_single()
-        return concatenate([self.original.with_values(self.original.values), self.changed]).repeat(seeds)
+        maps = concatenate([self.original.with_values(self.original.values), self.changed]).repeat(seeds)
+        return PairedMaps(maps.values, maps.source, maps.prefix, seeds)
 
     def unpaired(self, pictures: Tensor) -> Tensor:
         """Pictures [(1 + groups) * seeds, 3, H, W], drawn from `paired` -> [1 + groups, seeds, 3, H, W]. Raises
@@ -59,6 +70,20 @@ class Edit:
                 f" {parts}, the same seeds for each"
             )
         return pictures.unflatten(0, (parts, -1))
+
+    def require_pairs(self, maps: FeatureMap, pictures: int) -> None:
+        """Raises FeatInvError unless `maps` are those of `paired`, and there is a picture of each."""
+        maps.source.require(self.original.source, "the feature maps", "the edited one")
+        own = self.paired(maps.seeds) if isinstance(maps, PairedMaps) else None
+        if own is None or own.values.shape != maps.values.shape or not own.values.equal(maps.values.to(own.values)):
+            raise FeatInvError(
+                "the feature maps are not those that Paired Latents makes of this edit; connect its features output"
+            )
+        if pictures != len(maps):
+            raise FeatInvError(
+                f"{pictures} pictures of Paired Latents' {len(maps)} maps; expected one of each, in their order."
+                " Connect everything that the sampler drew from Paired Latents' features and latent"
+            )
 
     def _require_single(self) -> None:
         if len(self.original) != 1:

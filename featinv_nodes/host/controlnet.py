@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.cldm.cldm
 import comfy.conds
 import comfy.controlnet
-import comfy.hooks
 import comfy.model_management as management
 import comfy.ops
-import comfy.patcher_extension
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -20,12 +18,12 @@ from ..core.scope import Scope
 from ..core.weights import InversionInfo, load_inversion, load_scope
 from ..worlds import find_world
 from .models import managed
+from .notices import count, repeated, stands, tell, uneven
+from .parts import WHOLE, Part, find_part, in_turn, recording
+from .sizes import trained_size
+from .steering import IN_AREAS, NEGATIVES, Steering, resized, share_over
 from .unet import ldm_config, to_ldm
 
-#: What guidance pushes away from: the same features with the negative text (the paper), or zero features as well,
-#: the combination that training drops to. The node repeats the names: at start-up this module is too heavy for it.
-NEGATIVES = ("text and features", "text")
-AREAS = "featinv_areas"
 ENCODER_BATCH = 16  # maps that the encoder reads together
 NEGATIVE = "featinv_negative"
 
@@ -42,28 +40,12 @@ def tag_negative(options: dict, negative: bool) -> dict:
     }
 
 
-def record_areas(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):  # noqa: ANN001, ANN201
-    """A wrapper around the host's batching: writes down the whole latent's size and the area of each conditioning,
-    which the host does not tell a ControlNet when it hands it a cut-out."""
-    areas = {c["uuid"]: c.get("area") for group in conds if group for c in group}
-    model_options.setdefault("transformer_options", {})[AREAS] = {"size": tuple(x.shape[2:]), "areas": areas}
-    return executor(model, conds, x, timestep, model_options)
-
-
-def _hooks() -> comfy.hooks.HookGroup:
-    wrappers = {comfy.patcher_extension.WrappersMP.CALC_COND_BATCH: {AREAS: [record_areas]}}
-    group = comfy.hooks.HookGroup()
-    group.add(comfy.hooks.TransformerOptionsHook({"wrappers": wrappers}))
-    return group
-
-
 class FeatureControl(comfy.controlnet.ControlNet):
     """A ControlNet steered by a FeatureMap.
 
-    It chains with stock ControlNets in either order. The encoder runs once per sampling run, for the whole latent;
-    cut-outs (area conditioning) take their part of the result. One map serves any batch; of more maps than latents
-    the first are used, fewer are repeated in turn, as the host does with hint pictures. scope: what held-out maps are
-    like, None where the weights file does not say.
+    It chains with stock ControlNets in either order. The encoder runs once per sampling run and size. One map serves
+    any batch; of more maps than latents the first are used, fewer are repeated in turn, as the host does with hint
+    pictures, and the node says so. scope: what held-out maps are like, None where the weights file does not say.
     """
 
     def __init__(
@@ -77,21 +59,19 @@ class FeatureControl(comfy.controlnet.ControlNet):
         super().__init__(control_model, compression_ratio=1, **options)
         self.encoder = None if encoder is None else managed(encoder)
         self.info, self.scope = info, scope
-        self.features: FeatureMap | None = None
-        self.negative = NEGATIVES[0]
+        self.steering: Steering | None = None
         self.encoded: dict[tuple[tuple[int, int], int], tuple[Tensor, Tensor | None]] = {}
+        self.residual_mask: Tensor | None = None
+        self.sigma_of: Callable[[float], float] | None = None
+        self.started = False
 
-    def applied(
-        self, features: FeatureMap, strength: float, span: tuple[float, float], negative: str
-    ) -> FeatureControl:
-        """A copy that steers towards `features`; span: start and end as shares of the sampling process."""
-        features.source.require(self.info.source, "the feature map", "the inversion model")
-        if negative not in NEGATIVES:
-            raise FeatInvError(f"negative {negative!r}: expected one of {NEGATIVES}")
+    def applied(self, steering: Steering) -> FeatureControl:
+        """A copy that steers as it is told. Raises FeatInvError for features of another source than the weights'."""
+        steering.features.source.require(self.info.source, "the feature map", "the inversion model")
         control = self.copy()
-        control.features, control.negative = features, negative
-        control.strength, control.timestep_percent_range = strength, span
-        control.extra_hooks = _hooks()
+        control.steering = steering
+        control.strength, control.timestep_percent_range = steering.strength, steering.span
+        control.extra_hooks = recording()
         return control
 
     def evaluate(self, features: FeatureMap) -> str:
@@ -109,12 +89,13 @@ class FeatureControl(comfy.controlnet.ControlNet):
             self.control_model_wrapped,
             self.encoder,
         )
-        other.features, other.negative = self.features, self.negative
+        other.steering = self.steering
         self.copy_to(other)
         return other
 
     def pre_run(self, model: torch.nn.Module, percent_to_timestep_function) -> None:  # noqa: ANN001
         self.require_base(model)
+        self.sigma_of, self.started = percent_to_timestep_function, False
         super().pre_run(model, percent_to_timestep_function)
 
     def require_base(self, model: torch.nn.Module) -> None:
@@ -145,29 +126,81 @@ class FeatureControl(comfy.controlnet.ControlNet):
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict
     ) -> dict | None:
-        recorded = transformer_options.get(AREAS, {"size": tuple(x_noisy.shape[2:]), "areas": {}})
-        per_chunk = x_noisy.shape[0] // batched_number
-        steered, null = self.hints(recorded["size"], per_chunk)
+        steering, size = self.steering, tuple(x_noisy.shape[2:])
+        rows = x_noisy.shape[0] // batched_number
+        whole = transformer_options.get(WHOLE, x_noisy[:rows])
+        if not self.started:
+            self.start(whole, float(t[0]))
+        part = find_part(rows, size, transformer_options, steering.shared)
         negatives = (
             cond[NEGATIVE].view(batched_number, -1)[:, 0].tolist() if NEGATIVE in cond else [False] * batched_number
         )
         chunks = []
-        for negative, uuid in zip(negatives, transformer_options["uuids"]):
-            hint = null if null is not None and negative else steered
-            chunks.append(comfy.utils.repeat_to_batch_size(cut(hint, recorded["areas"].get(uuid)), per_chunk))
+        for negative, area in zip(negatives, part.areas):
+            fits = area is not None and steering.in_areas == IN_AREAS[0]
+            steered, null = self.hints(size if fits else part.size, len(whole))
+            hint = in_turn(null if null is not None and negative else steered, part.rows)
+            chunks.append(hint if fits else part.cut(hint, area))
+        if any(tuple(chunk.shape[2:]) != size for chunk in chunks):
+            raise FeatInvError(
+                f"the sampler draws {size[1]} x {size[0]} latent cells of {part.size[1]} x {part.size[0]}, and FeatInv"
+                " ControlNet is not told which. Use ComfyUI's own areas or Context Windows, or draw the picture as a"
+                " whole"
+            )
         dtype = self.manual_cast_dtype or self.control_model.dtype
         self.cond_hint = torch.cat(chunks).to(x_noisy.device, dtype)
+        self.residual_mask = self.mask_of(part)
+        if steering.curve != (1.0,):
+            self.strength = steering.strength_at(share_over(float(t[0]), self.sigma_of))
         return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
+
+    def start(self, latents: Tensor, sigma: float) -> None:
+        """At a run's first step: refuses latents that the features were not made for, and says what else is amiss."""
+        self.started = True
+        steering, (number, _, *cells) = self.steering, latents.shape
+        steering.require_pairs(latents, sigma >= 0.99 * float(self.model_sampling_current.sigma_max))
+        batches = [(len(steering.features), "feature map")]
+        if steering.mask is not None:
+            batches.append((len(steering.mask), "mask"))
+        wrong = [uneven(given, number, name) for given, name in batches]
+        if (trained := trained_size(self.info)) and cells != [trained.cells] * 2:
+            scale = trained.pixels // trained.cells
+            wrong.append(
+                f"The latents are {cells[1]} x {cells[0]} cells, {cells[1] * scale} x {cells[0] * scale} pixels. The"
+                f" inversion model was trained at {trained.describe()}, and draws other sizes less faithfully. Empty"
+                " Latent for FeatInv gives that size."
+            )
+        wrong = list(filter(None, wrong))
+        text = "\n".join([*wrong, *filter(None, (repeated(given, number, name) for given, name in batches))])
+        if text or stands(steering.node):
+            fits = f"{count(len(steering.features), 'feature map')} for {count(number, 'latent')}"
+            tell(text or fits, steering.node, warn=bool(wrong), stands=bool(text))
 
     def hints(self, size: tuple[int, int], rows: int) -> tuple[Tensor, Tensor | None]:
         """The encoded features [M, C_d, *size] of the first M maps, as many as there are or `rows` latents use, and the
         encoded zeros [1, C_d, *size] where guidance pushes away from them; computed once per run and size."""
         if (size, rows) not in self.encoded:
-            values = self.features.values[:rows].to(self.encoder.load_device)
+            values = self.steering.features.values[:rows].to(self.encoder.load_device)
             encoder = self.encoder.model
-            null = encoder(torch.zeros_like(values[:1]), size) if self.negative == NEGATIVES[0] else None
+            null = encoder(torch.zeros_like(values[:1]), size) if self.steering.negative == NEGATIVES[0] else None
             self.encoded[size, rows] = (torch.cat([encoder(part, size) for part in values.split(ENCODER_BATCH)]), null)
         return self.encoded[size, rows]
+
+    def mask_of(self, part: Part) -> Tensor | None:
+        """The mask [rows of all conditionings, 1, h, w] over what the network sees; None where there is none."""
+        if self.steering.mask is None:
+            return None
+        mask = in_turn(resized(self.steering.mask[:, None].float(), part.size), part.rows)
+        return torch.cat([part.cut(mask, area) for area in part.areas])
+
+    def control_merge(self, control: dict, control_prev: dict | None, output_dtype: torch.dtype | None) -> dict:
+        """The host's, with the residuals masked."""
+        if self.residual_mask is not None:
+            control = {
+                key: [None if x is None else x * resized(self.residual_mask, x.shape[2:]).to(x) for x in residuals]
+                for key, residuals in control.items()
+            }
+        return super().control_merge(control, control_prev, output_dtype)
 
     def get_models(self) -> list:
         return [*super().get_models(), self.encoder]
@@ -177,20 +210,12 @@ class FeatureControl(comfy.controlnet.ControlNet):
         the encoder's are its widest layers on a 64 x 64 latent, float32."""
         widest = self.info.encoder["channels"] + 2 * self.info.encoder.get("width", 512)
         return super().inference_memory_requirements(dtype) + 4 * 64 * 64 * widest * min(
-            len(self.features), ENCODER_BATCH
+            len(self.steering.features), ENCODER_BATCH
         )
 
     def cleanup(self) -> None:
-        self.encoded = {}
+        self.encoded, self.residual_mask, self.sigma_of = {}, None, None
         super().cleanup()
-
-
-def cut(hint: Tensor, area: list[int] | tuple[int, ...] | None) -> Tensor:
-    """The part of a hint [M, C, H, W] under an area (h, w, y, x) in latent cells, clipped as the host clips."""
-    if area is None:
-        return hint
-    h, w, y, x = area
-    return hint[:, :, y : y + h, x : x + w]
 
 
 def load_feature_control(file: Path) -> FeatureControl:

@@ -29,7 +29,7 @@ class FeatInvControlNet(io.ComfyNode):
                     tooltip=(
                         "The feature map to draw, from the backbone and layer of the inversion model. A batch gives"
                         " each latent its own map. One map serves all latents, fewer maps than latents are repeated in"
-                        " turn, and extra maps are ignored."
+                        " turn, and extra maps are not drawn; the node says so."
                     ),
                 ),
                 io.Float.Input(
@@ -58,6 +58,33 @@ class FeatInvControlNet(io.ComfyNode):
                         " saw, more faithful), or the negative text with the same features (the paper)."
                     ),
                 ),
+                io.Combo.Input(
+                    "in_areas",
+                    options=["whole map in each area", "the area's part"],
+                    default="whole map in each area",
+                    optional=True,
+                    tooltip=(
+                        "What an area gets where the conditioning has areas: the whole feature map, as with any"
+                        " ControlNet, or the part of it that lies there, when the map is of the whole picture."
+                    ),
+                ),
+                io.String.Input(
+                    "strength_curve",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        "Factors of the strength, evenly spaced from start to end, with straight lines between them:"
+                        " '1, 0' fades out, '0, 1, 0' rises and falls. Empty: the same strength throughout."
+                    ),
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "Where control acts: fully where the mask is white, not at all where it is black. It lies over"
+                        " the whole picture, at any size. A batch gives each latent its own mask."
+                    ),
+                ),
             ],
             outputs=[
                 io.Conditioning.Output("positive_out", display_name="positive", tooltip="For KSampler's positive."),
@@ -83,11 +110,27 @@ class FeatInvControlNet(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, positive, negative, control_net, features, strength, start_percent, end_percent, guide_away_from
+        cls,
+        positive,
+        negative,
+        control_net,
+        features,
+        strength,
+        start_percent,
+        end_percent,
+        guide_away_from,
+        in_areas="whole map in each area",
+        strength_curve="",
+        mask=None,
     ) -> io.NodeOutput:
         from ..host.controlnet import tag_negative
+        from ..host.notices import executing_node
+        from ..host.steering import Steering, read_curve
 
-        control = control_net.applied(features, strength, (start_percent, end_percent), guide_away_from)
+        span, curve = (start_percent, end_percent), read_curve(strength_curve)
+        control = control_net.applied(
+            Steering(features, strength, span, guide_away_from, in_areas, curve, mask, executing_node())
+        )
         scope = control.evaluate(features)
         if strength == 0:
             return io.NodeOutput(positive, negative, scope, negative)
@@ -107,4 +150,33 @@ class FeatInvControlNet(io.ComfyNode):
         return io.NodeOutput(steered(positive), steered(negative, away=True), scope, steered(negative))
 
 
-NODES = [FeatInvControlNet]
+class EmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FeatInv_EmptyLatent",
+            display_name="Empty Latent for FeatInv",
+            category=CATEGORY,
+            description=(
+                "Empty latents of the size that an inversion model was trained at. It draws others less faithfully, and"
+                " larger ones slowly."
+            ),
+            inputs=[
+                Control.Input("control_net", tooltip="The inversion model, from Load FeatInv ControlNet."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many pictures the sampler draws."),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "latent", display_name="latent", tooltip="The empty latents, for KSampler or Paired Latents."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, control_net, batch_size: int) -> io.NodeOutput:
+        from ..host.latents import empty_latents
+
+        return io.NodeOutput(empty_latents(control_net.info, batch_size))
+
+
+NODES = [FeatInvControlNet, EmptyLatent]

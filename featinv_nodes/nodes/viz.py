@@ -26,8 +26,8 @@ class PairedLatents(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     tooltip=(
-                        "Empty latents, one per seed (5 in the paper): from Empty Latent Image, or Load World's latent"
-                        " through Repeat Latent Batch."
+                        "Empty latents, one per seed (5 in the paper), from Empty Latent for FeatInv or another node"
+                        " that gives the size of the inversion model."
                     ),
                 ),
             ],
@@ -85,6 +85,13 @@ class FeatInvViz(io.ComfyNode):
                     step=0.01,
                     tooltip="Share of the largest difference below which a pixel counts as unaffected.",
                 ),
+                Features.Input(
+                    "features",
+                    optional=True,
+                    tooltip=(
+                        "From Paired Latents, optional: pictures that are not one for each of its maps are refused."
+                    ),
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -129,12 +136,14 @@ class FeatInvViz(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pictures, edit, backbone, threshold) -> io.NodeOutput:
+    def execute(cls, pictures, edit, backbone, threshold, features=None) -> io.NodeOutput:
         from ..core import viz
         from ..core.pictures import captioned, diverging, enlarge, heat_map, spotlight
         from ..host.models import stop_if_cancelled
 
         pictures = channels_first(pictures).cpu().float()
+        if features is not None:
+            edit.require_pairs(features, len(pictures))
         first, *others = edit.unpaired(pictures)
         reread = backbone.read_again(pictures, edit.original.source).to("cpu")
         slopes = viz.measure_slopes(edit, pictures, reread, stop_if_cancelled)

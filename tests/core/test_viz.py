@@ -6,6 +6,7 @@ import torch
 from featinv_nodes.core.concepts import REST, Concepts, SparseEncoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.viz import (
+    PairedMaps,
     Slope,
     closed_loop,
     edit,
@@ -55,6 +56,15 @@ def test_the_original_and_every_change_once_per_seed(concepts, features):
     paired = change.paired(4)
     assert len(paired) == 12 and paired.source == SOURCE
     assert torch.equal(paired.values, torch.cat([features.values, change.changed.values]).repeat_interleave(4, 0))
+    assert paired.seeds == 4 and not isinstance(paired.select(0), PairedMaps)
+    change.require_pairs(paired, 12)
+    for maps, count, words in (
+        (paired, 8, "8 pictures of Paired Latents' 12 maps"),
+        (paired.in_turn(12), 12, "not those that Paired Latents makes"),
+        (edit(features, concepts, [["a"], ["c"]], 0.25).paired(4), 12, "not those that Paired Latents makes"),
+    ):
+        with pytest.raises(FeatInvError, match=words):
+            change.require_pairs(maps, count)
     drawn = torch.arange(12.0)[:, None, None, None].expand(-1, 3, 5, 5)
     assert change.unpaired(drawn)[:, :, 0, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 

@@ -32,6 +32,7 @@ import closing
 import comfy.controlnet
 import comfy.model_management as management
 import comfy.sample
+import controlling
 import guiding
 import nodes
 import torch
@@ -271,35 +272,6 @@ def batches(world: World) -> dict:
         "one_serves_all": relative(one[0], reference[0]),
         "fewer_repeat": max(relative(two[:2], reference[:2]), relative(two[2], one[2])),
         "more_are_cut": relative(four, reference),
-    }
-
-
-def areas(world: World) -> dict:
-    """Area conditioning: a cut-out gets its own part of the encoded features, set before or after our node."""
-    hints = []
-    hook = world.control.control_model.input_hint_block.register_forward_hook(
-        lambda module, inputs, output: hints.append(output.clone())
-    )
-    whole = world.draw(world.apply())
-    full = hints[-1]
-    hints.clear()
-    positive, negative = world.apply()
-    (after,) = nodes.ConditioningSetArea().append(positive, 32, 64, 32, 0, 1.0)  # the right half, in pixels
-    world.draw((after, negative))
-    seen = [h for h in hints if h.shape[-1] == 4]
-    (before_node,) = nodes.ConditioningSetAreaPercentage().append(world.positive, 0.5, 1.0, 0.5, 0.0, 1.0)
-    hints.clear()
-    world.draw(world.apply(positive=before_node))
-    seen_before = [h for h in hints if h.shape[-1] == 4]
-    hook.remove()
-    (everywhere,) = nodes.ConditioningSetArea().append(positive, 64, 64, 0, 0, 1.0)
-    steered = slice(3, 6) if full.shape[0] == 6 and not torch.equal(full[3], full[4]) else slice(0, 3)
-    return {
-        "after": relative(seen[-1][-3:] if seen[-1].shape[0] == 3 else seen[-1][steered], full[steered][..., 4:]),
-        "before": relative(
-            seen_before[-1][-3:] if seen_before[-1].shape[0] == 3 else seen_before[-1][steered], full[steered][..., 4:]
-        ),
-        "whole": relative(world.draw((everywhere, negative)), whole),
     }
 
 
@@ -589,7 +561,7 @@ def main() -> None:
             "scope": scope(world),
             "paired": paired(world),
             "batches": batches(world),
-            "areas": areas(world),
+            "controlling": controlling.controlling(world, edited),
             "interruption": interruption(world),
             "memory": memory(world),
             "encoded": encoded(world),

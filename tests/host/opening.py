@@ -82,13 +82,13 @@ class World:
         """The positive and the negative conditioning of the steered sampler."""
         return self.outputs(positive, negative, **changes)[:2]
 
-    def draw(self, conditioning, guidance=3.0, batch=3, size=(8, 8), callback=None) -> torch.Tensor:
+    def draw(self, conditioning, guidance=3.0, batch=3, size=(8, 8), callback=None, steps=STEPS) -> torch.Tensor:
         latent = torch.zeros(batch, 24, *size)
         start = comfy.sample.prepare_noise(latent, SEED)
         return comfy.sample.sample(
             self.model,
             start,
-            STEPS,
+            steps,
             guidance,
             "ddim",
             "simple",

@@ -148,10 +148,6 @@ def test_batches_of_any_number_of_maps(measured):
     assert max(measured["batches"].values()) <= CLOSE
 
 
-def test_area_conditioning_cuts_the_features_alike(measured):
-    assert max(measured["areas"].values()) <= CLOSE
-
-
 def test_interrupted_sampling_leaves_nothing_behind(measured):
     assert measured["interruption"]["stopped"].startswith("InterruptProcessingException")
     assert measured["interruption"]["again"] == 0
