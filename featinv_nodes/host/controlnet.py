@@ -18,7 +18,7 @@ from ..core.scope import Scope
 from ..core.weights import InversionInfo, load_inversion, load_scope
 from ..worlds import find_world
 from .models import managed
-from .notices import count, repeated, stands, tell, uneven
+from .notices import tell_counts
 from .parts import WHOLE, Part, find_part, in_turn, recording
 from .sizes import trained_size
 from .steering import IN_AREAS, NEGATIVES, Steering, resized, share_over
@@ -162,7 +162,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         batches = [(len(steering.features), "feature map")]
         if steering.mask is not None:
             batches.append((len(steering.mask), "mask"))
-        wrong = [uneven(given, number, name) for given, name in batches]
+        wrong = []
         if (trained := trained_size(self.info)) and cells != [trained.cells] * 2:
             scale = trained.pixels // trained.cells
             wrong.append(
@@ -170,11 +170,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
                 f" inversion model was trained at {trained.describe()}, and draws other sizes less faithfully. Empty"
                 " Latent for FeatInv gives that size."
             )
-        wrong = list(filter(None, wrong))
-        text = "\n".join([*wrong, *filter(None, (repeated(given, number, name) for given, name in batches))])
-        if text or stands(steering.node):
-            fits = f"{count(len(steering.features), 'feature map')} for {count(number, 'latent')}"
-            tell(text or fits, steering.node, warn=bool(wrong), stands=bool(text))
+        tell_counts(steering.node, number, batches, wrong)
 
     def hints(self, size: tuple[int, int], rows: int) -> tuple[Tensor, Tensor | None]:
         """The encoded features [M, C_d, *size] of the first M maps, as many as there are or `rows` latents use, and the

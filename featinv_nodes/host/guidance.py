@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.feature_map import FeatInvError, FeatureMap
 from ..core.guidance import leave_inference, toward_features
 from .models import ManagedBackbone
+from .notices import executing_node, tell_counts
 
 KEY = "featinv_guidance"
 GRAPH = (
@@ -26,9 +27,9 @@ def guided(
     """A clone of the model whose predicted clean latents move towards `target`, by `step` of their own length at each
     of the last steps; last: which share of all. Whatever guider draws with it, what it has guided is moved.
 
-    One map serves any batch, fewer maps than latents are repeated in turn. The autoencoder and the backbone are loaded
-    with the model, so that none pushes another out between steps. Raises FeatInvError if the map is not the backbone's
-    or the autoencoder not the model's.
+    One map serves any batch, fewer maps than latents are repeated in turn, and the node that calls this says so. The
+    autoencoder and the backbone are loaded with the model, so that none pushes another out between steps. Raises
+    FeatInvError if the map is not the backbone's or the autoencoder not the model's.
     """
     target.source.require(
         backbone.backbone.source(target.source.layer, target.source.pooled), "the feature map", "the backbone"
@@ -39,11 +40,13 @@ def guided(
             f"the autoencoder has {vae.latent_channels} latent channels, the model {channels}; connect the VAE that"
             " belongs to the model"
         )
-    decoder = whole(vae.patcher)
+    decoder, node = whole(vae.patcher), executing_node()
 
     def predict(executor, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None) -> Tensor:  # noqa: ANN001
-        clean = executor(x, sigma, model_options, seed)
-        if not among_last(sigma, model_options["transformer_options"]["sample_sigmas"], last):
+        clean, sigmas = executor(x, sigma, model_options, seed), model_options["transformer_options"]["sample_sigmas"]
+        if float(sigma.max()) >= float(sigmas[0]) * (1 - 1e-4):  # the first step
+            tell_counts(node, len(clean), [(len(target), "feature map")])
+        if not among_last(sigma, sigmas, last):
             return clean
         unscaled = executor.class_obj.inner_model.process_latent_out
         leave_inference(decoder.model)

@@ -7,7 +7,7 @@ import sys
 
 from comfy_execution.utils import get_executing_context
 
-_standing: dict[str, bool] = {}  # nodes that show a text, and whether it has to go when it no longer holds
+_standing: set[str] = set()  # nodes that show a text which has to go when it no longer holds
 
 
 def executing_node() -> str | None:
@@ -16,20 +16,28 @@ def executing_node() -> str | None:
     return context.node_id if context else None
 
 
-def stands(node: str | None) -> bool:
-    """Whether a node shows a text that another has to replace when it no longer holds."""
-    return _standing.get(node, False)
-
-
-def tell(text: str, node: str | None, warn: bool, stands: bool = True) -> None:
-    """Shows a text on a node in the browser that queued the prompt, in place of the last one, and writes it to the log
-    as a warning, or as information. Without a node or a server there is the log alone. stands: whether the text has to
-    go when it no longer holds."""
-    logging.log(logging.WARNING if warn else logging.INFO, "FeatInv: %s", text.replace("\n", " "))
+def tell(node: str | None, wrong: list[str], notes: list[str], fits: str) -> None:
+    """Shows what is amiss, and what there is to note besides, on a node in the browser that queued the prompt, and
+    writes it to the log, as a warning where something is amiss. With nothing to say, `fits` takes the place of what the
+    node said in a run before. Without a node or a server there is the log alone."""
+    text = "\n".join([*wrong, *notes])
+    if not text and node not in _standing:
+        return
+    level = logging.WARNING if wrong else logging.INFO
+    logging.log(level, "FeatInv: %s", (text or fits).replace("\n", " "))
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None and node is not None:
-        server.send_progress_text(text, node, server.client_id)
-        _standing[node] = stands
+    if server is None or node is None:
+        return
+    server.send_progress_text(text or fits, node, server.client_id)
+    (_standing.add if text else _standing.discard)(node)
+
+
+def tell_counts(node: str | None, latents: int, batches: list[tuple[int, str]], wrong: list[str] | None = None) -> None:
+    """Says how batches fit a number of latents. batches: of each how many and what they are, "feature map" first.
+    wrong: what else is amiss."""
+    amiss = filter(None, (uneven(given, latents, name) for given, name in batches))
+    notes = filter(None, (repeated(given, latents, name) for given, name in batches))
+    tell(node, [*amiss, *(wrong or [])], list(notes), f"{count(*batches[0])} for {count(latents, 'latent')}")
 
 
 def count(number: int, name: str) -> str:

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import comfy.context_windows
+import guiding
 import nodes
 import torch
 from opening import World, error_of, relative, run
@@ -211,7 +212,13 @@ def warnings(world: World) -> dict:
     with CurrentNodeContext("prompt", "12"):
         five, two = world.apply(features=world.extract(0, 5)), world.apply(features=world.extract(0, 2))
         one = world.apply(features=world.features.select(0), mask=torch.ones(2, 8, 8))
+    with CurrentNodeContext("prompt", "13"):
+        guided = guiding.guided(world, features=world.extract(0, 2), last=0.1)
+    own, world.model = world.model, guided
+    gradient = told(lambda: world.draw((world.positive, world.negative), batch=1, steps=FEW))
+    world.model = own
     return {
+        "gradient": gradient,
         "more": told(lambda: world.draw(five, batch=1, steps=FEW)),
         "right after": told(lambda: world.draw(five, batch=5, steps=FEW)),
         "again": told(lambda: world.draw(five, batch=5, steps=FEW)),

@@ -61,15 +61,17 @@ def test_a_part_is_known_by_the_host_s_window_or_refused(seen):
 
 
 def test_the_node_says_what_does_not_fit(seen):
-    """On itself, in the browser that queued, and in the log; once a run, and no longer when it fits."""
+    """Feature Guidance too: on itself, in the browser that queued, and in the log; no longer when it fits."""
     said = {
         "more": ["5 feature maps for 1 latent: those after number 1 are not used. Give the sampler a batch of 5"],
         "fewer": ["2 feature maps for 3 latents: they repeat in turn, the first ones once more"],
+        "gradient": ["2 feature maps for 1 latent: those after number 1 are not used"],
         "masks": ["2 masks for 1 latent: those after number 1 are not used"],
     }
     for case, (words,) in said.items():
         (text, node, browser), (logged,) = seen["warnings"][case]
-        assert text.startswith(words) and (node, browser) == ("12", "me") and logged == f"FeatInv: {text}", case
+        assert text.startswith(words) and browser == "me" and node == ("13" if case == "gradient" else "12"), case
+        assert logged == f"FeatInv: {text}", case
     assert seen["warnings"]["right after"] == [["5 feature maps for 5 latents", "12", "me"]]
     assert seen["warnings"]["again"] == []
     assert seen["warnings"]["in turn"] == [
