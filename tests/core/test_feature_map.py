@@ -94,6 +94,13 @@ def test_cosine_against_a_plain_loop():
     assert cosine_per_location(shifted, FeatureMap(b.values + 100, SOURCE), centre + 100).mean() < 0.9
 
 
+def test_a_cell_belongs_to_the_mask_that_covers_half_of_it():
+    mask = torch.zeros(1, 4, 8)
+    mask[:, :2, :2], mask[:, :2, 4:5] = 1, 1  # all of one cell, half of another
+    assert at_grid(mask, (2, 4))[0, 0].tolist() == [[1, 0, 1, 0], [0] * 4]
+    assert at_grid(mask, (2, 4), soft=True)[0, 0].tolist() == [[1, 0, 0.5, 0], [0] * 4]
+
+
 def test_top_k_match():
     original = torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 2.0]])
     again = torch.tensor([[3.0, 1.0, 2.0], [5.0, 1.0, 2.0]])

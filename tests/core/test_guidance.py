@@ -5,6 +5,7 @@ import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.guidance import feature_distance, leave_inference, rms, toward_features
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
 
@@ -68,6 +69,21 @@ def test_a_backbone_that_was_made_inside_inference_mode(scenes):
         moved = toward_features(blurred(scenes), picture_of, backbone, expected, 0.01)
         leave_inference(backbone)
     assert torch.isfinite(moved).all() and all(torch.equal(a, b) for a, b in zip(values, backbone.parameters()))
+
+
+def test_the_whole_of_a_wide_picture_counts(backbone, scenes):
+    """Also its edges, which the backbone's own evaluation would cut off."""
+    wide = torch.cat([scenes[:1], scenes[1:2]], 3).requires_grad_()
+    expected = backbone.extract(scenes[2:3])
+    feature_distance(wide, backbone, expected.values.clone(), "last", False).sum().backward()
+    assert all(part.abs().sum() > 0 for part in wide.grad.split(16, 3))
+
+
+def test_control_and_gradient_act_in_the_steps_that_they_are_given():
+    sampling = Sampling(steps=10, start=0.3, end=0.5, gradient=0.1, gradient_steps=3)
+    assert [n for n in range(10) if sampling.controls(n)] == [3, 4]
+    assert [n for n in range(10) if sampling.moves(n)] == [7, 8, 9]
+    assert all(Sampling(steps=10).controls(n) and not Sampling(steps=10).moves(n) for n in range(10))
 
 
 def test_a_flat_gradient_moves_nothing(backbone, scenes):

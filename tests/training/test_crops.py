@@ -1,6 +1,8 @@
 """The random crops and flips of training pictures (paper Sec. 2): as large, as placed and as turned as they are said
 to be."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -46,6 +48,31 @@ def test_areas_and_places_are_those_of_a_random_resized_crop(places):
     for first, last in ((left, right), (top, bottom)):
         place = (first / (first + 1 - last).clamp(min=1e-3))[last - first < 0.8]  # 0 at one end, 1 at the other
         assert abs(place.mean() - 0.5) < 0.06 and place.min() < 0.1 and place.max() > 0.9
+
+
+def test_another_seed_gives_another_order_and_other_crops(places, tmp_path):
+    for name in "abcdefgh":
+        shutil.copy(places / "places.png", tmp_path / f"{name}.png")
+
+    def source(seed):
+        return open_source(read_config(DEFAULT, {"data": str(tmp_path), "seed": seed}), {"pictures": SIDE})
+
+    one, again, other = source("1"), source("1"), source("2")
+    orders = [[s.entry(n) for n in range(8)] for s in (one, again, other)]
+    assert orders[0] == orders[1] != orders[2]
+    first, same, third = (s.render([(0, 0)])[0]["pictures"] for s in (one, again, other))
+    assert torch.equal(first, same) and not torch.equal(first, third)
+
+
+def test_a_photograph_is_turned_upright_before_it_is_cropped(tmp_path):
+    """Its red grows to the right in the file, which says that it is to be seen a quarter turned: downwards."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ramp = torch.arange(0, 200, 4, dtype=torch.uint8).expand(60, 50)
+    Image.fromarray(torch.stack([ramp, ramp * 0, ramp * 0], 2).numpy()).save(tmp_path / "turned.png", exif=exif)
+    source = open_source(read_config(DEFAULT, {"data": str(tmp_path), "flips": "none"}), {"pictures": SIDE})
+    red = source.__getitems__([0, 1, 2]).tensors["pictures"][:, 0]
+    assert (red[:, -1] > red[:, 0] + 0.1).all() and torch.allclose(red[:, :, -1], red[:, :, 0], atol=0.01)
 
 
 @pytest.mark.parametrize(("flips", "across", "down"), [("none", 0, 0), ("horizontal", 0.5, 0), ("both", 0.5, 0.5)])

@@ -9,6 +9,7 @@ from scipy.linalg import sqrtm
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.metrics import frechet_distance
+from featinv_nodes.worlds import open_backbone
 from training.evaluation import metrics
 from training.evaluation.evaluator import Evaluator, Features
 from training.evaluation.metrics import kid, mean_entry, set_entries
@@ -80,6 +81,7 @@ def test_frechet_distance_and_the_names_of_the_figures():
     expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
     result = entries["frechet_distance (net, pooled)"]
     assert result["value"] == pytest.approx(expected, rel=1e-6) and result["biased"] and result["n"] == 60
+    assert entries["kid_paired (net, pooled)"]["value"] == pytest.approx(plain_kid(x, y, True), rel=1e-9)
     assert "biased" not in entries["kid (net, pooled)"] and result["low"] < result["value"] < result["high"]
     assert set(set_entries("Inception", a, b)) == {"fid", "kid (Inception)", "kid_paired (Inception)"}
     assert not set_entries("net", a[:7], b[:7])  # too few to say anything
@@ -171,6 +173,26 @@ def test_cosine_and_match_of_a_judge():
         assert np.allclose(columns[name], plain.mean((1, 2)), atol=1e-6)  # float32
     for k in (1, 5):
         assert columns[f"top{k}_match"].tolist() == plain_match(expected.logits, result.logits, k)
+
+
+def test_a_match_among_five_counts_the_fifth_and_not_the_sixth():
+    evaluator, expected, result = measures_of()
+    target, ranks = torch.zeros(4, 12), torch.tensor([1, 2, 5, 6])
+    target[:, 3] = 1
+    pred = torch.arange(12.0).expand(4, -1).clone()
+    pred[:, 3] = 11.5 - ranks + (ranks < 9).float()  # above 12 - rank others
+    columns = evaluator.compare(Features(expected.maps, target), Features(result.maps, pred))
+    assert columns["top1_match"].tolist() == [1, 0, 0, 0] and columns["top5_match"].tolist() == [1, 1, 1, 0]
+
+
+def test_an_evaluator_compares_the_layers_and_means_that_it_is_asked_for():
+    backbone, pictures = open_backbone("tiny-cnn"), torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    asked = {"cosine": ("last", False), "mean": ("last", True), "stage": ("layer2", False)}
+    maps = Evaluator(backbone, asked).extract(pictures).maps
+    whole = backbone.preprocess(pictures, "stretch")
+    for name, (layer, pooled) in asked.items():
+        expected = backbone.extract(whole, layer, pooled)
+        assert maps[name].source == expected.source and torch.allclose(maps[name].values, expected.values, atol=1e-5)
 
 
 def test_a_subset_of_the_classes_and_several_groups():

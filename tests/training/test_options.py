@@ -20,7 +20,7 @@ from featinv_nodes.worlds import open_backbone
 from tests.training import killed
 from training.config import CONFIGS, DEFAULT, read_config
 from training.loop.flops import step_gmac
-from training.loop.optimizer import build_optimizer
+from training.loop.optimizer import build_optimizer, fused_step
 from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
@@ -112,6 +112,29 @@ def test_weights_without_a_gradient_decay_as_the_configuration_says():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert all(torch.allclose(p, 0.9 * before[name]) for name, p in model.named_parameters())
+
+
+def test_a_step_clips_the_norm_of_all_gradients_together():
+    """Against torch's own two functions. AdamW's first step knows no length, so it takes a second."""
+    one, two = (torch.nn.Linear(3, 2) for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    fused, plain = (torch.optim.AdamW(m.parameters(), lr=0.1, fused=f) for m, f in ((one, True), (two, False)))
+    for length in (100.0, 0.3, 5.0):
+        for p, q in zip(one.parameters(), two.parameters()):
+            p.grad = length * torch.ones_like(p)
+            q.grad = p.grad.clone()
+        assert fused_step(fused)
+        torch.nn.utils.clip_grad_norm_(two.parameters(), 1.0)
+        plain.step()
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(one.parameters(), two.parameters()))
+
+
+def test_the_average_begins_near_the_weights(tmp_path):
+    """After one step it keeps 2 of 11 parts of the start, whatever its decay: of a zero convolution, nothing."""
+    here(tmp_path, max_images="2", ema="0.9999")
+    state = torch.load(next(tmp_path.glob("checkpoint-*.pt")), weights_only=True)
+    model, average = (state[name]["controlnet.controlnet_mid_block.weight"] for name in ("model", "average"))
+    assert model.abs().max() > 0 and torch.allclose(average, 9 / 11 * model)
 
 
 def test_min_snr_weights_are_those_of_the_paper():

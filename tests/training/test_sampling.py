@@ -214,6 +214,16 @@ def test_best_of_n_is_never_worse_and_one_is_a_plain_draw(pipeline, features):
     assert replace(sampling, best_of=3).evaluations == 6
 
 
+def test_the_whole_of_a_drawn_picture_is_scored(pipeline, features):
+    """Pictures alike in the middle, which the backbone's own evaluation would cut out, and different to its sides."""
+    wide = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    wide[1, :, :, :32] = 0
+    scores = pipeline.score(features, wide)
+    alone = pipeline.score(features.select(slice(1, 2)), wide[1:])
+    assert abs(scores[1] - alone[0]) < 1e-4  # float32, batches of another size
+    assert abs(pipeline.score(features.select(0).repeat(2), wide).diff()) > 1e-3
+
+
 def test_reconstruct_keeps_the_best_and_says_so(pipeline, tmp_path):
 
     from training.report import save_image, to_image
