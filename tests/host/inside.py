@@ -378,6 +378,9 @@ def features_nodes(world: World) -> dict:
         run("FeatInv_ExtractFeatures", backbone=world.backbone, image=x, layer="last", pooled=False, fit="crop")[0]
         for x in (wide, 1 - wide)
     )
+    inputs = {"backbone": world.backbone, "image": wide, "layer": "last", "pooled": False, "fit": "stretch"}
+    stretched, network = run("FeatInv_ExtractFeatures", **inputs)[0], world.backbone.backbone
+    expected = network.extract(network.preprocess(wide.movedim(-1, 1), "stretch"))
     mix = {
         "features_a": a,
         "features_b": b,
@@ -403,6 +406,7 @@ def features_nodes(world: World) -> dict:
         seen.append(NODES["FeatInv_DiscoverConcepts"].fingerprint_inputs(folder=f'"{pictures}"', name=""))
     three = run("FeatInv_FeatureSimilarity", features=world.features, backbone=world.backbone, image=picture)[2]
     return {
+        "fit": [relative(stretched.values, expected.values), relative(stretched.values, a.values)],
         "columns": columns,
         "names": names,
         "folders": len({*seen, NODES["FeatInv_DiscoverConcepts"].fingerprint_inputs(folder=None, name=None)}),
