@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from training.config import TrainConfig, parse_arguments
 from training.data.latent_cache import SHARD, Part, parts_of
 from training.data.loader import Photographs, Scenes, as_it_is, open_source, sides
 from training.loop.objective import cast_frozen, observed_features, observed_moments
-from training.loop.setup import open_frozen, with_precision
+from training.loop.setup import open_frozen, own_device, with_precision
 
 Entry = tuple[int, int]  # index, view
 
@@ -70,7 +70,7 @@ def fill(config: TrainConfig) -> None:
     the folder holds another."""
     if not config.cache:
         raise FeatInvError("say where with --cache DIR")
-    config, precision = with_precision(config, PartialState().device)
+    config, precision = with_precision(config, own_device())
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device, main = accelerator.device, accelerator.is_main_process
     base, backbone = open_frozen(config, device)

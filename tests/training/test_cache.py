@@ -2,14 +2,14 @@
 
 import json
 
+import killed
 import pytest
 import torch
 from PIL import Image, ImageOps
+from test_never_loses_work import photographs as photographs
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import open_backbone
-from tests.training import killed
-from tests.training.test_never_loses_work import photographs as photographs
 from training import cache
 from training.checksum import is_whole
 from training.config import DEFAULT, read_config

@@ -6,15 +6,15 @@ import json
 
 import pytest
 import torch
+from test_evaluate_suites import photographic as photographic
+from test_evaluate_suites import run
+from test_real_layout import stable_diffusion as stable_diffusion
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_metadata
 from featinv_nodes.worlds import model_file, open_backbone
-from tests.training.test_evaluate_suites import photographic as photographic
-from tests.training.test_evaluate_suites import run
-from tests.training.test_real_layout import stable_diffusion as stable_diffusion
 from training.evaluation.rcdm import HEADS, RCDM, load_rcdm, save_rcdm, translate
 from training.evaluation.suites import rcdm as suite
 from training.worlds.make_drawn import ship_rcdm

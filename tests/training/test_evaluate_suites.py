@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_real_layout import PROMPT
+from test_real_layout import stable_diffusion as stable_diffusion
 from timm.data import ImageNetInfo
 
 from featinv_nodes.core.backbones import untrained_backbone
@@ -17,8 +19,6 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo, load_scope, read_info
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
-from tests.training.test_real_layout import PROMPT
-from tests.training.test_real_layout import stable_diffusion as stable_diffusion
 from training import evaluate
 from training.evaluation.context import EvalContext, ModelSpec
 from training.evaluation.evaluator import Evaluator

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_never_loses_work import photographs as photographs
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen, find_images
 from featinv_nodes.core.picture_files import without_decoder
-from tests.training.test_never_loses_work import photographs as photographs
 from training.data.identity import fingerprint, identity, what_changed
 from training.data.listing import Folder, Part, TarShards, open_listing
 from training.data.loader import Photographs, loader

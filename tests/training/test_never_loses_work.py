@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 
+import killed
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from featinv_nodes.core.feature_map import FeatInvError
-from tests.training import killed
 from training import checksum
 from training.config import DEFAULT, read_config
 from training.experiments.kill_test import differences
@@ -24,7 +24,7 @@ from training.loop.folder import check_room, only_run_in
 from training.loop.training import train
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.training.killed"])
+PROCESSES.set_forkserver_preload(["killed"])
 
 
 def process(folder, moment=killed.never, **changes):

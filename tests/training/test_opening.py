@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from killed import SMALL
+from test_never_loses_work import photographs as photographs
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
-from tests.training.killed import SMALL
-from tests.training.test_never_loses_work import photographs as photographs
 from training import cli
 from training import train as program
 from training.config import DEFAULT, read_config

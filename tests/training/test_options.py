@@ -6,6 +6,7 @@ import multiprocessing
 import socket
 import sys
 
+import killed
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -17,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.objective import min_snr_weight
 from featinv_nodes.worlds import open_backbone
-from tests.training import killed
 from training.config import CONFIGS, DEFAULT, read_config
 from training.loop.flops import step_gmac
 from training.loop.optimizer import build_optimizer, fused_step
@@ -27,7 +27,7 @@ from training.models.controlnet import FeatureControlNet
 
 SMALL = killed.SMALL | {"max_images": "40", "save_every": "1000"}
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.training.killed"])
+PROCESSES.set_forkserver_preload(["killed"])
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,10 @@
 """Scale factor, shift, variance and resolution of a base model's latents, which the embedded worlds do not have."""
 
 import pytest
+import scaled
 import torch
 from PIL import Image
+from scaled import FACTOR, PROMPT, SHIFT, SIDE
 from torch.nn import functional as F
 
 from featinv_nodes.core.guidance import feature_distance, toward_features
@@ -10,8 +12,6 @@ from featinv_nodes.core.objective import latents_from
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
-from tests.training import scaled
-from tests.training.scaled import FACTOR, PROMPT, SHIFT, SIDE
 from training.config import DEFAULT, read_config
 from training.loop import run as running
 from training.loop.objective import cycle_distance, moments_of, observe, sample_noise

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
@@ -40,7 +40,7 @@ from .optimizer import build_optimizer, clip_and_step, weights_layout
 from .panel import sample_panel
 from .schedule import lr_at, step_seed
 from .scope import check_scope_data, end_with_scope
-from .setup import open_frozen, standardise, start_from, with_precision
+from .setup import open_frozen, own_device, standardise, start_from, with_precision
 
 
 class Run:
@@ -53,7 +53,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, output: Path, stack: ExitStack, write: bool = True) -> None:
         self._began = config.check_folder(output / "config.yaml")
-        config, precision = with_precision(config, PartialState().device, self._began.get("precision"))
+        config, precision = with_precision(config, own_device(), self._began.get("precision"))
         check_trackers(config.trackers, output)
         check_scope_data(config, write)
         self.config, self.output, self.write = config, output, write

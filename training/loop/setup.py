@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
@@ -37,6 +39,12 @@ def computes_in_bf16(device: torch.device) -> bool:
         return False
     flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def own_device() -> torch.device:
+    """The device that accelerate gives this process. Joins the processes of a launcher, so the launcher's --cpu counts
+    already."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 
 def with_precision(config: TrainConfig, device: torch.device, began: str | None = None) -> tuple[TrainConfig, str]:
