@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .backbone_weights import HUB_FILES, fill, some
+from .classes import are_classes, label_groups, ranked
 from .errors import FeatInvError, UnknownBackbone
 from .feature_map import FeatureMap, FeatureSource, concatenate
 from .files import HUB
@@ -24,10 +25,6 @@ LAST = "last"
 RESIZE_MODES = ("crop", "stretch")
 #: begins the name of a backbone of one's own, module:FILE.py:NAME
 MODULE = "module:"
-#: outputs of classifiers of ImageNet's label sets: 1k, 12k, and the variants of 21k and 22k
-IMAGENET_COUNTS = (1000, 11221, 11821, 19168, 21841, 21842, 21843)
-#: in the names of timm's models that compare pictures with texts
-CONTRASTIVE = ("clip", "vit_pe_core", "vitamin")
 
 
 class LastMap(NamedTuple):
@@ -191,11 +188,7 @@ class Backbone(nn.Module):
     def has_classes(self) -> bool:
         """Whether the head's outputs are classes. False without a head (DINO, SigLIP), and for the projection of CLIP
         and its kin: the channels of an embedding, which timm counts as num_classes."""
-        count = self.num_classes
-        if self.classes or count in IMAGENET_COUNTS:
-            return True
-        kin = any(word in self.name for word in CONTRASTIVE)
-        return count > 0 and not (kin and count in _published_counts(self.name.partition(".")[0]))
+        return are_classes(self.name, self.num_classes, self.classes)
 
     def require_classes(self) -> None:
         """Raises FeatInvError for a backbone without classes."""
@@ -208,29 +201,13 @@ class Backbone(nn.Module):
     @property
     def groups(self) -> dict[str, slice]:
         """Label groups in the logits: those that the class names state as "group: name", else one of all."""
-        if not self.classes:
-            return {"class": slice(None)}
-        groups = [name.split(":")[0] for name in self.classes]
-        return {g: slice(groups.index(g), groups.index(g) + groups.count(g)) for g in dict.fromkeys(groups)}
+        return label_groups(self.classes)
 
     def top_classes(self, logits: Tensor, k: int) -> list[list[tuple[str, float]]]:
         """For each row of logits [B, classes]: the k most probable (name, probability) of every label group. Raises
         FeatInvError for a backbone without classes."""
         self.require_classes()
-        ranked: list[list[tuple[str, float]]] = [[] for _ in logits]
-        for part in self.groups.values():
-            probabilities = logits[:, part].softmax(1)
-            best, numbers = probabilities.topk(min(k, probabilities.shape[1]), 1)
-            for row, values, classes in zip(ranked, best.tolist(), (numbers + (part.start or 0)).tolist()):
-                row += [(self._class_name(n), v) for n, v in zip(classes, values)]
-        return ranked
-
-    def _class_name(self, number: int) -> str:
-        if self.classes:
-            return self.classes[number]
-        if self.num_classes == 1000:
-            return _imagenet().index_to_description(number)
-        return f"class {number}"
+        return ranked(logits, k, self.classes)
 
     @cached_property
     def last_map(self) -> LastMap:
@@ -311,19 +288,6 @@ class Backbone(nn.Module):
     def _classified(self, out: Tensor) -> Tensor:
         """The model's own head on what forward_features gives."""
         return self.model.forward_head(out)
-
-
-@cache
-def _published_counts(architecture: str) -> frozenset[int]:
-    """num_classes of an architecture's weights in timm."""
-    tagged = timm.list_models(f"{architecture}.*", include_tags=True)
-    return frozenset(timm.get_pretrained_cfg(name).num_classes for name in tagged)
-
-
-@cache
-def _imagenet() -> timm.data.ImageNetInfo:
-    """ImageNet's class names; reading them takes tenths of a second."""
-    return timm.data.ImageNetInfo()
 
 
 @cache
