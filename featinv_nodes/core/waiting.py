@@ -24,8 +24,9 @@ def attended(call: Callable[[], Result], check: Check) -> Result:
     """call() in a thread of its own; check() before it and every tenth of a second until it is done.
 
     For calls of libraries that take seconds and cannot be asked to stop. When check raises, the call is left alone: it
-    runs to its end behind the scenes and its result is thrown away. So it must be one call, on the CPU, and change
-    nothing that others see. Raises what check or the call raises.
+    runs to its end behind the scenes and its result is thrown away; a program that ends waits for it, since libraries
+    crash when torn down at work. So it must be one call, on the CPU, and change nothing that others see. Raises what
+    check or the call raises.
     """
     check()
     outcome: Future[Result] = Future()
@@ -38,7 +39,7 @@ def attended(call: Callable[[], Result], check: Check) -> Result:
         except BaseException as error:  # noqa: BLE001 - told to the caller
             outcome.set_exception(error)
 
-    Thread(target=work, daemon=True, name="featinv-attended").start()
+    Thread(target=work, name="featinv-attended").start()
     while not wait([outcome], EVERY).done:
         check()
     return outcome.result()

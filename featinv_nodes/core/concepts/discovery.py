@@ -18,6 +18,7 @@ from .sparse import fit_dictionary
 if TYPE_CHECKING:
     import numpy as np
     from scipy.sparse import csr_array
+    from sklearn.cluster import KMeans
 
 METHODS = ("mcd", "mcd-elastic-net", "pca", "nmf", "kmeans", "sae")
 SMALLEST_SHARE, SMALLEST_EIGENVALUE, SMALLEST_SINE = 0.02, 0.05, 0.2
@@ -217,24 +218,32 @@ def _directions(vectors: Tensor, method: str, count: int, seed: int, progress: P
     if method == "pca":
         return attended(lambda: principal(vectors - vectors.mean(0))[0][:count].contiguous(), begun)
     if method == "nmf":
-        from sklearn.decomposition import NMF
-
-        fit = NMF(count, init="nndsvda", random_state=seed, max_iter=400, tol=1e-3).fit
-        rows = attended(lambda: fit(vectors.numpy()), begun).components_
+        rows = attended(lambda: _dictionary(vectors, count, seed), begun)
     else:
         rows = _centres(unit(vectors), count, seed, progress)
     return unit(torch.from_numpy(rows).float())
 
 
+def _dictionary(vectors: Tensor, count: int, seed: int) -> np.ndarray:
+    """[count, C] of NMF."""
+    from sklearn.decomposition import NMF
+
+    return NMF(count, init="nndsvda", random_state=seed, max_iter=400, tol=1e-3).fit(vectors.numpy()).components_
+
+
 def _centres(points: Tensor, count: int, seed: int, progress: Progress) -> np.ndarray:
     """[count, C] the centres that scikit-learn's KMeans(count, n_init=RUNS, random_state=seed) finds, run by run."""
     import numpy as np
-    from sklearn.cluster import KMeans
 
     random, data, runs = np.random.RandomState(seed), points.numpy(), []
+
+    def run() -> KMeans:
+        from sklearn.cluster import KMeans  # the first import takes seconds
+
+        return KMeans(count, n_init=1, random_state=random).fit(data)
+
     for done in range(RUNS):
-        run = KMeans(count, n_init=1, random_state=random)
-        runs.append(attended(partial(run.fit, data), partial(progress, done * len(data) // RUNS, len(data))))
+        runs.append(attended(run, partial(progress, done * len(data) // RUNS, len(data))))
     return min(runs, key=lambda run: run.inertia_).cluster_centers_
 
 
