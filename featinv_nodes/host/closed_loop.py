@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_management as management
 import comfy.sample
@@ -82,7 +82,7 @@ def steered(guider: comfy.samplers.CFGGuider, maps: FeatureMap) -> comfy.sampler
         name: [c | {"control": _towards(c["control"], maps, copies)} if c.get("control") else c for c in conds]
         for name, conds in guider.original_conds.items()
     }
-    if not any(isinstance(c, FeatureControl) and c.features is maps for c in copies.values()):
+    if not any(isinstance(c, FeatureControl) and c.steering.features is maps for c in copies.values()):
         raise FeatInvError(
             f"the guider steers towards no feature map of {maps.source.describe()}; connect the positive and the"
             " negative of FeatInv ControlNet, at a strength above 0, to the guider"
@@ -97,7 +97,7 @@ def _towards(
     if control not in copies:
         copies[control] = control.copy().set_previous_controlnet(_towards(control.previous_controlnet, maps, copies))
         if isinstance(control, FeatureControl) and control.info.source == maps.source:
-            copies[control].features = maps
+            copies[control].steering = replace(control.steering, features=maps)
     return copies[control]
 
 
