@@ -3,14 +3,18 @@ them."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 
 from ..core.backbone_weights import HUB_FILES
 from ..core.checkpoints import SUFFIXES
+from ..core.feature_files import KEY
 from ..core.feature_map import FeatInvError
-from ..core.files import HUB
+from ..core.files import HUB, read_about
 
 BACKBONES, CONTROLS, CONCEPTS = "backbones", "featinv", "featinv_concepts"
 EXTENSIONS = {
@@ -18,6 +22,8 @@ EXTENSIONS = {
     CONTROLS: {".safetensors"},
     CONCEPTS: {".safetensors"},
 }
+EMBEDDED = " (embedded)"  # after the name of what is part of the pack
+NOTHING_SAVED = "(nothing saved yet: use Save Features)"
 
 
 def register() -> None:
@@ -34,6 +40,11 @@ def names(folder: str) -> list[str]:
     return folder_paths.get_filename_list(folder)
 
 
+def places(folder: str) -> list[str]:
+    """Where the host looks for a folder's files."""
+    return folder_paths.get_folder_paths(folder)
+
+
 def stamp(file: Path) -> str:
     """Changes when a file is written again or another takes its place, even one that keeps its date."""
     status = file.stat()
@@ -44,8 +55,67 @@ def path(folder: str, name: str) -> Path:
     """The file behind a name. Raises FeatInvError that says where it was looked for."""
     full = folder_paths.get_full_path(folder, name)
     if full is None:
-        places = ", ".join(folder_paths.get_folder_paths(folder))
         page = f"{HUB}/timm/{Path(name).parent if Path(name).name in HUB_FILES else Path(name).stem}"
         fetch = f" (from {page}, or by python3 run.py download CONFIG)" if folder == BACKBONES else ""
-        raise FeatInvError(f"{name} is not in {places}. Put the file there{fetch} and press R to refresh the list")
+        raise FeatInvError(
+            f"{name} is not in {', '.join(places(folder))}. Put the file there{fetch} and press R to refresh the list"
+        )
     return Path(full)
+
+
+def located(folder: str, name: str, embedded: Callable[[str], Path]) -> Path:
+    """The file that a widget names: `embedded` finds those of the pack. Raises FeatInvError as path does."""
+    return embedded(name.removesuffix(EMBEDDED)) if name.endswith(EMBEDDED) else path(folder, name)
+
+
+def modified(folder: str, name: str) -> str:
+    """Changes when the file behind a widget's name does. What is missing is said when it is opened."""
+    try:
+        return name if name.endswith(EMBEDDED) else f"{name} {stamp(path(folder, name))}"
+    except (FeatInvError, OSError):
+        return name
+
+
+def saved_features() -> list[str]:
+    """Feature files anywhere below the output and the input folder, as the host annotates names; NOTHING_SAVED alone
+    where there is none. Other safetensors files, checkpoints for instance, are left out."""
+    names = []
+    for kind, root in (
+        ("output", folder_paths.get_output_directory()),
+        ("input", folder_paths.get_input_directory()),
+    ):
+        files = [
+            Path(folder, name) for folder, _, all_ in os.walk(root) for name in all_ if name.endswith(".safetensors")
+        ]
+        names += [f"{f.relative_to(root).as_posix()} [{kind}]" for f in sorted(files) if _holds_features(f)]
+    return names or [NOTHING_SAVED]
+
+
+def _holds_features(file: Path) -> bool:
+    try:
+        return _read_kind(file, stamp(file))
+    except OSError:  # gone meanwhile, or a broken link
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _read_kind(file: Path, stamp: str) -> bool:
+    """Whether a file holds feature maps; its header is read once for each stamp."""
+    try:
+        read_about(file, KEY, "feature map")
+    except FeatInvError:
+        return False
+    return True
+
+
+def features_file(name: str) -> Path:
+    """The file behind a name of saved_features. Raises FeatInvError if nothing was saved, or it is gone."""
+    if name == NOTHING_SAVED:
+        raise FeatInvError(
+            "Load Features: no feature file is chosen. Save a feature map with Save Features, press R to refresh the"
+            " list, and choose the file"
+        )
+    file = Path(folder_paths.get_annotated_filepath(name))
+    if not file.is_file():
+        raise FeatInvError(f"Load Features: {file} does not exist any more; press R to refresh the list")
+    return file

@@ -1,10 +1,28 @@
 """The pack's nodes, thin V3 classes over core and host."""
 
-from . import closed_loop, concepts, control, discover, features, guidance, loaders, preview, viz
+from . import (
+    closed_loop,
+    concepts,
+    control,
+    discover,
+    features,
+    guidance,
+    loaders,
+    mix,
+    pair,
+    preview,
+    saved,
+    viz,
+    worlds,
+)
 
 ALL = [
+    *pair.NODES,
     *loaders.NODES,
+    *worlds.NODES,
     *features.NODES,
+    *mix.NODES,
+    *saved.NODES,
     *control.NODES,
     *guidance.NODES,
     *concepts.NODES,

@@ -5,16 +5,18 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..core.viz import ROUNDS
-from .types import CATEGORY, Backbone, Change, Features, channels_last
+from .types import Backbone, Change, Features, Menu, channels_last, schema
 
 
 class ClosedLoop(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_ClosedLoop",
             display_name="Concept Closed Loop",
-            category=CATEGORY,
+            category=Menu.CONCEPTS,
+            aliases=("attenuate", "steer", "slope"),
+            says=True,
             description=(
                 "Draws, lets the backbone read the picture again, and commands another factor until the picture shows"
                 " the one that was asked of the concept. It draws with the guider, sampler and noise that it is given."
@@ -68,7 +70,7 @@ class ClosedLoop(io.ComfyNode):
                     display_name="report",
                     tooltip=(
                         "A line per variant: the factor asked, the one commanded, the one reached, and whether that is"
-                        " as asked. Connect Preview Any."
+                        " as asked. The node shows it."
                     ),
                 ),
                 io.Float.Output(

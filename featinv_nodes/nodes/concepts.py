@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..core.viz import FACTOR, edit, parse_groups
 from ..host import folders
 from ..worlds import CONCEPTS, concepts_file
-from .loaders import modified
-from .types import CATEGORY, EMBEDDED, Change, ConceptSet, Control, Features, channels_last
+from .types import Change, ConceptSet, Control, Features, Menu, channels_last, schema
 
-SHIPPED = [name + EMBEDDED for name in CONCEPTS]
+SHIPPED = [name + folders.EMBEDDED for name in CONCEPTS]
 
 
 class LoadConcepts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_LoadConcepts",
             display_name="Load Concepts",
-            category=CATEGORY,
+            category=Menu.CONCEPTS,
+            aliases=("open concepts",),
+            says=True,
             description=(
                 "Opens a concept file: directions in the feature space of one backbone and layer that belong together."
             ),
@@ -39,8 +40,8 @@ class LoadConcepts(io.ComfyNode):
                     "names",
                     display_name="names",
                     tooltip=(
-                        "Their numbers and names, one per line; the last is the rest that no concept explains. Connect"
-                        " Preview Any."
+                        "Their numbers and names, one per line; the last is the rest that no concept explains. The"
+                        " node shows them."
                     ),
                 ),
             ],
@@ -48,25 +49,26 @@ class LoadConcepts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return modified(folders.CONCEPTS, file)
+        return folders.modified(folders.CONCEPTS, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         from ..core.concepts import load_concepts
 
-        concepts = load_concepts(
-            concepts_file(file.removesuffix(EMBEDDED)) if file in SHIPPED else folders.path(folders.CONCEPTS, file)
-        )
-        return io.NodeOutput(concepts, "\n".join(f"{i} {name}" for i, name in enumerate(concepts.names)))
+        concepts = load_concepts(folders.located(folders.CONCEPTS, file, concepts_file))
+        names = "\n".join(f"{i} {name}" for i, name in enumerate(concepts.names))
+        return io.NodeOutput(concepts, names, ui=ui.PreviewText(names))
 
 
 class ConceptAttenuate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_ConceptAttenuate",
             display_name="Concept Attenuate",
-            category=CATEGORY,
+            category=Menu.CONCEPTS,
+            aliases=("steer", "suppress", "ablate"),
+            says=True,
             description=(
                 "Turns concepts in a feature map down or up. Invert the result and see what the concept is to the"
                 " model."
@@ -123,7 +125,7 @@ class ConceptAttenuate(io.ComfyNode):
                     display_name="scope",
                     tooltip=(
                         "Whether the changed map is inside what the inversion model knows, and if not, what is unusual"
-                        " about it. Connect Preview Any."
+                        " about it. The node shows it."
                     ),
                 ),
             ],
@@ -137,16 +139,17 @@ class ConceptAttenuate(io.ComfyNode):
             if control_net
             else "connect the inversion model to see whether the map is still in scope"
         )
-        return io.NodeOutput(change.changed, change, scope)
+        return io.NodeOutput(change.changed, change, scope, ui=ui.PreviewText(scope))
 
 
 class ConceptMap(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_ConceptMap",
             display_name="Concept Map",
-            category=CATEGORY,
+            category=Menu.CONCEPTS,
+            aliases=("heatmap", "heat map", "saliency"),
             description=(
                 "Where each concept is active in a feature map, and how strongly: a heat map per concept, its name and"
                 " largest share below."

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from .types import CATEGORY, Control, Features
+from .types import Control, Features, Menu, schema
 
 
 class FeatInvControlNet(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInvControlNet",
             display_name="FeatInv ControlNet",
-            category=CATEGORY,
+            category=Menu.CONTROL,
+            aliases=("apply controlnet", "reconstruct", "invert features"),
+            says=True,
             description=(
                 "Steers the sampler towards a feature map, as Apply ControlNet steers towards a hint picture. Chains"
                 " with other ControlNets in either order."
@@ -94,7 +96,7 @@ class FeatInvControlNet(io.ComfyNode):
                     display_name="scope",
                     tooltip=(
                         "Whether the feature map is inside what the inversion model knows, and if not, what is unusual"
-                        " about it. Connect Preview Any."
+                        " about it. The node shows it."
                     ),
                 ),
                 io.Conditioning.Output(
@@ -133,7 +135,7 @@ class FeatInvControlNet(io.ComfyNode):
         )
         scope = control.evaluate(features)
         if strength == 0:
-            return io.NodeOutput(positive, negative, scope, negative)
+            return io.NodeOutput(positive, negative, scope, negative, ui=ui.PreviewText(scope))
         copies = {}  # one control per chain before it, shared by all outputs so that they stay one batch
 
         def steered(conditioning: list, away: bool = False) -> list:
@@ -147,16 +149,19 @@ class FeatInvControlNet(io.ComfyNode):
                 )
             return out
 
-        return io.NodeOutput(steered(positive), steered(negative, away=True), scope, steered(negative))
+        return io.NodeOutput(
+            steered(positive), steered(negative, away=True), scope, steered(negative), ui=ui.PreviewText(scope)
+        )
 
 
 class EmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_EmptyLatent",
             display_name="Empty Latent for FeatInv",
-            category=CATEGORY,
+            category=Menu.CONTROL,
+            aliases=("empty latent image",),
             description=(
                 "Empty latents of the size that an inversion model was trained at. It draws others less faithfully, and"
                 " larger ones slowly."

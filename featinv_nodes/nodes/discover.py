@@ -13,16 +13,17 @@ from ..core.feature_map import FeatInvError
 from ..core.files import require_name
 from ..core.images import find_images
 from ..host import folders
-from .types import CATEGORY, Backbone, ConceptSet, channels_first
+from .types import Backbone, ConceptSet, Menu, channels_first, schema
 
 
 class DiscoverConcepts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_DiscoverConcepts",
             display_name="Discover Concepts",
-            category=CATEGORY,
+            category=Menu.CONCEPTS,
+            aliases=("MCD", "PCA", "NMF", "sparse autoencoder", "clustering"),
             description=(
                 "Finds concepts in what a backbone sees in many pictures: directions in its feature space that belong"
                 " together, to be turned down by Concept Attenuate."
@@ -107,7 +108,7 @@ class DiscoverConcepts(io.ComfyNode):
                     display_name="names",
                     tooltip=(
                         "Number, name, dimension, share of the feature norm, relevance and classes of each, and what"
-                        " was rejected. Connect Preview Any."
+                        " was rejected. The node shows it."
                     ),
                 ),
             ],

@@ -1,43 +1,37 @@
-"""Nodes that make and combine feature maps."""
+"""The node that makes feature maps."""
 
 from __future__ import annotations
 
-from itertools import count
-from pathlib import Path
+from dataclasses import replace
 
-import folder_paths
-import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..core.feature_map import FeatInvError, FeatureMap, concatenate
-from ..core.files import require_name
-from ..host.folders import stamp
-from .types import CATEGORY, Backbone, Features, channels_first, channels_last
-
-MIXES = ("interpolate", "sweep", "compose")
-FOLDER = "features"  # of the output and the input folder
+from ..core.feature_map import FeatureMap
+from .types import Backbone, Control, Features, Menu, channels_first, channels_last, schema
 
 
 class ExtractFeatures(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_ExtractFeatures",
             display_name="Extract Features",
-            category=CATEGORY,
+            category=Menu.FEATURES,
+            aliases=("resnet", "activations", "embedding", "encode image"),
+            says=True,
             description=(
                 "Reads a picture with a backbone and gives its feature map at a layer: what the model sees, ready to be"
                 " mixed and inverted."
             ),
             inputs=[
-                Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
+                Backbone.Input("backbone", tooltip="The vision model, from Load Backbone or FeatInv Loader."),
                 io.Image.Input("image", tooltip="One picture or a batch, any size."),
                 io.String.Input(
                     "layer",
                     default="last",
                     tooltip=(
-                        "'last' is the map that the model's own classifier reads; the other names are listed by Load"
-                        " Backbone."
+                        "'last' is the map that the model's own classifier reads. The list follows the backbone once"
+                        " one is connected."
                     ),
                 ),
                 io.Boolean.Input(
@@ -57,6 +51,14 @@ class ExtractFeatures(io.ComfyNode):
                         " or the whole picture stretched."
                     ),
                 ),
+                Control.Input(
+                    "control_net",
+                    optional=True,
+                    tooltip=(
+                        "The inversion model that shall draw the features: its layer and pooling are used instead of"
+                        " the two above."
+                    ),
+                ),
             ],
             outputs=[
                 Features.Output("features", display_name="features", tooltip="The feature map of each picture."),
@@ -67,232 +69,20 @@ class ExtractFeatures(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, backbone, image, layer, pooled, fit) -> io.NodeOutput:
+    def execute(cls, backbone, image, layer, pooled, fit, control_net=None) -> io.NodeOutput:
+        if control_net is not None:
+            wanted = control_net.info.source
+            layer, pooled = wanted.layer, wanted.pooled
+            mine = replace(wanted, backbone=backbone.name, input_size=backbone.backbone.input_size)
+            mine.require(wanted, "the backbone", "the inversion model")
         pixel_values = backbone.preprocess(channels_first(image).cpu(), fit)
-        return io.NodeOutput(backbone.extract(pixel_values, layer.strip(), pooled), channels_last(pixel_values))
+        features = backbone.extract(pixel_values, layer.strip(), pooled)
+        return io.NodeOutput(features, channels_last(pixel_values), ui=ui.PreviewText(said(features)))
 
 
-class FeatureMix(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FeatInv_FeatureMix",
-            display_name="Feature Mix",
-            category=CATEGORY,
-            description=(
-                "Mixes feature maps of one backbone and layer: a weighted mean, a sweep from a to b as a batch, or b"
-                " inside a mask and a outside."
-            ),
-            inputs=[
-                Features.Input("features_a", tooltip="The first feature map."),
-                Features.Input("features_b", tooltip="The second one, from the same backbone and layer."),
-                io.Combo.Input(
-                    "mode",
-                    options=list(MIXES),
-                    default="interpolate",
-                    tooltip=(
-                        "interpolate: mean by the weights. sweep: a batch from a to b in equal steps. compose: b inside"
-                        " the mask, a outside."
-                    ),
-                ),
-                io.Float.Input(
-                    "weight_a",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Weight of a (interpolate). Weights are divided by their sum.",
-                ),
-                io.Float.Input(
-                    "weight_b", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of b (interpolate)."
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=5,
-                    min=2,
-                    max=64,
-                    tooltip=(
-                        "Maps in the sweep, a and b included. Set the batch size of Empty Latent Image, or the amount"
-                        " of Repeat Latent Batch, to the same number (times the maps, where a or b is a batch)."
-                    ),
-                ),
-                io.Boolean.Input(
-                    "soft_edge",
-                    default=False,
-                    tooltip="compose: mixes cells that the mask covers in part, instead of giving them to one side.",
-                ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip=(
-                        "compose: where b goes. The mask is cropped like the pictures if the backbone is connected,"
-                        " else stretched over the map."
-                    ),
-                ),
-                Features.Input("features_c", optional=True, tooltip="interpolate: a third feature map."),
-                io.Float.Input(
-                    "weight_c",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Weight of c, if connected.",
-                ),
-                Features.Input("features_d", optional=True, tooltip="interpolate: a fourth feature map."),
-                io.Float.Input(
-                    "weight_d",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Weight of d, if connected.",
-                ),
-                Backbone.Input(
-                    "backbone",
-                    optional=True,
-                    tooltip=(
-                        "compose: crops the mask as Extract Features crops a picture, for a mask that was painted on"
-                        " one. Without it the mask is stretched over the map."
-                    ),
-                ),
-            ],
-            outputs=[
-                Features.Output(
-                    "features", display_name="features", tooltip="The mixed feature map, or the sweep as a batch."
-                )
-            ],
-        )
-
-    @classmethod
-    def execute(
-        cls,
-        features_a,
-        features_b,
-        mode,
-        weight_a,
-        weight_b,
-        steps,
-        soft_edge,
-        mask=None,
-        features_c=None,
-        weight_c=0.5,
-        features_d=None,
-        weight_d=0.5,
-        backbone=None,
-    ) -> io.NodeOutput:
-        from ..core.mixing import compose, interpolate, require_mask
-
-        if mode not in MIXES:  # the oldest hosts let any text through
-            raise FeatInvError(f"Feature Mix: mode {mode!r}; expected one of {MIXES}")
-        if mode == "interpolate":
-            given = [(features_a, weight_a), (features_b, weight_b), (features_c, weight_c), (features_d, weight_d)]
-            maps, weights = zip(*[(m, w) for m, w in given if m is not None])
-            return io.NodeOutput(interpolate(same_batch(maps), weights))
-        a, b = same_batch([features_a, features_b])
-        if mode == "sweep":
-            return io.NodeOutput(
-                concatenate([interpolate([a, b], [1 - w, w]) for w in torch.linspace(0, 1, steps).tolist()])
-            )
-        if mask is None:
-            raise FeatInvError(
-                "Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor"
-            )
-        require_mask(mask)
-        if backbone is not None:
-            mask = backbone.backbone.preprocess(mask[:, None], "crop")[:, 0]
-        return io.NodeOutput(compose(b, a, mask.to(a.values.device), soft_edge))
+def said(features: FeatureMap) -> str:
+    """What the nodes show of feature maps: where they come from, and how many."""
+    return features.source.describe() + (f"; {len(features)} maps" if len(features) > 1 else "")
 
 
-def same_batch(maps: list[FeatureMap] | tuple[FeatureMap, ...]) -> list[FeatureMap]:
-    """Single maps repeated to the size of the batches among them. Raises FeatInvError for batches of two sizes."""
-    sizes = {len(m) for m in maps} - {1}
-    if len(sizes) > 1:
-        raise FeatInvError(f"Feature Mix: batches of {sorted(sizes)} feature maps; give equal numbers, or single maps")
-    size = sizes.pop() if sizes else 1
-    return [m.repeat(size) if len(m) == 1 else m for m in maps]
-
-
-class SaveFeatures(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FeatInv_SaveFeatures",
-            display_name="Save Features",
-            category=CATEGORY,
-            description="Writes feature maps with their source to a .safetensors file in the output folder.",
-            inputs=[
-                Features.Input("features", tooltip="What to save."),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{FOLDER}/features",
-                    tooltip=(
-                        "Folder and beginning of the file's name, below the output folder; a number is added. Load"
-                        " Features lists what is in features/."
-                    ),
-                ),
-            ],
-            outputs=[],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, features, filename_prefix) -> io.NodeOutput:
-        from ..core.feature_files import save_features
-
-        require_name(f"{filename_prefix}_00001.safetensors")
-        folder, name, _, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        file = next(file for n in count(1) if not (file := Path(folder) / f"{name}_{n:05}.safetensors").exists())
-        save_features(file, features)
-        return io.NodeOutput(ui={"text": [str(file.relative_to(folder_paths.get_output_directory()))]})
-
-
-def saved_files() -> list[str]:
-    """Feature files in the folder `features` of output and input, as the host annotates names. Only there: this runs
-    whenever the host describes its nodes, and output folders grow large."""
-    names = []
-    for kind, folder in (
-        ("output", folder_paths.get_output_directory()),
-        ("input", folder_paths.get_input_directory()),
-    ):
-        names += [
-            f"{file.relative_to(folder).as_posix()} [{kind}]"
-            for file in sorted(Path(folder, FOLDER).rglob("*.safetensors"))
-        ]
-    return names
-
-
-class LoadFeatures(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FeatInv_LoadFeatures",
-            display_name="Load Features",
-            category=CATEGORY,
-            description="Reads feature maps that Save Features wrote.",
-            inputs=[
-                io.Combo.Input(
-                    "file", options=saved_files(), tooltip="A file in the folder features of output or input."
-                )
-            ],
-            outputs=[
-                Features.Output("features", display_name="features", tooltip="The feature maps, with their source.")
-            ],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        return f"{file} {stamp(Path(folder_paths.get_annotated_filepath(file)))}"
-
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        from ..core.feature_files import load_features
-        from ..host.models import management
-
-        return io.NodeOutput(
-            load_features(folder_paths.get_annotated_filepath(file)).to(management.intermediate_device())
-        )
-
-
-NODES = [ExtractFeatures, FeatureMix, SaveFeatures, LoadFeatures]
+NODES = [ExtractFeatures]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from .types import CATEGORY, Backbone, Features, channels_first, channels_last
+from .types import Backbone, Features, Menu, channels_first, channels_last, schema
 
 
 class FeatureGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_FeatureGuidance",
             display_name="Feature Guidance",
-            category=CATEGORY,
+            category=Menu.CONTROL,
+            aliases=("gradient guidance", "faithful", "cosine"),
             description=(
                 "Makes the sampler look: in the last steps the picture so far is decoded, the backbone reads it, and"
                 " the latents move towards the feature map asked for. Slower, and more faithful."
@@ -62,10 +63,12 @@ class FeatureGuidance(io.ComfyNode):
 class KeepMostSimilar(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_KeepMostSimilar",
             display_name="Keep Most Similar",
-            category=CATEGORY,
+            category=Menu.LOOK,
+            aliases=("best of many", "cosine", "rank"),
+            says=True,
             description=(
                 "The best of many: the backbone reads the pictures, and those whose feature maps are most like the one"
                 " asked for are kept."
@@ -91,7 +94,7 @@ class KeepMostSimilar(io.ComfyNode):
                     display_name="cosines",
                     tooltip=(
                         "A line per picture kept with its number in the batch (from 0) and its cosine similarity, then"
-                        " the range of all. Connect Preview Any."
+                        " the range of all. The node shows it."
                     ),
                 ),
             ],
@@ -107,7 +110,8 @@ class KeepMostSimilar(io.ComfyNode):
         rows = best_rows(scores, len(features), keep).tolist()
         lines = [f"number {row}: cosine {scores[row]:.3f}" for row in rows]
         lines.append(f"all {len(scores)}: {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
-        return io.NodeOutput(channels_last(pictures[rows]), "\n".join(lines))
+        cosines = "\n".join(lines)
+        return io.NodeOutput(channels_last(pictures[rows]), cosines, ui=ui.PreviewText(cosines))
 
 
 NODES = [FeatureGuidance, KeepMostSimilar]

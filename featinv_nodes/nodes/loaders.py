@@ -1,31 +1,24 @@
-"""Nodes that open models: backbones, inversion models, embedded worlds."""
+"""Nodes that open models: backbones and inversion models."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from comfy_api.latest import io, ui
 
-import torch
-from comfy_api.latest import io
-
-from ..core.feature_map import FeatInvError
 from ..host import folders
-from ..worlds import BACKBONES, MODELS, WORLDS, model_file
-from .types import CATEGORY, EMBEDDED, Backbone, Control, channels_last
-
-
-def modified(folder: str, name: str) -> str:
-    """Changes when the file behind a widget's name does."""
-    return name if name.endswith(EMBEDDED) else f"{name} {folders.stamp(folders.path(folder, name))}"
+from ..worlds import BACKBONES, MODELS, model_file
+from .types import Backbone, Control, Menu, schema
 
 
 class LoadBackbone(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        options = [name + EMBEDDED for name in BACKBONES] + folders.names(folders.BACKBONES)
-        return io.Schema(
+        options = [name + folders.EMBEDDED for name in BACKBONES] + folders.names(folders.BACKBONES)
+        return schema(
             node_id="FeatInv_LoadBackbone",
             display_name="Load Backbone",
-            category=CATEGORY,
+            category=Menu.LOAD,
+            aliases=("resnet", "convnext", "vit", "image classifier"),
+            says=True,
             description=(
                 "Opens a vision model (timm) whose feature maps are extracted and inverted. Local files only; nothing"
                 " is downloaded."
@@ -68,38 +61,36 @@ class LoadBackbone(io.ComfyNode):
                 io.String.Output(
                     "layers",
                     display_name="layers",
-                    tooltip=(
-                        "The names of the layers that Extract Features can read, one per line. Connect Preview Any to"
-                        " see them."
-                    ),
+                    tooltip=("The names of the layers that Extract Features can read, one per line."),
                 ),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, weights: str, timm_name: str, input_size: int) -> str:
-        return modified(folders.BACKBONES, weights)
+        return folders.modified(folders.BACKBONES, weights)
 
     @classmethod
     def execute(cls, weights: str, timm_name: str, input_size: int) -> io.NodeOutput:
-        from ..host.models import ManagedBackbone, open_file
-        from ..worlds import open_backbone
+        from ..host import backbones
+        from ..host.models import ManagedBackbone
 
-        if weights.endswith(EMBEDDED):
-            backbone = open_backbone(weights.removesuffix(EMBEDDED), input_size=input_size or None)
-        else:
-            backbone = open_file(folders.path(folders.BACKBONES, weights), timm_name.strip(), input_size or None)
-        return io.NodeOutput(ManagedBackbone(backbone), "\n".join(backbone.layers))
+        backbone = backbones.open_file(weights, timm_name, input_size)
+        height, width = backbone.input_size
+        said = f"{backbone.name} reads {height} x {width} pixels\nlayers: {', '.join(backbone.layers)}"
+        return io.NodeOutput(ManagedBackbone(backbone), "\n".join(backbone.layers), ui=ui.PreviewText(said))
 
 
 class LoadFeatInvControlNet(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        options = [name + EMBEDDED for name in MODELS] + folders.names(folders.CONTROLS)
-        return io.Schema(
+        options = [name + folders.EMBEDDED for name in MODELS] + folders.names(folders.CONTROLS)
+        return schema(
             node_id="FeatInv_LoadFeatInvControlNet",
             display_name="Load FeatInv ControlNet",
-            category=CATEGORY,
+            category=Menu.LOAD,
+            aliases=("inversion model", "resnet"),
+            says=True,
             description=(
                 "Opens an inversion model: a ControlNet and the encoder that reads feature maps of one backbone and"
                 " layer."
@@ -120,8 +111,8 @@ class LoadFeatInvControlNet(io.ComfyNode):
                     "about",
                     display_name="about",
                     tooltip=(
-                        "What it inverts, its base model and prompt, the recommended strength, guidance (cfg), steps,"
-                        " KSampler's scheduler and Feature Guidance, and the size that it was trained at."
+                        "What it inverts, its base model and prompt, the recommended settings of FeatInv ControlNet,"
+                        " KSampler and Feature Guidance, and the size that it was trained at. The node shows it."
                     ),
                 ),
             ],
@@ -129,126 +120,16 @@ class LoadFeatInvControlNet(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, weights: str) -> str:
-        return modified(folders.CONTROLS, weights)
+        return folders.modified(folders.CONTROLS, weights)
 
     @classmethod
     def execute(cls, weights: str) -> io.NodeOutput:
-        from ..core.sampling import SPACINGS
+        from ..host.about import about
         from ..host.controlnet import load_feature_control
-        from ..host.sizes import trained_size
 
-        embedded = weights.endswith(EMBEDDED)
-        file: Path = model_file(weights.removesuffix(EMBEDDED)) if embedded else folders.path(folders.CONTROLS, weights)
-        control = load_feature_control(file)
-        info = control.info
-        settings = dict(info.recommended)
-        gradient, last = (
-            settings.pop("gradient", 0.0),
-            settings.pop("gradient_steps", 10) / settings["steps"],
-        )  # 10: InversionInfo's
-        guided = f"\nFeature Guidance: step {gradient:g}, last {min(last, 1):g}" if gradient else ""
-        scheduler = SPACINGS[settings.pop("timestep_spacing", "trailing")]
-        words = ", ".join(f"{name} {value}" for name, value in settings.items()) + f", scheduler {scheduler}"
-        size = f" at {size.describe()}" if (size := trained_size(info)) else ""
-        about = (
-            f"inverts {info.source.describe()}\nbase model: {info.base['name']}\nprompt: {info.prompt}\nrecommended:"
-            f" {words}{guided}\ntrained on {info.images_seen:,} images{size}"
-        )
-        return io.NodeOutput(control, about)
+        control = load_feature_control(folders.located(folders.CONTROLS, weights, model_file))
+        text = about(control.info)
+        return io.NodeOutput(control, text, ui=ui.PreviewText(text))
 
 
-class LoadTinyWorld(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FeatInv_LoadTinyWorld",
-            display_name="Load World",
-            category=CATEGORY,
-            description=(
-                "An embedded diffusion model, of photographs (128 x 128 pixels) or drawn scenes (64 x 64): everything"
-                " works with it at once, without a download or a GPU."
-            ),
-            inputs=[
-                io.Combo.Input(
-                    "world",
-                    options=[name for name, world in WORLDS.items() if world.models],
-                    default="drawn",
-                    optional=True,
-                    tooltip=(
-                        "photo knows photographs, drawn the scenes of Drawn World Scenes. Use the world of the"
-                        " inversion model."
-                    ),
-                ),
-            ],
-            outputs=[
-                io.Model.Output(
-                    "model",
-                    display_name="model",
-                    tooltip="The base model, for KSampler (sampler ddim, scheduler simple).",
-                ),
-                io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="Its one prompt, for FeatInv ControlNet."
-                ),
-                io.Conditioning.Output(
-                    "negative", display_name="negative", tooltip="The empty prompt, for FeatInv ControlNet."
-                ),
-                io.Vae.Output("vae", display_name="vae", tooltip="Its autoencoder, for VAE Decode and VAE Encode."),
-                io.Latent.Output(
-                    "latent",
-                    display_name="latent",
-                    tooltip="An empty latent of its own size, for KSampler. Several pictures: Repeat Latent Batch.",
-                ),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, world: str = "drawn") -> io.NodeOutput:
-        from ..host import worlds
-
-        chosen = WORLDS[world]
-        vae = worlds.load_vae(chosen)
-        positive, negative = worlds.load_conditioning(chosen)
-        return io.NodeOutput(
-            worlds.load_model(chosen, vae),
-            positive,
-            negative,
-            worlds.as_host_vae(vae),
-            worlds.empty_latent(chosen, vae),
-        )
-
-
-class TinyWorldScenes(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FeatInv_TinyWorldScenes",
-            display_name="Drawn World Scenes",
-            category=CATEGORY,
-            description="Draws scenes of the drawn world that no model has seen in training: pictures to invert.",
-            inputs=[
-                io.Int.Input(
-                    "first",
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    tooltip="Number of the first scene. The same number always gives the same scene.",
-                ),
-                io.Int.Input("count", default=1, min=1, max=64, tooltip="How many scenes, one after the other."),
-            ],
-            outputs=[
-                io.Image.Output("image", display_name="image", tooltip="The scenes, 64 x 64 pixels."),
-                io.Mask.Output("mask", display_name="mask", tooltip="Where the first object of each scene is."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, first: int, count: int) -> io.NodeOutput:
-        from ..worlds.drawn.scenes import draw
-
-        if count < 1:
-            raise FeatInvError(f"count {count}: expected at least one scene")
-        scenes = draw(0, torch.arange(first, first + count), "held-out")
-        return io.NodeOutput(channels_last(scenes.image), scenes.masks[:, 0])
-
-
-NODES = [LoadBackbone, LoadFeatInvControlNet, LoadTinyWorld, TinyWorldScenes]
+NODES = [LoadBackbone, LoadFeatInvControlNet]

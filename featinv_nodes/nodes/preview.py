@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .types import CATEGORY, Backbone, Features, channels_first, channels_last
+from .types import Backbone, Features, Menu, channels_first, channels_last, schema
 
 
 class FeatureSimilarity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_FeatureSimilarity",
             display_name="Feature Similarity",
-            category=CATEGORY,
+            category=Menu.LOOK,
+            aliases=("cosine", "compare", "fidelity"),
+            says=True,
             description=(
                 "How faithful a reconstruction is: the backbone reads it again, and the cosine similarity with the"
                 " feature map asked for is written under the picture."
@@ -44,6 +46,7 @@ class FeatureSimilarity(io.ComfyNode):
                     tooltip="Mean cosine similarity over pictures and locations, -1 to 1.",
                 ),
             ],
+            is_output_node=True,
         )
 
     @classmethod
@@ -56,19 +59,25 @@ class FeatureSimilarity(io.ComfyNode):
         again = backbone.read_again(pictures, features.source)
         similarity = cosine_per_location(features, again)
         scores = similarity.mean((1, 2))
-        captioned_pictures = captioned(pictures, [f"cosine {score:.3f}" for score in scores.tolist()])
+        lines = [f"cosine {score:.3f}" for score in scores.tolist()]
+        mean = scores.mean().item()
+        text = lines[0] if len(lines) == 1 else "\n".join([f"mean cosine {mean:.3f}", *lines])
         return io.NodeOutput(
-            channels_last(captioned_pictures), channels_last(enlarge(heat_map(similarity), 256)), scores.mean().item()
+            channels_last(captioned(pictures, lines)),
+            channels_last(enlarge(heat_map(similarity), 256)),
+            mean,
+            ui=ui.PreviewText(text),
         )
 
 
 class PreviewFeatures(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_PreviewFeatures",
             display_name="Preview Features",
-            category=CATEGORY,
+            category=Menu.LOOK,
+            aliases=("PCA", "false colours", "heatmap"),
             description=(
                 "Shows feature maps: their three principal components as red, green and blue. Like colours are like"
                 " features. Pooled features, which have no locations, are shown as bars, a channel beside the other."
@@ -89,10 +98,12 @@ class PreviewFeatures(io.ComfyNode):
 class ClassifyImage(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_ClassifyImage",
             display_name="Classify Image",
-            category=CATEGORY,
+            category=Menu.LOOK,
+            aliases=("resnet", "imagenet", "predict", "labels"),
+            says=True,
             description="What the backbone takes a picture for: its most probable classes.",
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
@@ -118,6 +129,7 @@ class ClassifyImage(io.ComfyNode):
                     "classes", display_name="classes", tooltip="A line per picture: classes with their probabilities."
                 ),
             ],
+            is_output_node=True,
         )
 
     @classmethod
@@ -132,7 +144,8 @@ class ClassifyImage(io.ComfyNode):
         firsts = [
             ", ".join(name.split(": ")[-1] for name, _ in row) for row in backbone.backbone.top_classes(logits, 1)
         ]
-        return io.NodeOutput(channels_last(captioned(pictures, firsts)), "\n".join(lines))
+        classes = "\n".join(lines)
+        return io.NodeOutput(channels_last(captioned(pictures, firsts)), classes, ui=ui.PreviewText(classes))
 
 
 NODES = [FeatureSimilarity, PreviewFeatures, ClassifyImage]

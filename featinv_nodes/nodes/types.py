@@ -1,4 +1,4 @@
-"""What flows along the pack's own wires.
+"""What flows along the pack's own wires, and what all nodes' schemas share.
 
 FEATINV_BACKBONE: host.models.ManagedBackbone, a timm model that the host loads and unloads.
 FEATINV_FEATURES: core.feature_map.FeatureMap, values float32 [B, C, H, W] (H = W = 1 if pooled) and their source.
@@ -11,6 +11,8 @@ The host's own IMAGE is [B, H, W, 3] in 0..1 and its MASK [B, H, W]; core wants 
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -22,8 +24,23 @@ Control = io.Custom("FEATINV_CONTROL_NET")
 ConceptSet = io.Custom("FEATINV_CONCEPTS")
 Change = io.Custom("FEATINV_EDIT")
 
-EMBEDDED = " (embedded)"
-CATEGORY = "FeatInv"
+#: what people type who know the idea, not the node's name
+ALIASES = ("FeatInv", "feature inversion", "what the model sees", "interpret", "timm", "vision model")
+YOUNGER = {field.name for field in fields(io.Schema)}  # the oldest hosts lack some
+
+
+class Menu:
+    """Where nodes stand in the host's node menu."""
+
+    LOAD, FEATURES, CONTROL = "FeatInv/load", "FeatInv/features", "FeatInv/control"
+    CONCEPTS, LOOK = "FeatInv/concepts", "FeatInv/look"
+
+
+def schema(*, aliases: tuple[str, ...] = (), says: bool = False, **about) -> io.Schema:
+    """A node's schema. aliases: more words that the host's search finds it by. says: it shows a text on itself, which
+    newer hosts send again to a page that was loaded anew."""
+    younger = {"search_aliases": [*ALIASES, *aliases], "has_intermediate_output": says}
+    return io.Schema(**about, **{name: value for name, value in younger.items() if name in YOUNGER})
 
 
 def channels_first(image: Tensor) -> Tensor:

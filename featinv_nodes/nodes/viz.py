@@ -4,19 +4,20 @@ pictures."""
 from __future__ import annotations
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..core.viz import THRESHOLD
-from .types import CATEGORY, Backbone, Change, Features, channels_first, channels_last
+from .types import Backbone, Change, Features, Menu, channels_first, channels_last, schema
 
 
 class PairedLatents(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_PairedLatents",
             display_name="Paired Latents",
-            category=CATEGORY,
+            category=Menu.CONCEPTS,
+            aliases=("same noise", "same seed"),
             description=(
                 "Prepares one sampler run that draws the original and every changed feature map from the same noise,"
                 " for FeatInv-Viz."
@@ -58,10 +59,12 @@ class PairedLatents(io.ComfyNode):
 class FeatInvViz(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="FeatInv_Viz",
             display_name="FeatInv-Viz",
-            category=CATEGORY,
+            category=Menu.CONCEPTS,
+            aliases=("heatmap", "heat map", "attribution", "saliency"),
+            says=True,
             description=(
                 "Which pixels change when a concept is turned down: the median over seeds of the distance between"
                 " reconstructions of the original and the changed feature map (the paper's Algorithm 1), and whether"
@@ -121,7 +124,7 @@ class FeatInvViz(io.ComfyNode):
                     display_name="report",
                     tooltip=(
                         "A line per variant: the slope (how much of the concept the backbone still finds in the"
-                        " pictures), and whether that is what was asked. Connect Preview Any."
+                        " pictures), and whether that is what was asked. The node shows it."
                     ),
                 ),
                 io.Float.Output(
@@ -156,7 +159,8 @@ class FeatInvViz(io.ComfyNode):
         heat = heat_map(torch.stack([viz.normalised(d) for d in distance]))
         images = (channels_last(x) for x in (overlay, enlarge(heat, 256), enlarge(diverging(signed / limit), 256)))
         report = "\n".join(f"{title}: {slope.describe()}" for title, slope in zip(edit.titles(), slopes))
-        return io.NodeOutput(*images, masks, report, sum(s.own for s in slopes) / len(slopes))
+        slope = sum(s.own for s in slopes) / len(slopes)
+        return io.NodeOutput(*images, masks, report, slope, ui=ui.PreviewText(report))
 
 
 def caption(title: str, slope) -> str:

@@ -86,6 +86,7 @@ class Server:
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=base, env=os.environ | {"OMP_NUM_THREADS": "1"}
             )
         self.wait(lambda: self.get("/system_stats"), "start")
+        self.log_of_start = self.log
 
     @property
     def url(self) -> str:

@@ -392,7 +392,7 @@ def features_nodes(world: World) -> dict:
     }
     composed = run("FeatInv_FeatureMix", **mix, mask=mask, backbone=world.backbone)
     columns = (composed.values == b.values).all(1).all(1)[0].nonzero().flatten().tolist()
-    names = [NODES["FeatInv_SaveFeatures"].execute(world.features, "features/cat[1]").ui["text"][0] for _ in range(2)]
+    names = [NODES["FeatInv_SaveFeatures"].execute(world.features, "features/cat[1]").ui.value for _ in range(2)]
     picture, _ = run("FeatInv_TinyWorldScenes", first=0, count=1)
     lines = [
         run("FeatInv_ClassifyImage", backbone=world.backbone, image=picture, fit="stretch", top=top)[0]

@@ -181,7 +181,9 @@ def test_masks_names_and_classes_are_what_the_user_meant(measured):
     result = measured["features_nodes"]
     assert result["fit"][0] <= CLOSE and result["fit"][1] > 0.01  # the whole picture where asked for, not its middle
     assert result["columns"] == [2, 3, 4, 5]  # of 8, as columns 16 to 48 of the 64 that the model saw
-    assert result["names"][0] != result["names"][1] and result["names"][1].endswith("cat[1]_00002.safetensors")
+    assert result["names"][0] != result["names"][1] and result["names"][1].startswith(
+        "saved features/cat[1]_00002.safetensors"
+    )
     assert result["folders"] == 4  # a folder's picture replaced, one added below it, none named: each is another
     assert result["caption"] == 0 and 0 < result["similar"] <= 1
     assert (

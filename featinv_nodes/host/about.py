@@ -1,0 +1,50 @@
+"""What an inversion model says of itself, in the words of the host's nodes and widgets."""
+
+from __future__ import annotations
+
+from ..core.sampling import SPACINGS
+from ..core.weights import InversionInfo
+from ..worlds import find_world
+from .sizes import trained_size
+
+#: the weights file's name of what guidance pushes away from -> FeatInv ControlNet's guide_away_from
+AWAY = {"features": "text and features", "text": "text"}
+GRADIENT_STEPS = 10  # of the last, where the file does not say; see InversionInfo
+
+
+def about(info: InversionInfo) -> str:
+    """A line each: the features, the base model, the prompt, and the settings by the node that has them."""
+    world, name = find_world(info.base["name"]), info.base["name"]
+    size = trained_size(info)
+    base = f"Load World, world {world.name}" if world else f"Load Checkpoint, {name} or another SD 1.x model"
+    return "\n".join(
+        [
+            f"inverts {info.source.describe()}",
+            f"base model: {base}",
+            f"prompt: {info.prompt}",
+            *settings(info.recommended),
+            f"trained on {info.images_seen:,} images" + (f" at {size.describe()}" if size else ""),
+        ]
+    )
+
+
+def settings(recommended: dict) -> list[str]:
+    """Lines "node: widget value, ..." of what a weights file recommends."""
+    away, steps = recommended.get("negative"), recommended.get("steps")
+    step, last = recommended.get("gradient", 0.0), recommended.get("gradient_steps", GRADIENT_STEPS)
+    nodes = {
+        "FeatInv ControlNet": {"strength": recommended.get("strength"), "guide_away_from": AWAY.get(away, away)},
+        "KSampler": {
+            "steps": steps,
+            "cfg": recommended.get("guidance"),
+            "sampler_name": "ddim",
+            "scheduler": SPACINGS[recommended.get("timestep_spacing", "trailing")],
+        },
+        "Feature Guidance": {"step": step, "last": min(last / steps, 1)} if step and steps else {},
+    }
+    given = {node: {k: v for k, v in widgets.items() if v is not None} for node, widgets in nodes.items()}
+    return [
+        f"{node}: " + ", ".join(f"{name} {f'{value:g}' if isinstance(value, float) else value}" for name, value in of)
+        for node, widgets in given.items()
+        if (of := widgets.items())
+    ]

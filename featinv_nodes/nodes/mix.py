@@ -1,0 +1,157 @@
+"""The node that combines feature maps."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..core.feature_map import FeatInvError, FeatureMap, concatenate
+from .types import Backbone, Features, Menu, schema
+
+MIXES = ("interpolate", "sweep", "compose")
+
+
+class FeatureMix(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FeatInv_FeatureMix",
+            display_name="Feature Mix",
+            category=Menu.FEATURES,
+            aliases=("interpolate", "blend features", "compose"),
+            description=(
+                "Mixes feature maps of one backbone and layer: a weighted mean, a sweep from a to b as a batch, or b"
+                " inside a mask and a outside."
+            ),
+            inputs=[
+                Features.Input("features_a", tooltip="The first feature map."),
+                Features.Input("features_b", tooltip="The second one, from the same backbone and layer."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MIXES),
+                    default="interpolate",
+                    tooltip=(
+                        "interpolate: mean by the weights. sweep: a batch from a to b in equal steps. compose: b inside"
+                        " the mask, a outside."
+                    ),
+                ),
+                io.Float.Input(
+                    "weight_a",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Weight of a (interpolate). Weights are divided by their sum.",
+                ),
+                io.Float.Input(
+                    "weight_b", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Weight of b (interpolate)."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=5,
+                    min=2,
+                    max=64,
+                    tooltip=(
+                        "Maps in the sweep, a and b included. Set the batch size of Empty Latent Image, or the amount"
+                        " of Repeat Latent Batch, to the same number (times the maps, where a or b is a batch)."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "soft_edge",
+                    default=False,
+                    tooltip="compose: mixes cells that the mask covers in part, instead of giving them to one side.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "compose: where b goes. The mask is cropped like the pictures if the backbone is connected,"
+                        " else stretched over the map."
+                    ),
+                ),
+                Features.Input("features_c", optional=True, tooltip="interpolate: a third feature map."),
+                io.Float.Input(
+                    "weight_c",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Weight of c, if connected.",
+                ),
+                Features.Input("features_d", optional=True, tooltip="interpolate: a fourth feature map."),
+                io.Float.Input(
+                    "weight_d",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Weight of d, if connected.",
+                ),
+                Backbone.Input(
+                    "backbone",
+                    optional=True,
+                    tooltip=(
+                        "compose: crops the mask as Extract Features crops a picture, for a mask that was painted on"
+                        " one. Without it the mask is stretched over the map."
+                    ),
+                ),
+            ],
+            outputs=[
+                Features.Output(
+                    "features", display_name="features", tooltip="The mixed feature map, or the sweep as a batch."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        features_a,
+        features_b,
+        mode,
+        weight_a,
+        weight_b,
+        steps,
+        soft_edge,
+        mask=None,
+        features_c=None,
+        weight_c=0.5,
+        features_d=None,
+        weight_d=0.5,
+        backbone=None,
+    ) -> io.NodeOutput:
+        from ..core.mixing import compose, interpolate, require_mask
+
+        if mode not in MIXES:  # the oldest hosts let any text through
+            raise FeatInvError(f"Feature Mix: mode {mode!r}; expected one of {MIXES}")
+        if mode == "interpolate":
+            given = [(features_a, weight_a), (features_b, weight_b), (features_c, weight_c), (features_d, weight_d)]
+            maps, weights = zip(*[(m, w) for m, w in given if m is not None])
+            return io.NodeOutput(interpolate(same_batch(maps), weights))
+        a, b = same_batch([features_a, features_b])
+        if mode == "sweep":
+            return io.NodeOutput(
+                concatenate([interpolate([a, b], [1 - w, w]) for w in torch.linspace(0, 1, steps).tolist()])
+            )
+        if mask is None:
+            raise FeatInvError(
+                "Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor"
+            )
+        require_mask(mask)
+        if backbone is not None:
+            mask = backbone.backbone.preprocess(mask[:, None], "crop")[:, 0]
+        return io.NodeOutput(compose(b, a, mask.to(a.values.device), soft_edge))
+
+
+def same_batch(maps: list[FeatureMap] | tuple[FeatureMap, ...]) -> list[FeatureMap]:
+    """Single maps repeated to the size of the batches among them. Raises FeatInvError for batches of two sizes."""
+    sizes = {len(m) for m in maps} - {1}
+    if len(sizes) > 1:
+        raise FeatInvError(f"Feature Mix: batches of {sorted(sizes)} feature maps; give equal numbers, or single maps")
+    size = sizes.pop() if sizes else 1
+    return [m.repeat(size) if len(m) == 1 else m for m in maps]
+
+
+NODES = [FeatureMix]
