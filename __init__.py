@@ -20,9 +20,10 @@ class FeatInv(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     from .featinv_nodes.core.requirements import old_timm
-    from .featinv_nodes.host import folders
+    from .featinv_nodes.host import folders, routes
 
     folders.register()
+    routes.register()
     for name in ("timm", "pydantic"):
         if find_spec(name) is None:
             logging.warning(

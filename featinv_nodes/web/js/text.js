@@ -1,0 +1,51 @@
+// Shows what a node of the pack finds out as a text on the node. The host sends such texts for every node, but its
+// frontend shows them on its own text nodes only.
+import { app } from "../../../scripts/app.js";
+import { ComfyWidgets } from "../../../scripts/widgets.js";
+
+const NAME = "featinv_text";
+const LINE = 13, PADDING = 18, LETTER = 6, MOST = 12; // pixels of a line, around the text, and of a letter; lines
+
+function heightOf(text, width) {
+  const wide = Math.max((width - 36) / LETTER, 10);
+  const lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / wide)), 0);
+  const larger = window.LiteGraph?.vueNodesMode ? 1.7 : 1; // the newer kind of nodes has larger letters and a label
+  return larger * (PADDING + LINE * Math.min(lines, MOST)); // longer ones scroll
+}
+
+function added(node) {
+  const widget = ComfyWidgets.STRING(node, NAME, ["STRING", { multiline: true }], app).widget;
+  if (widget.element) widget.element.readOnly = true;
+  widget.label = "found";
+  // neither part of a saved workflow nor of what is sent to the host
+  widget.serialize = false;
+  widget.options.serialize = false;
+  return widget;
+}
+
+function show(node, output) {
+  if (!node?.comfyClass?.startsWith("FeatInv") || !Array.isArray(output?.text)) return;
+  const text = output.text.join("\n");
+  const widget = node.widgets?.find((w) => w.name === NAME) ?? added(node);
+  const height = heightOf(text, node.size[0]);
+  widget.value = text;
+  widget.options.getMinHeight = widget.options.getMaxHeight = () => height;
+  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+app.registerExtension({
+  name: "FeatInv.Text",
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (!nodeData.name.startsWith("FeatInv")) return;
+    const onExecuted = nodeType.prototype.onExecuted;
+    nodeType.prototype.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      show(this, output);
+    };
+  },
+  // another workflow's tab, or a run of the history, was opened
+  onNodeOutputsUpdated(outputs) {
+    for (const [id, output] of Object.entries(outputs)) show(app.graph.getNodeById(id), output);
+  },
+});
