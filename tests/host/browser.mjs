@@ -91,7 +91,10 @@ for (const file of files) {
   });
   await settled();
   await page.screenshot({ path: join(out, `${name}.png`) });
-  found[basename(file)] = { ...state, ran, trouble: [...trouble] };
+  const widgets = await page.evaluate(() => (window.app.graph._nodes ?? window.app.graph.nodes).flatMap((n) => (n.widgets ?? []).map((w) => ({
+    node: n.type, name: w.name, value: w.value, list: w.type === "combo" ? w.options.values : null, kept: w.serialize !== false,
+  }))));
+  found[basename(file)] = { ...state, ran, widgets, trouble: [...trouble] };
 }
 if (process.env.NODE_PICTURES) {
   // each kind of node of the pack, alone, for the help pages

@@ -72,3 +72,34 @@ def test_queueing_shows_progress_and_pictures(seen):
                 name,
                 state,
             )
+
+
+def widgets(seen, kind, name):
+    """(file, widget) of a kind of node, in the workflows that ran."""
+    ran = {file: state for file, state in seen.items() if not file.startswith("minisd") and file.endswith(".json")}
+    return [(f, w) for f, state in ran.items() for w in state["widgets"] if (w["node"], w["name"]) == (kind, name)]
+
+
+def test_nodes_show_what_they_found(seen):
+    """On themselves, as text that is no part of the saved workflow."""
+    scope = ("inside", "outside", "at the edge", "no scope statistics")
+    for kind, words in {
+        "FeatInvControlNet": scope,
+        "FeatInv_FeatureSimilarity": ("cosine 0.", "mean cosine 0."),
+        "FeatInv_ExtractFeatures": ("channels",),
+        "FeatInv_ConceptAttenuate": (*scope, "connect the inversion model"),
+        "FeatInv_Viz": ("slope",),
+    }.items():
+        shown = widgets(seen, kind, "featinv_text")
+        assert shown, kind
+        for file, widget in shown:
+            assert any(word in widget["value"] for word in words) and not widget["kept"], (file, widget)
+
+
+def test_layer_is_a_list_of_the_connected_backbone(seen):
+    for kind in ("FeatInv_ExtractFeatures", "FeatInv_DiscoverConcepts"):
+        found = widgets(seen, kind, "layer")
+        assert found, kind
+        for file, widget in found:
+            assert widget["list"] and {"last", widget["value"]} <= set(widget["list"]), (file, widget)
+            assert len(widget["list"]) > 4, (file, widget)
