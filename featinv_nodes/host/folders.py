@@ -14,7 +14,7 @@ from ..core.backbone_weights import HUB_FILES
 from ..core.checkpoints import SUFFIXES
 from ..core.feature_files import KEY
 from ..core.feature_map import FeatInvError
-from ..core.files import HUB, read_about
+from ..core.files import HUB, read_metadata
 
 BACKBONES, CONTROLS, CONCEPTS = "backbones", "featinv", "featinv_concepts"
 EXTENSIONS = {
@@ -102,10 +102,9 @@ def _holds_features(file: Path) -> bool:
 def _read_kind(file: Path, stamp: str) -> bool:
     """Whether a file holds feature maps; its header is read once for each stamp."""
     try:
-        read_about(file, KEY, "feature map")
+        return KEY in read_metadata(file)
     except FeatInvError:
         return False
-    return True
 
 
 def features_file(name: str) -> Path:

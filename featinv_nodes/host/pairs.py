@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 
-from ..core.feature_map import FeatInvError, FeatureSource
-from ..core.weights import read_info
+from ..core.feature_map import FeatInvError
+from ..core.files import read_metadata
 from ..worlds import MODELS, model_file
 from . import folders
 
@@ -19,21 +20,26 @@ def listed() -> dict[str, dict[str, str]]:
     """
     result: dict[str, dict[str, str]] = {}
     for name in [*(name + folders.EMBEDDED for name in MODELS), *folders.names(folders.CONTROLS)]:
-        file = folders.located(folders.CONTROLS, name, model_file)
-        source = _source(file, folders.stamp(file))
-        if source is not None:
-            layer = source.layer + (", pooled" if source.pooled else "")
+        try:
+            file = folders.located(folders.CONTROLS, name, model_file)
+            inverted = _inverts(file, folders.stamp(file))
+        except (FeatInvError, OSError):  # gone meanwhile, or a broken link
+            continue
+        if inverted:
+            backbone, layer, pooled = inverted
             own = "" if name.endswith(folders.EMBEDDED) else f" ({name})"
-            result.setdefault(source.backbone, {})[layer + own] = name
+            result.setdefault(backbone, {})[layer + (", pooled" if pooled else "") + own] = name
     return result
 
 
 @lru_cache(maxsize=1024)
-def _source(file: Path, stamp: str) -> FeatureSource | None:
-    """What a weights file inverts; its header is read once for each stamp."""
+def _inverts(file: Path, stamp: str) -> tuple[str, str, bool] | None:
+    """(backbone, layer, pooled) of a weights file; None for any other. Its header is read once for each stamp, and
+    without the checks of read_info, whose library the host need not import at its start: opening the file has them."""
     try:
-        return read_info(file).source
-    except FeatInvError:
+        source = json.loads(read_metadata(file)["featinv"])["source"]
+        return str(source["backbone"]), str(source["layer"]), bool(source["pooled"])
+    except (FeatInvError, KeyError, TypeError, ValueError):
         return None
 
 
