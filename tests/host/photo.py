@@ -110,7 +110,8 @@ def eight_bits() -> dict:
     for."""
     pipeline, world = load_pipeline("tiny_cnn_last"), World()
     shipped, file = model_file("tiny_cnn_last"), FOLDER / "eight.safetensors"
-    pipeline.model.save(file, pipeline.info, torch.int8)
+    leading = pipeline.info.recommended | {"timestep_spacing": "leading"}  # as convert.py records it
+    pipeline.model.save(file, replace(pipeline.info, recommended=leading), torch.int8)
     control, about = run("FeatInv_LoadFeatInvControlNet", weights=file.name)
     cosine, pictures = {}, {}
     for name, one in (("shipped", world.control), ("8 bits", control)):
