@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.sampling import SOLVERS, SPACINGS, Sampling, set_timesteps
 from training.models.base_model import BaseModel
 from training.models.controlnet import FeatureControlNet
@@ -32,7 +33,7 @@ def base():
         attention_head_dim=4,
     ).eval()
     text = {"": torch.randn(1, 5, 16), "a": torch.randn(1, 5, 16)}
-    return BaseModel("random", unet, None, DDIMScheduler(**SCHEDULE), text)
+    return BaseModel("random", unet, PatchAutoencoder(8, 4), DDIMScheduler(**SCHEDULE), text)
 
 
 @pytest.fixture(scope="module")
