@@ -31,6 +31,6 @@ def test_a_world_s_latent_is_of_its_own_size(seen):
 def test_weights_in_8_bits_draw_as_well(seen):
     result = seen["eight_bits"]
     assert result["stored"] and result["size"] < 0.6 and result["about"].startswith("inverts resnet10t.tiny_world")
-    assert ", scheduler ddim_uniform" in result["about"] and "spacing" not in result["about"]
+    assert "scheduler ddim_uniform" in result["about"] and "spacing" not in result["about"]
     assert result["cosine"]["shipped"] > 0.9 and abs(result["cosine"]["8 bits"] - result["cosine"]["shipped"]) < 0.005
     assert 0 < result["moved"] < 0.1  # another file it is
