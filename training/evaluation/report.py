@@ -116,12 +116,13 @@ def marks(figures: dict[str, Figures]) -> str:
 
 
 def condition_panel(
-    tables: dict[str, Table], conditions: Sequence[str], heading: str, scored: str = "cosine"
+    tables: dict[str, Table], conditions: Sequence[str], heading: str, scored: str = "cosine", most: int | None = None
 ) -> Image.Image:
-    """A panel with a row of pictures per condition, the column `scored` under each where the condition has it."""
+    """A panel with a row of pictures per condition, `most` of them, with the column `scored` under each where the
+    condition has it."""
     rows = []
     for condition in conditions:
-        pictures, values = tables[condition].pictures, tables[condition].columns.get(scored)
+        pictures, values = tables[condition].pictures[:most], tables[condition].columns.get(scored)
         rows.append([(x, "" if values is None else f"cos {values[k]:.2f}") for k, x in enumerate(pictures)])
     return draw_panel(rows, [condition.replace(", ", ",\n") for condition in conditions], heading)
 

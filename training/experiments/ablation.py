@@ -225,6 +225,7 @@ def report_of(model: str, rows: dict[str, Row], chosen: list[Row], tables: dict[
         tables,
         [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP],
         "Ablation: the same pictures in every row",
+        most=5,
     )
     return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": panel})
 
