@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from diffusers import ControlNetModel
 
-from featinv_nodes.core.backbones import LAST, MODULE, untrained_backbone
+from featinv_nodes.core.backbone_opening import untrained_backbone
+from featinv_nodes.core.backbones import LAST, MODULE
 from featinv_nodes.core.encoders import build_encoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.files import write_safetensors

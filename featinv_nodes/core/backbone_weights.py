@@ -66,12 +66,12 @@ def fill(model: nn.Module, name: str, file: Path) -> None:
 
 def misfits(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> str:
     """Which keys differ, a few of each kind by name; without BatchNorm's counters."""
-    expected, actual = ({k: v.shape for k, v in d.items() if not k.endswith(COUNTER)} for d in (expected, actual))
-    reshaped = [k for k in expected if k in actual and actual[k] != expected[k]]
+    wanted, found = ({k: v.shape for k, v in d.items() if not k.endswith(COUNTER)} for d in (expected, actual))
+    reshaped = [k for k in wanted if k in found and found[k] != wanted[k]]
     kinds = {
-        "missing": [k for k in expected if k not in actual],
-        "unexpected": [k for k in actual if k not in expected],
-        "misshapen": [f"{k} {list(actual[k])} instead of {list(expected[k])}" for k in reshaped],
+        "missing": [k for k in wanted if k not in found],
+        "unexpected": [k for k in found if k not in wanted],
+        "misshapen": [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in reshaped],
     }
     kinds = {kind: keys for kind, keys in kinds.items() if keys}
     return "; ".join(f"{kind} {some(keys, 8 // len(kinds))}" for kind, keys in kinds.items())

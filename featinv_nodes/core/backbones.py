@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from difflib import get_close_matches
-from functools import cache, cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, cast
 
 import timm
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .backbone_weights import HUB_FILES, fill, some
+from .backbone_weights import some
 from .classes import are_classes, label_groups, ranked
-from .errors import FeatInvError, UnknownBackbone
+from .errors import FeatInvError
 from .feature_map import FeatureMap, FeatureSource, concatenate
-from .files import HUB
 from .preprocess import evaluation_view, require_known, stretched
-from .requirements import old_timm
 
 LAST = "last"
 RESIZE_MODES = ("crop", "stretch")
@@ -40,12 +36,31 @@ class LastMap(NamedTuple):
     prefix: int = 0
 
 
+class TimmModel(Protocol):
+    """What timm's models have beside what every nn.Module has."""
+
+    num_classes: int
+
+    def forward_features(self, x: Tensor, /) -> Any:  # noqa: ANN401
+        """Normalised pictures to what the head reads: a tensor, of some models several."""
+
+    def forward_head(self, x: Tensor, /) -> Tensor:
+        """What forward_features gives to logits [B, num_classes]."""
+
+    def forward_intermediates(self, x: Tensor, /, **options: Any) -> Any:  # noqa: ANN401
+        """The maps of stages or blocks; before them what forward_features gives, unless intermediates_only."""
+
+
 class Backbone(nn.Module):
     """A frozen timm model.
 
     `layers` lists what can be inverted: "last", the map that the model's own head reads, and every stage or block
     that timm names in feature_info. Shapes are read from the model by passes of zeros, never from a table.
     """
+
+    model: nn.Module
+    _mean: Tensor
+    _std: Tensor
 
     def __init__(self, model: nn.Module, name: str, classes: list[str] | None = None) -> None:
         """model: from timm.create_model. name: architecture.tag. classes: names of the logits, if known."""
@@ -69,7 +84,8 @@ class Backbone(nn.Module):
         """view: how pictures are evaluated, under timm's names."""
         self.model = model.eval().requires_grad_(False)
         self.name, self.classes = name, classes
-        self.input_size: tuple[int, int] = tuple(size)
+        height, width = size
+        self.input_size = (height, width)
         self.mean, self.std = tuple(view["mean"]), tuple(view["std"])
         self.interpolation, self.crop_pct, self.crop_mode = (
             view[key] for key in ("interpolation", "crop_pct", "crop_mode")
@@ -82,7 +98,11 @@ class Backbone(nn.Module):
     @property
     def num_classes(self) -> int:
         """Outputs of the head; 0 without one."""
-        return self.model.num_classes
+        return self._timm.num_classes
+
+    @property
+    def _timm(self) -> TimmModel:
+        return cast(TimmModel, self.model)  # nn.Module's type does not say what timm's models have
 
     @property
     def layers(self) -> list[str]:
@@ -130,7 +150,7 @@ class Backbone(nn.Module):
         """The values [B, C, H, W] of several layers from one pass, as `values` gives them one by one."""
         named = [layer for layer in layers if layer != LAST]
         indices = [self._stages[layer] for layer in named] or 1  # timm cannot give none
-        last, outputs = self.model.forward_intermediates(
+        last, outputs = self._timm.forward_intermediates(
             self._normalised(pixel_values), indices=indices, output_fmt="NCHW"
         )
         maps = dict(zip(sorted(named, key=self._stages.__getitem__), outputs))
@@ -138,7 +158,7 @@ class Backbone(nn.Module):
 
     def stages(self, pixel_values: Tensor) -> list[Tensor]:
         """The maps [B, C, H, W] of every stage that timm names, from one pass."""
-        return self.model.forward_intermediates(
+        return self._timm.forward_intermediates(
             self._normalised(pixel_values), output_fmt="NCHW", intermediates_only=True
         )
 
@@ -213,13 +233,15 @@ class Backbone(nn.Module):
     def last_map(self) -> LastMap:
         """The last map's layout, from one or two passes of zeros. Raises FeatInvError if the head reads no spatial
         map."""
-        out = self._tried(self.model.forward_features)
+        out = self._tried(self._timm.forward_features)
         if not isinstance(out, Tensor):
             raise FeatInvError(f"the head of {self.name} reads {len(out)} maps, not one; {self._other_layers()}")
         if out.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-            return LastMap("NHWC", out.shape[3], tuple(out.shape[1:3]))
+            _, height, width, channels = out.shape
+            return LastMap("NHWC", channels, (height, width))
         if out.ndim == 4:
-            return LastMap("NCHW", out.shape[1], tuple(out.shape[2:]))
+            _, channels, height, width = out.shape
+            return LastMap("NCHW", channels, (height, width))
         # Tokens do not say their grid: the same tokens, as forward_intermediates shapes them, do.
         grid = self._size(next(reversed(self._stages)))[1] if self.layers[1:] else (0, 0)
         prefix = out.shape[1] - grid[0] * grid[1]
@@ -242,7 +264,13 @@ class Backbone(nn.Module):
         if layer == LAST:
             return self.last_map.channels, self.last_map.grid
         values, _ = self._tried(lambda blank: self._spatial(blank, layer))
-        return values.shape[1], tuple(values.shape[2:])
+        _, channels, height, width = values.shape
+        return channels, (height, width)
+
+    @torch.inference_mode()
+    def forward_blank(self) -> Any:  # noqa: ANN401
+        """What the model's forward_features gives of a picture of zeros. Raises whatever the model stumbles over."""
+        return self._timm.forward_features(self._blank())
 
     @torch.inference_mode()
     def _tried(self, run: Callable[[Tensor], Any]) -> Any:  # noqa: ANN401
@@ -261,11 +289,11 @@ class Backbone(nn.Module):
         if layer not in self.layers:
             raise FeatInvError(f"{self.name} has no layer {layer!r}; choose one of {some(self.layers, 16)}")
         if layer != LAST:
-            (values,) = self.model.forward_intermediates(
+            (values,) = self._timm.forward_intermediates(
                 x, indices=[self._stages[layer]], stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
             return values, None
-        out, count = self.model.forward_features(x), self.last_map.prefix
+        out, count = self._timm.forward_features(x), self.last_map.prefix
         return self._grid(out), out[:, :count] if count else None
 
     def _grid(self, out: Tensor) -> Tensor:
@@ -287,108 +315,4 @@ class Backbone(nn.Module):
 
     def _classified(self, out: Tensor) -> Tensor:
         """The model's own head on what forward_features gives."""
-        return self.model.forward_head(out)
-
-
-@cache
-def require_timm() -> None:
-    """Raises FeatInvError for a version of timm that is too old."""
-    if fault := old_timm(timm.__version__):
-        raise FeatInvError(fault)
-
-
-def load_backbone(
-    name: str, weights: str | Path | None = None, input_size: int | None = None, run_code: bool = False
-) -> Backbone:
-    """A backbone from local files alone; the network is never asked.
-
-    name: timm architecture[.tag], with weights a file of its state dict (.safetensors, or a PyTorch checkpoint, opened
-    without running code from it); or a timm-hub folder (config.json, and model.safetensors or pytorch_model.bin), whose
-    configuration then decides. input_size: side in pixels, where not the model's own. Or module:FILE.py:NAME, a model
-    of any kind by an adapter (see module_backbones), which runs FILE.py: only where run_code is true, for names that
-    the user gave and no file did. Raises UnknownBackbone for an unknown name (with the nearest known ones),
-    FeatInvError for a missing or unreadable file, keys that do not fit, a side that the model cannot read, and a timm
-    that is too old.
-    """
-    if name.startswith(MODULE):
-        from .module_backbones import load_module_backbone
-
-        return load_module_backbone(name, weights, input_size, run_code)
-    folder = Path(name)
-    if weights is None and (folder / "config.json").is_file():
-        return _from_folder(folder, input_size)
-    backbone = untrained_backbone(name, input_size)
-    if weights is None:
-        raise FeatInvError(
-            f"backbone {name} needs a local weights file or a timm-hub folder: python3 run.py download"
-            f" CONFIG, or {HUB}/timm/{name}"
-        )
-    fill(backbone.model, name, Path(weights))
-    return backbone
-
-
-def untrained_backbone(name: str, input_size: int | None = None, num_classes: int | None = None) -> Backbone:
-    """A backbone at random weights, which says what its maps are. name, input_size: as in load_backbone. num_classes:
-    where not the model's own."""
-    require_timm()
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        # a hub address has the account before the name; some write hyphens, timm writes underscores
-        asked, models = name.rpartition("/")[2].replace("-", "_"), timm.list_models()
-        stem = asked.partition(".")[0]
-        near = [asked] if timm.is_model(stem) else get_close_matches(stem, models, 4, 0.5)
-        raise UnknownBackbone(
-            f"timm does not know the architecture {architecture!r}; similar names: {', '.join(near) or 'none near'}"
-        )
-    tagged = timm.list_models(f"{architecture}.*", include_tags=True)
-    if tag and name not in tagged:
-        near = ", ".join(get_close_matches(name, tagged, 4, 0)) or "none"
-        raise UnknownBackbone(f"timm knows no {name!r}; similar names: {near}; without a tag: {architecture}")
-    known = timm.get_pretrained_cfg(name)
-    classes = {"num_classes": num_classes} if num_classes else {}
-    return _build(name, name, known.to_dict() if known else {}, input_size, **classes)
-
-
-def _from_folder(folder: Path, input_size: int | None) -> Backbone:
-    from .metadata import HubFolder, parse  # pydantic takes tenths of a second
-
-    require_timm()
-    file = folder / "config.json"
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FeatInvError(f"{file} is not a timm-hub configuration: {error}") from error
-    config = parse(HubFolder, text, file, "timm-hub configuration")
-    if not timm.is_model(config.architecture):
-        raise UnknownBackbone(f"{file}: timm does not know the architecture {config.architecture!r}")
-    known, tag = config.pretrained_cfg, config.pretrained_cfg.get("tag")
-    name = f"{config.architecture}.{tag}" if tag else config.architecture
-    backbone = _build(f"local-dir:{folder}", name, known, input_size)
-    backbone.classes = config.classes(backbone.model.num_classes, file)
-    weights = next((folder / name for name in HUB_FILES if (folder / name).is_file()), folder / HUB_FILES[0])
-    fill(backbone.model, config.architecture, weights)
-    return backbone
-
-
-def _build(what: str, name: str, known: dict, side: int | None, **arguments: int) -> Backbone:
-    """timm's model `what` at random weights. known: its pretrained_cfg. arguments: of timm.create_model."""
-    overlay = {"input_size": (3, side, side)} if side else {}
-    if side and tuple(known.get("test_input_size") or ()) == overlay["input_size"]:
-        overlay["crop_pct"] = known.get("test_crop_pct") or known.get("crop_pct", 1.0)  # timm evaluates at that size so
-    try:
-        model = timm.create_model(what, pretrained=False, pretrained_cfg_overlay=overlay or None, **arguments)
-        backbone = Backbone(model, name)
-        if side:  # whether it runs at that size, whatever its head reads
-            with torch.inference_mode():
-                backbone.model.forward_features(backbone._blank())
-    except FeatInvError:
-        raise
-    except Exception as error:  # timm checks little of what it is given, and raises whatever it stumbles over
-        reason = f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__}, without a reason"
-        raise FeatInvError(f"timm cannot run {name}{f' at {side} pixels' if side else ''}: {reason}") from error
-    if side and backbone.input_size != (side, side):
-        raise FeatInvError(
-            f"{name} reads {backbone.input_size[0]} x {backbone.input_size[1]} pixels and cannot be set to {side};"
-            " leave the input size out"
-        )
-    return backbone
+        return self._timm.forward_head(out)

@@ -27,7 +27,7 @@ ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 MOST = 64  # kinds of objects
 
 
-class Checkpoint(dict):
+class Checkpoint(dict[str, Tensor]):
     """The tensors of a checkpoint by name. entry: under which they stood, "" for a bare state dict. left: the names of
     the other entries. replaced: kinds of objects that were not made. other: the entries that are plain values."""
 
@@ -47,8 +47,9 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
     if not file.is_file():
         raise FeatInvError(f"checkpoint {file} does not exist")
     loaded, replaced = _loaded(file)
-    entry = next((name for name in ENTRIES if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)), "")
-    state = loaded[entry] if entry else loaded
+    entries = loaded if isinstance(loaded, dict) else {}
+    entry = next((name for name in ENTRIES if isinstance(entries.get(name), dict)), "")
+    state = entries[entry] if entry else loaded
     if not isinstance(state, dict):
         raise FeatInvError(
             f"{file} holds a {type(state).__name__}; expected a state dict, or a checkpoint of Lightning or timm with"
@@ -57,8 +58,8 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
     checkpoint = Checkpoint({str(name): value for name, value in state.items() if isinstance(value, Tensor)})
     checkpoint.entry, checkpoint.replaced = entry, replaced
     if entry:
-        checkpoint.left = tuple(str(name) for name in loaded if name != entry)
-        checkpoint.other = {str(name): value for name, value in loaded.items() if isinstance(value, (str, list, dict))}
+        checkpoint.left = tuple(str(name) for name in entries if name != entry)
+        checkpoint.other = {str(name): value for name, value in entries.items() if isinstance(value, (str, list, dict))}
     return checkpoint
 
 
@@ -72,11 +73,13 @@ def _loaded(file: Path) -> tuple[object, tuple[str, ...]]:
                 mapped = zipfile.is_zipfile(file)
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), tuple(replaced)
         except pickle.UnpicklingError as error:
-            name = re.search(r"GLOBAL (\S+)|$", str(error))[1] or ""
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            name = found[1] if found else ""
             if HARMLESS.fullmatch(name) and name not in replaced and len(replaced) < MOST:
                 replaced.append(name)
                 continue
-            reason = re.search(r"Unsupported (global: GLOBAL \S+|.*)|$", str(error))[0] or type(error).__name__
+            said = re.search(r"Unsupported (global: GLOBAL \S+|.*)", str(error))
+            reason = said[0] if said else type(error).__name__
             raise FeatInvError(
                 f"{file} was not opened, because it is damaged or holds objects besides tensors, which could run"
                 f" foreign code ({reason}). If you trust its origin, save its state_dict alone where it was made:"

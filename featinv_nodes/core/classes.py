@@ -26,7 +26,8 @@ def are_classes(model: str, count: int, names: Sequence[str] | None) -> bool:
 def _published_counts(architecture: str) -> frozenset[int]:
     """num_classes of an architecture's weights in timm."""
     tagged = timm.list_models(f"{architecture}.*", include_tags=True)
-    return frozenset(timm.get_pretrained_cfg(name).num_classes for name in tagged)
+    known = (timm.get_pretrained_cfg(name) for name in tagged)
+    return frozenset(config.num_classes for config in known if config)
 
 
 def label_groups(names: Sequence[str] | None) -> dict[str, slice]:

@@ -31,7 +31,8 @@ def load_features(file: str | Path) -> FeatureMap:
     tensors = read_tensors(file)
     if "values" not in tensors:
         raise FeatInvError(f"{file} holds no feature map: its tensors are {', '.join(tensors) or 'none'}")
-    values, prefix = (as_float(tensors[k], k, file) if k in tensors else None for k in ("values", "prefix"))
+    values = as_float(tensors["values"], "values", file)
+    prefix = as_float(tensors["prefix"], "prefix", file) if "prefix" in tensors else None
     if values.numel() == 0:
         raise FeatInvError(f"{file} holds no feature map: its tensor 'values' has the shape {tuple(values.shape)}")
     if prefix is not None and (prefix.ndim != 3 or prefix.shape[::2] != (*values.shape[:1], source.channels)):

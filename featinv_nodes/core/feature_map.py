@@ -112,6 +112,6 @@ def concatenate(maps: Sequence[FeatureMap]) -> FeatureMap:
     first = maps[0]
     for other in maps[1:]:
         first.source.require(other.source, "the first feature map", "another one")
-    has_prefix = all(m.prefix is not None for m in maps)
-    prefix = torch.cat([m.prefix for m in maps]) if has_prefix else None
+    prefixes = [m.prefix for m in maps if m.prefix is not None]
+    prefix = torch.cat(prefixes) if len(prefixes) == len(maps) else None
     return FeatureMap(torch.cat([m.values for m in maps]), first.source, prefix)

@@ -94,6 +94,6 @@ def leave_inference(module: nn.Module) -> None:
             for name, value in part._parameters.items():
                 if value is not None and value.is_inference():
                     part._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
-            for name, value in part._buffers.items():
-                if value is not None and value.is_inference():
-                    part._buffers[name] = value.clone()
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    part._buffers[name] = buffer.clone()

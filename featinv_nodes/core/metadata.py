@@ -7,13 +7,16 @@ raises the format version. Imported where a file is read, because pydantic takes
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import FeatInvError
 from .feature_map import FeatureSource
 from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
@@ -215,7 +218,7 @@ def _parsed(model: type[Kind], text: str, file: str | Path, kind: str) -> Kind:
         ) from error
 
 
-def _described(fault: dict) -> str:
+def _described(fault: ErrorDetails) -> str:
     """One fault that pydantic found, with the field's name."""
     name = "field " + ".".join(map(str, fault["loc"])) if fault["loc"] else "it"
     message = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")

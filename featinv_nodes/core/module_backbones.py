@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -108,7 +109,8 @@ class ModuleBackbone(Backbone):
     def _size(self, layer: str) -> tuple[int, tuple[int, int]]:
         if layer not in self._sources:
             values, _ = self._tried(lambda blank: self._spatial(blank, layer))
-            return values.shape[1], tuple(values.shape[2:])
+            _, channels, height, width = values.shape
+            return channels, (height, width)
         return self._sources[layer].channels, self._sources[layer].grid
 
     def _spatial(self, x: Tensor, layer: str) -> tuple[Tensor, Tensor | None]:
@@ -188,9 +190,11 @@ def load_module_backbone(
     return made
 
 
-def _imported(file: Path) -> object:
+def _imported(file: Path) -> ModuleType:
     digest = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(f"featinv_backbone_{digest}", file)
+    if spec is None or spec.loader is None:
+        raise FeatInvError(f"Python cannot import {file}; expected a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look it up
     spec.loader.exec_module(module)

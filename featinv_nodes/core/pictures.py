@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -110,7 +112,7 @@ def captioned(pictures: Tensor, captions: list[str], side: int = 256) -> Tensor:
 def _font(lines: list[str], width: int) -> ImageFont.FreeTypeFont:
     """The largest size, a sixteenth of the width at most, in which every line fits; 8 at least."""
     for size in range(max(12, width // 16), 7, -1):
-        font = ImageFont.load_default(size)
+        font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))  # at a given size always this kind
         if all(font.getlength(line) <= 0.98 * width for line in lines):
             break
     return font

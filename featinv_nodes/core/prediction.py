@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import FeatInvError
 
@@ -24,12 +24,28 @@ from .errors import FeatInvError
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
+class Frozen(Protocol):
+    """A module that knows the precision and the device of its parameters, as diffusers' do."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class UNet(Frozen, Protocol):
+    """A base model's U-Net, called as above."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: ANN401
+
+
 @contextmanager
-def in_own_precision(frozen: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+def in_own_precision(frozen: Frozen) -> Iterator[Callable[[Tensor], Tensor]]:
     """Runs a frozen module in the precision that it was cast to.
 
     CUDA's autocast would take each normalisation, and the activations around it, to float32. Yields a function that
-    casts a tensor to that precision; does nothing for a module in float32. frozen: a module with `dtype` and `device`.
+    casts a tensor to that precision; does nothing for a module in float32.
     """
     if frozen.dtype == torch.float32:
         yield lambda x: x
@@ -39,7 +55,7 @@ def in_own_precision(frozen: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def controlled_prediction(
-    unet: Callable[..., Any],
+    unet: UNet,
     controlnet: Callable[..., Any],
     noisy: Tensor,
     t: Tensor,

@@ -67,14 +67,16 @@ def _region(images: Tensor, size: tuple[int, int], crop_pct: float) -> Tensor:
 
 def _scaled_size(sides: Sequence[int], size: tuple[int, int], crop_pct: float, crop_mode: str) -> tuple[int, int]:
     """(height, width) to which timm scales a picture of these sides before it cuts `size` out."""
-    target = tuple(math.floor(side / crop_pct) for side in size)
+    target = math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct)
     if crop_mode == "squash":
         return target
     if crop_mode == "center" and target[0] == target[1]:  # torchvision's Resize, which rounds down
-        return tuple(int(target[0] * side / min(sides)) for side in sides)
+        height, width = (int(target[0] * side / min(sides)) for side in sides)
+        return height, width
     choose = max if crop_mode == "border" else min
     ratio = choose(side / wanted for side, wanted in zip(sides, target))
-    return tuple(max(1, round(side / ratio)) for side in sides)
+    height, width = (max(1, round(side / ratio)) for side in sides)
+    return height, width
 
 
 def _resized(x: Tensor, axis: int, length: int, interpolation: str) -> Tensor:

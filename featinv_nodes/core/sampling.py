@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import FeatInvError
 from .guidance import NEGATIVES, guidance_weights
-from .prediction import controlled_prediction, predicted_clean, prediction_of
+from .prediction import UNet, controlled_prediction, predicted_clean, prediction_of
 
 #: Solvers, all at the base model's own timesteps. ComfyUI's KSampler gives the pictures of the first two with samplers
 #: "ddim" and "dpmpp_2m" and scheduler "simple": second order in the logarithm of the signal-to-noise ratio but for the
@@ -107,7 +107,7 @@ def starting_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @torch.inference_mode()
 def sample_latents(
-    unet: Callable[..., Any],
+    unet: UNet,
     controlnet: Callable[..., Any] | None,
     hints: Mapping[bool, Tensor],
     solver: Any,
@@ -131,7 +131,7 @@ def sample_latents(
     set_timesteps(solver, sampling.steps)
     for step, t in enumerate(solver.timesteps):
         branches = x.repeat(len(weights), 1, 1, 1)
-        if hint is not None and sampling.controls(step):
+        if controlnet is not None and hint is not None and sampling.controls(step):
             pred = controlled_prediction(unet, controlnet, branches, t, context, hint, sampling.strength)
         else:
             pred = unet(branches, t, context).sample

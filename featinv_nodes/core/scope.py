@@ -289,7 +289,8 @@ def fit_scope(maps: FeatureMap | Iterable[FeatureMap], seed: int = 0, centres: i
     result on the same machine. Raises FeatInvError for too few maps, constant features and maps of several sources.
     """
     picks = torch.Generator().manual_seed(seed)
-    count, x, around, kept = 0, [], [], []
+    count, x, around = 0, [], []
+    kept: list[FeatureMap] = []
     for batch in [maps] if isinstance(maps, FeatureMap) else maps:
         source = kept[0].source if kept else batch.source
         batch.source.require(source, "a feature map", "the first one")

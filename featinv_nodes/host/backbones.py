@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from ..core.backbone_opening import untrained_backbone
 from ..core.backbone_weights import HUB_FILES
-from ..core.backbones import Backbone, untrained_backbone
+from ..core.backbones import Backbone
 from ..core.feature_map import FeatInvError, FeatureSource
 from ..worlds import BACKBONES, open_backbone
 from . import folders, models

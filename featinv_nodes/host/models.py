@@ -11,8 +11,9 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ..core.backbone_opening import load_backbone
 from ..core.backbone_weights import HUB_FILES
-from ..core.backbones import LAST, Backbone, load_backbone
+from ..core.backbones import LAST, Backbone
 from ..core.errors import FeatInvError, UnknownBackbone
 from ..core.feature_map import FeatureMap, FeatureSource, concatenate
 from ..core.waiting import Progress

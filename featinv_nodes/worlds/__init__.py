@@ -41,7 +41,7 @@ def open_backbone(
             for short, backbone in world.backbones.items():
                 if name in (short, backbone.name):
                     return backbone.open(input_size)
-    from ..core.backbones import load_backbone  # timm takes seconds to import
+    from ..core.backbone_opening import load_backbone  # timm takes seconds to import
 
     try:
         return load_backbone(name, weights, input_size, run_code)

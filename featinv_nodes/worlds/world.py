@@ -35,7 +35,7 @@ class Shipped:
     folder: Path
 
     def open(self, input_size: int | None = None) -> Backbone:
-        from ..core.backbones import load_backbone  # timm takes seconds to import
+        from ..core.backbone_opening import load_backbone  # timm takes seconds to import
 
         return load_backbone(str(self.folder), input_size=input_size)
 
@@ -58,7 +58,7 @@ class Packaged:
 
     def open(self, input_size: int | None = None) -> Backbone:
         """Raises FeatInvError if the package is not installed, or its file is another."""
-        from ..core.backbones import untrained_backbone
+        from ..core.backbone_opening import untrained_backbone
         from ..core.checkpoints import read_checkpoint
 
         file = self.path()

@@ -9,8 +9,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from featinv_nodes.core import backbones
-from featinv_nodes.core.backbones import load_backbone, untrained_backbone
+from featinv_nodes.core import backbone_opening
+from featinv_nodes.core.backbone_opening import load_backbone, untrained_backbone
 from featinv_nodes.core.errors import FeatInvError, UnknownBackbone
 from featinv_nodes.core.requirements import TIMM, old_timm
 from featinv_nodes.worlds import BACKBONES, open_backbone
@@ -113,7 +113,7 @@ def test_an_old_timm_is_said_in_one_line(monkeypatch):
     requirement = ".".join(map(str, TIMM))
     assert f"timm>={requirement}" in (Path(__file__).parents[2] / "requirements.txt").read_text().splitlines()
     monkeypatch.setattr(timm, "__version__", "0.6.13")
-    backbones.require_timm.cache_clear()
+    backbone_opening.require_timm.cache_clear()
     for ask in (lambda: untrained_backbone("test_resnet"), lambda: open_backbone("tiny-cnn")):
         with pytest.raises(FeatInvError, match=f"^timm 0.6.13 is installed, but FeatInv needs timm {requirement}"):
             ask()

@@ -7,7 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from featinv_nodes.core.backbones import Backbone, load_backbone, untrained_backbone
+from featinv_nodes.core.backbone_opening import load_backbone, untrained_backbone
+from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.concepts.statistics import top_classes
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import open_backbone

@@ -18,7 +18,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from featinv_nodes.core.backbones import load_backbone
+from featinv_nodes.core.backbone_opening import load_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.guidance import toward_features
 from featinv_nodes.core.metadata import Source, parse

@@ -97,7 +97,7 @@ def backbones() -> dict:
         "hyphen": load("test_resnet.pth", "test-resnet"),
     }
     version, timm.__version__ = timm.__version__, "0.6.13"
-    core = sys.modules[f"{pack.__name__}.featinv_nodes.core.backbones"]
+    core = sys.modules[f"{pack.__name__}.featinv_nodes.core.backbone_opening"]
     core.require_timm.cache_clear()
     result["old timm"] = load("test_resnet.pth")
     timm.__version__ = version

@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from featinv_nodes.core.backbones import load_backbone
+from featinv_nodes.core.backbone_opening import load_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from training import convert
 

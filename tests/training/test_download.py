@@ -17,7 +17,7 @@ import timm
 import torch
 from huggingface_hub import constants
 
-from featinv_nodes.core.backbones import load_backbone
+from featinv_nodes.core.backbone_opening import load_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from training import download
 from training.models import hub

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_nodes.core.backbones import untrained_backbone
+from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import read_info

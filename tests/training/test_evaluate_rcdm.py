@@ -11,7 +11,7 @@ from test_evaluate_suites import run
 from test_real_layout import stable_diffusion as stable_diffusion
 from torch.nn import functional as F
 
-from featinv_nodes.core.backbones import untrained_backbone
+from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import read_metadata
 from featinv_nodes.worlds import model_file, open_backbone

@@ -14,7 +14,7 @@ from test_real_layout import PROMPT
 from test_real_layout import stable_diffusion as stable_diffusion
 from timm.data import ImageNetInfo
 
-from featinv_nodes.core.backbones import untrained_backbone
+from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo, load_scope, read_info
 from featinv_nodes.worlds import model_file

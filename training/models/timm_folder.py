@@ -11,8 +11,9 @@ from pathlib import Path
 from timm.models import save_for_hf
 from torch import Tensor
 
+from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.backbone_weights import HUB_FILES, misfits, prefix_in, read_backbone_weights, some
-from featinv_nodes.core.backbones import Backbone, untrained_backbone
+from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.checkpoints import Checkpoint
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import require_name

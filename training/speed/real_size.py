@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from featinv_nodes.core.backbones import Backbone, untrained_backbone
+from featinv_nodes.core.backbone_opening import untrained_backbone
+from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.objective import latents_from
 
 from ..config import TrainConfig

@@ -124,7 +124,9 @@ def collect(
     and pictures (the latter as bytes), and what a batch of 16 takes.
     """
     generator = torch.Generator().manual_seed(seed)
-    vectors, maps, images, names, classes, read = [], [], [], [], set(), 0
+    vectors, maps, images, read = [], [], [], 0
+    names: list[str] = []
+    classes: set[str] = set()
     total = len(pictures)
     for labels, pixel_values in pictures.batches(progress):
         features = extract(pixel_values).to("cpu")

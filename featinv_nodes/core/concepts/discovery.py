@@ -4,7 +4,7 @@ autoencoder."""
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +25,24 @@ SMALLEST_SHARE, SMALLEST_EIGENVALUE, SMALLEST_SINE = 0.02, 0.05, 0.2
 COMPLETE, MOST_CLUSTERS = 0.5, 40  # eta at which the published search ends; where ours does, at the latest
 RUNS = 4  # of k-means, of which the best counts
 ACTIVE = 16  # atoms of a sparse dictionary in each vector, if not said otherwise
+
+
+class Request(TypedDict):
+    """What was asked for. vectors: N. concepts: clusters, directions or atoms; 0 for as many as are complete."""
+
+    vectors: int
+    concepts: int
+    seed: int
+
+
+class Settings(Request, total=False):
+    """How concepts were found, as Concepts.settings keep it. centred, grown: of MCD; grown: [clusters, eta] of each
+    step. active: of sae. rejected: what gave no concept, and why."""
+
+    centred: bool
+    active: int
+    rejected: list[str]
+    grown: list[list[float]]
 
 
 def discover(
@@ -57,18 +75,18 @@ def discover(
     """
     vectors = _checked(vectors, source, method, concepts, weights, active).float().cpu()
     finished = partial(progress, len(vectors), len(vectors))
-    settings: dict[str, object] = {"vectors": len(vectors), "concepts": concepts, "seed": seed}
+    settings: Settings = {"vectors": len(vectors), "concepts": concepts, "seed": seed}
     if method.startswith("mcd"):
         points, affinity = affinities(vectors, method.endswith("elastic-net"), progress)
         settings["centred"] = centred
-        if concepts:
-            found = attended(lambda: subspaces(points, affinity, concepts, seed, centred), finished)
-            return _mcd(found, source, method, settings)
-        return _grown(points, affinity, source, method, settings, weights, finished)
-    mean = vectors.mean(0) if method in ("pca", "sae") else None
+        if concepts == 0 and weights is not None:  # never one without the other, see _checked
+            return _grown(points, affinity, source, method, settings, weights, finished)
+        found = attended(lambda: subspaces(points, affinity, concepts, seed, centred), finished)
+        return _mcd(found, source, method, settings)
     if method == "sae":
-        active = max(1, min(ACTIVE, concepts // 8)) if active is None else active
-        return _sae(vectors, mean, source, settings | {"active": active}, progress)
+        settings["active"] = max(1, min(ACTIVE, concepts // 8)) if active is None else active
+        return _sae(vectors, source, settings, progress)
+    mean = vectors.mean(0) if method == "pca" else None
     rows = _directions(vectors, method, concepts, seed, progress)
     rejected = attended(lambda: dependent(rows), finished)
     kept = [row[None] for i, row in enumerate(rows) if i not in rejected]
@@ -136,7 +154,8 @@ def subspaces(
     A cluster's dimension is the number of eigenvalues above 5 % of its largest.
     """
     labels = spectral_clusters(affinity, clusters, seed)
-    bases, rejected = [], []
+    bases: list[Tensor] = []
+    rejected = []
     for number in labels.bincount(minlength=clusters).argsort(descending=True, stable=True).tolist():
         members = points[labels == number]
         basis = cluster_basis(members, centred) if len(members) > SMALLEST_SHARE * len(points) else members[:0]
@@ -155,9 +174,7 @@ def subspaces(
     return bases, rejected
 
 
-def _mcd(
-    result: tuple[list[Tensor], list[str]], source: FeatureSource, method: str, settings: dict[str, object]
-) -> Concepts:
+def _mcd(result: tuple[list[Tensor], list[str]], source: FeatureSource, method: str, settings: Settings) -> Concepts:
     bases, rejected = result
     if len(bases) < 2:
         raise FeatInvError(
@@ -172,7 +189,7 @@ def _grown(
     affinity: csr_array,
     source: FeatureSource,
     method: str,
-    settings: dict[str, object],
+    settings: Settings,
     weights: Tensor,
     check: Check,
 ) -> Concepts:
@@ -247,17 +264,15 @@ def _centres(points: Tensor, count: int, seed: int, progress: Progress) -> np.nd
     return min(runs, key=lambda run: run.inertia_).cluster_centers_
 
 
-def _sae(
-    vectors: Tensor, mean: Tensor, source: FeatureSource, settings: dict[str, object], progress: Progress
-) -> Concepts:
-    atoms = settings["concepts"]
+def _sae(vectors: Tensor, source: FeatureSource, settings: Settings, progress: Progress) -> Concepts:
+    mean, atoms = vectors.mean(0), settings["concepts"]
     decoder, encoder = fit_dictionary(vectors - mean, atoms, settings["active"], settings["seed"], progress)
     energy = torch.zeros(atoms)
     for part in vectors.split(1024):
         energy += encoder(part - mean).square().sum(0)
         progress(len(vectors), len(vectors))
     order = energy.argsort(descending=True, stable=True)[: int((energy > 0).sum())]
-    settings |= {"rejected": [f"{atoms - len(order)} of {atoms} atoms: never active"] if len(order) < atoms else []}
+    settings["rejected"] = [f"{atoms - len(order)} of {atoms} atoms: never active"] if len(order) < atoms else []
     return Concepts(
         list(decoder[order, None]), numbered(len(order)), source, mean, "sae", settings, encoder.select(order)
     )

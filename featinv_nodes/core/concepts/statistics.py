@@ -112,10 +112,16 @@ def dimensions(concepts: Concepts) -> list[int]:
 
 def remarks(concepts: Concepts, stats: Statistics) -> list[str]:
     """What else there is to say: clusters that gave none, how the number grew, completeness or why it is not known."""
-    grown = concepts.settings.get("grown", [])
-    lines = list(concepts.settings.get("rejected", []))
+    grown = _listed(concepts, "grown")
+    lines = [str(line) for line in _listed(concepts, "rejected")]
     if grown:
         lines.append(
             "completeness by number of clusters: " + ", ".join(f"{clusters}: {eta:.2f}" for clusters, eta in grown)
         )
     return [*lines, stats.remark or f"completeness for the top classes: {stats.completeness:.2f}"]
+
+
+def _listed(concepts: Concepts, name: str) -> list:
+    """A list among the settings, which come from a file too; empty where there is none."""
+    found = concepts.settings.get(name)
+    return found if isinstance(found, list) else []
