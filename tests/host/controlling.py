@@ -22,8 +22,10 @@ def hints_of(world: World, draw) -> list[torch.Tensor]:
     hook = world.control.control_model.input_hint_block.register_forward_hook(
         lambda module, inputs, output: hints.append(output.clone())
     )
-    draw()
-    hook.remove()
+    try:
+        draw()
+    finally:
+        hook.remove()
     return hints
 
 
