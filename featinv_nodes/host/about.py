@@ -33,7 +33,10 @@ def settings(recommended: dict) -> list[str]:
     away, steps = recommended.get("negative"), recommended.get("steps")
     step, last = recommended.get("gradient", 0.0), recommended.get("gradient_steps", GRADIENT_STEPS)
     nodes = {
-        "FeatInv ControlNet": {"strength": recommended.get("strength"), "guide_away_from": AWAY.get(away, away)},
+        "FeatInv ControlNet": {
+            "strength": recommended.get("strength"),
+            "guide_away_from": away and AWAY.get(away, away),
+        },
         "KSampler": {
             "steps": steps,
             "cfg": recommended.get("guidance"),

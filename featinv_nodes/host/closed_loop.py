@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import comfy.model_management as management
 import comfy.sample
@@ -21,12 +22,21 @@ from .latents import with_equal_noise
 from .models import ManagedBackbone, stop_if_cancelled
 
 
+class Noise(Protocol):
+    """A NOISE of the host's."""
+
+    seed: int
+
+    def generate_noise(self, input_latent: dict, /) -> Tensor:
+        """Noise of a LATENT's shape."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What the host's SamplerCustomAdvanced takes, and the autoencoder. latent: a LATENT of one row per seed. The
     guider's conditionings come from FeatInv ControlNet, whatever its feature map."""
 
-    noise: object
+    noise: Noise
     guider: comfy.samplers.CFGGuider
     sampler: comfy.samplers.Sampler
     sigmas: Tensor
@@ -76,7 +86,7 @@ def ready(sampling: Sampling, times: int) -> dict:
 def steered(guider: comfy.samplers.CFGGuider, maps: FeatureMap) -> comfy.samplers.CFGGuider:
     """A copy of the guider whose FeatInv ControlNets steer towards these maps instead of theirs. Raises FeatInvError if
     there is none for maps of this source."""
-    copies: dict[ControlBase | None, ControlBase | None] = {None: None}
+    copies: dict[ControlBase, ControlBase] = {}
     other = copy.copy(guider)
     other.original_conds = {
         name: [c | {"control": _towards(c["control"], maps, copies)} if c.get("control") else c for c in conds]
@@ -91,9 +101,11 @@ def steered(guider: comfy.samplers.CFGGuider, maps: FeatureMap) -> comfy.sampler
 
 
 def _towards(
-    control: ControlBase | None, maps: FeatureMap, copies: dict[ControlBase | None, ControlBase | None]
+    control: ControlBase | None, maps: FeatureMap, copies: dict[ControlBase, ControlBase]
 ) -> ControlBase | None:
     """A copy of a chain of ControlNets; the same for the same, so that conditionings stay one batch."""
+    if control is None:
+        return None
     if control not in copies:
         copies[control] = control.copy().set_previous_controlnet(_towards(control.previous_controlnet, maps, copies))
         if isinstance(control, FeatureControl) and control.info.source == maps.source:

@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy.cldm.cldm
 import comfy.conds
 import comfy.controlnet
+import comfy.model_base
 import comfy.model_management as management
 import comfy.ops
 import torch
@@ -17,7 +18,7 @@ from ..core.feature_map import FeatInvError, FeatureMap
 from ..core.scope import Scope
 from ..core.weights import InversionInfo, load_inversion, load_scope
 from ..worlds import find_world
-from .models import managed
+from .models import Whole, managed
 from .notices import tell_counts
 from .parts import WHOLE, Part, find_part, in_turn, recording
 from .sizes import trained_size
@@ -40,6 +41,11 @@ def tag_negative(options: dict, negative: bool) -> dict:
     }
 
 
+def before_a_run(share: float) -> float:
+    """Stands in for the host's function from a share of the sampling process to the noise level, while none runs."""
+    raise FeatInvError(f"a FeatInv ControlNet was asked for the noise level at {share:g} while no sampler runs")
+
+
 class FeatureControl(comfy.controlnet.ControlNet):
     """A ControlNet steered by a FeatureMap.
 
@@ -51,19 +57,32 @@ class FeatureControl(comfy.controlnet.ControlNet):
     def __init__(
         self,
         control_model: torch.nn.Module | None,
-        encoder: torch.nn.Module | None,
+        encoder: Whole,
         info: InversionInfo,
         scope: Scope | None,
         **options,
     ) -> None:
         super().__init__(control_model, compression_ratio=1, **options)
-        self.encoder = None if encoder is None else managed(encoder)
-        self.info, self.scope = info, scope
-        self.steering: Steering | None = None
+        self.encoder, self.info, self.scope = encoder, info, scope
+        self._steering: Steering | None = None
         self.encoded: dict[tuple[tuple[int, int], int], tuple[Tensor, Tensor | None]] = {}
         self.residual_mask: Tensor | None = None
-        self.sigma_of: Callable[[float], float] | None = None
+        self.sigma_of: Callable[[float], float] = before_a_run
         self.started = False
+
+    @property
+    def steering(self) -> Steering:
+        """What it was told. Raises FeatInvError before it was told anything."""
+        if self._steering is None:
+            raise FeatInvError(
+                "a FeatInv ControlNet without features cannot steer; connect it to the sampler through FeatInv"
+                " ControlNet, which gives it a feature map"
+            )
+        return self._steering
+
+    @steering.setter
+    def steering(self, steering: Steering) -> None:
+        self._steering = steering
 
     def applied(self, steering: Steering) -> FeatureControl:
         """A copy that steers as it is told. Raises FeatInvError for features of another source than the weights'."""
@@ -82,23 +101,24 @@ class FeatureControl(comfy.controlnet.ControlNet):
 
     def copy(self) -> FeatureControl:
         other = FeatureControl(
-            None, None, self.info, self.scope, load_device=self.load_device, manual_cast_dtype=self.manual_cast_dtype
-        )
-        other.control_model, other.control_model_wrapped, other.encoder = (
-            self.control_model,
-            self.control_model_wrapped,
+            None,
             self.encoder,
+            self.info,
+            self.scope,
+            load_device=self.load_device,
+            manual_cast_dtype=self.manual_cast_dtype,
         )
-        other.steering = self.steering
+        other.control_model, other.control_model_wrapped = self.control_model, self.control_model_wrapped
+        other._steering = self._steering
         self.copy_to(other)
         return other
 
-    def pre_run(self, model: torch.nn.Module, percent_to_timestep_function) -> None:  # noqa: ANN001
+    def pre_run(self, model: comfy.model_base.BaseModel, percent_to_timestep_function) -> None:  # noqa: ANN001
         self.require_base(model)
         self.sigma_of, self.started = percent_to_timestep_function, False
         super().pre_run(model, percent_to_timestep_function)
 
-    def require_base(self, model: torch.nn.Module) -> None:
+    def require_base(self, model: comfy.model_base.BaseModel) -> None:
         """Raises FeatInvError if the base model is not of the kind that the weights were trained on."""
         config = getattr(model.model_config, "unet_config", {})
         # an inpainting model takes more channels in, of which a ControlNet gets the latents alone
@@ -126,8 +146,9 @@ class FeatureControl(comfy.controlnet.ControlNet):
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict
     ) -> dict | None:
-        steering, size = self.steering, tuple(x_noisy.shape[2:])
-        rows = x_noisy.shape[0] // batched_number
+        steering, rows = self.steering, x_noisy.shape[0] // batched_number
+        height, width = x_noisy.shape[2:]
+        size = height, width
         whole = transformer_options.get(WHOLE, x_noisy[:rows])
         if not self.started:
             self.start(whole, float(t[0]))
@@ -210,7 +231,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         )
 
     def cleanup(self) -> None:
-        self.encoded, self.residual_mask, self.sigma_of = {}, None, None
+        self.encoded, self.residual_mask, self.sigma_of = {}, None, before_a_run
         super().cleanup()
 
 
@@ -239,5 +260,10 @@ def load_feature_control(file: Path) -> FeatureControl:
             f"{file} does not fit the SD 1.x architecture: missing {missing[:4]}, unexpected {unexpected[:4]}"
         )
     return FeatureControl(
-        model.eval().requires_grad_(False), encoder, info, load_scope(file), load_device=device, manual_cast_dtype=cast
+        model.eval().requires_grad_(False),
+        managed(encoder),
+        info,
+        load_scope(file),
+        load_device=device,
+        manual_cast_dtype=cast,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import comfy.model_management as management
 import comfy.model_patcher
@@ -19,6 +20,7 @@ from ..core.feature_map import FeatureMap, FeatureSource, concatenate
 from ..core.waiting import Progress
 from ..worlds import BACKBONES
 
+Result = TypeVar("Result", Tensor, FeatureMap)
 #: newer hosts have a patcher for models that take part in their own memory scheme
 Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
@@ -105,7 +107,7 @@ class ManagedBackbone:
         """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1; float32. progress: called with pictures
         done, of how many; the host's bar if None."""
         progress = progress or shown(comfy.utils.ProgressBar(len(pixel_values)))
-        parts = []
+        parts: list[FeatureMap] = []
         for part in pixel_values.split(self.BATCH):
             parts.append(
                 self._run(lambda x: self.backbone(x, layer, pooled).to(management.intermediate_device()), part)
@@ -122,7 +124,7 @@ class ManagedBackbone:
         """[B, classes] the model's own head on a last-layer map."""
         return self._run(lambda values: self.backbone.logits(features.to(values.device)), features.values)
 
-    def _run(self, function: Callable[[Tensor], Tensor | FeatureMap], x: Tensor) -> Tensor | FeatureMap:
+    def _run(self, function: Callable[[Tensor], Result], x: Tensor) -> Result:
         # an estimate: activations of a few times the pictures, per stage
         management.load_models_gpu([self.patcher], memory_required=x.numel() * 4 * 64)
         result = function(x.to(self.patcher.load_device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import comfy.hooks
 import torch
@@ -90,7 +91,14 @@ def find_part(rows: int, size: tuple[int, int], options: dict, shared: bool) -> 
     )
 
 
-def _window(window: object) -> tuple[int, list[int]] | None:
+class ContextWindow(Protocol):
+    """The host's."""
+
+    dim: int
+    index_list: list[int]
+
+
+def _window(window: ContextWindow | None) -> tuple[int, list[int]] | None:
     """(dimension, numbers along it) of the host's context window. A number before a window's first one is the one that
     newer hosts add in front and take away again."""
     if window is None:

@@ -25,9 +25,10 @@ class Latents(comfy.latent_formats.LatentFormat):
 
     def __init__(self, vae: PatchAutoencoder) -> None:
         self.latent_channels, self.spacial_downscale_ratio = vae.latents, vae.patch
-        linear = vae.expand.weight[:, :, 0, 0].unflatten(0, (3, vae.patch**2)).mean(1)  # [3, C] mean colour of a patch
+        weight, offset = vae.expand.parameters()
+        linear = weight[:, :, 0, 0].unflatten(0, (3, vae.patch**2)).mean(1)  # [3, C] mean colour of a patch
         self.latent_rgb_factors = (linear * vae.deviation[:, 0, 0]).T.tolist()
-        bias = vae.expand.bias.unflatten(0, (3, vae.patch**2)).mean(1) + linear @ vae.mean[:, 0, 0]
+        bias = offset.unflatten(0, (3, vae.patch**2)).mean(1) + linear @ vae.mean[:, 0, 0]
         self.latent_rgb_factors_bias = bias.tolist()
 
 
@@ -79,8 +80,9 @@ def as_host_vae(vae: PatchAutoencoder) -> comfy.sd.VAE:
 def load_conditioning(world: World) -> tuple[list, list]:
     """(positive, negative) in the host's form: the embedding of the world's prompt and the empty prompt's."""
     texts = load_file(world.base_folder / "prompts.safetensors")
-    positive = next(value for text, value in texts.items() if text)
-    return tuple([[value.float(), {"pooled_output": None}]] for value in (positive, texts[""]))
+    prompt = next(value for text, value in texts.items() if text)
+    positive, negative = ([[value.float(), {"pooled_output": None}]] for value in (prompt, texts[""]))
+    return positive, negative
 
 
 def empty_latent(world: World, vae: PatchAutoencoder) -> dict:
