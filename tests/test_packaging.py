@@ -27,16 +27,16 @@ def test_every_package_that_the_code_imports_is_declared():
         for line in (ROOT / file).read_text().splitlines()
         if line and not line.startswith("#")
     }
-    installed_as = {"sklearn": "scikit_learn", "PIL": "pillow", "yaml": "pyyaml"}
+    installed_as = {
+        "sklearn": "scikit_learn",
+        "PIL": "pillow",
+        "yaml": "pyyaml",
+        "pydantic_core": "pydantic",
+        "pyarrow": "datasets",
+    }
     own = {"featinv_nodes", "training", "run"}
-    host = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"}
-    optional = {
-        "bitsandbytes",
-        "fsspec",
-        "imagecorruptions",
-        "torch_fidelity",
-        "triton",
-    }  # named where they are missing
+    host = {"aiohttp", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "nodes", "server"}
+    optional = {"bitsandbytes", "fsspec", "imagecorruptions", "triton"}  # named where they are missing
     names = {name for file in ("featinv_nodes", "training") for name in imported(ROOT / file)}
     names -= own | host | optional | set(sys.stdlib_module_names)
     assert {installed_as.get(name, name) for name in names} - declared == set()

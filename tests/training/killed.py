@@ -129,6 +129,27 @@ def run_as(rank, processes, port, folder, values):
     train(read_config(DEFAULT, values), Path(folder))
 
 
+def evaluate_as(rank, port, folder, options):
+    """One of two processes of an evaluation in shards of two pictures, which writes down what it records."""
+    from training import evaluate
+    from training.evaluation import shards
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    shards.SHARD = 2
+    torch.set_num_threads(1)
+    real = shards.Store.write
+    shards.Store.write = lambda self, condition, first, *rest: (
+        print(condition, first, file=open(f"{folder}-{rank}", "a")) or real(self, condition, first, *rest)
+    )
+    evaluate.main([*options, "--out", folder])
+
+
 def run_shared_out(rank, port, folder, values):
     """One of two processes that train as configs/accelerate/fsdp.yaml has it, which accelerate otherwise keeps to
     GPUs."""

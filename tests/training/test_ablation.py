@@ -4,7 +4,6 @@ import json
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
@@ -96,8 +95,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setitem(RESAMPLES, 512, 2)
     (tmp_path / "page.md").write_text("before\n\n<!-- ablation: begin -->\nold\n<!-- ablation: end -->\n\nafter\n")
     out = tmp_path / "out"
-    yield out, ["--images", "64", "--count", "9", "--out", str(out)]
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return out, ["--images", "64", "--count", "9", "--out", str(out)]
 
 
 def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.encoders import ConvEncoder
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.weights import ENCODER_PREFIX, load_inversion, read_info, save_inversion
 from training import convert
 from training.models.base_model import BaseModel
@@ -196,7 +197,7 @@ def base():
     with torch.no_grad():
         for name, value in unet.named_parameters():
             value.copy_(random_tensor(name, value.shape))
-    return BaseModel("small", unet, None, None, {})
+    return BaseModel("small", unet, PatchAutoencoder(8, 4), None, {})
 
 
 @pytest.fixture(scope="module")

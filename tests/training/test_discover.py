@@ -78,7 +78,7 @@ def test_vectors_come_evenly_from_all_pictures(folder):
         len(counts) == 8 and counts.max() - counts.min() <= 1 and counts.min() == 11
     )  # 100 among 9 files, one of which cannot be read
     assert len({tuple(row[:2].tolist()) for row in result.vectors}) == len(result.vectors)  # no place twice
-    assert len(result.maps) == len(result.pictures) == len(result.names) == result.read == 8 and steps[-1] == (8, 9)
+    assert len(result.maps) == len(result.pictures) == len(result.names) == result.read == 8 and steps[-1] == (9, 9)
     assert "broken.jpg" in pictures.skipped() and {name.split("/")[0] for name in result.names} == {
         "class 0",
         "class 1",

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 
+import killed
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from training.evaluation.run import evaluate_in_memory, load_pictures
 from training.models.pipeline import InversionPipeline
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["training.evaluate"])
+PROCESSES.set_forkserver_preload(["killed", "training.evaluate"])
 SMALL = ["--count", "8", "--steps", "1", "--batch", "2", "--device", "cpu"]
 
 
@@ -104,29 +105,14 @@ def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, m
     assert results(tmp_path) == results(whole)
 
 
-def rank(number, port, folder):
-    """One of two processes."""
-    os.environ |= {
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    shards.SHARD = 2
-    torch.set_num_threads(1)
-    real = shards.Store.write
-    shards.Store.write = lambda self, condition, first, *rest: (
-        print(condition, first, file=open(f"{folder}-{number}", "a")) or real(self, condition, first, *rest)
-    )
-    evaluate.main([*SMALL, "--out", folder])
-
-
 def test_two_processes_find_what_one_does(whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = [PROCESSES.Process(target=rank, args=(number, port, str(tmp_path / "out"))) for number in range(2)]
+    both = [
+        PROCESSES.Process(target=killed.evaluate_as, args=(number, port, str(tmp_path / "out"), SMALL))
+        for number in range(2)
+    ]
     for process in both:
         process.start()
     for process in both:

@@ -73,10 +73,12 @@ def test_shards_hold_what_the_folder_holds(folder, tmp_path):
 
 
 def test_classes_are_in_their_order_whatever_the_shards(folder, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
     for shard, synset in (("000", SHARK), ("001", TENCH)):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as opened:
+        with tarfile.open(shards / f"{shard}.tar", "w") as opened:
             opened.add(folder / synset, synset)
-    assert open_source(str(tmp_path), per_class=1).names == [f"001.tar/{TENCH}/0.png", f"000.tar/{SHARK}/0.png"]
+    assert open_source(str(shards), per_class=1).names == [f"001.tar/{TENCH}/0.png", f"000.tar/{SHARK}/0.png"]
 
 
 def test_pictures_that_cannot_be_read_are_left_out_and_named(folder):

@@ -7,7 +7,6 @@ import tarfile
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from killed import SMALL
 from test_never_loses_work import photographs as photographs
 
@@ -25,13 +24,6 @@ from training.models.base_model import load_base
 
 CPU = torch.device("cpu")
 TOPICS = ["precision", "pictures", "base model", "scheduler", "backbone", "memory", "disk", "time"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process has one precision, but for this."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def config(**changes):

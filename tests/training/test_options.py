@@ -30,13 +30,6 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["killed"])
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process has one precision, but for this."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def here(folder, **changes):
     return train(read_config(DEFAULT, SMALL | changes), folder)
 

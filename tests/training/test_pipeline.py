@@ -131,11 +131,11 @@ def test_the_size_of_training_is_kept_and_binds_no_one(base, controlnet, tmp_pat
 
 
 def test_what_does_not_fit_is_refused(base, backbone, controlnet, features, tmp_path):
-    other = {**base.describe(), "width": 320}
+    other = {**base.describe(), "context": 768}
     controlnet.save(
         tmp_path / "m.safetensors", InversionInfo(controlnet.source, controlnet.encoder.settings, other, PROMPT)
     )
-    with pytest.raises(FeatInvError, match="width: 320 in the weights file, 64"):
+    with pytest.raises(FeatInvError, match="context: 768 in the weights file, 64"):
         FeatureControlNet.load(tmp_path / "m.safetensors", base)
     with pytest.raises(FeatInvError, match="layer2"):
         sample(base, controlnet, backbone(torch.rand(1, 3, 64, 64), "layer2"), noise(base, 0), Sampling(), PROMPT)

@@ -102,7 +102,7 @@ def load_base(path: str | Path, prompt: str) -> BaseModel:
     or a tensor, is another architecture, or predicts neither noise nor velocity.
     """
     world = find_world(str(path))
-    found = world.base_folder if world else _found(str(path))
+    found = world.base_folder if world else find_base(str(path))
     unet, vae, scheduler, text = (_from_folder if found.is_dir() else _from_file)(found, prompt)
     c, latent_channels = unet.config, vae.config.latent_channels if isinstance(vae, AutoencoderKL) else vae.latents
     if (
@@ -122,7 +122,7 @@ def load_base(path: str | Path, prompt: str) -> BaseModel:
     return BaseModel(str(path), unet, vae, scheduler, text)
 
 
-def _found(path: str) -> Path:
+def find_base(path: str) -> Path:
     """The folder or file that a path or a name in the hub's cache means. Raises FeatInvError if there is none."""
     there = Path(path).expanduser()
     if there.is_dir():

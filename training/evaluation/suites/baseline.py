@@ -15,7 +15,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import top_k_match
 from featinv_nodes.worlds import find_world
 
-from ...models import base_model, stable_diffusion
+from ...models import base_model, parts, stable_diffusion
 from ...models.sampling import sample
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..evaluator import Columns, without_match
@@ -116,17 +116,13 @@ def embeddings(base: str, prompts: list[str]) -> Tensor:
         _, _, _, encoder = stable_diffusion.load_single_file(Path(base))
         tokens = stable_diffusion.Tokens()
     else:
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        folder = base_model._folder(base)
+        folder = base_model.find_base(base)
         if not (folder / "text_encoder").is_dir():
             raise FeatInvError(
                 f"suite baseline needs the base model's text encoder; {folder} has no folder text_encoder"
             )
-        encoder, tokens = (
-            CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32),
-            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        )
+        encoder = parts.load_text_encoder(folder / "text_encoder")
+        tokens = parts.load_tokenizer(folder / "tokenizer", encoder.config.vocab_size)
     with torch.inference_mode():
         ids = tokens(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return torch.cat([encoder(part)[0] for part in ids.split(64)]).clone()
