@@ -11,6 +11,7 @@ import timm
 
 from .backbone_weights import HUB_FILES, fill
 from .backbones import MODULE, Backbone
+from .digests import digest
 from .errors import FeatInvError, UnknownBackbone
 from .files import HUB
 from .requirements import old_timm
@@ -50,6 +51,7 @@ def load_backbone(
             f" CONFIG, or {HUB}/timm/{name}"
         )
     fill(backbone.model, name, Path(weights))
+    backbone.weights = digest(backbone.model)
     return backbone
 
 
@@ -94,6 +96,7 @@ def _from_folder(folder: Path, input_size: int | None) -> Backbone:
     backbone.classes = config.classes(backbone.num_classes, file)
     weights = next((folder / name for name in HUB_FILES if (folder / name).is_file()), folder / HUB_FILES[0])
     fill(backbone.model, config.architecture, weights)
+    backbone.weights = digest(backbone.model)
     return backbone
 
 

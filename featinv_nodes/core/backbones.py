@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -94,6 +95,7 @@ class Backbone(nn.Module):
         self.register_buffer("_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(self.std)[:, None, None], persistent=False)
         self._sources: dict[str, FeatureSource] = {}
+        self.weights = ""  # their digest, once they are those of a file
 
     @property
     def num_classes(self) -> int:
@@ -115,8 +117,7 @@ class Backbone(nn.Module):
             self._sources[layer] = FeatureSource(
                 self.name, layer, False, channels, grid, self.input_size, self.mean, self.std, self._definition(layer)
             )
-        known = self._sources[layer]
-        return FeatureSource(**{**known.to_dict(), "pooled": pooled})
+        return replace(self._sources[layer], pooled=pooled, weights=self.weights)
 
     def _definition(self, layer: str) -> str:
         return ""  # timm's names say it all

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ class FeatureSource:
     backbone: timm name, architecture.tag. layer: "last" or a name from the backbone's feature_info.
     pooled: averaged over the locations. channels: C. grid: (H, W) of the unpooled map. input_size: (height,
     width) in pixels that the backbone reads. mean, std: per colour channel, for pictures in 0..1. definition: of a
-    backbone that is not timm's, what the layer's name means and how pictures are cut and scaled.
+    backbone that is not timm's, what the layer's name means and how pictures are cut and scaled. weights: digest of the
+    backbone's weights (digests.digest), empty where it is not known; it takes no part in `==`, see fits and require.
     """
 
     backbone: str
@@ -30,6 +31,7 @@ class FeatureSource:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     definition: str = ""
+    weights: str = field(default="", compare=False)
 
     def describe(self) -> str:
         """One line for messages and captions."""
@@ -37,17 +39,34 @@ class FeatureSource:
         return f"{self.backbone}, layer {self.layer}, {self.channels} channels, {size}"
 
     def to_dict(self) -> dict:
-        """The fields by name; without the definition where there is none, as in files of timm's backbones."""
-        return {name: value for name, value in asdict(self).items() if name != "definition" or value}
+        """The fields by name; without the definition and the digest of the weights where there are none."""
+        optional = ("definition", "weights")
+        return {name: value for name, value in asdict(self).items() if name not in optional or value}
 
-    def require(self, other: FeatureSource, mine: str, theirs: str) -> None:
-        """Raises FeatInvError, naming both sides and each differing field, unless the sources are equal."""
-        differing = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+    def fits(self, other: FeatureSource) -> bool:
+        """Whether maps of both can be compared: the sources are equal, and the backbones' weights where both are
+        known."""
+        return self == other and not self.other_weights(other)
+
+    def other_weights(self, other: FeatureSource) -> bool:
+        """Whether the backbones' weights are known to differ."""
+        return bool(self.weights and other.weights) and self.weights != other.weights
+
+    def require(self, other: FeatureSource, mine: str, theirs: str, way: str = "") -> None:
+        """Raises FeatInvError, naming both sides and each differing field, unless the sources fit. way: how to go on
+        with other weights of the same backbone, where there is a way."""
+        differing = [f.name for f in fields(self) if f.compare and getattr(self, f.name) != getattr(other, f.name)]
         if differing:
             pairs = "; ".join(f"{n}: {getattr(self, n)} against {getattr(other, n)}" for n in differing)
             raise FeatInvError(
                 f"{mine} ({self.describe()}) and {theirs} ({other.describe()}) do not fit together. {pairs}. "
                 "Use the same backbone, layer and pooling for both."
+            )
+        if self.other_weights(other):
+            raise FeatInvError(
+                f"{mine} and {theirs} are of {self.backbone} with other weights (digest {self.weights} against"
+                f" {other.weights}): the name is the same, the network is not. Open the same weights on both sides, or"
+                f" make one side again with the other's weights{way and f'. {way}'}"
             )
 
 

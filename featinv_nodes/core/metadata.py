@@ -51,6 +51,7 @@ class Source(Fields):
     mean: tuple[float, float, float]
     std: tuple[Deviation, Deviation, Deviation]
     definition: str = ""
+    weights: str = ""
 
     def made(self) -> FeatureSource:
         return FeatureSource(**dict(self))
@@ -109,6 +110,7 @@ class Base(Fields):
     heads: Count
     latent_size: Count | None = None
     resolution: Count | None = None
+    weights: Text | None = None
 
 
 class Recommended(Fields):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .backbones import LAST, MODULE, Backbone, LastMap
+from .digests import digest
 from .feature_map import FeatInvError
 
 FORMS = ("NCHW", "NHWC", "NLC")
@@ -187,12 +188,13 @@ def load_module_backbone(
         raise FeatInvError(f"{name} could not be opened ({type(error).__name__}: {reason})") from error
     if not isinstance(made, ModuleBackbone):
         raise FeatInvError(f"{name} returned a {type(made).__name__}; expected a ModuleBackbone")
+    made.weights = digest(made.model)
     return made
 
 
 def _imported(file: Path) -> ModuleType:
-    digest = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
-    spec = importlib.util.spec_from_file_location(f"featinv_backbone_{digest}", file)
+    place = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(f"featinv_backbone_{place}", file)
     if spec is None or spec.loader is None:
         raise FeatInvError(f"Python cannot import {file}; expected a Python file")
     module = importlib.util.module_from_spec(spec)

@@ -35,7 +35,8 @@ class InversionInfo:
 
     source: the features it inverts. encoder: settings for build_encoder. base: {"name", "width" (first block),
     "context" (cross-attention width), "latent_channels", "heads" (attention heads), and in newer files "latent_size"
-    and "resolution", the sides of the latents and the pictures in training}. prompt: text of the positive prompt.
+    and "resolution", the sides of the latents and the pictures in training, and "weights", the digest of the U-Net's
+    weights (digests.digest)}. prompt: text of the positive prompt.
     recommended: {"strength", "guidance", "steps", "negative"}, "negative" being what guidance pushes away from:
     "text" or "features", and optionally "gradient" and "gradient_steps", the step of toward_features and in how many of
     the last steps (10), and "timestep_spacing" where it is "leading". images_seen: pictures in training. config: the

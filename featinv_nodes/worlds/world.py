@@ -60,6 +60,7 @@ class Packaged:
         """Raises FeatInvError if the package is not installed, or its file is another."""
         from ..core.backbone_opening import untrained_backbone
         from ..core.checkpoints import read_checkpoint
+        from ..core.digests import digest
 
         file = self.path()
         if hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256:
@@ -74,6 +75,7 @@ class Packaged:
         own = {k: v for k, v in backbone.model.state_dict().items() if not k.endswith("num_batches_tracked")}
         # the same layers in the same order under other names: the digest vouches for it
         backbone.model.load_state_dict(dict(zip(own, published.values(), strict=True)), strict=False)
+        backbone.weights = digest(backbone.model)
         return backbone
 
     def path(self) -> Path:
