@@ -77,14 +77,22 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
         "--backbone", help="the backbone's timm-hub folder or name, where it is not the one named in the weights file"
     )
     parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
+    parser.add_argument(
+        "--other-weights",
+        action="store_true",
+        help=(
+            "go on where the backbone or the base model has other weights than those that a file was made with, such as"
+            " a fine-tune of the same name; the results say so"
+        ),
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(**defaults)
     return parser
 
 
 def pipeline_from(args: argparse.Namespace, chooses: bool = False) -> tuple[InversionPipeline, Sampling]:
-    """The model that the arguments name, and its sampling settings with theirs. chooses: the program keeps the best of
-    several pictures; others refuse --best-of."""
+    """The model that the arguments name, and its sampling settings with theirs; says which other weights are allowed.
+    chooses: the program keeps the best of several pictures; others refuse --best-of."""
     if args.batch < 1:
         raise FeatInvError(f"--batch {args.batch}: expected at least 1")
     if not chooses and args.best_of not in (None, 1):
@@ -93,7 +101,11 @@ def pipeline_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Inve
             " among several"
         )
     require_device(args.device)
-    pipeline = load_pipeline(args.model, args.base, args.backbone_weights, args.backbone, args.device)
+    pipeline = load_pipeline(
+        args.model, args.base, args.backbone_weights, args.backbone, args.device, args.other_weights
+    )
+    for difference in pipeline.allowed:
+        print(difference, file=sys.stderr)
     return pipeline, pipeline.recommended(**{name: getattr(args, name) for name in SAMPLING})
 
 

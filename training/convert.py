@@ -30,7 +30,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,7 +64,7 @@ def describe_source(name: str, layer: str, pooled: bool, side: int | None = None
     pixels it reads, where not its default. Raises FeatInvError for a name, layer or side that it does not have."""
     own_file = Path(name).is_dir() or name in BACKBONES or name.startswith(MODULE)
     backbone = open_backbone(name, None, side, run_code=True) if own_file else untrained_backbone(name, side)
-    return backbone.source(layer, pooled)
+    return replace(backbone.source(layer, pooled), weights="")  # no checkpoint says on which weights it was trained
 
 
 def write_weights_file(args: argparse.Namespace) -> str:

@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     chosen = (
         [f"Each picture is the one of the highest cosine among {sampling.best_of}."] if sampling.best_of > 1 else []
     )
-    note = "\n".join([*([pipeline.world.outside] if pipeline.world and pipeline.world.outside else []), *chosen, *off])
+    outside = [pipeline.world.outside] if pipeline.world and pipeline.world.outside else []
+    note = "\n".join([*outside, *pipeline.allowed, *chosen, *off])
     titles = ["original", *(name[:18] for name, _ in maps)]
     save_image(panel(rows, titles, pipeline.info.source.describe(), note), args.out / "panel.png")
     write_json(
@@ -129,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         {
             "model": args.model,
             "source": pipeline.info.source.to_dict(),
+            "digests": pipeline.digests,
             "images": [str(f) for f in args.image],
             "sampling": asdict(sampling),
             "note": note,

@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     concepts, groups = load_concepts(concepts_file(args.concepts)), parse_groups(args.names)
     pictures = [read_image(file) for file in args.image]
     pipeline, sampling = pipeline_from(args)
+    if args.other_weights:
+        pipeline.allow(concepts.source, Path(args.concepts).name)
     pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
     features = pipeline.features(pixel_values)
     settings = VizSettings(args.factor, args.seeds, args.seed, args.keep_length, args.rounds if args.closed_loop else 1)
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [Path(file).name[:18] for file in args.image]
     grid = [grid_row(x, row, args.threshold) for x, row in zip(pixel_values, rows)]
     columns = "   ".join(f"{n + 1}: {title(visualization)}" for n, visualization in enumerate(rows[0]))
-    save_image(panel(grid, names, heading, columns), args.out / "grid.png")
+    save_image(panel(grid, names, heading, "\n".join([columns, *pipeline.allowed])), args.out / "grid.png")
     save_image(
         panel([detail_row(s) for _, s in details], [f"{n}\n{title(s)}" for n, s in details], heading),
         args.out / "details.png",
@@ -154,6 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         {
             "model": args.model,
             "concepts": args.concepts,
+            "digests": pipeline.digests,
+            "notes": pipeline.allowed,
             "images": [str(f) for f in args.image],
             "sampling": asdict(sampling),
             "settings": asdict(settings),

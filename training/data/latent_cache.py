@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def parts_of(config: TrainConfig, source: Scenes | Photographs, base: BaseModel,
     parts = [Part(Path(config.cache) / "latents", "moments", latents, source.identity, len(source), views)]
     if config.cache_features:
         features = crops | {
-            "features": backbone.source(config.layer, config.pooled).to_dict(),
+            "features": replace(backbone.source(config.layer, config.pooled), weights="").to_dict(),
             "backbone": digest(backbone.model),
         }
         name = re.sub(r"[^\w.-]+", "_", f"features-{backbone.name}-{config.layer}{'-pooled' if config.pooled else ''}")
@@ -141,7 +142,8 @@ def parts_of(config: TrainConfig, source: Scenes | Photographs, base: BaseModel,
 
 
 def digest(module: nn.Module) -> str:
-    """Of a model's weights, whatever file they came from, in bf16, which training may keep them in."""
+    """Of all of a model's weights as they are now, in bf16, which training may keep them in: a cache is read by runs of
+    either precision. core/digests.py tells models apart as they were opened."""
     sha = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().cpu()

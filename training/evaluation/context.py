@@ -13,7 +13,7 @@ from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.worlds import model_file, open_backbone
 
-from ..models.pipeline import ATTEMPT, InversionPipeline, load_pipeline
+from ..models.pipeline import ATTEMPT, InversionPipeline, allow_other_weights, load_pipeline
 from ..models.sampling import round_trip
 from . import paper
 from .evaluator import Columns, Evaluator
@@ -36,6 +36,7 @@ class ModelSpec:
     base: str | None = None
     backbone_weights: str | None = None
     backbone: str | None = None
+    other_weights: bool = False
 
 
 @dataclass
@@ -59,6 +60,7 @@ class EvalContext:
 
     def __post_init__(self) -> None:
         self._resolutions: dict[ModelSpec, int] = {}
+        self._weights: dict[ModelSpec, tuple[dict[str, str], list[str]]] = {}
         self._pipeline: tuple[ModelSpec, InversionPipeline] | None = None
         self._backbones: dict[tuple, Backbone] = {}
         self._space: Backbone | None = None
@@ -66,23 +68,35 @@ class EvalContext:
     def open(self, spec: ModelSpec) -> InversionPipeline:
         if self._pipeline is None or self._pipeline[0] != spec:
             self._pipeline = None  # let go before the next is read
-            pipeline = load_pipeline(spec.model, spec.base, spec.backbone_weights, spec.backbone, self.device)
+            pipeline = load_pipeline(
+                spec.model, spec.base, spec.backbone_weights, spec.backbone, self.device, spec.other_weights
+            )
             self._resolutions[spec] = pipeline.base.resolution
+            self._weights[spec] = pipeline.digests, pipeline.allowed
             self._pipeline = (
                 spec,
                 replace(pipeline, backbone=self.backbone(spec)),
             )  # the evaluators' own: in memory once
         return self._pipeline[1]
 
+    def weights(self, spec: ModelSpec) -> tuple[dict[str, str], list[str]]:
+        """The digests of a spec's backbone and base model, and a sentence for each that is allowed though it is not
+        the weights file's. Raises FeatInvError for one that is not allowed."""
+        if spec not in self._weights:
+            self.open(spec)
+        return self._weights[spec]
+
     def backbone(self, spec: ModelSpec) -> Backbone:
         """A spec's backbone without its model."""
         source = self.info(spec).source
-        key = spec.backbone or source.backbone, spec.backbone_weights, source.input_size
+        key = spec.backbone or source.backbone, spec.backbone_weights, source.input_size, spec.other_weights
         if key not in self._backbones:
             height, width = source.input_size
             backbone = open_backbone(
                 key[0], spec.backbone_weights, height if height == width else None, bool(spec.backbone)
             )
+            if spec.other_weights:
+                allow_other_weights(self.info(spec), spec.model, backbone)
             if self.papers:
                 paper.set_cut(backbone)
             self._backbones[key] = backbone.to(self.device, memory_format=torch.channels_last)

@@ -199,6 +199,7 @@ def run_suite(args: argparse.Namespace) -> None:
     settings = options | {
         "pictures": source.fingerprint,
         "files": {name: digest(file) for name, file in suite.files().items()},
+        "weights": suite.weights(),
         "sampling": suite.settings(),
         "sets": suite.sets(),
     }
@@ -230,7 +231,7 @@ def finish(store: Store, source: Source, suite: Suite, conditions: list[str], se
     """Makes the report of what is recorded and prints it."""
     tables: dict[str, Table] = aligned({name: store.table(name) for name in conditions})
     skipped = tables[conditions[0]].skipped
-    notes = [*source.notes, *suite.no_match()]
+    notes = [*suite.allowed(), *source.notes, *suite.no_match()]
     if skipped:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:20])
         more = " and more, see results.json" if len(skipped) > 20 else ""
@@ -244,7 +245,7 @@ def finish(store: Store, source: Source, suite: Suite, conditions: list[str], se
         "count": count,
         "seeds": suite.context.seeds,
         "command": command_of(suite.args),
-        "digests": settings["files"],
+        "digests": settings["files"] | settings["weights"],
         "sets": settings["sets"],
         "sampling": suite.settings(),
         "settings": settings,

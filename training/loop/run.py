@@ -40,7 +40,7 @@ from .optimizer import build_optimizer, clip_and_step, weights_layout
 from .panel import sample_panel
 from .schedule import lr_at, step_seed
 from .scope import check_scope_data, end_with_scope
-from .setup import open_frozen, own_device, standardise, start_from, with_precision
+from .setup import open_frozen, own_device, require_same_weights, standardise, start_from, with_precision
 
 
 class Run:
@@ -91,6 +91,7 @@ class Run:
         """The frozen base model and backbone, and the model that is trained on them."""
         config = self.config
         self.base, self.backbone = open_frozen(config, self.device)
+        self._weights = {"backbone": self.backbone.weights, "base model": self.base.weights}
         self.model = self._untrained()
         self.model.to(self.device, memory_format=weights_layout(config, self.device))
         cast_frozen(config, self.base, self.backbone)
@@ -121,10 +122,11 @@ class Run:
         self.checkpoint_bytes = self._parameters() * (4 + memory.MOMENTS[config.optimizer] + 4 * bool(config.ema))
         if self.main:
             check_room(self.output, self.checkpoint_bytes, config.keep, self.say)
-        if self.main and self.write:
-            config.save(self.output / "config.yaml")
         (file,) = broadcast_object_list([checkpoints.newest(self.output, self.say) if self.main else None])
         state = checkpoints.load(file) if file else {"seen": 0, "before": 0, "losses": [], "stream": None}
+        require_same_weights(state.get("weights", {}), self._weights, self.output)
+        if self.main and self.write:
+            config.save(self.output / "config.yaml")
         self.seen, self.before, self._stream = state["seen"], state["before"], state["stream"]
         self.losses = [torch.tensor(x, device=self.device) for x in state["losses"]]
         new = not file
@@ -317,6 +319,7 @@ class Run:
             "losses": values,
             "data": self._identity,
             "seed": self.config.seed,
+            "weights": self._weights,
             "mishaps": self.faults.state(),
         }
         state["stream"] = states(self.batches, in_hand=self.seen < self.config.max_images)

@@ -11,6 +11,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import open_backbone
 
 from ..config import TrainConfig
@@ -24,6 +25,21 @@ def open_frozen(config: TrainConfig, device: torch.device) -> tuple[BaseModel, B
     base = load_base(config.base, config.prompt).to(device)
     backbone = open_backbone(config.backbone, config.backbone_weights, config.input_size, run_code=True)
     return base, backbone.to(device, memory_format=torch.channels_last)
+
+
+def require_same_weights(before: dict[str, str], now: dict[str, str], folder: Path) -> None:
+    """Raises FeatInvError if a run would go on with other frozen weights than it began with. before, now: digests by
+    part; a checkpoint may not know them."""
+    differing = [
+        f"{part}: digest {before[part]} then, {value} now"
+        for part, value in now.items()
+        if before.get(part, value) != value
+    ]
+    if differing:
+        raise FeatInvError(
+            f"the run in {folder} began with other weights of the same name ({'; '.join(differing)}); give those that"
+            " it began with, or begin anew with another --output"
+        )
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -65,11 +81,11 @@ def with_precision(config: TrainConfig, device: torch.device, began: str | None 
 
 
 def start_from(model: FeatureControlNet, file: str, base: BaseModel) -> int | None:
-    """Copies the ControlNet of a weights file, and its encoder if it inverts the same features; returns the images
-    that such a model has seen, None for other features."""
+    """Copies the ControlNet of a weights file, and its encoder if it inverts the same features, of the same weights as
+    far as they are known; returns the images that such a model has seen, None for other features."""
     other, info = FeatureControlNet.load(file, base)
     model.controlnet.load_state_dict(other.controlnet.state_dict())
-    if info.source != model.source or other.encoder.settings != model.encoder.settings:
+    if not info.source.fits(model.source) or other.encoder.settings != model.encoder.settings:
         return None
     model.encoder.load_state_dict(other.encoder.state_dict())
     return info.images_seen

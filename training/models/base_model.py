@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from torch import Tensor
 
+from featinv_nodes.core.digests import digest
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import HUB
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
@@ -31,7 +32,8 @@ Loaded = tuple[UNet2DConditionModel, AutoencoderKL | PatchAutoencoder, DDIMSched
 class BaseModel:
     """A frozen latent diffusion model in diffusers' classes.
 
-    text: prompt -> embedding [1, T, D], with "" for the empty prompt.
+    text: prompt -> embedding [1, T, D], with "" for the empty prompt. weights: digest of the U-Net's weights as they
+    were opened, empty where it is not known.
     """
 
     name: str
@@ -39,6 +41,7 @@ class BaseModel:
     vae: AutoencoderKL | PatchAutoencoder
     scheduler: DDIMScheduler
     text: dict[str, Tensor]
+    weights: str = ""
 
     @property
     def latent_size(self) -> int:
@@ -68,6 +71,7 @@ class BaseModel:
             "heads": heads,
             "latent_size": self.latent_size,
             "resolution": self.resolution,
+            **({"weights": self.weights} if self.weights else {}),
         }
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -119,7 +123,7 @@ def load_base(path: str | Path, prompt: str) -> BaseModel:
         raise FeatInvError(f"base model {path} has sample_size {c.sample_size}; expected the side of its latents")
     for module in (unet, vae):
         module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return BaseModel(str(path), unet, vae, scheduler, text)
+    return BaseModel(str(path), unet, vae, scheduler, text, digest(unet))
 
 
 def find_base(path: str) -> Path:

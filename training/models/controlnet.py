@@ -38,13 +38,14 @@ class FeatureControlNet(nn.Module):
 
     @classmethod
     def load(cls, file: str | Path, base: BaseModel) -> tuple[FeatureControlNet, InversionInfo]:
-        """Reads a weights file for a base model. Raises FeatInvError if the base model is another or keys differ."""
+        """Reads a weights file for a base model. Raises FeatInvError if the base model is of another kind or keys
+        differ."""
         info, tensors, encoder = load_inversion(file)
         actual = base.describe()
         wrong = [
             f"{k}: {info.base[k]} in the weights file, {actual[k]} in the base model"
             for k in actual
-            if k not in ("name", "latent_size", "resolution") and info.base[k] != actual[k]
+            if k not in ("name", "latent_size", "resolution", "weights") and info.base[k] != actual[k]
         ]
         if wrong:
             raise FeatInvError(

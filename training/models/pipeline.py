@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import InversionInfo, read_info
@@ -21,16 +21,34 @@ from .controlnet import FeatureControlNet
 from .sampling import noise, sample
 
 ATTEMPT = 1_000_000_000  # how far apart the seeds of best-of-N's attempts lie
+UNKNOWN = "unknown"  # in place of a digest
+#: how to go on with other weights
+WAY = "To go on all the same, give --other-weights, which the reports repeat"
+ALLOWED = "Other weights are allowed by --other-weights: "
 
 
 @dataclass
 class InversionPipeline:
-    """Everything that inverting needs; see load_pipeline."""
+    """Everything that inverting needs; see load_pipeline.
+
+    digests: of the weights that are open, "backbone" and "base model". allowed: a sentence for each difference between
+    these and what a file was made with, for reports; empty unless the user allows such.
+    """
 
     info: InversionInfo
     base: BaseModel
     backbone: Backbone
     model: FeatureControlNet
+    digests: dict[str, str] = field(default_factory=dict)
+    allowed: list[str] = field(default_factory=list)
+
+    def allow(self, source: FeatureSource, file: str) -> None:
+        """Notes that a further file's features are of other weights than the open backbone's, where other weights are
+        allowed; where they are not, FeatureSource.require refuses such features."""
+        if difference := other_weights_of(
+            file, f"backbone {self.backbone.name}", source.weights, self.digests.get("backbone", "")
+        ):
+            self.allowed.append(ALLOWED + difference)
 
     @property
     def world(self) -> World | None:
@@ -112,9 +130,11 @@ def load_pipeline(
     backbone_weights: str | None = None,
     backbone: str | None = None,
     device: str = "cpu",
+    other_weights: bool = False,
 ) -> InversionPipeline:
     """Opens a shipped model or a weights file. base: a base model other than the one the file names; backbone,
-    backbone_weights: where the file's backbone is. Raises FeatInvError where a part is missing or does not fit."""
+    backbone_weights: where the file's backbone is. other_weights: whether these may have other weights than those that
+    the file was trained with. Raises FeatInvError where a part is missing or does not fit."""
     file: Path = model_file(name)
     info = read_info(file)
     height, width = info.source.input_size
@@ -127,7 +147,32 @@ def load_pipeline(
     source = open_backbone(backbone or info.source.backbone, backbone_weights, side, bool(backbone)).to(
         device, memory_format=torch.channels_last
     )
-    info.source.require(source.source(info.source.layer, info.source.pooled), f"{file.name}", "the backbone")
+    digests = {"backbone": source.weights or UNKNOWN}
+    allowed = allow_other_weights(info, file.name, source) if other_weights else []
+    info.source.require(source.source(info.source.layer, info.source.pooled), f"{file.name}", "the backbone", WAY)
     frozen = load_base(base or info.base["name"], info.prompt).to(device)
+    digests["base model"] = frozen.weights or UNKNOWN
+    if difference := other_weights_of(
+        file.name, f"base model {frozen.name}", info.base.get("weights", ""), frozen.weights
+    ):
+        if not other_weights:
+            raise FeatInvError(f"{difference} Give the base model that it was trained on, with --base. {WAY}")
+        allowed.append(ALLOWED + difference)
     model, _ = FeatureControlNet.load(file, frozen)
-    return InversionPipeline(info, frozen, source, model.to(device, memory_format=torch.channels_last))
+    model.to(device, memory_format=torch.channels_last)
+    return InversionPipeline(info, frozen, source, model, digests, allowed)
+
+
+def allow_other_weights(info: InversionInfo, file: str, backbone: Backbone) -> list[str]:
+    """Lets a backbone's maps pass for those of any weights of its name; a sentence where they are other ones than the
+    weights file's. From then on no file is refused for them."""
+    difference = other_weights_of(file, f"backbone {backbone.name}", info.source.weights, backbone.weights)
+    backbone.weights = ""
+    return [ALLOWED + difference] if difference else []
+
+
+def other_weights_of(file: str, what: str, made_with: str, there: str) -> str:
+    """A sentence where both digests are known and differ, else "". what: the model of which they are."""
+    if not made_with or there in ("", UNKNOWN) or made_with == there:
+        return ""
+    return f"{file} was made with other weights of the same name: digest {made_with} there, {there} in the {what}."

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featinv_nodes.core.backbones import LAST, Backbone
+from featinv_nodes.core.digests import digest
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
 from training.config import TrainConfig
@@ -133,12 +134,9 @@ class StageCache:
 
 
 def _digest(photographs: Photographs, base: BaseModel, backbone: Backbone) -> str:
-    """What kept rows are of: some of the photographs' pixels, the autoencoder's projection and the network's first
-    weights."""
-    parts = photographs.pictures[::7, :, ::32, ::32], base.vae.project.weight, next(backbone.model.parameters())
-    sha = hashlib.sha256(backbone.name.encode())
-    for part in parts:
-        sha.update(part.detach().cpu().contiguous().numpy().tobytes())
+    """What kept rows are of: some of the photographs' pixels, the autoencoder and the network."""
+    sha = hashlib.sha256(f"{backbone.name} {digest(base.vae)} {digest(backbone.model)}".encode())
+    sha.update(photographs.pictures[::7, :, ::32, ::32].cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 

@@ -67,6 +67,21 @@ class Suite:
         """The weights under test; the report's digests are theirs."""
         return {tested.spec.model: model_file(tested.spec.model) for tested in self.tested_models.values()}
 
+    def weights(self) -> dict[str, str]:
+        """Digests of the backbones and base models that are open, for the report. Raises FeatInvError where they are
+        not those that a file was made with, unless that is allowed."""
+        specs = [tested.spec for tested in self.tested_models.values()]
+        return {
+            f"{part} of {spec.model}": value
+            for spec in dict.fromkeys(specs)
+            for part, value in self.context.weights(spec)[0].items()
+        }
+
+    def allowed(self) -> list[str]:
+        """A sentence for each of them that is allowed though it is another than its file's."""
+        specs = dict.fromkeys(tested.spec for tested in self.tested_models.values())
+        return [sentence for spec in specs for sentence in self.context.weights(spec)[1]]
+
     def settings(self) -> dict:
         return {condition: asdict(sampling) for condition, sampling in self.sampling.items()}
 
@@ -74,7 +89,7 @@ class Suite:
     def spec(self) -> ModelSpec:
         """The model of --model."""
         a = self.args
-        return ModelSpec(a.model, a.base, a.backbone_weights, a.backbone)
+        return ModelSpec(a.model, a.base, a.backbone_weights, a.backbone, a.other_weights)
 
     @property
     def score(self) -> str:
@@ -133,7 +148,7 @@ def several(args: argparse.Namespace, default: tuple[str, ...]) -> list[ModelSpe
     without."""
     pairs = [(text, "", "") if Path(text).is_file() else text.partition("=") for text in args.models or default]
     return [
-        ModelSpec(file, args.base, None if folder else args.backbone_weights, folder or None)
+        ModelSpec(file, args.base, None if folder else args.backbone_weights, folder or None, args.other_weights)
         for file, _, folder in pairs
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import open_backbone
 
+from ...models.pipeline import ALLOWED, WAY, other_weights_of
 from ..context import ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelSpec
 from ..evaluator import Columns, Evaluator
 from ..rcdm import EMBEDDED, load_rcdm
@@ -84,12 +86,21 @@ class BesideRCDM(Several):
                 f"RCDM {self.file} reads {reads} of {self.rcdm.channels} channels of the last layer; {name} inverts"
                 f" {source.describe()}{hint}"
             )
+        if own:
+            opened = replace(own, weights=self.context.backbone(spec).weights)
+            own.require(opened, f"RCDM {self.file}", "the backbone", WAY)
 
     def evaluators(self, spec: ModelSpec) -> dict[str, Evaluator]:
         return {"": Evaluator(self.context.backbone(spec), COMPARED)}
 
     def files(self) -> dict[str, Path]:
         return super().files() | {"rcdm": self.file}
+
+    def allowed(self) -> list[str]:
+        made_with = self.rcdm.source.weights if self.rcdm.source else ""
+        there = self.context.weights(self.first.spec)[0]["backbone"]
+        difference = other_weights_of(f"RCDM {self.file.name}", "backbone", made_with, there)
+        return [*super().allowed(), *([ALLOWED + difference] if difference else [])]
 
     def competitor(self, originals: Originals) -> Columns:
         pixel_values, side = originals.preprocess(self.first.backbone), self.rcdm.resolution
