@@ -12,11 +12,15 @@ AWAY = {"features": "text and features", "text": "text"}
 GRADIENT_STEPS = 10  # of the last, where the file does not say; see InversionInfo
 
 
-def about(info: InversionInfo) -> str:
-    """A line each: the features, the base model, the prompt, and the settings by the node that has them."""
+def about(info: InversionInfo, other_weights: bool = False) -> str:
+    """A line each: the features, the base model, the prompt, the settings by the node that has them, and digests of the
+    weights where the file states them, or that other weights are allowed."""
     world, name = find_world(info.base["name"]), info.base["name"]
     size = trained_size(info)
     base = f"Load World, world {world.name}" if world else f"Load Checkpoint, {name} or another SD 1.x model"
+    digests = {"backbone": info.source.weights, "base model": info.base.get("weights")}
+    known = ", ".join(f"{part} {digest}" for part, digest in digests.items() if digest)
+    weights = "other weights of the backbone and the base model are allowed" if other_weights else known
     return "\n".join(
         [
             f"inverts {info.source.describe()}",
@@ -24,6 +28,7 @@ def about(info: InversionInfo) -> str:
             f"prompt: {info.prompt}",
             *settings(info.recommended),
             f"trained on {info.images_seen:,} images" + (f" at {size.describe()}" if size else ""),
+            *([f"weights: {weights}"] if weights else []),
         ]
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.cldm.cldm
@@ -21,6 +22,7 @@ from ..worlds import find_world
 from .models import Whole, managed
 from .notices import tell_counts
 from .parts import WHOLE, Part, find_part, in_turn, recording
+from .provenance import WAY, of_any_weights, require_unet
 from .sizes import trained_size
 from .steering import IN_AREAS, NEGATIVES, Steering, resized, share_over
 from .unet import ldm_config, to_ldm
@@ -86,7 +88,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
 
     def applied(self, steering: Steering) -> FeatureControl:
         """A copy that steers as it is told. Raises FeatInvError for features of another source than the weights'."""
-        steering.features.source.require(self.info.source, "the feature map", "the inversion model")
+        steering.features.source.require(self.info.source, "the feature map", "the inversion model", WAY)
         control = self.copy()
         control.steering = steering
         control.strength, control.timestep_percent_range = steering.strength, steering.span
@@ -96,7 +98,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
     def evaluate(self, features: FeatureMap) -> str:
         """One line: whether the map is inside what the inversion model knows. Raises FeatInvError for another
         source."""
-        features.source.require(self.info.source, "the feature map", "the inversion model")
+        features.source.require(self.info.source, "the feature map", "the inversion model", WAY)
         return self.scope.evaluate(features).describe() if self.scope else "no scope statistics in this weights file"
 
     def copy(self) -> FeatureControl:
@@ -119,7 +121,8 @@ class FeatureControl(comfy.controlnet.ControlNet):
         super().pre_run(model, percent_to_timestep_function)
 
     def require_base(self, model: comfy.model_base.BaseModel) -> None:
-        """Raises FeatInvError if the base model is not of the kind that the weights were trained on."""
+        """Raises FeatInvError if the base model is not of the kind that the weights were trained on, or has other
+        weights, as far as both are known."""
         config = getattr(model.model_config, "unet_config", {})
         # an inpainting model takes more channels in, of which a ControlNet gets the latents alone
         have = {
@@ -142,6 +145,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
                 f"FeatInvControlNet and the sampler's model do not fit: {'; '.join(wrong)}. The weights were trained on"
                 f" {name}; connect {source}"
             )
+        require_unet(model, self.info)
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict
@@ -235,8 +239,9 @@ class FeatureControl(comfy.controlnet.ControlNet):
         super().cleanup()
 
 
-def load_feature_control(file: Path) -> FeatureControl:
-    """Opens a weights file. Raises FeatInvError for anything but a complete file whose tensors all find their place."""
+def load_feature_control(file: Path, other_weights: bool = False) -> FeatureControl:
+    """Opens a weights file. other_weights: it works with a backbone and a base model of any weights. Raises
+    FeatInvError for anything but a complete file whose tensors all find their place."""
     info, tensors, encoder = load_inversion(file)
     config = ldm_config(tensors, info.base["heads"])
     own = to_ldm(tensors, config)
@@ -259,11 +264,15 @@ def load_feature_control(file: Path) -> FeatureControl:
         raise FeatInvError(
             f"{file} does not fit the SD 1.x architecture: missing {missing[:4]}, unexpected {unexpected[:4]}"
         )
+    scope = load_scope(file)
+    if other_weights:
+        info = of_any_weights(info)
+        scope = scope and replace(scope, source=info.source)
     return FeatureControl(
         model.eval().requires_grad_(False),
         managed(encoder),
         info,
-        load_scope(file),
+        scope,
         load_device=device,
         manual_cast_dtype=cast,
     )

@@ -102,6 +102,15 @@ class LoadFeatInvControlNet(io.ComfyNode):
                     default=options[0],
                     tooltip="A weights file in models/featinv, as training/train.py writes it, or an embedded model.",
                 ),
+                io.Boolean.Input(
+                    "other_weights",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Go on with a backbone or a base model whose weights are not those that it was trained with,"
+                        " such as a fine-tune of the same name. Pictures may be less faithful."
+                    ),
+                ),
             ],
             outputs=[
                 Control.Output(
@@ -119,16 +128,16 @@ class LoadFeatInvControlNet(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, weights: str) -> str:
+    def fingerprint_inputs(cls, weights: str, other_weights: bool = False) -> str:
         return folders.modified(folders.CONTROLS, weights)
 
     @classmethod
-    def execute(cls, weights: str) -> io.NodeOutput:
+    def execute(cls, weights: str, other_weights: bool = False) -> io.NodeOutput:
         from ..host.about import about
         from ..host.controlnet import load_feature_control
 
-        control = load_feature_control(folders.located(folders.CONTROLS, weights, model_file))
-        text = about(control.info)
+        control = load_feature_control(folders.located(folders.CONTROLS, weights, model_file), other_weights)
+        text = about(control.info, other_weights)
         return io.NodeOutput(control, text, ui=ui.PreviewText(text))
 
 

@@ -1,0 +1,75 @@
+"""What is refused, and what goes on, with other weights of the same name. Run as opening.py says."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from opening import BASE, PACK, World, error_of, run
+
+sys.path.insert(0, PACK)
+from featinv_nodes.core.files import read_metadata, read_tensors, write_safetensors
+from training.models.base_model import load_base
+
+LOAD, NAME = "FeatInv_LoadFeatInvControlNet", "mine.safetensors"
+
+
+def file_with_digests(world: World) -> Path:
+    """The shipped model as train.py writes it now."""
+    file = Path(BASE, "models", "featinv", NAME)
+    shipped = Path(PACK, "featinv_nodes", "worlds", "drawn", "tiny_cnn_last.safetensors")
+    metadata = read_metadata(shipped)
+    about = json.loads(metadata["featinv"])
+    about["source"]["weights"] = world.features.source.weights
+    about["base"]["weights"] = load_base("tiny", "").weights
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(file, read_tensors(shipped), metadata | {"featinv": json.dumps(about)})
+    return file
+
+
+def changed(world: World) -> World:
+    """The world with a base model of other weights."""
+    other = World()
+    unet = other.model.model.diffusion_model
+    next(unet.parameters()).data.mul_(1.5)
+    return other
+
+
+def main() -> None:
+    with torch.inference_mode():
+        world = World()
+        file_with_digests(world)
+        (known, about), (free, about_free) = run(LOAD, weights=NAME), run(LOAD, weights=NAME, other_weights=True)
+        foreign = replace(world.features, source=replace(world.features.source, weights="another"))
+        other = changed(world)
+        patched = World()
+        key = next(k for k in patched.model.model.state_dict() if k.endswith("input_blocks.0.0.weight"))
+        patched.model.add_patches({key: (torch.ones_like(patched.model.model.state_dict()[key]),)})
+
+        def picture(opened: World, control, features=world.features) -> str:  # noqa: ANN001
+            return error_of(lambda: opened.draw(opened.apply(control_net=control, features=features), steps=1))
+
+        result = {
+            "same": picture(world, known),
+            "features": picture(world, known, foreign),
+            "features allowed": picture(world, free, foreign),
+            "base": picture(other, known),
+            "base allowed": picture(other, free),
+            "base of an older file": picture(other, world.control),
+            "patched": picture(patched, known),
+            "similarity": error_of(
+                run,
+                "FeatInv_FeatureSimilarity",
+                features=foreign,
+                backbone=world.backbone,
+                image=torch.rand(3, 64, 64, 3),
+            ),
+            "about": about,
+            "about allowed": about_free,
+        }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
