@@ -18,7 +18,7 @@ const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
   args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
 });
-const page = await browser.newPage({ viewport: { width: 2400, height: 1250 } });
+const page = await browser.newPage({ viewport: { width: 1920, height: 1080 } });
 const trouble = [];
 page.on("pageerror", (error) => trouble.push(`page error: ${error.message}`));
 page.on("console", (message) => message.type() === "error" && trouble.push(message.text()));
@@ -34,13 +34,23 @@ await page.goto(url);
 await page.waitForFunction(NODES);
 await page.evaluate(() => window.app.api.fetchApi("/settings", {
   method: "POST",
-  body: JSON.stringify({ "Comfy.TutorialCompleted": true, "Comfy.Workflow.ShowMissingModelsWarning": false, "Comfy.Graph.CanvasInfo": false }),
+  body: JSON.stringify({ "Comfy.TutorialCompleted": true, "Comfy.Workflow.ShowMissingModelsWarning": false, "Comfy.Graph.CanvasInfo": false, "Comfy.Minimap.Visible": false }),
 }));
 await page.reload();
 await page.waitForFunction(NODES);
 await settled();
 await page.keyboard.press("Escape");
 
+// another palette and back, as a user may choose: the pack's colours must stay
+for (const palette of ["light", "dark"]) {
+  await page.evaluate((id) => window.app.extensionManager.setting.set("Comfy.ColorPalette", id), palette);
+  await settled();
+}
+// of every node, with its title bar: left, top, right, bottom
+const boxes = () => page.evaluate(() => (window.app.graph._nodes ?? window.app.graph.nodes).map((n) => {
+  const [width, height] = n.flags?.collapsed ? [n._collapsed_width ?? 0, 0] : n.size;
+  return { node: n.type, box: [n.pos[0], n.pos[1] - 30, n.pos[0] + width, n.pos[1] + height] };
+}));
 const found = {};
 for (const file of files) {
   const name = basename(file).replace(/\.\w+$/, "");
@@ -57,10 +67,24 @@ for (const file of files) {
     await page.evaluate((data) => window.app.loadGraphData(data), workflow);
   }
   await settled();
+  const opened = await boxes();
   const state = await page.evaluate(() => {
     const nodes = window.app.graph._nodes ?? window.app.graph.nodes;
     const dialog = [...document.querySelectorAll('[role="dialog"]')].map((d) => d.innerText.slice(0, 200));
+    // the corners of all groups on the page: what covers them
+    const { ds, canvas } = window.app.canvas, rect = canvas.getBoundingClientRect();
+    const bounds = window.app.graph._groups.map((g) => [g.pos[0], g.pos[1], g.pos[0] + g.size[0], g.pos[1] + g.size[1]]);
+    const on = (x, y) => [(x + ds.offset[0]) * ds.scale + rect.left, (y + ds.offset[1]) * ds.scale + rect.top];
+    const [left, top] = on(...[0, 1].map((i) => Math.min(...bounds.map((b) => b[i]))));
+    const [right, bottom] = on(...[2, 3].map((i) => Math.max(...bounds.map((b) => b[i]))));
+    const corners = [[left, top], [right, top], [left, bottom], [right, bottom]];
+    const colors = Object.fromEntries([...new Set(nodes.flatMap((n) => (n.outputs ?? []).map((o) => o.type)))].map((type) => [
+      type, [window.LGraphCanvas.link_type_colors[type], window.app.canvas.default_connection_color_byType[type]],
+    ]));
     return {
+      colors,
+      covered: corners.filter(([x, y]) => document.elementFromPoint(x, y) !== canvas).map((c) => [...c, document.elementFromPoint(...c)?.className ?? "outside"]),
+      scale: ds.scale,
       nodes: nodes.length,
       unknown: nodes.filter((n) => n.has_errors || !(n.type in window.LiteGraph.registered_node_types)).map((n) => n.type),
       dialogs: dialog,
@@ -81,20 +105,12 @@ for (const file of files) {
     window.app.queuePrompt(0);
     setTimeout(() => end("it hangs"), limit);
   }), HANG) : null;
-  await page.evaluate(() => {
-    const nodes = window.app.graph._nodes ?? window.app.graph.nodes, ds = window.app.canvas.ds;
-    const left = Math.min(...nodes.map((n) => n.pos[0])), top = Math.min(...nodes.map((n) => n.pos[1] - 40));
-    const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0])), bottom = Math.max(...nodes.map((n) => n.pos[1] + n.size[1]));
-    ds.scale = Math.min((window.innerWidth - 260) / (right - left), (window.innerHeight - 200) / (bottom - top), 1);
-    ds.offset = [90 / ds.scale - left, 90 / ds.scale - top];
-    window.app.canvas.setDirty(true, true);
-  });
   await settled();
   await page.screenshot({ path: join(out, `${name}.png`) });
   const widgets = await page.evaluate(() => (window.app.graph._nodes ?? window.app.graph.nodes).flatMap((n) => (n.widgets ?? []).map((w) => ({
     node: n.type, name: w.name, value: w.value, list: w.type === "combo" ? w.options.values : null, kept: w.serialize !== false,
   }))));
-  found[basename(file)] = { ...state, ran, widgets, trouble: [...trouble] };
+  found[basename(file)] = { ...state, ran, opened, ended: await boxes(), widgets, trouble: [...trouble] };
 }
 if (process.env.NODE_PICTURES) {
   // each kind of node of the pack, alone, for the help pages

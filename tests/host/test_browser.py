@@ -14,7 +14,7 @@ CORE = os.environ.get("PLAYWRIGHT_CORE", str(Path.home() / "pw" / "node_modules"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 #: files that the workflows of real models name; empty, so that the frontend finds them
 PLACEHOLDERS = {
-    "models/checkpoints": ["miniSD.ckpt"],
+    "models/checkpoints": ["miniSD.safetensors"],
     "models/backbones": [
         "convnext_base.fb_in22k_ft_in1k.safetensors",
         "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k.safetensors",
@@ -103,3 +103,31 @@ def test_layer_is_a_list_of_the_connected_backbone(seen):
         for file, widget in found:
             assert widget["list"] and {"last", widget["value"]} <= set(widget["list"]), (file, widget)
             assert len(widget["list"]) > 4, (file, widget)
+
+
+def test_the_view_shows_the_whole_graph(seen):
+    """On a screen of 1920 x 1080 pixels, beside the frontend's own bars."""
+    for name, state in seen.items():
+        assert not state["covered"], (name, state["covered"])
+
+
+def test_no_node_covers_another(seen):
+    """Neither before a run, nor when the nodes show what they found."""
+    for name, state in seen.items():
+        for nodes in (state["opened"], state["ended"]):
+            for number, node in enumerate(nodes):
+                left, top, right, bottom = node["box"]
+                for other in nodes[:number]:
+                    x0, y0, x1, y1 = other["box"]
+                    assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top, (name, node, other)
+
+
+def test_wires_have_colours_of_their_own(seen):
+    """Also after another palette was chosen: browser.mjs chooses two."""
+    colors = {kind: pair for state in seen.values() for kind, pair in state["colors"].items()}
+    ours = {kind: pair for kind, pair in colors.items() if kind.startswith("FEATINV")}
+    hosts_own = {color.lower() for kind, pair in colors.items() if kind not in ours for color in pair}
+    assert len(ours) == 5
+    for kind, (wire, socket) in ours.items():
+        assert wire and wire == socket and wire.lower() not in hosts_own, (kind, wire, socket)
+    assert len({wire for wire, _ in ours.values()}) == 5

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from graph import to_prompt
-from make_workflows import REPORT, RESULT, SIMILARITY, graphs
+from layout import IN, OUT, TITLE, takes
+from make_workflows import graphs
 from PIL import Image
+from workflow_parts import REPORT, RESULT, SIMILARITY
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -51,7 +53,7 @@ def test_is_what_its_source_builds(server, file):
         for name, value in node["inputs"].items():
             assert result[number]["inputs"][name] == value, (node["class_type"], name)
     notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
-    assert len(notes) == 1 and len(notes[0]["widgets_values"][0]) > 80
+    assert len(notes) == 2 and all(len(note["widgets_values"][0]) > 60 for note in notes)
 
 
 @pytest.mark.parametrize("file", EMBEDDED, ids=id_of)
@@ -116,13 +118,52 @@ def test_only_files_are_missing_for_the_others(server, file):
     assert {m["directory"] for m in named} == {"checkpoints", "backbones"} and all(
         m["url"].startswith("https://") for m in named
     )
+    # the oldest hosts' dialog of missing models offers no other kind of file
+    assert all(m["name"].endswith(".safetensors") and m["url"].endswith(".safetensors") for m in named)
+    needs = "".join(n["widgets_values"][0] for n in workflow["nodes"] if n.get("title") == "What it needs")
+    assert "you train it" in needs and "training/train.py --config" in needs
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("photo")], ids=id_of)
+@pytest.mark.parametrize("file", FILES, ids=id_of)
 def test_nothing_overlaps(file):
-    """Nodes with their title bars, and the note."""
+    """Nodes with their title bars and what they will show, and the notes."""
     nodes = json.loads(file.read_text())["nodes"]
-    boxes = [(n["pos"][0], n["pos"][1] - 30, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1]) for n in nodes]
+    boxes = [(x, y - TITLE, x + n["size"][0], y - TITLE + takes(n)) for n in nodes for x, y in [n["pos"]]]
     for number, (left, top, right, bottom) in enumerate(boxes):
         for x0, y0, x1, y1 in boxes[:number]:
             assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top, nodes[number]
+
+
+@pytest.mark.parametrize("file", FILES, ids=id_of)
+def test_every_node_stands_in_a_group_with_a_title(file):
+    workflow = json.loads(file.read_text())
+    titles = [group["title"] for group in workflow["groups"]]
+    assert titles[0] == IN and titles[-1] == OUT and any(" sees" in title for title in titles)
+    for node in workflow["nodes"]:
+        x, y, bottom = *node["pos"], node["pos"][1] - TITLE + takes(node)
+        inside = [
+            group["title"]
+            for group in workflow["groups"]
+            for left, top, width, height in [group["bounding"]]
+            if left < x and x + node["size"][0] < left + width and top < y - TITLE and bottom < top + height
+        ]
+        assert len(inside) == 1, (node["type"], node.get("title"), inside)
+
+
+@pytest.mark.parametrize("file", FILES, ids=id_of)
+def test_every_workflow_has_a_thumbnail(file):
+    """Where the template browser looks for it."""
+    with Image.open(file.with_suffix(".jpg")) as thumbnail:
+        assert thumbnail.format == "JPEG" and thumbnail.width >= 256
+    assert file.with_suffix(".jpg").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("name", ["photo_reconstruct", "tiny_reconstruct"])
+def test_a_first_picture_takes_few_nodes_of_the_pack(name):
+    nodes = json.loads((FOLDER / f"{name}.json").read_text())["nodes"]
+    ours = [node["type"] for node in nodes if node["type"].startswith("FeatInv")]
+    assert len(ours) <= 6 and "FeatInv_Loader" in ours
+    original, result = (
+        next(node for node in nodes if node.get("title", "").startswith(title)) for title in ("Original", RESULT)
+    )
+    assert original["size"] == result["size"] and original["pos"][1] == result["pos"][1]  # side by side

@@ -9,18 +9,20 @@ from featinv_nodes.worlds import model_file
 
 PROMPT = "a high-quality, detailed, and professional image"
 HUB = "https://huggingface.co"
+PHOTO_BACKBONE = "tf_efficientnet_lite0.in1k"
 EXAMPLE = "example.png"  # in the input folder of every ComfyUI
-TURNED = "Mirrored: bypass it for a picture of yours"
+TURNED = "Mirrored: bypass it for yours"
 
 
 class World:
     """name: its own. prefix: of its workflows' names. side: of its pictures in pixels. kind: the backbone, or the
     layer, of a workflow that asks for no other. batch: widget and node that set the number of pictures. second: what to
-    do for want of a second picture. paint: where the mask is from. note: what every workflow ends with."""
+    do for want of a second picture. paint: where the mask is from. note: what every workflow needs. scaled: how
+    pictures are enlarged."""
 
     name, prefix, kind, side = "", "", "cnn", 0
     batch = ("batch size", "Empty Latent Image")
-    second = note = ""
+    second, note, scaled = "", "", "bicubic"
     paint = (
         "Paint your own mask on a loaded picture with the mask editor; it is cropped as the picture is and brought to"
         " the feature map's resolution."
@@ -28,6 +30,22 @@ class World:
 
     def __init__(self, graph: Graph, workflow: str) -> None:
         self.graph = graph
+
+    def backbone(self, kind: str) -> Ref:
+        raise NotImplementedError
+
+    def control(self, kind: str) -> Ref:
+        """The inversion model."""
+        raise NotImplementedError
+
+    def pair(self) -> tuple[Ref, Ref, dict[str, Ref]]:
+        """The backbone, its inversion model, and what tells Extract Features the layer, for a first picture."""
+        return self.backbone(self.kind), self.control(self.kind), {}
+
+    def loader(self, backbone: str, layer: str) -> tuple[Ref, Ref, dict[str, Ref]]:
+        """The same, from one node."""
+        both = self.graph.add("FeatInv_Loader", backbone=backbone, layer=layer)
+        return both[0], both[1], {"control_net": both[1]}
 
     def empty(self, batch: int) -> Ref:
         return self.graph.add("EmptyLatentImage", width=self.side, height=self.side, batch_size=batch)[0]
@@ -37,17 +55,30 @@ class World:
 
     def as_seen(self, features: Node) -> Ref:
         """The picture that Extract Features read."""
-        return features[1]
+        return self.enlarged(features[1])
 
-    def mask(self, inner: Node, backbone: Node) -> dict:
+    def enlarged(self, picture: Ref) -> Ref:
+        """As large as the results beside it."""
+        return self.graph.add(
+            "ImageScale",
+            title="At one size",
+            folded=True,
+            image=picture,
+            upscale_method=self.scaled,
+            width=256,
+            height=256,
+            crop="disabled",
+        )[0]
+
+    def mask(self, inner: Node, backbone: Ref) -> dict:
         """Where b goes: inputs of Feature Mix."""
-        return {"mask": inner[1], "backbone": backbone[0]}
+        return {"mask": inner[1], "backbone": backbone}
 
 
 class Drawn(World):
     """The world of drawn scenes: nothing to download."""
 
-    name, prefix, side = "drawn", "tiny", 64
+    name, prefix, side, scaled = "drawn", "tiny", 64, "nearest-exact"
     note = "Runs at once, on a processor too: models and pictures are part of the pack."
 
     def __init__(self, graph: Graph, workflow: str) -> None:
@@ -59,16 +90,19 @@ class Drawn(World):
         """How the inversion model is best drawn with."""
         return read_info(model_file(f"tiny_{kind}_last")).recommended
 
-    def backbone(self, kind: str) -> Node:
-        return self.graph.add("FeatInv_LoadBackbone", weights=f"tiny-{kind} (embedded)", timm_name="", input_size=0)
+    def backbone(self, kind: str) -> Ref:
+        return self.graph.add("FeatInv_LoadBackbone", weights=f"tiny-{kind} (embedded)", timm_name="", input_size=0)[0]
 
-    def control(self, kind: str) -> Node:
-        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"tiny_{kind}_last (embedded)")
+    def control(self, kind: str) -> Ref:
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"tiny_{kind}_last (embedded)")[0]
+
+    def pair(self) -> tuple[Ref, Ref, dict[str, Ref]]:
+        return self.loader("resnet10t.tiny_world", "last")
 
     def picture(self, number: int) -> Node:
         return self.graph.add("FeatInv_TinyWorldScenes", first=(2, 13, 24, 25, 4, 7)[number], count=1)
 
-    def concepts(self, backbone: Node, picture: Node) -> Node:
+    def concepts(self, backbone: Ref, picture: Node) -> Node:
         return self.graph.add("FeatInv_LoadConcepts", file="tiny_cnn_concepts (embedded)")
 
     def many(self) -> dict:
@@ -93,7 +127,7 @@ class Photo(World):
         " last layer the kind of thing."
     )
     second = (
-        " For want of a second picture b is the example mirrored: load one of yours in the second Load Image, and"
+        "For want of a second picture b is the example mirrored: load one of yours in the second Load Image, and"
         " bypass the node behind it."
     )
     paint = (
@@ -112,7 +146,6 @@ class Photo(World):
 
     def __init__(self, graph: Graph, workflow: str) -> None:
         super().__init__(graph, workflow)
-        graph.pictures_below = True
         self.kind = self.KINDS.get(workflow, self.kind)
         world = graph.add("FeatInv_LoadTinyWorld", world="photo")
         self.model, self.positive, self.negative, self.vae, self.latent = (world[i] for i in range(5))
@@ -124,13 +157,16 @@ class Photo(World):
     def layer(self, kind: str) -> dict:
         return dict(zip(("layer", "pooled"), self.LAYERS[kind]))
 
-    def backbone(self, kind: str) -> Node:
+    def backbone(self, kind: str) -> Ref:
         return self.graph.add(
-            "FeatInv_LoadBackbone", weights="tf_efficientnet_lite0.in1k (embedded)", timm_name="", input_size=0
-        )
+            "FeatInv_LoadBackbone", weights=f"{PHOTO_BACKBONE} (embedded)", timm_name="", input_size=0
+        )[0]
 
-    def control(self, kind: str) -> Node:
-        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"photo_lite0_{kind} (embedded)")
+    def control(self, kind: str) -> Ref:
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"photo_lite0_{kind} (embedded)")[0]
+
+    def pair(self) -> tuple[Ref, Ref, dict[str, Ref]]:
+        return self.loader(PHOTO_BACKBONE, self.LAYERS[self.kind][0])
 
     def picture(self, number: int) -> Node:
         """The host's example, for want of another the second time mirrored."""
@@ -141,21 +177,10 @@ class Photo(World):
             else self.graph.add("ImageFlip", title=TURNED, image=loaded[0], flip_method="y-axis: horizontally")
         )
 
-    def as_seen(self, features: Node) -> Ref:
-        """As large as the results beside it."""
-        return self.graph.add(
-            "ImageScale",
-            image=features[1],
-            upscale_method="bicubic",
-            width=2 * self.side,
-            height=2 * self.side,
-            crop="disabled",
-        )[0]
-
     def empty(self, batch: int) -> Ref:
         return self.latent if batch == 1 else self.graph.add("RepeatLatentBatch", samples=self.latent, amount=batch)[0]
 
-    def mask(self, inner: Node, backbone: Node) -> dict:
+    def mask(self, inner: Node, backbone: Ref) -> dict:
         """A rectangle in the middle: the example has no mask."""
         outside = self.graph.add("SolidMask", title="Everything", value=0.0, width=self.side, height=self.side)
         inside = self.graph.add("SolidMask", title="Rectangle", value=1.0, width=self.side // 2, height=self.side // 2)
@@ -172,18 +197,18 @@ class Photo(World):
             )[0]
         }
 
-    def concepts(self, backbone: Node, picture: Node) -> Node:
+    def concepts(self, backbone: Ref, picture: Node) -> Node:
         """Found in the picture and its mirror image: twice the vectors, more than the layer has channels."""
         mirrored = self.graph.add(
             "ImageFlip",
-            title="Mirrored, for more feature vectors",
+            title="Mirrored, for more vectors",
             image=picture[0],
             flip_method="y-axis: horizontally",
         )
         both = self.graph.add("ImageBatch", image1=picture[0], image2=mirrored[0])
         return self.graph.add(
             "FeatInv_DiscoverConcepts",
-            backbone=backbone[0],
+            backbone=backbone,
             images=both[0],
             folder="",
             layer=self.LAYERS[self.kind][0],
@@ -200,57 +225,55 @@ class MiniSD(World):
     """The paper's base model and backbones; the inversion model is one that train.py made."""
 
     name, prefix, side = "minisd", "minisd", 256
-    note = (
-        f"Needs MiniSD ({HUB}/justinpinkney/miniSD) in models/checkpoints, the backbone's timm weights in"
-        " models/backbones, and an inversion model in models/featinv, trained with `accelerate launch"
-        " training/train.py --config training/configs/convnext_last.yaml` (or `swinv2_last.yaml`)."
-    )
     TIMM = {"cnn": "convnext_base.fb_in22k_ft_in1k", "vit": "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k"}
+    CONFIGS = {"cnn": "convnext_last", "vit": "swinv2_last"}
 
     def __init__(self, graph: Graph, workflow: str) -> None:
         super().__init__(graph, workflow)
-        models = [
-            {
-                "name": "miniSD.ckpt",
-                "url": f"{HUB}/justinpinkney/miniSD/resolve/main/miniSD.ckpt",
-                "directory": "checkpoints",
-            }
-        ]
-        checkpoint = graph.add("CheckpointLoaderSimple", models=models, ckpt_name="miniSD.ckpt")
+        name = "miniSD.safetensors"  # the oldest hosts offer no other kind of file for download
+        models = [{"name": name, "url": f"{HUB}/webui/miniSD/resolve/main/{name}", "directory": "checkpoints"}]
+        checkpoint = graph.add("CheckpointLoaderSimple", models=models, ckpt_name=name)
         self.model, self.vae = checkpoint[0], checkpoint[2]
         self.positive, self.negative = (
             graph.add("CLIPTextEncode", clip=checkpoint[1], text=text)[0] for text in (PROMPT, "")
         )
+        self.files = [f"`{name}`, the base model, in `models/checkpoints` ([miniSD]({HUB}/webui/miniSD))"]
+
+    @property
+    def note(self) -> str:
+        return "\n".join(["Files that it needs:", *(f"- {file}" for file in self.files)])
 
     def settings(self, kind: str) -> dict:
         """The paper's (Table 3's caption); what the gradient gains at real size is not measured."""
         return {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
 
-    def backbone(self, kind: str) -> Node:
-        name = self.TIMM[kind]
-        models = [
-            {
-                "name": f"{name}.safetensors",
-                "url": f"{HUB}/timm/{name}/resolve/main/model.safetensors",
-                "directory": "backbones",
-            }
-        ]
+    def backbone(self, kind: str) -> Ref:
+        name = f"{self.TIMM[kind]}.safetensors"
+        url = f"{HUB}/timm/{self.TIMM[kind]}"
+        self.files.append(f"`{name}`, the backbone, in `models/backbones` ([timm]({url}))")
+        models = [{"name": name, "url": f"{url}/resolve/main/model.safetensors", "directory": "backbones"}]
         size = {"cnn": 288, "vit": 0}[kind]  # the paper's ConvNeXt
-        return self.graph.add(
-            "FeatInv_LoadBackbone", models=models, weights=f"{name}.safetensors", timm_name="", input_size=size
-        )
+        return self.graph.add("FeatInv_LoadBackbone", models=models, weights=name, timm_name="", input_size=size)[0]
 
-    def control(self, kind: str) -> Node:
-        return self.graph.add(
-            "FeatInv_LoadFeatInvControlNet",
-            weights={"cnn": "convnext_last.safetensors", "vit": "swinv2_last.safetensors"}[kind],
+    def control(self, kind: str) -> Ref:
+        config = self.CONFIGS[kind]
+        self.files.append(
+            f"`{config}.safetensors`, the inversion model, in `models/featinv`: you train it, with `accelerate launch"
+            f" training/train.py --config training/configs/{config}.yaml --data IMAGENET/train`"
         )
+        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"{config}.safetensors")[0]
 
     def picture(self, number: int) -> Node:
         return self.graph.add("LoadImage", image=EXAMPLE)
 
-    def concepts(self, backbone: Node, picture: Node) -> Node:
-        return self.graph.add("FeatInv_LoadConcepts", file="convnext_last_concepts.safetensors")
+    def concepts(self, backbone: Ref, picture: Node) -> Node:
+        name = "convnext_last_concepts.safetensors"
+        self.files.append(
+            f"`{name}`, the concepts, in `models/featinv_concepts`: `training/discover_concepts.py` or the node"
+            " Discover Concepts finds them"
+        )
+        return self.graph.add("FeatInv_LoadConcepts", file=name)
 
     def many(self) -> dict:
+        self.files.append("pictures of one class, in the folder `my_class` of ComfyUI's input folder")
         return {"folder": "my_class", "concepts": 8, "name": "my_class"}

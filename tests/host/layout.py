@@ -1,0 +1,239 @@
+"""Where the nodes of a graph stand: in groups from left to right by what they are for, each in columns along the links,
+so that the whole graph fills a screen and nothing is covered once the nodes show their texts and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WIDTH, GAP, BELOW = 300, 30, 20  # of a column, between columns, and between the nodes of one
+TITLE, SLOT, WIDGET = 30, 20, 24  # pixels of the host's: a title bar, a row of sockets, a widget
+EDGE, HEAD, APART = 20, 84, 40  # of a group: around its nodes, above their title bars, to the next one
+READABLE = 0.6  # the least zoom at which the host draws the letters on nodes
+BACK = 0.01  # share of the zoom that one wire which runs back to the left may cost
+SCREEN, LEFT, TOP, RIGHT, BOTTOM = (1920, 1080), 76, 102, 76, 90  # in pixels, and what the host's own bars cover
+
+IN, SEEN, DRAWN, OUT = "What goes in", "What the model sees", "How it is drawn", "What comes out"
+COLORS = {IN: "#3f789e", SEEN: "#3f8f6b", DRAWN: "#8f7a3f", OUT: "#7a4f8f"}
+STAGES = {
+    IN: "FeatInv_LoadTinyWorld FeatInv_Loader FeatInv_LoadBackbone FeatInv_LoadFeatInvControlNet FeatInv_LoadConcepts"
+    " FeatInv_TinyWorldScenes CheckpointLoaderSimple CLIPTextEncode LoadImage ImageFlip ImageBatch SolidMask"
+    " MaskComposite",
+    SEEN: "FeatInv_ExtractFeatures FeatInv_PreviewFeatures FeatInv_DiscoverConcepts FeatInv_ConceptMap"
+    " FeatInv_ConceptAttenuate FeatInv_FeatureMix FeatInv_PairedLatents MaskToImage",
+    DRAWN: "FeatInv_FeatureGuidance FeatInvControlNet FeatInv_ClosedLoop EmptyLatentImage RepeatLatentBatch KSampler"
+    " KSamplerSelect CFGGuider DualCFGGuider BasicScheduler RandomNoise SamplerCustomAdvanced",
+}
+STAGE_OF = {kind: stage for stage, kinds in STAGES.items() for kind in kinds.split()}
+#: pictures before models before what draws: short wires to what reads them
+FIRST = ("LoadImage", "FeatInv_TinyWorldScenes", "ImageFlip", "ImageBatch", "SolidMask", "MaskComposite")
+LAST = ("FeatInv_LoadTinyWorld", "CheckpointLoaderSimple", "CLIPTextEncode")
+#: pixels inside a node besides sockets and widgets
+INSIDE = {
+    "LoadImage": 250,
+    "PreviewImage": 260,
+    "FeatInv_PreviewFeatures": 260,
+    "CLIPTextEncode": 80,
+    "PreviewAny": 110,
+}
+#: pixels by which a node grows once it shows its text or a picture
+GROWS = {
+    "FeatInv_Loader": 180,
+    "FeatInv_LoadBackbone": 130,
+    "FeatInv_LoadFeatInvControlNet": 180,
+    "FeatInv_ExtractFeatures": 60,
+    "FeatInv_DiscoverConcepts": 100,
+    "FeatInv_ConceptAttenuate": 90,
+    "FeatInv_ConceptMap": 90,
+    "FeatInvControlNet": 80,
+    "FeatInv_FeatureGuidance": 60,
+    "FeatInv_FeatureSimilarity": 110,
+    "FeatInv_KeepMostSimilar": 60,
+    "FeatInv_ClassifyImage": 140,
+    "FeatInv_LoadConcepts": 140,
+    "FeatInv_Viz": 90,
+    "FeatInv_ClosedLoop": 340,
+    "KSampler": 240,
+    "SamplerCustomAdvanced": 240,
+}
+
+
+@dataclass
+class Box:
+    """left, top, right, bottom of a group's nodes, title bars included."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def size_of(kind: str, sockets: int, widgets: int) -> list[int]:
+    """Width and height of a node before it has run, without its title bar."""
+    return [WIDTH, 6 + SLOT * sockets + (WIDGET * widgets + 8 if widgets else 0) + INSIDE.get(kind, 0)]
+
+
+def collapsed(entry: dict) -> bool:
+    return bool(entry["flags"].get("collapsed"))
+
+
+def takes(entry: dict) -> int:
+    """Height of a node in its column, with title bar and all that it will show."""
+    return TITLE if collapsed(entry) else TITLE + entry["size"][1] + GROWS.get(entry["type"], 0)
+
+
+def depths(members: list) -> dict[int, int]:
+    """Of each node: how many of the members stand before it along the links."""
+    result: dict[int, int] = {}
+    for node in members:  # a node is added after what it reads
+        result[node.id] = max((result[r.node.id] + 1 for r in node.read() if r.node.id in result), default=0)
+    return result
+
+
+def columns(members: list, entries: dict[int, dict], tall: float) -> list[list]:
+    """The members along their links, several steps in a column as long as it is not higher than tall."""
+    depth = depths(members)
+    rank = {node.id: (node.type not in FIRST) + (node.type in LAST) for node in members}
+    result, filled = [], 0.0
+    for node in sorted(members, key=lambda n: (n.folded, depth[n.id] + 0.5 * bool(rank[n.id]), rank[n.id], n.id)):
+        height = takes(entries[node.id])
+        if not result or filled + BELOW + height > tall:
+            result.append([])
+            filled = -BELOW
+        result[-1].append(node)
+        filled += BELOW + height
+    return result
+
+
+def put(rows: list[list], entries: dict[int, dict], left: float, top: float) -> Box:
+    """Gives the columns' nodes their places; top: of the first title bar."""
+    bottom = top
+    for number, column in enumerate(rows):
+        y = top
+        for node in column:
+            entries[node.id]["pos"] = [left + number * (WIDTH + GAP), y + TITLE]
+            y += takes(entries[node.id]) + BELOW
+        bottom = max(bottom, y - BELOW)
+    return Box(left, top, left + len(rows) * (WIDTH + GAP) - GAP, bottom)
+
+
+def frame(shown: list) -> tuple[int, int, int]:
+    """How many pictures stand beside each other, and their width and height."""
+    return 2, *((345, 440) if len(shown) < 3 else (330, 400) if len(shown) < 5 else (330, 350))
+
+
+def gallery(shown: list, entries: dict[int, dict], left: float, top: float) -> Box:
+    """Pictures beside each other, all of one size, but the last as wide as what is left."""
+    across, width, height = frame(shown)
+    for number, node in enumerate(shown):
+        x, y = left + (number % across) * (width + GAP), top + (number // across) * (height + TITLE + BELOW)
+        entries[node.id] |= {"pos": [x, y + TITLE], "size": [width, height]}
+    used = -(-len(shown) // across)
+    entries[shown[-1].id]["size"] = [width + (used * across - len(shown)) * (width + GAP), height]
+    return Box(left, top, left + across * (width + GAP) - GAP, top + used * (height + TITLE + BELOW) - BELOW)
+
+
+def group(title: str, box: Box, color: str) -> dict:
+    bounding = [box.left - EDGE, box.top - HEAD + TITLE, box.right - box.left + 2 * EDGE]
+    bounding.append(box.bottom + EDGE - bounding[1])
+    return {"id": 0, "title": title, "bounding": bounding, "color": color, "font_size": 28, "flags": {}}
+
+
+def note_height(text: str, width: float) -> int:
+    """Of a note that shows all of its text."""
+    letters = (width - 40) / 5.8
+    return 46 + 15 * sum(-(-len(line) // int(letters)) or 1 for line in text.split("\n"))
+
+
+def zoom(groups: list[dict]) -> dict:
+    """The view that shows all groups at the top of a screen, as the host saves it."""
+    left, top = (min(g["bounding"][i] for g in groups) for i in (0, 1))
+    right, bottom = (max(g["bounding"][i] + g["bounding"][i + 2] for g in groups) for i in (0, 1))
+    room = SCREEN[0] - LEFT - RIGHT, SCREEN[1] - TOP - BOTTOM
+    scale = min(room[0] / (right - left), room[1] / (bottom - top), 1.0)
+    spare = room[0] - scale * (right - left)
+    return {
+        "scale": round(scale, 4),
+        "offset": [round((LEFT + spare / 2) / scale - left, 1), round(TOP / scale - top, 1)],
+    }
+
+
+def stages(graph) -> tuple[dict[str, list], list]:
+    """The nodes by the title of their group, and the pictures that are shown at last."""
+    starts, result = sorted((first, title) for title, first in graph.lanes.items()), {}
+    shown = [n for n in graph.nodes if n.type == "PreviewImage" and n.stage in (None, OUT)]
+    shown.sort(key=lambda n: graph.prominence(n.title))
+    for title in (IN, *(title for _, title in starts), SEEN, DRAWN, OUT):
+        result[title] = []
+    for node in graph.nodes:
+        lane = next((title for first, title in reversed(starts) if node.id > first), None)
+        kept = node.stage or STAGE_OF.get(node.type, OUT)
+        if node not in shown:
+            result[lane if lane and not node.stage else kept].append(node)
+    return {title: members for title, members in result.items() if members or title == OUT}, shown
+
+
+def attempt(graph, entries: dict[int, dict], notes: dict[str, dict], tall: float, wide: int) -> list[dict]:
+    """One way to place everything: columns of at most tall, lanes `wide` beside each other. Returns the groups."""
+    members, shown = stages(graph)
+    result, left = [], 0.0
+    lanes = [title for title in members if title in graph.lanes]
+    for title in members:
+        if title in lanes[1:]:
+            continue
+        if title in lanes:
+            boxes = put_lanes({t: members[t] for t in lanes}, entries, left, tall, wide)
+            result += [group(t, box, COLORS[SEEN]) for t, box in boxes.items()]
+            left = max(box.right for box in boxes.values()) + 2 * EDGE + APART
+            continue
+        note, top, x = notes.get(title), 0.0, left
+        box = Box(left, 0, left, 0)
+        if members[title]:
+            below = note_height(note["widgets_values"][0], 2 * WIDTH) + TITLE + BELOW if title == IN else 0
+            box = put(columns(members[title], entries, tall - below), entries, x, top)
+            x = box.right + GAP
+        if title == OUT:
+            across, width, _ = frame(shown)
+            width = max(across * (width + GAP) - GAP, 600)
+            note["size"] = [width, note_height(note["widgets_values"][0], width)]
+            note["pos"] = [x, TITLE]
+            pictures = gallery(shown, entries, x, note["size"][1] + TITLE + BELOW)
+            box = Box(left, 0, max(x + width, pictures.right), max(box.bottom, pictures.bottom))
+        elif title == IN:
+            width = box.right - box.left
+            note["size"] = [width, note_height(note["widgets_values"][0], width)]
+            note["pos"] = [left, box.bottom + BELOW + TITLE]
+            box.bottom = note["pos"][1] + note["size"][1]
+        result.append(group(title, box, COLORS[title]))
+        left = box.right + 2 * EDGE + APART
+    for number, entry in enumerate(result, 1):
+        entry["id"] = number
+    return result
+
+
+def put_lanes(lanes: dict[str, list], entries: dict[int, dict], left: float, tall: float, wide: int) -> dict[str, Box]:
+    """Groups of the same kind, `wide` of them beside each other and the others below."""
+    result, x, top, bottom = {}, left, 0.0, 0.0
+    for number, (title, members) in enumerate(lanes.items()):
+        if number and number % wide == 0:
+            x, top = left, bottom + EDGE + HEAD + 16
+        box = result[title] = put(columns(members, entries, tall * 0.5), entries, x, top)
+        x, bottom = box.right + 2 * EDGE + APART, max(bottom, box.bottom)
+    return result
+
+
+def place(graph, entries: dict[int, dict], notes: dict[str, dict]) -> tuple[list[dict], dict]:
+    """Gives nodes and notes (by the title of their group) places; returns the groups and the view. Of all heights of
+    columns, that with which the graph is large on a screen and few wires run back."""
+
+    def good(way: tuple[float, int]) -> float:
+        scale = zoom(attempt(graph, entries, notes, *way))["scale"]
+        back = sum(runs_back(entries, node.id, r.node.id) for node in graph.nodes for r in node.read())
+        return (scale >= READABLE) + scale * (1 - BACK * back)
+
+    best = max(((tall, wide) for tall in range(600, 1700, 50) for wide in ((1, 2) if graph.lanes else (1,))), key=good)
+    groups = attempt(graph, entries, notes, *best)
+    return groups, zoom(groups)
+
+
+def runs_back(entries: dict[int, dict], reader: int, read: int) -> bool:
+    return entries[reader]["pos"][0] <= entries[read]["pos"][0]
