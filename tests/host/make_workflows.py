@@ -32,6 +32,7 @@ from workflow_worlds import EXAMPLE, TURNED, Drawn, MiniSD, Photo
 
 FOLDER = PACK / "workflows"
 SECOND = "flower.png"
+HIGH = 200  # pixels of a thumbnail
 
 
 COMMON = (reconstruct, seeds, interpolate, compose, viz)
@@ -108,7 +109,8 @@ def write(server: Server, name: str, graph: Graph, info: dict, pictures: bool) -
     prompt = to_prompt(workflow, info)
     if pictures:
         picture = results(server, workflow, server.run(with_second_picture(prompt, graph)))
-        picture.save(thumbnail, quality=88)
+        low = picture.resize((round(picture.width * HIGH / picture.height), HIGH), Image.Resampling.LANCZOS)
+        low.save(thumbnail, quality=80, optimize=True)
     elif carrier.is_file():
         with Image.open(carrier) as before:
             picture = before.convert("RGB")
