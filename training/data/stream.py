@@ -198,11 +198,11 @@ class Reading(Iterator[Batch]):
         state: dict | None = None,
     ) -> None:
         self._readers = readers = Readers(stream, batch, rank, processes, workers)
-        if state is not None and (state["all"], len(state["places"])) == (readers.all, readers.count):
-            readers.turn, readers.positions = state["turn"], [Position(*position) for position in state["places"]]
+        if state is not None and (state["all"], len(state["positions"])) == (readers.all, readers.count):
+            readers.turn, readers.positions = state["turn"], [Position(*position) for position in state["positions"]]
         elif state is not None and rank == 0:
             tqdm.write(
-                f"{stream.data} was read by {state['all']} readers, {len(state['places'])} each process, and now by"
+                f"{stream.data} was read by {state['all']} readers, {len(state['positions'])} each process, and now by"
                 f" {readers.all}: it starts from its beginning"
             )
         self._turn, self._positions = readers.turn, list(readers.positions)
@@ -232,7 +232,7 @@ class Reading(Iterator[Batch]):
         return {
             "all": self._readers.all,
             "turn": self._turn,
-            "places": [tuple(position) for position in self._positions],
+            "positions": [tuple(position) for position in self._positions],
         }
 
 

@@ -166,7 +166,7 @@ class Run:
         config = self.config
         checkpoints.restore(state, self.model, self.optimizer.optimizer, self.average)
         make_plain(self.optimizer)
-        self.faults.restore(state["mishaps"])  # the key in checkpoints since 0.1.0
+        self.faults.restore(state["faults"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.say(
@@ -320,7 +320,7 @@ class Run:
             "data": self._identity,
             "seed": self.config.seed,
             "weights": self._weights,
-            "mishaps": self.faults.state(),
+            "faults": self.faults.state(),
         }
         state["stream"] = states(self.batches, in_hand=self.seen < self.config.max_images)
         state |= checkpoints.gather(self.model, self.optimizer.optimizer, self.average)
