@@ -48,14 +48,20 @@ def guidance_weights(
 
 
 def toward_features(
-    clean: Tensor, picture_of: Callable[[Tensor], Tensor], backbone: Backbone, target: FeatureMap, step: float
+    clean: Tensor,
+    picture_of: Callable[[Tensor], Tensor],
+    backbone: Backbone,
+    target: FeatureMap,
+    step: float,
+    distance: str = "cosine",
 ) -> Tensor:
-    """x0_hat [B, C, H, W] -> x0_hat - step * rms(x0_hat) * g / rms(g), g the gradient of feature_distance at x0_hat.
+    """x0_hat [B, C, H, W] -> x0_hat - step * rms(x0_hat) * g / rms(g), g the gradient of the distance at x0_hat.
 
     Both root mean squares are per sample, so that `step` is the length of the move in units of the latents' own, for
     any model and picture. picture_of: latents -> pictures [B, 3, h, w] in 0..1, differentiable, with parameters that
     ask for no gradients. target: a map per row, of a layer of `backbone`. Works inside no_grad and inference_mode, and
-    keeps type and device of `clean`. Raises FeatInvError if the map is not the backbone's or the rows differ in number.
+    keeps type and device of `clean`. distance: one of DISTANCES. Raises FeatInvError if the map is not the backbone's
+    or the rows differ in number.
     """
     target.source.require(
         backbone.source(target.source.layer, target.source.pooled), "the target features", "the backbone"
@@ -68,8 +74,8 @@ def toward_features(
     with torch.inference_mode(False), torch.enable_grad():
         x = clean.detach().clone().requires_grad_(True)
         values = target.values.detach().clone()  # a tensor made inside inference_mode cannot be saved for backward
-        distance = feature_distance(picture_of(x), backbone, values, target.source.layer, target.source.pooled)
-        (gradient,) = torch.autograd.grad(distance.sum(), x)
+        far = DISTANCES[distance](picture_of(x), backbone, values, target.source.layer, target.source.pooled)
+        (gradient,) = torch.autograd.grad(far.sum(), x)
     move = gradient.float() / rms(gradient).clamp(min=1e-20)  # a gradient of zero moves nothing
     return (clean.float() - step * rms(clean) * move).to(clean)
 
@@ -79,6 +85,18 @@ def feature_distance(pictures: Tensor, backbone: Backbone, values: Tensor, layer
     backbone's input, f the values [B, C_f, h', w'] of its layer. Gradients reach the pictures."""
     features = backbone.values(backbone.preprocess(pictures, "stretch"), layer, pooled)
     return 1 - F.cosine_similarity(features.float(), values.float().to(features.device), dim=1).mean((1, 2))
+
+
+def squared_distance(pictures: Tensor, backbone: Backbone, values: Tensor, layer: str, pooled: bool) -> Tensor:
+    """[B] mean of (F(picture) - f)^2 over that of f^2, otherwise as feature_distance: the lengths of the vectors count
+    too, and the longest most."""
+    features = backbone.values(backbone.preprocess(pictures, "stretch"), layer, pooled).float()
+    values = values.float().to(features.device)
+    return (features - values).square().mean((1, 2, 3)) / values.square().mean((1, 2, 3)).clamp(min=1e-20)
+
+
+#: how far the features of a picture are from those asked for
+DISTANCES = {"cosine": feature_distance, "squared": squared_distance}
 
 
 def rms(values: Tensor) -> Tensor:
