@@ -10,7 +10,7 @@ TITLE, SLOT, WIDGET = 30, 20, 24  # pixels of the host's: a title bar, a row of 
 EDGE, HEAD, APART = 20, 84, 40  # of a group: around its nodes, above their title bars, to the next one
 READABLE = 0.6  # the least zoom at which the host draws the letters on nodes
 BACK = 0.01  # share of the zoom that one wire which runs back to the left may cost
-SCREEN, LEFT, TOP, RIGHT, BOTTOM = (1920, 1080), 76, 102, 76, 90  # in pixels, and what the host's own bars cover
+SCREEN, LEFT, TOP, RIGHT, BOTTOM = (1920, 1080), 76, 100, 76, 88  # in pixels, and what the host's own bars cover
 
 IN, SEEN, DRAWN, OUT = "What goes in", "What the model sees", "How it is drawn", "What comes out"
 COLORS = {IN: "#3f789e", SEEN: "#3f8f6b", DRAWN: "#8f7a3f", OUT: "#7a4f8f"}
@@ -41,16 +41,16 @@ GROWS = {
     "FeatInv_LoadBackbone": 130,
     "FeatInv_LoadFeatInvControlNet": 180,
     "FeatInv_ExtractFeatures": 60,
-    "FeatInv_DiscoverConcepts": 100,
+    "FeatInv_DiscoverConcepts": 180,
     "FeatInv_ConceptAttenuate": 90,
-    "FeatInv_ConceptMap": 90,
-    "FeatInvControlNet": 80,
+    "FeatInv_ConceptMap": 20,
+    "FeatInvControlNet": 100,
     "FeatInv_FeatureGuidance": 60,
-    "FeatInv_FeatureSimilarity": 110,
+    "FeatInv_FeatureSimilarity": 180,
     "FeatInv_KeepMostSimilar": 60,
     "FeatInv_ClassifyImage": 140,
     "FeatInv_LoadConcepts": 140,
-    "FeatInv_Viz": 90,
+    "FeatInv_Viz": 130,
     "FeatInv_ClosedLoop": 340,
     "KSampler": 240,
     "SamplerCustomAdvanced": 240,
