@@ -10,22 +10,20 @@ from opening import BASE, PACK, World, error_of, run
 
 sys.path.insert(0, PACK)
 from featinv_nodes.core.files import read_metadata, read_tensors, write_safetensors
-from training.models.base_model import load_base
 
-LOAD, NAME = "FeatInv_LoadFeatInvControlNet", "mine.safetensors"
+LOAD, NAME = "FeatInv_LoadFeatInvControlNet", "tiny_cnn_last (embedded)"
 
 
-def file_with_digests(world: World) -> Path:
-    """The shipped model as train.py writes it now."""
-    file = Path(BASE, "models", "featinv", NAME)
+def older_file() -> str:
+    """The shipped model as files were before they stated digests."""
+    file = Path(BASE, "models", "featinv", "older.safetensors")
     shipped = Path(PACK, "featinv_nodes", "worlds", "drawn", "tiny_cnn_last.safetensors")
     metadata = read_metadata(shipped)
     about = json.loads(metadata["featinv"])
-    about["source"]["weights"] = world.features.source.weights
-    about["base"]["weights"] = load_base("tiny", "").weights
+    del about["source"]["weights"], about["base"]["weights"]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(file, read_tensors(shipped), metadata | {"featinv": json.dumps(about)})
-    return file
+    return file.name
 
 
 def changed(world: World) -> World:
@@ -39,8 +37,8 @@ def changed(world: World) -> World:
 def main() -> None:
     with torch.inference_mode():
         world = World()
-        file_with_digests(world)
         (known, about), (free, about_free) = run(LOAD, weights=NAME), run(LOAD, weights=NAME, other_weights=True)
+        older, _ = run(LOAD, weights=older_file())
         foreign = replace(world.features, source=replace(world.features.source, weights="another"))
         other = changed(world)
         patched = World()
@@ -56,7 +54,7 @@ def main() -> None:
             "features allowed": picture(world, free, foreign),
             "base": picture(other, known),
             "base allowed": picture(other, free),
-            "base of an older file": picture(other, world.control),
+            "base of an older file": picture(other, older),
             "patched": picture(patched, known),
             "similarity": error_of(
                 run,

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from featinv_nodes.core.concepts import load_concepts, save_concepts
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import read_metadata, read_tensors, write_safetensors
 from featinv_nodes.core.weights import read_info
-from featinv_nodes.worlds import concepts_file, model_file, open_backbone
+from featinv_nodes.worlds import CONCEPTS, MODELS, concepts_file, model_file, open_backbone
 from featinv_nodes.worlds.drawn import FOLDER
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import cache, cli, evaluate, reconstruct, visualize_concepts
@@ -42,15 +41,13 @@ def fine_tune(folder, copy, name):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A weights file and a concept file with digests, and fine-tunes of their backbone and base model."""
+    """A weights file with digests, a concept file of other weights, and fine-tunes of backbone and base model."""
     work = tmp_path_factory.mktemp("made")
-    metadata = read_metadata(model_file("tiny_cnn_last"))
-    about, source = json.loads(metadata["featinv"]), open_backbone("tiny-cnn").source()
-    about["source"], about["base"]["weights"] = source.to_dict(), load_base("tiny", PROMPT).weights
+    source = open_backbone("tiny-cnn").source()
     file = work / "mine.safetensors"
-    write_safetensors(file, read_tensors(model_file("tiny_cnn_last")), metadata | {"featinv": json.dumps(about)})
+    shutil.copy(model_file("tiny_cnn_last"), file)
     concepts = load_concepts(concepts_file("tiny_cnn_concepts"))
-    save_concepts(work / "concepts.safetensors", replace(concepts, source=source))
+    save_concepts(work / "concepts.safetensors", replace(concepts, source=replace(source, weights="another")))
     scene = draw(0, torch.arange(1), "held-out").image[0]
     Image.fromarray((scene * 255).byte().permute(1, 2, 0).numpy()).save(work / "scene.png")
     backbone = fine_tune(FOLDER / "backbone_cnn", work / "backbone", "model.safetensors")
@@ -81,9 +78,19 @@ def test_a_program_refuses_other_weights_or_says_that_they_are_allowed(made, tmp
     assert "allowed" not in json.loads((tmp_path / "results.json").read_text())["note"]
 
 
+def test_the_shipped_files_state_the_weights_that_they_were_made_with():
+    for name in MODELS:
+        info = read_info(model_file(name))
+        assert info.source.weights == open_backbone(info.source.backbone).weights, name
+        assert info.base["weights"] == load_base(info.base["name"], info.prompt).weights, name
+    for name in CONCEPTS:
+        source = load_concepts(concepts_file(name)).source
+        assert source.weights == open_backbone(source.backbone).weights, name
+
+
 def test_concepts_of_other_weights_are_refused_or_allowed(made, tmp_path):
     words = ["--model", "tiny_cnn_last", "--concepts", str(made["work"] / "concepts.safetensors"), "--names", "object"]
-    words += ["--image", str(made["work"] / "scene.png"), "--backbone", made["backbone"], "--seeds", "1", *QUICK]
+    words += ["--image", str(made["work"] / "scene.png"), "--seeds", "1", *QUICK]
     with pytest.raises(FeatInvError, match="the concepts are of resnet10t.tiny_world with other weights"):
         visualize_concepts.main([*words, "--out", str(tmp_path)])
     visualize_concepts.main([*words, "--out", str(tmp_path), "--other-weights"])
