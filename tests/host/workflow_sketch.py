@@ -6,7 +6,7 @@ from layout import TITLE, collapsed
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE, EDGE = 400, 8  # pixels: width of the picture, and around the graph
-PAPER, BODY, BAR, INK, NOTE = "#232323", "#3c3c3c", "#515151", "#e0e0e0", "#665533"
+PAPER, BODY, BAR, INK = "#232323", "#3c3c3c", "#515151", "#e0e0e0"
 #: as in featinv_nodes/web/js/colors.js, and the host's own
 WIRES = {
     "FEATINV_BACKBONE": "#f4e9cd",
