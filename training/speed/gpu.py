@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import os
 import platform
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +31,7 @@ from ..loop.log import device_peak, peak_memory
 from ..models.group_norm import ChannelsLastGroupNorm, keep_channels_last
 from ..models.pipeline import InversionPipeline
 from . import kernels, real_size
+from .concurrent import run_concurrently
 from .page import Page
 from .real_size import Parts, Step
 from .sampling import one_by_one
@@ -338,27 +336,6 @@ class GpuBenchmark:
                 "GB": peak_memory(),
             }
         )
-
-
-def run_concurrently(ways: dict[str, list[str]], settings: list[str]) -> Iterator[tuple[str, int, list[str]]]:
-    """Runs programs of this Python side by side, each in a folder of its own; (name, exit status, lines it wrote) of
-    each."""
-    env = os.environ | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
-    with tempfile.TemporaryDirectory() as folder:
-        running = {}
-        try:
-            for number, (what, arguments) in enumerate(ways.items()):
-                command = [sys.executable, *arguments, "--output", f"{folder}/{number}", *settings]
-                running[what] = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
-                )
-            for what, process in running.items():
-                lines = process.communicate()[0].replace("\r", "\n").splitlines()
-                yield what, process.returncode, [line[:300] for line in lines if line.strip()]
-        finally:
-            for process in running.values():
-                process.kill()
-                process.wait()
 
 
 #: name -> what runs, its title, and the seconds it is expected to take on an H100 at real size
