@@ -3,10 +3,12 @@
     python training/reconstruct.py --model tiny_cnn_last --image photo.jpg --out DIR
     python training/reconstruct.py --image a.png b.png --mix 0 0.25 0.5 0.75 1 --out DIR
     python training/reconstruct.py --image inner.png outer.png --mask mask.png --out DIR
+    python training/reconstruct.py --untrained --base photo --layer blocks.4 --image photo.jpg --out DIR
 
 Writes every picture, panel.png with the cosine similarity under each, and results.json. With --best-of N each picture
 is the one of the highest cosine among N, which results.json says. Where the weights file has scope statistics,
-results.json says whether each map is inside what the model knows, and the panel where it is not.
+results.json says whether each map is inside what the model knows, and the panel where it is not. With --untrained no
+inversion model is used: universal guidance moves the base model's predictions towards the features while it draws.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ from featinv_nodes.core.backbones import RESIZE_MODES
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.mixing import compose, interpolate
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.worlds import model_file
 from training.cli import model_parser, pipeline_from, run
+from training.cli_untrained import add_untrained, require_trained, untrained_from, without_training
 from training.data.scope import scope_entries
 from training.files import make_folder, write_json
 from training.models.pipeline import ATTEMPT, InversionPipeline
 from training.models.sampling import noise
+from training.models.untrained import UntrainedPipeline
 from training.report import panel, save_image, to_image
 
 
@@ -55,11 +60,12 @@ def arguments() -> argparse.ArgumentParser:
         "--mask", help="picture whose bright part takes the first picture's features, the rest the second's"
     )
     parser.add_argument("--soft", action="store_true", help="blend the two maps in cells on the mask's edge")
+    add_untrained(parser)
     return parser
 
 
 def target_maps(
-    pipeline: InversionPipeline, args: argparse.Namespace, pixel_values: Tensor
+    pipeline: InversionPipeline | UntrainedPipeline, args: argparse.Namespace, pixel_values: Tensor
 ) -> list[tuple[str, FeatureMap]]:
     """The feature maps to invert, each with a name: one per picture, per weight, or the composition."""
     features = pipeline.features(pixel_values)
@@ -76,24 +82,34 @@ def target_maps(
     return [(f"mix_{w:.2f}", interpolate([first, second], [1 - w, w])) for w in args.mix]
 
 
+def with_model(
+    pipeline: InversionPipeline, sampling: Sampling, args: argparse.Namespace, target: FeatureMap, maps: int
+) -> tuple[Tensor, Tensor]:
+    """Pictures [B, 3, h, w] of the target maps [B, ...] from the inversion model, and which attempt each is [B]."""
+
+    def start_of(attempt: int) -> Tensor:
+        return noise(pipeline.base, args.seed + ATTEMPT * attempt, args.samples).repeat(maps, 1, 1, 1)
+
+    with tqdm(total=len(target) * sampling.best_of, desc="drawing", unit="picture") as bar:
+        return pipeline.best(target, sampling, start_of, args.batch, bar.update)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     if args.samples < 1:
         raise FeatInvError(f"--samples {args.samples}: expected at least 1")
+    if not args.untrained:
+        require_trained(args)
     make_folder(args.out)
     pictures = [read_image(file) for file in args.image]
-    pipeline, sampling = pipeline_from(args, chooses=True)
+    pipeline, settings = untrained_from(args) if args.untrained else pipeline_from(args, chooses=True)
     pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
     maps = target_maps(pipeline, args, pixel_values)
     target = concatenate([m for _, m in maps]).repeat(args.samples)
-
-    def start_of(attempt: int) -> Tensor:
-        return noise(pipeline.base, args.seed + ATTEMPT * attempt, args.samples).repeat(len(maps), 1, 1, 1)
-
-    with tqdm(total=len(target) * sampling.best_of, desc="drawing", unit="picture") as bar:
-        drawn, attempts = pipeline.best(target, sampling, start_of, args.batch, bar.update)
+    draw = without_training if args.untrained else with_model
+    drawn, attempts = draw(pipeline, settings, args, target, len(maps))
     scores = pipeline.score(target, drawn).tolist()
-    scopes = scope_entries(model_file(args.model), target, scores, sampling)
+    scopes = [{}] * len(target) if args.untrained else scope_entries(model_file(args.model), target, scores, settings)
     off = [
         f"{name}: {scopes[m * args.samples]['line']}"
         for m, (name, _) in enumerate(maps)
@@ -118,21 +134,21 @@ def main(argv: list[str] | None = None) -> None:
                     "scope": scopes[i],
                 }
             )
-    chosen = (
-        [f"Each picture is the one of the highest cosine among {sampling.best_of}."] if sampling.best_of > 1 else []
-    )
+    chosen = ["Drawn without a trained inversion model, by universal guidance."] if args.untrained else []
+    if not args.untrained and settings.best_of > 1:
+        chosen = [f"Each picture is the one of the highest cosine among {settings.best_of}."]
     outside = [pipeline.world.outside] if pipeline.world and pipeline.world.outside else []
     note = "\n".join([*outside, *pipeline.allowed, *chosen, *off])
     titles = ["original", *(name[:18] for name, _ in maps)]
-    save_image(panel(rows, titles, pipeline.info.source.describe(), note), args.out / "panel.png")
+    save_image(panel(rows, titles, pipeline.source.describe(), note), args.out / "panel.png")
     write_json(
         args.out / "results.json",
         {
-            "model": args.model,
-            "source": pipeline.info.source.to_dict(),
+            "model": None if args.untrained else args.model,
+            "source": pipeline.source.to_dict(),
             "digests": pipeline.digests,
             "images": [str(f) for f in args.image],
-            "sampling": asdict(sampling),
+            "sampling": asdict(settings),
             "note": note,
             "pictures": entries,
         },

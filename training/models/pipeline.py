@@ -55,6 +55,11 @@ class InversionPipeline:
         """The drawn world that the model belongs to, if any."""
         return find_world(self.info.base["name"])
 
+    @property
+    def source(self) -> FeatureSource:
+        """Of the maps that the model inverts."""
+        return self.info.source
+
     def features(self, pixel_values: Tensor) -> FeatureMap:
         """Feature maps of pictures [B, 3, *input_size] at the model's own layer and pooling."""
         return self.backbone.extract(pixel_values, self.info.source.layer, self.info.source.pooled)

@@ -1,0 +1,117 @@
+"""Features without a trained model: reconstruct.py --untrained."""
+
+import json
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from PIL import Image
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.worlds.drawn.scenes import draw
+from training import reconstruct
+from training.cli import run
+from training.models.untrained import UntrainedSampling, load_untrained
+
+FEW = ["--untrained", "--steps", "2", "--moves", "1", "--recurrence", "1"]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_untrained()
+
+
+@pytest.fixture(scope="module")
+def features(pipeline):
+    return pipeline.features(pipeline.backbone.preprocess(draw(0, torch.arange(4), "held-out").image))
+
+
+@pytest.fixture
+def scene(tmp_path):
+    picture = draw(0, torch.arange(1), "held-out").image[0]
+    Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "scene.png")
+    return str(tmp_path / "scene.png")
+
+
+def test_the_cosine_rises_far_above_the_unconditional_baseline(pipeline, features):
+    """18 gradients; 0.2 is a good half of what is seen, and many times the spread of the means of four."""
+    guided, alone = (
+        pipeline.score(features, pipeline.draw(features, UntrainedSampling(moves, 0.1, 2, steps=3))).mean()
+        for moves in (3, 0)
+    )
+    assert guided > alone + 0.2
+
+
+def test_the_batch_bounds_the_memory_and_changes_nothing(pipeline, features):
+    """Maps and samples in turn: each row keeps its noise, that which is added back too."""
+    sampling = UntrainedSampling(1, 0.05, 2, steps=2)
+    maps = features.select(slice(0, 2)).repeat(2)
+    whole = pipeline.draw(maps, sampling, samples=2, batch=4)
+    parts = pipeline.draw(maps, sampling, samples=2, batch=3)
+    assert (whole - parts).abs().max() < 0.02  # ReLUs tip over by the size of a batch; other noise changes it by 0.5
+    assert (pipeline.draw(maps, sampling, seed=1, samples=2) - whole).abs().max() > 0.3
+    assert (whole[0] - whole[1]).abs().max() > 0.3
+
+
+def test_it_writes_the_same_files_as_with_a_model(scene, tmp_path):
+    out = tmp_path / "out"
+    reconstruct.main(["--image", scene, "--out", str(out), "--samples", "2", *FEW, "--distance", "squared"])
+    results = json.loads((out / "results.json").read_text())
+    assert sorted(p.name for p in out.iterdir()) == ["000_scene_0.png", "000_scene_1.png", "panel.png", "results.json"]
+    assert results["model"] is None and results["source"]["backbone"] == "resnet10t.tiny_world"
+    assert results["sampling"] == {
+        **{"moves": 1, "step": 0.1, "recurrence": 1, "start": 0.0, "end": 1.0, "distance": "squared"},
+        **{"steps": 2, "guidance": 1.0},
+    }
+    assert "without a trained inversion model" in results["note"]
+
+
+def test_an_embedded_world_brings_its_backbone_and_any_layer_is_inverted(scene, tmp_path):
+    few = ["--untrained", "--steps", "1", "--moves", "1", "--recurrence", "1"]
+    for options, backbone, layer in (
+        (["--base", "photo", "--layer", "blocks.4", "--pooled"], "tf_efficientnet_lite0", "blocks.4"),
+        (["--backbone", "tiny-vit", "--guidance", "2"], "vit_tiny", "last"),
+    ):
+        out = tmp_path / layer
+        reconstruct.main(["--image", scene, "--out", str(out), *few, *options])
+        source = json.loads((out / "results.json").read_text())["source"]
+        assert source["backbone"].startswith(backbone) and source["layer"] == layer
+
+
+def test_values_that_are_not_finite_end_it_and_the_last_finite_picture_stays(scene, tmp_path, capsys):
+    calls = []
+
+    def toward(clean, **settings):
+        calls.append(1)
+        return clean * math.nan if len(calls) == 4 else clean
+
+    argv = ["--image", scene, "--out", str(tmp_path / "out"), "--untrained", "--steps", "3"]
+    with (
+        patch("training.models.untrained.toward_features", toward),
+        pytest.raises(SystemExit, match="2"),
+    ):
+        run(lambda: reconstruct.main([*argv, "--moves", "1", "--recurrence", "2"]))
+    said = capsys.readouterr().err
+    assert "a move in step 2 of 3" in said and "lower step" in said and "last_finite_N.png" in said
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["last_finite_0.png"]
+    assert Image.open(tmp_path / "out" / "last_finite_0.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--untrained", "--strength", "1"], "--strength is a setting of an inversion model"),
+        (["--untrained", "--best-of", "2"], "--best-of is a setting of an inversion model"),
+        (["--untrained", "--steps", "0"], "expected steps >= 1"),
+        (["--untrained", "--moves", "-1"], "moves -1; expected a whole number"),
+        (["--untrained", "--layer", "nowhere"], "nowhere"),
+        (["--untrained", "--base", "owner/name"], "has no backbone of its own; name one with --backbone"),
+        (["--moves", "2"], "--moves is a setting of --untrained"),
+        (["--pooled"], "--pooled is a setting of --untrained"),
+    ],
+)
+def test_what_does_not_go_together_is_named(scene, tmp_path, options, words):
+    with pytest.raises(FeatInvError, match=words):
+        reconstruct.main(["--image", scene, "--out", str(tmp_path / "out"), *options])
+    assert not list((tmp_path / "out").glob("*"))

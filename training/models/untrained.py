@@ -1,0 +1,176 @@
+"""Inversion without an inversion model: a base model and a backbone, by universal guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from featinv_nodes.core.backbones import LAST, Backbone
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.guidance import guidance_weights, leave_inference, toward_features
+from featinv_nodes.core.metrics import cosine
+from featinv_nodes.core.prediction import predicted_clean
+from featinv_nodes.core.sampling import Sampling, set_timesteps
+from featinv_nodes.core.universal_guidance import Level, NotFinite, UniversalGuidance, sample_toward
+from featinv_nodes.worlds import WORLDS, World, find_world, open_backbone
+
+from .base_model import BaseModel, load_base
+from .pipeline import UNKNOWN
+from .sampling import noise, solver_of
+
+
+@dataclass(frozen=True)
+class UntrainedSampling(UniversalGuidance):
+    """How to draw: universal guidance and, of the solver DDIM, steps. guidance: classifier-free guidance scale of the
+    prompt, 1 for none."""
+
+    steps: int = 8
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Sampling(steps=self.steps, guidance=self.guidance)  # refuses what it cannot be
+
+
+@dataclass
+class UntrainedPipeline:
+    """What universal guidance needs; see load_untrained."""
+
+    base: BaseModel
+    backbone: Backbone
+    prompt: str
+    layer: str = LAST
+    pooled: bool = False
+
+    @property
+    def world(self) -> World | None:
+        """The embedded world that the base model belongs to, if any."""
+        return find_world(self.base.name)
+
+    @property
+    def source(self) -> FeatureSource:
+        return self.backbone.source(self.layer, self.pooled)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the weights that are open."""
+        return {"backbone": self.backbone.weights or UNKNOWN, "base model": self.base.weights or UNKNOWN}
+
+    @property
+    def allowed(self) -> list[str]:
+        """No file says with which weights it was made, so none are other ones."""
+        return []
+
+    def features(self, pixel_values: Tensor) -> FeatureMap:
+        """Feature maps of pictures [B, 3, *input_size]."""
+        return self.backbone.extract(pixel_values, self.layer, self.pooled)
+
+    def score(self, target: FeatureMap, pictures: Tensor) -> Tensor:
+        """[B] cosine similarity of the pictures' features with the target ones."""
+        return cosine(target, self.features(self.backbone.preprocess(pictures, "stretch")))
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        features: FeatureMap,
+        sampling: UntrainedSampling,
+        seed: int = 0,
+        samples: int | None = None,
+        batch: int = 16,
+        report: Callable[[int], object] = lambda n: None,
+    ) -> Tensor:
+        """Pictures [B, 3, h, w] in 0..1, one of each map [B, ...]. samples: the noise of so many rows is drawn and
+        repeated (B is a multiple of it), B where None. batch bounds the memory and changes nothing else. report is
+        called with each batch's size. Raises NotFinite, whose `latents` are the finished rows and then the last finite
+        ones."""
+        samples, finished = samples or len(features), []
+        times = len(features) // samples
+        start = noise(self.base, seed, samples).repeat(times, 1, 1, 1)
+        for first in range(0, len(features), batch):
+            rows = slice(first, first + batch)
+            # the seed after the starting noise's own, as k-diffusion's samplers take it
+            generator = torch.Generator().manual_seed(seed + 1)
+
+            def again(rows: slice = rows, generator: torch.Generator = generator) -> Tensor:
+                new = torch.randn((samples, *start.shape[1:]), generator=generator)
+                return new.repeat(times, 1, 1, 1)[rows].to(self.base.unet.device)
+
+            try:
+                finished.append(self._latents(start[rows], features.select(rows), sampling, again))
+            except NotFinite as error:
+                kept = [*finished, *([error.latents] if error.latents is not None else [])]
+                raise NotFinite(str(error), torch.cat(kept) if kept else None) from error
+            report(len(finished[-1]))
+        return torch.cat([self.base.decode(latents).cpu() for part in finished for latents in part.split(batch)])
+
+    def _latents(
+        self,
+        start: Tensor,
+        features: FeatureMap,
+        sampling: UntrainedSampling,
+        again: Callable[[], Tensor],
+    ) -> Tensor:
+        """Latents [B, C, H, W] of starting noise [B, C, H, W] and a map per row."""
+        base = self.base
+        x, features = start.to(base.unet.device), features.to(base.unet.device)
+        solver, levels = levels_of(base, sampling.steps)
+        weights = guidance_weights(sampling.guidance, "features", controlled=False)
+        context = {True: base.text[self.prompt], False: base.text[""]}
+        context = torch.cat([context[prompted].expand(len(x), -1, -1) for _, prompted in weights])
+        leave_inference(base.vae)
+
+        def clean_of(x: Tensor, step: int) -> Tensor:
+            t = solver.timesteps[step]
+            parts = base.unet(x.repeat(len(weights), 1, 1, 1), t, context).sample.split(len(x))
+            pred = sum(weight * part for weight, part in zip(weights.values(), parts))
+            return predicted_clean(solver, x, pred, t)
+
+        toward = partial(
+            toward_features,
+            picture_of=base.decode,
+            backbone=self.backbone,
+            target=features,
+            step=sampling.step,
+            distance=sampling.distance,
+        )
+        return sample_toward(clean_of, x, levels, sampling, toward, again)
+
+
+def levels_of(base: BaseModel, steps: int) -> tuple[object, list[Level]]:
+    """A solver that has the timesteps from the last one on, and their levels with no noise at the end. Raises
+    FeatInvError as set_timesteps does."""
+    solver = solver_of(base, Sampling(steps=steps))
+    set_timesteps(solver, steps)
+    alpha_bar = [solver.alphas_cumprod[t].item() for t in solver.timesteps]
+    return solver, [*((a**0.5, (1 - a) ** 0.5) for a in alpha_bar), (1.0, 0.0)]
+
+
+def load_untrained(
+    base: str | None = None,
+    backbone: str | None = None,
+    backbone_weights: str | None = None,
+    layer: str = LAST,
+    pooled: bool = False,
+    prompt: str | None = None,
+    device: str = "cpu",
+) -> UntrainedPipeline:
+    """Opens a base model (as load_base, or an embedded world by its name; the drawn world's if None) and a backbone (as
+    open_backbone; the world's first if None). prompt: the world's own if None, else "". Raises FeatInvError where a
+    part is missing."""
+    world = WORLDS.get(base or "drawn") or find_world(base)
+    if world is None and backbone is None:
+        raise FeatInvError(
+            f"base model {base} has no backbone of its own; name one with --backbone (a timm name or folder) and, for a"
+            " name, --backbone-weights"
+        )
+    if prompt is None:
+        prompt = world.prompt if world else ""
+    source = open_backbone(backbone or next(iter(world.backbones)), backbone_weights, None, bool(backbone))
+    source = source.to(device, memory_format=torch.channels_last)
+    source.source(layer, pooled)  # names a layer that it does not have
+    frozen = load_base(world.base if world else base, prompt).to(device)
+    return UntrainedPipeline(frozen, source, prompt, layer, pooled)
