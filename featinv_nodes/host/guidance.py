@@ -6,6 +6,7 @@ from __future__ import annotations
 import comfy.model_management as management
 import comfy.sd
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -31,15 +32,7 @@ def guided(
     autoencoder and the backbone are loaded with the model, so that none pushes another out between steps. Raises
     FeatInvError if the map is not the backbone's or the autoencoder not the model's.
     """
-    target.source.require(
-        backbone.backbone.source(target.source.layer, target.source.pooled), "the feature map", "the backbone"
-    )
-    channels = model.model.latent_format.latent_channels
-    if vae.latent_channels != channels:
-        raise FeatInvError(
-            f"the autoencoder has {vae.latent_channels} latent channels, the model {channels}; connect the VAE that"
-            " belongs to the model"
-        )
+    check(model.model.latent_format.latent_channels, vae, backbone, target)
     decoder, node = whole(vae.patcher), executing_node()
 
     def predict(executor, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None) -> Tensor:  # noqa: ANN001
@@ -48,32 +41,52 @@ def guided(
             tell_counts(node, len(clean), [(len(target), "feature map")])
         if not among_last(sigma, sigmas, last):
             return clean
-        unscaled = executor.class_obj.inner_model.process_latent_out
-        leave_inference(decoder.model)
-
-        def picture_of(latents: Tensor) -> Tensor:
-            decoded = decoder.model.decode(
-                unscaled(latents).to(vae.device, vae.vae_dtype)
-            )  # which may be another device
-            return vae.process_output(decoded.float()).to(latents.device)
-
-        maps = target.in_turn(len(clean))
-        need = GRAPH * vae.memory_used_decode((1, *clean.shape[1:]), vae.vae_dtype)
-        rows = max(1, int(management.get_free_memory(clean.device) / need))
-        parts = range(0, len(clean), rows)
-        return torch.cat(
-            [
-                toward_features(
-                    clean[i : i + rows], picture_of, backbone.backbone, maps.select(slice(i, i + rows)), step
-                )
-                for i in parts
-            ]
-        )
+        return moved(clean, executor.class_obj.inner_model, vae, decoder, backbone, target, step)
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)
     clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), decoder, backbone.patcher])
     return clone
+
+
+def check(channels: int, vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap) -> None:
+    """Raises FeatInvError if the map is not the backbone's, or the autoencoder not one of that many channels."""
+    target.source.require(
+        backbone.backbone.source(target.source.layer, target.source.pooled), "the feature map", "the backbone"
+    )
+    if vae.latent_channels != channels:
+        raise FeatInvError(
+            f"the autoencoder has {vae.latent_channels} latent channels, the model {channels}; connect the VAE that"
+            " belongs to the model"
+        )
+
+
+def moved(
+    clean: Tensor,
+    model: BaseModel,
+    vae: comfy.sd.VAE,
+    decoder: ModelPatcher,
+    backbone: ManagedBackbone,
+    target: FeatureMap,
+    step: float,
+    distance: str = "cosine",
+) -> Tensor:
+    """toward_features for the host's clean latents [B, C, H, W], as many rows at a time as memory has room for.
+    decoder: the autoencoder's patcher, loaded whole. Maps are repeated in turn."""
+    leave_inference(decoder.model)
+
+    def picture_of(latents: Tensor) -> Tensor:
+        unscaled = model.process_latent_out(latents)
+        decoded = decoder.model.decode(unscaled.to(vae.device, vae.vae_dtype))  # which may be another device
+        return vae.process_output(decoded.float()).to(latents.device)
+
+    maps = target.in_turn(len(clean))
+    need = GRAPH * vae.memory_used_decode((1, *clean.shape[1:]), vae.vae_dtype)
+    rows = max(1, int(management.get_free_memory(clean.device) / need))
+    parts = (slice(i, i + rows) for i in range(0, len(clean), rows))
+    return torch.cat(
+        [toward_features(clean[i], picture_of, backbone.backbone, maps.select(i), step, distance) for i in parts]
+    )
 
 
 def whole(patcher: ModelPatcher) -> ModelPatcher:

@@ -12,6 +12,7 @@ from . import (
     pair,
     preview,
     saved,
+    untrained,
     viz,
     worlds,
 )
@@ -25,6 +26,7 @@ ALL = [
     *saved.NODES,
     *control.NODES,
     *guidance.NODES,
+    *untrained.NODES,
     *concepts.NODES,
     *discover.NODES,
     *viz.NODES,

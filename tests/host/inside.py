@@ -36,6 +36,7 @@ import controlling
 import guiding
 import nodes
 import torch
+import untrained
 from PIL import Image
 
 from featinv_nodes.core import viz
@@ -560,6 +561,7 @@ def main() -> None:
             "best": guiding.best(world),
             "gradient": guiding.gradient(world),
             "scaled": guiding.scaled(world),
+            "untrained": untrained.untrained(world),
             "closed_loop": closing.closed_loop(world),
             "cancelled": closing.cancelled(world),
             "scope": scope(world),

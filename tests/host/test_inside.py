@@ -13,7 +13,7 @@ def test_loading_imports_no_heavy_library(measured):
 
 def test_a_missing_requirement_gives_one_line(measured):
     line, nodes = measured["missing"]
-    assert "timm is missing" in line and "pip install" in line and nodes == "23 nodes"
+    assert "timm is missing" in line and "pip install" in line and nodes == "24 nodes"
 
 
 def test_the_same_picture_as_the_command_line(measured):
@@ -75,6 +75,27 @@ def test_guidance_by_the_gradient_decodes_latents_in_the_autoencoders_own_scale(
     """A model whose latents are scaled and shifted, as Stable Diffusion's are, is guided to the same pictures."""
     assert measured["scaled"]["same"] <= 5e-4  # each guided step enlarges the float32 differences; 1e-5 seen
     assert measured["scaled"]["scaled"] > 1
+
+
+def test_the_guidance_sampler_draws_the_command_line_s_pictures_without_a_trained_model(measured):
+    """Noise that is added back too; each step is reported as often as it is taken."""
+    result = measured["untrained"]
+    assert result["command line"] <= 5e-4  # as for Feature Guidance: moves enlarge float32's differences
+    assert min(result["noise matters"], result["distance matters"]) > 0.05
+    assert result["moved"] > result["plain"] + 0.1
+    assert result["callbacks"] == [[step, 2, 3] for step in (0, 0, 1, 1)]
+    assert result["masked"] == 0  # what a noise mask keeps is not moved
+
+
+def test_the_guidance_sampler_guides_models_of_flows_and_refuses_what_adds_no_noise(measured):
+    """The flow is the embedded model under the host's ModelSamplingSD3: not trained as one, so it knows no pictures."""
+    result = measured["untrained"]
+    assert result["flow, moved"] > result["flow, plain"] + 0.05
+    assert "adds no noise" in result["no noise"] and result["no noise"].startswith("FeatInvError")
+    assert (
+        "Use the same backbone" in result["other backbone"] and "3 latent channels, the model 24" in result["other vae"]
+    )
+    assert "not finite; lower step" in result["runs away"]
 
 
 def test_says_whether_a_map_is_inside(measured):

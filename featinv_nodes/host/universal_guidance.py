@@ -1,0 +1,91 @@
+"""Universal guidance as a sampler of the host's: features without a trained inversion model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.model_management as management
+import comfy.sd
+import torch
+from comfy.samplers import KSAMPLER
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..core.feature_map import FeatInvError, FeatureMap
+from ..core.universal_guidance import Level, UniversalGuidance, sample_toward
+from .guidance import check, moved, whole
+from .models import ManagedBackbone, stop_if_cancelled
+from .notices import executing_node, tell_counts
+
+
+def guidance_sampler(
+    vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap, guidance: UniversalGuidance
+) -> KSAMPLER:
+    """A sampler that moves each predicted x0_hat toward `target`. Since the host's models all give clean latents, it
+    serves predictions of noise, velocity and flow alike. What it draws with raises FeatInvError for a map of another
+    backbone, another model's autoencoder, latents of videos, or a model whose noise it does not know."""
+    decoder, node = whole(vae.patcher), executing_node()
+
+    def sample(
+        model: Callable[..., Tensor],
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict | None = None,
+        callback: Callable[[dict], object] | None = None,
+        disable: bool | None = None,
+    ) -> Tensor:
+        guider, extra_args = model.inner_model, extra_args or {}
+        base = guider.inner_model
+        check(base.latent_format.latent_channels, vae, backbone, target)
+        if x.ndim != 4:
+            raise FeatInvError(
+                f"Feature Guidance Sampler: latents of shape {list(x.shape)}; expected pictures, [batch, channels,"
+                " height, width]. Use it with a model of single pictures"
+            )
+        levels = levels_of(base.model_sampling, sigmas)
+        tell_counts(node, len(x), [(len(target), "feature map")])
+        management.load_models_gpu([guider.model_patcher, decoder, backbone.patcher])
+        mask, bar = extra_args.get("denoise_mask"), tqdm(total=len(levels) - 1, disable=disable)
+        # the seed after the starting noise's own, as the host's samplers take it
+        generator = torch.Generator().manual_seed(int(extra_args.get("seed") or 0) + 1)
+
+        def clean_of(x: Tensor, step: int) -> Tensor:
+            stop_if_cancelled()
+            return model(x, sigmas[step] * x.new_ones(len(x)), **extra_args)
+
+        def toward(clean: Tensor) -> Tensor:
+            new = moved(clean, base, vae, decoder, backbone, target, guidance.step, guidance.distance)
+            return new if mask is None else clean + (new - clean) * mask  # what is kept does not move
+
+        def noise() -> Tensor:
+            return torch.randn(x.shape, generator=generator).to(x)
+
+        def report(step: int, x: Tensor, clean: Tensor) -> None:
+            bar.update(step + 1 - bar.n)
+            if callback is not None:
+                now = {"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": clean}
+                callback(now)
+
+        with bar:
+            return sample_toward(clean_of, x, levels, guidance, toward, noise, report)
+
+    return KSAMPLER(sample)
+
+
+def levels_of(model_sampling: torch.nn.Module, sigmas: Tensor) -> list[Level]:
+    """Signal and noise of latents at each of the sigmas, from what the model's own noise_scaling makes of clean latents
+    and of noise: (1, sigma) for models of noise and velocity, (1 - sigma, sigma) for flows. Raises FeatInvError for a
+    model that adds no noise."""
+    one, none = sigmas.new_ones(1, 1, 1, 1), sigmas.new_zeros(1, 1, 1, 1)
+
+    def scaled(sigma: Tensor, noise: Tensor, clean: Tensor) -> float:
+        return float(model_sampling.noise_scaling(sigma.reshape(1), noise.clone(), clean.clone()).mean())
+
+    levels = [(scaled(sigma, none, one), scaled(sigma, one, none)) for sigma in sigmas]
+    if not all(spread > 0 for _, spread in levels[:-1]):
+        raise FeatInvError(
+            f"Feature Guidance Sampler: the model's sampling ({type(model_sampling).__name__}) adds no noise at"
+            f" sigmas {[round(float(s), 3) for s in sigmas[:-1]]}; expected a diffusion or flow model, with sigmas that"
+            " fall to zero at the end only"
+        )
+    return levels

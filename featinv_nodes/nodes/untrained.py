@@ -1,0 +1,94 @@
+"""Features without a trained inversion model."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .types import Backbone, Features, Menu, schema
+
+
+class GuidanceSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FeatInv_GuidanceSampler",
+            display_name="Feature Guidance Sampler",
+            category=Menu.CONTROL,
+            aliases=("universal guidance", "training-free", "without ControlNet", "recurrence"),
+            description=(
+                "Inverts features with no trained inversion model: a sampler for SamplerCustomAdvanced that moves what"
+                " any diffusion or flow model predicts towards the features, and takes each step several times. Slow;"
+                " a trained model is faster and more faithful."
+            ),
+            inputs=[
+                io.Vae.Input("vae", tooltip="The autoencoder of the model that the guider has."),
+                Backbone.Input("backbone", tooltip="The backbone that made the features."),
+                Features.Input(
+                    "features",
+                    tooltip=(
+                        "The feature map to draw. One map serves all latents. Fewer maps than latents are repeated in"
+                        " turn; extra maps are ignored."
+                    ),
+                ),
+                io.Int.Input(
+                    "moves", default=4, min=0, max=100, tooltip="Moves in each step, each with a gradient of its own."
+                ),
+                io.Float.Input(
+                    "step",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The length of a move, as a share of the latents' own length.",
+                ),
+                io.Int.Input(
+                    "recurrence",
+                    default=4,
+                    min=1,
+                    max=100,
+                    tooltip=(
+                        "How often each step is taken: noise is added back in between. 1 takes it once; more makes"
+                        " pictures truer, not only more similar."
+                    ),
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The share of the steps before guidance begins.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The share of the steps after which guidance ends.",
+                ),
+                io.Combo.Input(
+                    "distance",
+                    options=["cosine", "squared"],
+                    default="cosine",
+                    tooltip=(
+                        "What a move lowers: the cosine distance at each location, or the squared distance, for which"
+                        " the length of the features counts too."
+                    ),
+                ),
+            ],
+            outputs=[io.Sampler.Output("guiding", display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, vae, backbone, features, moves, step, recurrence, start_percent, end_percent, distance
+    ) -> io.NodeOutput:
+        from ..core.universal_guidance import UniversalGuidance
+        from ..host.universal_guidance import guidance_sampler
+
+        guidance = UniversalGuidance(moves, step, recurrence, start_percent, end_percent, distance)
+        return io.NodeOutput(guidance_sampler(vae, backbone, features, guidance))
+
+
+NODES = [GuidanceSampler]
