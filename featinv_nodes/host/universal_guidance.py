@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import comfy.model_management as management
 import comfy.sd
@@ -18,6 +19,20 @@ from .models import ManagedBackbone, stop_if_cancelled
 from .notices import executing_node, tell_counts
 
 
+class Sampling(Protocol):
+    """A model's sampling, as the host's model_sampling has it."""
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor) -> Tensor: ...
+
+
+class Wrapped(Protocol):
+    """What the host hands a sampler: calls the model, and holds it."""
+
+    inner_model: Any
+
+    def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor: ...  # noqa: ANN401
+
+
 def guidance_sampler(
     vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap, guidance: UniversalGuidance
 ) -> KSAMPLER:
@@ -27,7 +42,7 @@ def guidance_sampler(
     decoder, node = whole(vae.patcher), executing_node()
 
     def sample(
-        model: Callable[..., Tensor],
+        model: Wrapped,
         x: Tensor,
         sigmas: Tensor,
         extra_args: dict | None = None,
@@ -72,7 +87,7 @@ def guidance_sampler(
     return KSAMPLER(sample)
 
 
-def levels_of(model_sampling: torch.nn.Module, sigmas: Tensor) -> list[Level]:
+def levels_of(model_sampling: Sampling, sigmas: Tensor) -> list[Level]:
     """Signal and noise of latents at each of the sigmas, from what the model's own noise_scaling makes of clean latents
     and of noise: (1, sigma) for models of noise and velocity, (1 - sigma, sigma) for flows. Raises FeatInvError for a
     model that adds no noise."""
