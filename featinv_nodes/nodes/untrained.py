@@ -47,8 +47,8 @@ class GuidanceSampler(io.ComfyNode):
                     min=1,
                     max=100,
                     tooltip=(
-                        "How often each step is taken: noise is added back in between. 1 takes it once; more makes"
-                        " pictures truer, not only more similar."
+                        "How often each step is taken: noise is added back in between. 1 takes it once; each further"
+                        " time costs as much again."
                     ),
                 ),
                 io.Float.Input(
