@@ -87,7 +87,7 @@ SUITES = [
 @pytest.mark.parametrize("suite", SUITES, ids=[suite[0] for suite in SUITES])
 def test_without_classes_no_suite_has_a_match(headless, tmp_path, suite):
     options = [word.format(headless) for word in suite]
-    result, text = run(tmp_path, "--backbone", headless, "--suite", *options)
+    result, text = run(tmp_path, "--backbone", headless, "--other-weights", "--suite", *options)
     assert "No match of classes: resnet10t.tiny_world has no classes." in text
     for condition in ("unconditional", "round trip"):
         own = [name for name in result[condition] if not name.startswith(("independent", "vit_tiny"))]

@@ -199,7 +199,7 @@ def run_suite(args: argparse.Namespace) -> None:
     settings = options | {
         "pictures": source.fingerprint,
         "files": {name: digest(file) for name, file in suite.files().items()},
-        "weights": suite.weights(),
+        "weights": suite.weight_digests(),
         "sampling": suite.settings(),
         "sets": suite.sets(),
     }

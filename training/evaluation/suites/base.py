@@ -67,7 +67,7 @@ class Suite:
         """The weights under test; the report's digests are theirs."""
         return {tested.spec.model: model_file(tested.spec.model) for tested in self.tested_models.values()}
 
-    def weights(self) -> dict[str, str]:
+    def weight_digests(self) -> dict[str, str]:
         """Digests of the backbones and base models that are open, for the report. Raises FeatInvError where they are
         not those that a file was made with, unless that is allowed."""
         specs = [tested.spec for tested in self.tested_models.values()]
