@@ -6,10 +6,11 @@ raises the format version. Imported where a file is read, because pydantic takes
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from .errors import FeatInvError
 from .feature_map import FeatureSource
@@ -113,21 +114,12 @@ class Base(Fields):
     weights: Text | None = None
 
 
-class Recommended(Fields):
-    """Settings of sampling.Sampling, which checks their values; all that nodes and programs rely on are filled in."""
+_TYPES = get_type_hints(Sampling)
+_SETTINGS: dict[str, Any] = {f.name: (_TYPES[f.name], f.default) for f in fields(Sampling)}
 
-    steps: int = 50
-    strength: float = 1.0
-    guidance: float = 1.75
-    negative: str = "text"
-    start: float = 0.0
-    end: float = 1.0
-    solver: str = "ddim"
-    text_guidance: float | None = None
-    gradient: float = 0.0
-    gradient_steps: int = 10
-    best_of: int = 1
-    timestep_spacing: str = "trailing"
+
+class Recommended(create_model("Settings", __base__=Fields, **_SETTINGS)):  # type: ignore[misc]
+    """Settings of sampling.Sampling, which checks their values; all that nodes and programs rely on are filled in."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Recommended:
