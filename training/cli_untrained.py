@@ -55,6 +55,8 @@ def untrained_from(args: argparse.Namespace) -> tuple[UntrainedPipeline, Untrain
             f"--{other[0].replace('_', '-')} is a setting of an inversion model and means nothing with --untrained;"
             f" leave it out. Settings here: {', '.join('--' + name for name in (*SHARED, *OWN))}"
         )
+    if args.other_weights:
+        raise FeatInvError("--other-weights allows what a weights file refuses; --untrained opens none: leave it out")
     if args.batch < 1:
         raise FeatInvError(f"--batch {args.batch}: expected at least 1")
     require_device(args.device)

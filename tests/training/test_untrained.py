@@ -109,6 +109,7 @@ def test_values_that_are_not_finite_end_it_and_the_last_finite_picture_stays(sce
         (["--untrained", "--base", "owner/name"], "has no backbone of its own; name one with --backbone"),
         (["--moves", "2"], "--moves is a setting of --untrained"),
         (["--pooled"], "--pooled is a setting of --untrained"),
+        (["--untrained", "--other-weights"], "--untrained opens none"),
     ],
 )
 def test_what_does_not_go_together_is_named(scene, tmp_path, options, words):
