@@ -113,7 +113,23 @@ def page(title: str, image: Image.Image, paragraphs: Sequence[str], body: str = 
 
 
 def save_image(image: Image.Image, file: Path) -> None:
-    """Writes an image whole or not at all, in the format of the file's suffix."""
+    """Writes an RGB image whole or not at all, in the format of the file's suffix; for .webp, which the pages of docs/
+    show, in the smaller of two forms."""
     part = file.with_name(f"{file.stem}.part{file.suffix}")
-    image.save(part)
+    if file.suffix == ".webp":
+        part.write_bytes(small_webp(image))
+    else:
+        image.save(part)
     part.replace(file)
+
+
+def small_webp(image: Image.Image) -> bytes:
+    """An RGB image as the shorter of two WebP files: without loss in 128 colours, best for plots and drawn scenes, or
+    with loss, best for photographs."""
+    few = image.quantize(128, dither=Image.Dither.NONE).convert("RGB")
+    files = []
+    for picture, settings in ((few, {"lossless": True, "quality": 100}), (image, {"quality": 75})):
+        buffer = io.BytesIO()
+        picture.save(buffer, "WEBP", method=6, **settings)
+        files.append(buffer.getvalue())
+    return min(files, key=len)

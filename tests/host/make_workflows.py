@@ -110,10 +110,11 @@ def write(server: Server, name: str, graph: Graph, info: dict, pictures: bool) -
     if pictures:
         picture = results(server, workflow, server.run(with_second_picture(prompt, graph)))
         low = picture.resize((round(picture.width * HIGH / picture.height), HIGH), Image.Resampling.LANCZOS)
-        low.save(thumbnail, quality=80, optimize=True)
+        low.save(thumbnail, quality=75, optimize=True, progressive=True)
+        picture = picture.quantize(256, dither=Image.Dither.NONE)
     elif carrier.is_file():
         with Image.open(carrier) as before:
-            picture = before.convert("RGB")
+            picture = before.copy()
     else:
         return
     carried = PngInfo()

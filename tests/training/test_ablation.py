@@ -126,7 +126,7 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     ablation.main([*arguments, "--rows", *ROWS, "--page"])  # nothing is done twice
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| gradient |" in text and "](page.png)" in text and (tmp_path / "page.png").is_file()
+    assert "| gradient |" in text and "](page.webp)" in text and (tmp_path / "page.webp").is_file()
     ablation.main([*arguments, "--rows", *ROWS, "--page"])
     assert (tmp_path / "page.md").read_text() == text
     with pytest.raises(FeatInvError, match=r"another run \(max_images: 64 there, 128 now"):

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
 from training.evaluation.suites.guidances import PAPER
 from training.experiments import evaluation_page
-from training.experiments.page_tables import TABLES
+from training.experiments.page_tables import PANELS, TABLES
+from training.report import save_image
 
 
 def test_every_run_has_its_place_in_the_page():
@@ -21,6 +24,24 @@ def test_every_run_has_its_place_in_the_page():
         assert again.startswith(head) and again.endswith(tail)
     with pytest.raises(FeatInvError, match="no lines <!-- quality -->"):
         evaluation_page.fill("nothing", "quality", "NEW")
+
+
+def test_a_page_shows_its_pictures_in_the_smaller_form(tmp_path):
+    """Few colours come back exactly; noise, which a palette would spoil, within the coder's loss."""
+    rng = np.random.default_rng(0)
+    drawn = np.repeat(np.repeat(rng.integers(0, 100, (16, 16, 1), np.uint8), 9, 0), 9, 1) * np.uint8([1, 2, 0])
+    rough = rng.normal(128, 25, (144, 144, 3)).clip(0, 255).astype(np.uint8)
+    back = []
+    for number, pixels in enumerate((drawn, rough)):
+        file = tmp_path / f"{number}.webp"
+        save_image(Image.fromarray(pixels), file)
+        with Image.open(file) as picture:
+            back.append(np.asarray(picture.convert("RGB")).astype(int))
+    assert np.array_equal(back[0], drawn)
+    assert 0 < np.abs(back[1] - rough).mean() < 25 and len(np.unique(back[1].reshape(-1, 3), axis=0)) > 256
+    for name, panels in PANELS.items():
+        text = evaluation_page.RUNS[name].page.read_text()
+        assert all(f"]({here})" in text and (evaluation_page.PAGE.parent / here).is_file() for here in panels.values())
 
 
 def test_tables_are_what_the_evaluation_found(tmp_path):

@@ -85,7 +85,7 @@ def test_measure_writes_its_report(tmp_path, bare, monkeypatch):
     assert results["rank_correlation"]["all maps"]["n"] == 12 + 2 * (len(results["separation"]) - 1)
     assert (
         "Spearman" in (tmp_path / "m" / "scope.md").read_text()
-        and Image.open(tmp_path / "m" / "scope.png").width > 1000
+        and Image.open(tmp_path / "m" / "scope.webp").width > 1000
     )
     with pytest.raises(FeatInvError, match="fit_scope.py"):
         measure_scope.main(

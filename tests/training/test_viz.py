@@ -189,7 +189,7 @@ def test_the_measurement_runs_and_says_how_it_falls(tmp_path, monkeypatch):
     assert (
         "mean slope" in text
         and "boundary F" in text
-        and (tmp_path / "panel.png").exists()
+        and (tmp_path / "panel.webp").exists()
         and "<table>" in (tmp_path / "index.html").read_text()
     )
     with pytest.raises(FeatInvError, match="true masks are known for the drawn world"):

@@ -199,9 +199,9 @@ def write_report(out: Path, about: dict, trials_of: dict[str, list[Trial]]) -> s
             rows, titles = rows + more, titles + [f"{track}:\n{word}" for word in words]
         lines += [f"- {note}" for note in about["notes"][track]] + [""]
     picture = panel(rows, titles, "FeatInv-Viz: best, median and worst case by AUROC")
-    save_image(picture, out / "panel.png")
+    save_image(picture, out / "panel.webp")
     write_json(out / "results.json", results)
-    text = "\n".join(lines) + "\n![best, median and worst cases](panel.png)\n"
+    text = "\n".join(lines) + "\n![best, median and worst cases](panel.webp)\n"
     write_text(out / "report.md", text)
     write_text(out / "index.html", page("Is a concept picture true?", picture, [summary(about)], "".join(body)))
     return text

@@ -270,7 +270,7 @@ def _signed(entry: dict | None) -> str:
 def write_page(page: Path, report: Report, notes: list[str], panel: bool) -> None:
     """Puts the tables between the page's marks, and the panel where it may be shown: photographs of research sets may
     not. Raises FeatInvError if the page has no marks."""
-    text, picture = page.read_text(encoding="utf-8"), page.with_suffix(".png")
+    text, picture = page.read_text(encoding="utf-8"), page.with_suffix(".webp")
     panels = {picture.name: report.panels["panel.png"]} if panel else {}
     if any(text.count(mark) != 1 for mark in MARKS):
         raise FeatInvError(f"{page}: expected the lines {MARKS[0]} and {MARKS[1]} once each")

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -29,6 +30,7 @@ from training.evaluation.run import arguments, run_suite
 from training.evaluation.suites.corruptions import library
 from training.experiments.page_tables import PANELS, TABLES
 from training.files import make_folder, write_text
+from training.report import save_image
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "evaluation.md"
@@ -143,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
         results = json.loads((args.out / name / "results.json").read_text())
         write_text(page, fill(page_text(args.page, RUNS[name]), name, block(results, command, TABLES[name])))
         for there, here in PANELS.get(name, {}).items():
-            shutil.copyfile(args.out / name / there, page.with_name(here))
+            with Image.open(args.out / name / there) as picture:
+                save_image(picture, page.with_name(here))
 
 
 def page_text(page: Path | None, one: Run) -> str:

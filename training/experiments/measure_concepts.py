@@ -7,7 +7,7 @@ Two tracks: concepts fitted to the true masks (what FeatInv-Viz makes of good co
 them, by MCD and by k-means (each object and background gets the one that fits its cells best on training scenes). In
 each scene the object and the background are attenuated in turn. Localisation: does the heat map find the pixels?
 Faithfulness: read again by the backbone, is the concept as strong as asked, are the others unchanged, do the logits
-move as predicted? Writes results.json, report.md, index.html and panel.png.
+move as predicted? Writes results.json, report.md, index.html and panel.webp.
 """
 
 from __future__ import annotations

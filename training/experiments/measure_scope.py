@@ -4,7 +4,7 @@ predict how well a map can be drawn?
     python training/experiments/measure_scope.py                                      the embedded model
     python training/experiments/measure_scope.py --model FILE --data FOLDER --out DIR
 
-FOLDER holds pictures that neither training nor fit_scope.py saw. Writes results.json, scope.md and scope.png.
+FOLDER holds pictures that neither training nor fit_scope.py saw. Writes results.json, scope.md and scope.webp.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ reconstruction:
 
 {chr(10).join(f"- {name}: {text}" for name, text in r.items())}
 
-![Unedited and edited maps: the scope at each location and the reconstruction](scope.png)
+![Unedited and edited maps: the scope at each location and the reconstruction](scope.webp)
 """
 
 
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
     )
     titles = ["share of held-out\nlocations that are\nless unusual:\ndark 0, bright 100 %", "reconstruction"]
-    save_image(panel(rows, titles, f"{args.model}: one scene's map, edited"), args.out / "scope.png")
+    save_image(panel(rows, titles, f"{args.model}: one scene's map, edited"), args.out / "scope.webp")
     write_json(args.out / "results.json", results)
     text = to_markdown(results)
     write_text(args.out / "scope.md", text)

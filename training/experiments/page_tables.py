@@ -29,9 +29,9 @@ WORDS = {
 }
 #: pictures that the page shows, by run: name among its results, and beside the page
 PANELS = {
-    "layers": {"panel.png": "evaluation-layers.png"},
-    "rcdm": {"panel.png": "evaluation-rcdm.png"},
-    "cost": {"cost.png": "evaluation-cost.png", "panel.png": "evaluation-settings.png"},
+    "layers": {"panel.png": "evaluation-layers.webp"},
+    "rcdm": {"panel.png": "evaluation-rcdm.webp"},
+    "cost": {"cost.png": "evaluation-cost.webp", "panel.png": "evaluation-settings.webp"},
 }
 
 
