@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from torch import nn
 
 from .backbone_weights import HUB_FILES, fill
 from .backbones import MODULE, Backbone
-from .digests import digest
 from .errors import FeatInvError, UnknownBackbone
 from .files import HUB
 from .requirements import old_timm
+
+SIGLIP = "_siglip"
 
 
 @cache
@@ -50,8 +52,7 @@ def load_backbone(
             f"backbone {name} needs a local weights file or a timm-hub folder: python3 run.py download"
             f" CONFIG, or {HUB}/timm/{name}"
         )
-    fill(backbone.model, name, Path(weights))
-    backbone.weights = digest(backbone.model)
+    backbone.weights = fill(backbone.model, name, Path(weights))
     return backbone
 
 
@@ -95,8 +96,7 @@ def _from_folder(folder: Path, input_size: int | None) -> Backbone:
     backbone = _build(f"local-dir:{folder}", name, known, input_size)
     backbone.classes = config.classes(backbone.num_classes, file)
     weights = next((folder / name for name in HUB_FILES if (folder / name).is_file()), folder / HUB_FILES[0])
-    fill(backbone.model, config.architecture, weights)
-    backbone.weights = digest(backbone.model)
+    backbone.weights = fill(backbone.model, config.architecture, weights)
     return backbone
 
 
@@ -109,7 +109,7 @@ def _build(what: str, name: str, known: dict, side: int | None, num_classes: int
     arguments: dict[str, Any] = {"num_classes": num_classes} if num_classes else {}
     try:
         model = timm.create_model(what, pretrained=False, pretrained_cfg_overlay=overlay or None, **arguments)
-        backbone = Backbone(model, name)
+        backbone = Backbone(as_published(model, name), name)
         if side:  # whether it runs at that size, whatever its head reads
             backbone.forward_blank()
     except FeatInvError:
@@ -123,3 +123,13 @@ def _build(what: str, name: str, known: dict, side: int | None, num_classes: int
             " leave the input size out"
         )
     return backbone
+
+
+def as_published(model: nn.Module, name: str) -> nn.Module:
+    """timm's model as the network was published: SigLIP's computes GELU by its tanh approximation in every size, as its
+    own code and transformers do; timm computes some sizes with the exact one. Changes the model, and returns it."""
+    if SIGLIP in name:
+        for module in model.modules():
+            if isinstance(module, nn.GELU):
+                module.approximate = "tanh"
+    return model

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import isqrt
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from .checkpoints import SUFFIXES, Checkpoint, read_checkpoint
+from .digests import digest
 from .errors import FeatInvError
 from .files import read_weights
+from .transformers_weights import from_transformers
 
 #: what a timm-hub folder's weights are called, the first that is there
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 COUNTER = "num_batches_tracked"  # BatchNorm's, which torch fills in
+POSITIONS = "pos_embed"
 
 
 def read_backbone_weights(file: Path) -> Checkpoint:
@@ -50,16 +54,40 @@ def without_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> di
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def fill(model: nn.Module, name: str, file: Path) -> None:
-    """Puts the weights of a file into a model called `name`. Raises FeatInvError as read_backbone_weights does, and
-    for tensors that are missing, unexpected or misshapen."""
+def at_grid(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the position embedding at the input size that a vision transformer was built for, resampled as
+    timm does when it loads its own weights."""
+    stored, own, patches = state.get(POSITIONS), getattr(model, POSITIONS, None), getattr(model, "patch_embed", None)
+    grid = getattr(patches, "grid_size", None)
+    tokens = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
+    if stored is None or own is None or grid is None or stored.shape == own.shape or stored.ndim != 3:
+        return state
+    if stored.shape[2] != own.shape[2] or not is_square(stored.shape[1] - tokens):
+        return state  # misfits names it
+    from timm.layers import resample_abs_pos_embed  # timm takes seconds to import
+
+    return state | {POSITIONS: resample_abs_pos_embed(stored, list(grid), num_prefix_tokens=tokens)}
+
+
+def is_square(count: int) -> bool:
+    """Whether so many positions make a square grid."""
+    return count > 0 and isqrt(count) ** 2 == count
+
+
+def fill(model: nn.Module, name: str, file: Path) -> str:
+    """Puts the weights of a file, under timm's names or those of transformers, into a model called `name`; returns the
+    digest of the weights under timm's names, which is the same at every input size. Raises FeatInvError as
+    read_backbone_weights does, and for tensors that are missing, unexpected or misshapen."""
     expected = model.state_dict()
-    state = without_prefix(read_backbone_weights(file), expected)
+    stored: Mapping[str, Tensor] = read_backbone_weights(file)
+    state = from_transformers(stored) or without_prefix(stored, expected)
+    fitted = at_grid(model, state)
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(fitted, strict=True)
+        return digest(state)
     except RuntimeError as error:
         raise FeatInvError(
-            f"{file} does not fit {name}: {misfits(expected, state)}. Give the weights of this model, or the name they"
+            f"{file} does not fit {name}: {misfits(expected, fitted)}. Give the weights of this model, or the name they"
             " were made for. With classes of your own, make a timm-hub folder of it: training/convert.py --to timm"
         ) from error
 

@@ -136,11 +136,11 @@ def write_weights(
     write_safetensors(file, stored, metadata or {"format": "pt"})
 
 
-def read_weights(file: str | Path, skip: str | None = None) -> dict[str, Tensor]:
+def read_weights(file: str | Path, skip: str | None = None, only: str = "") -> dict[str, Tensor]:
     """What write_weights wrote, or any other safetensors file: floating-point tensors in float32, on the CPU; skip:
-    without those whose names begin so. Raises FeatInvError for a file that is missing or cut off, and for 8 bits
-    without their scale."""
-    stored = read_tensors(file)
+    without those whose names begin so; only: none but those. Raises FeatInvError for a file that is missing or cut off,
+    and for 8 bits without their scale."""
+    stored = read_tensors(file, only)
     weights = {}
     for name, value in stored.items():
         if name.endswith(SCALE) and name.removesuffix(SCALE) in stored or skip and name.startswith(skip):

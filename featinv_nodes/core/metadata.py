@@ -182,6 +182,62 @@ class HubFolder(Fields):
         return self.label_names or None
 
 
+class ModelClass(Fields):
+    """What the config.json of a diffusers folder is read for first."""
+
+    class_name: str = Field("", alias="_class_name")
+
+
+class DecoderFolder(ModelClass):
+    """The config.json of an AutoencoderRAE folder, as far as its decoder needs it; defaults are diffusers'.
+
+    featinv_source: where the maps come from, of a decoder of this pack's own (encoder_type "timm").
+    """
+
+    encoder_type: Literal["dinov2", "siglip2", "mae", "timm"] = "dinov2"
+    encoder_hidden_size: Count = 768
+    encoder_patch_size: Count = 14
+    encoder_input_size: Count = 224
+    encoder_norm_mean: tuple[float, float, float] | None = None
+    encoder_norm_std: tuple[Deviation, Deviation, Deviation] | None = None
+    decoder_hidden_size: Count = 512
+    decoder_num_hidden_layers: Count = 8
+    decoder_num_attention_heads: Count = 16
+    decoder_intermediate_size: Count = 2048
+    patch_size: Count = 16
+    num_channels: Literal[3] = 3
+    featinv_source: Source | None = None
+
+    @property
+    def side(self) -> int:
+        """Of the map, in cells."""
+        return self.encoder_input_size // self.encoder_patch_size
+
+    @model_validator(mode="after")
+    def _fits(self) -> DecoderFolder:
+        if self.encoder_input_size % self.encoder_patch_size:
+            raise ValueError(
+                f"encoder_input_size {self.encoder_input_size} is not a multiple of the patches of"
+                f" {self.encoder_patch_size}"
+            )
+        if self.decoder_hidden_size % self.decoder_num_attention_heads or self.decoder_hidden_size % 4:
+            raise ValueError(
+                f"decoder_hidden_size {self.decoder_hidden_size} is not a multiple of 4 and of the"
+                f" {self.decoder_num_attention_heads} heads"
+            )
+        if self.encoder_type != "timm":
+            return self
+        if self.featinv_source is None:
+            raise ValueError("featinv_source is missing, which encoder_type 'timm' needs")
+        source, side = self.featinv_source, self.side
+        if source.pooled or source.grid != (side, side) or source.channels != self.encoder_hidden_size:
+            raise ValueError(
+                f"featinv_source has {source.channels} channels, {source.grid[0]}x{source.grid[1]}; the other fields"
+                f" state {self.encoder_hidden_size} channels, {side}x{side}, not pooled"
+            )
+        return self
+
+
 Kind = TypeVar("Kind", bound=Fields)
 
 

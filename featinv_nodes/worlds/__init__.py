@@ -24,6 +24,13 @@ MODELS = {name: world for world in WORLDS.values() for name in world.models}
 BACKBONES = {name: world for world in WORLDS.values() for name in world.backbones}
 #: file name without suffix -> world of the shipped concept files
 CONCEPTS = {name: world for world in WORLDS.values() for name in world.concepts}
+#: folder name -> world of the embedded feature decoders that are there
+DECODERS = {
+    name: world
+    for world in WORLDS.values()
+    for name in world.decoders
+    if (world.folder / name / "config.json").is_file()
+}
 
 
 def find_world(base: str) -> World | None:
@@ -66,6 +73,18 @@ def concepts_file(name: str) -> Path:
         return Path(name)
     raise FeatInvError(
         f"there are no concepts {name!r}: neither a file nor one of the shipped concept files {', '.join(CONCEPTS)}"
+    )
+
+
+def decoder_folder(name: str) -> Path:
+    """The folder of an embedded feature decoder, or an existing folder. Raises FeatInvError, listing the names."""
+    if name in DECODERS:
+        return DECODERS[name].folder / name
+    if Path(name).is_dir():
+        return Path(name)
+    raise FeatInvError(
+        f"there is no feature decoder {name!r}: neither a folder nor one of the embedded decoders"
+        f" {', '.join(DECODERS) or '(none here)'}; python3 run.py download rae-dinov2-base fetches one"
     )
 
 

@@ -95,8 +95,8 @@ class World:
     model's name in weights files. side: of its pictures in pixels. prompt: the base model's one prompt. backbones:
     short name -> backbone; the models invert the first ones. independent: backbone's full name -> short name of the one
     that evaluates its models and took no part in training. models: the shipped inversion models, in the order of the
-    card. concepts: names of the shipped concept files. outside: what to tell whoever gives it a picture of another
-    kind, empty where it knows any.
+    card. concepts: names of the shipped concept files. decoders: names of the folders of feature decoders. outside:
+    what to tell whoever gives it a picture of another kind, empty where it knows any.
     draw: numbers -> pictures that no model has seen, where the world draws its own.
     """
 
@@ -110,6 +110,7 @@ class World:
     independent: Mapping[str, str]
     models: tuple[str, ...] = ()
     concepts: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ()
     outside: str = ""
     draw: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 

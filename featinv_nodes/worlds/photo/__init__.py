@@ -41,4 +41,5 @@ PHOTO = World(
     independent={LITE0.name: LITE2.name},
     models=("photo_lite0_blocks2", "photo_lite0_blocks4", "photo_lite0_last", "photo_lite0_pooled"),
     concepts=("photo_lite0_pagoda", "photo_lite0_sunflower"),
+    decoders=("decoder_lite0_blocks4",),
 )
