@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from .backbone_weights import HUB_FILES, fill
@@ -17,6 +18,22 @@ from .files import HUB
 from .requirements import old_timm
 
 SIGLIP = "_siglip"
+#: of a family's models, as timm's names have them
+SIZES = (
+    "gigantic",
+    "giant",
+    "huge",
+    "xxlarge",
+    "xlarge",
+    "large",
+    "base",
+    "small",
+    "tiny",
+    "nano",
+    "pico",
+    "femto",
+    "atto",
+)
 
 
 @cache
@@ -77,6 +94,25 @@ def untrained_backbone(name: str, input_size: int | None = None, num_classes: in
         )
     known = timm.get_pretrained_cfg(name)
     return _build(name, name, known.to_dict() if known else {}, input_size, num_classes)
+
+
+def smaller_backbone(name: str) -> tuple[str, int] | None:
+    """The next smaller model of a timm model's family: (its name, bytes of its weights in float32); None where timm's
+    names tell of none."""
+    architecture, _, tag = name.partition(".")
+    words = architecture.split("_")
+    own = next((word for word in words if word in SIZES), None)
+    if own is None:
+        return None
+    for size in SIZES[SIZES.index(own) + 1 :]:
+        other = "_".join(size if word == own else word for word in words)
+        if timm.is_model(other):
+            tagged = (
+                f"{other}.{tag}" if f"{other}.{tag}" in timm.list_models(f"{other}.*", include_tags=True) else other
+            )
+            with torch.device("meta"):  # no memory, no random numbers
+                return tagged, 4 * sum(value.numel() for value in timm.create_model(tagged).state_dict().values())
+    return None
 
 
 def _from_folder(folder: Path, input_size: int | None) -> Backbone:

@@ -1,10 +1,10 @@
-"""The pack's model folders, `models/backbones`, `models/featinv` and `models/featinv_concepts`, wherever the host keeps
-them."""
+"""The pack's model folders, `models/backbones`, `models/featinv`, `models/featinv_concepts` and
+`models/featinv_decoders`, wherever the host keeps them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,20 +16,23 @@ from ..core.feature_files import KEY
 from ..core.feature_map import FeatInvError
 from ..core.files import HUB, read_metadata
 
-BACKBONES, CONTROLS, CONCEPTS = "backbones", "featinv", "featinv_concepts"
+BACKBONES, CONTROLS, CONCEPTS, DECODERS = "backbones", "featinv", "featinv_concepts", "featinv_decoders"
+CONFIG = "config.json"  # in the folder of each decoder
 EXTENSIONS = {
     BACKBONES: {".safetensors", *SUFFIXES},
     CONTROLS: {".safetensors"},
     CONCEPTS: {".safetensors"},
+    DECODERS: {".json"},
 }
 EMBEDDED = " (embedded)"  # after the name of what is part of the pack
+NO_DECODER = "(no decoder yet: python3 run.py download rae-dinov2-base)"
 NOTHING_SAVED = "(nothing saved yet: use Save Features)"
 
 
 def register() -> None:
     """Adds the folders beside the host's other models; folders named in extra_model_paths.yaml, and what other packs
     look for there, stay."""
-    for name in (BACKBONES, CONTROLS, CONCEPTS):
+    for name in EXTENSIONS:
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
         paths, known = folder_paths.folder_names_and_paths[name]
         folder_paths.folder_names_and_paths[name] = (paths, set(known) | EXTENSIONS[name])
@@ -72,6 +75,38 @@ def modified(folder: str, name: str) -> str:
     """Changes when the file behind a widget's name does. What is missing is said when it is opened."""
     try:
         return name if name.endswith(EMBEDDED) else f"{name} {stamp(path(folder, name))}"
+    except (FeatInvError, OSError):
+        return name
+
+
+def decoders(embedded: Collection[str]) -> list[str]:
+    """What Load Feature Decoder lists: the embedded ones, and the folders of models/featinv_decoders; NO_DECODER alone
+    where there is none."""
+    files = [Path(name) for name in names(DECODERS)]
+    found = [file.parent.as_posix() for file in files if file.name == CONFIG and file.parent.name]
+    return [*(name + EMBEDDED for name in embedded), *found] or [NO_DECODER]
+
+
+def decoder(name: str, embedded: Callable[[str], Path]) -> Path:
+    """The folder behind a name of decoders; `embedded` finds those of the pack. Raises FeatInvError that says where it
+    was looked for."""
+    if name.endswith(EMBEDDED):
+        return embedded(name.removesuffix(EMBEDDED))
+    file = folder_paths.get_full_path(DECODERS, f"{name}/{CONFIG}")
+    if file is None:
+        asked = "Load Feature Decoder: no decoder is chosen" if name == NO_DECODER else f"{name} is not there"
+        raise FeatInvError(
+            f"{asked}. Put a folder of diffusers' AutoencoderRAE into {', '.join(places(DECODERS))}, or fetch one by"
+            " python3 run.py download rae-dinov2-base; then press R to refresh the list"
+        )
+    return Path(file).parent
+
+
+def decoder_modified(name: str, embedded: Callable[[str], Path]) -> str:
+    """Changes when a file of a decoder's folder does. What is missing is said when it is opened."""
+    try:
+        folder = decoder(name, embedded)
+        return " ".join([name, *(f"{file.name} {stamp(file)}" for file in sorted(folder.iterdir()) if file.is_file())])
     except (FeatInvError, OSError):
         return name
 

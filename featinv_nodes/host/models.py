@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,11 +13,12 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..core.backbone_opening import load_backbone
+from ..core.backbone_opening import load_backbone, smaller_backbone
 from ..core.backbone_weights import HUB_FILES
 from ..core.backbones import LAST, Backbone
 from ..core.errors import FeatInvError, UnknownBackbone
 from ..core.feature_map import FeatureMap, FeatureSource, concatenate
+from ..core.model_folder import stored_shapes
 from ..core.waiting import Progress
 from ..worlds import BACKBONES
 
@@ -46,6 +48,7 @@ def managed(model: nn.Module, load: torch.device | None = None) -> Whole:
 def open_file(file: Path, timm_name: str, input_size: int | None) -> Backbone:
     """The backbone in a file of models/backbones. timm_name: "" for the file's own name, or its folder's. Raises
     FeatInvError as load_backbone does, and for a name that is not timm's where to write one."""
+    require_room(file, timm_name)
     hub = file.name in HUB_FILES
     if hub and not timm_name and (file.parent / "config.json").is_file():
         return load_backbone(str(file.parent), input_size=input_size)
@@ -57,6 +60,41 @@ def open_file(file: Path, timm_name: str, input_size: int | None) -> Backbone:
             f"Load Backbone: {missing}{error}. Write the model's timm name, architecture.tag, into timm_name, or choose"
             f" an embedded model: {', '.join(BACKBONES)}"
         ) from error
+
+
+def require_room(file: Path, timm_name: str) -> None:
+    """Raises FeatInvError, before it is read, for a backbone's weights that are larger than the memory: how much they
+    need, and what smaller one there is."""
+    if not file.is_file():
+        return  # said where it is opened
+    name = timm_name or (file.parent.name if file.name in HUB_FILES else file.stem)
+    size = 4 * sum(map(prod, stored_shapes(file).values())) if file.suffix == ".safetensors" else file.stat().st_size
+    require_memory(f"the backbone {name}", size, lambda: _smaller(name))
+
+
+def _smaller(name: str) -> str:
+    smaller = smaller_backbone(name)
+    if smaller is None:
+        return f"Choose a smaller backbone, or an embedded one: {', '.join(BACKBONES)}"
+    return f"A smaller one of its family is {smaller[0]}, which needs {in_gb(smaller[1])}"
+
+
+def require_memory(what: str, size: int, advice: Callable[[], str]) -> None:
+    """Raises FeatInvError for weights of `size` bytes where the device that computes, or the computer itself, has less
+    memory in all. advice: what to do instead."""
+    computes = management.get_torch_device()
+    for device in dict.fromkeys((torch.device("cpu"), computes)):
+        total = management.get_total_memory(device)
+        if size > total:
+            way = ". Or start ComfyUI with --cpu" if device != torch.device("cpu") else ""
+            raise FeatInvError(
+                f"{what} needs {in_gb(size)} of memory for its weights alone, and {device} has {in_gb(total)}."
+                f" {advice()}{way}"
+            )
+
+
+def in_gb(size: float) -> str:
+    return f"{size / 1e9:.2g} GB" if size < 1e10 else f"{size / 1e9:,.0f} GB"
 
 
 def stop_if_cancelled(*_: object) -> None:

@@ -3,6 +3,7 @@
 FEATINV_BACKBONE: host.models.ManagedBackbone, a timm model that the host loads and unloads.
 FEATINV_FEATURES: core.feature_map.FeatureMap, values float32 [B, C, H, W] (H = W = 1 if pooled) and their source.
 FEATINV_CONTROL_NET: host.controlnet.FeatureControl, an inversion model.
+FEATINV_FEATURE_DECODER: host.decoders.ManagedDecoder, a decoder of feature maps to pictures.
 FEATINV_CONCEPTS: core.concepts.Concepts, subspaces of one backbone and layer.
 FEATINV_EDIT: core.viz.Edit, a feature map, what it becomes when concepts are scaled, and which.
 
@@ -21,6 +22,7 @@ from ..core.images import as_rgb
 Backbone = io.Custom("FEATINV_BACKBONE")
 Features = io.Custom("FEATINV_FEATURES")
 Control = io.Custom("FEATINV_CONTROL_NET")
+Decoder = io.Custom("FEATINV_FEATURE_DECODER")
 ConceptSet = io.Custom("FEATINV_CONCEPTS")
 Change = io.Custom("FEATINV_EDIT")
 

@@ -16,12 +16,13 @@ IN, SEEN, DRAWN, OUT = "What goes in", "What the model sees", "How it is drawn",
 COLORS = {IN: "#3f789e", SEEN: "#3f8f6b", DRAWN: "#8f7a3f", OUT: "#7a4f8f"}
 STAGES = {
     IN: "FeatInv_LoadTinyWorld FeatInv_Loader FeatInv_LoadBackbone FeatInv_LoadFeatInvControlNet FeatInv_LoadConcepts"
-    " FeatInv_TinyWorldScenes CheckpointLoaderSimple CLIPTextEncode LoadImage ImageFlip ImageBatch SolidMask"
-    " MaskComposite",
+    " FeatInv_LoadFeatureDecoder FeatInv_TinyWorldScenes CheckpointLoaderSimple CLIPTextEncode LoadImage ImageFlip"
+    " ImageBatch SolidMask MaskComposite",
     SEEN: "FeatInv_ExtractFeatures FeatInv_PreviewFeatures FeatInv_DiscoverConcepts FeatInv_ConceptMap"
     " FeatInv_ConceptAttenuate FeatInv_FeatureMix FeatInv_PairedLatents MaskToImage",
-    DRAWN: "FeatInv_FeatureGuidance FeatInvControlNet FeatInv_ClosedLoop EmptyLatentImage RepeatLatentBatch KSampler"
-    " KSamplerSelect CFGGuider DualCFGGuider BasicScheduler RandomNoise SamplerCustomAdvanced",
+    DRAWN: "FeatInv_FeatureGuidance FeatInvControlNet FeatInv_ClosedLoop FeatInv_DecodeFeatures EmptyLatentImage"
+    " RepeatLatentBatch KSampler KSamplerSelect CFGGuider DualCFGGuider BasicScheduler RandomNoise"
+    " SamplerCustomAdvanced",
 }
 STAGE_OF = {kind: stage for stage, kinds in STAGES.items() for kind in kinds.split()}
 #: pictures before models before what draws: short wires to what reads them
@@ -40,6 +41,7 @@ GROWS = {
     "FeatInv_Loader": 180,
     "FeatInv_LoadBackbone": 130,
     "FeatInv_LoadFeatInvControlNet": 180,
+    "FeatInv_LoadFeatureDecoder": 90,
     "FeatInv_ExtractFeatures": 60,
     "FeatInv_DiscoverConcepts": 180,
     "FeatInv_ConceptAttenuate": 90,
