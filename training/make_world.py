@@ -1,9 +1,10 @@
-"""Makes a world: autoencoder, base model and inversion models, from nothing, stage by stage.
+"""Makes a world: autoencoder, base model, inversion models and feature decoders, from nothing, stage by stage.
 
     python training/make_world.py photo --data FOLDER [FOLDER ...] --minutes 300    from folders of photographs
     python training/make_world.py photo --data FOLDER --backbone resnet18.a1_in1k --backbone-weights FILE --out DIR
     python training/make_world.py drawn                                             from scenes that the code draws
     python training/make_world.py photo --data FOLDER --stage base                  one stage alone
+    python training/make_world.py decoder --data FOLDER --layer blocks.4 --minutes 60        a decoder of feature maps
 
 Each stage writes its result at least every minute and when it ends. Stopped at any moment, the same command goes on.
 """
@@ -19,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from training.cli import require_device, run
-from training.worlds import make_drawn, make_photo
+from training.worlds import make_decoder, make_drawn, make_photo
 
-KINDS = {"photo": make_photo, "drawn": make_drawn}
+KINDS = {"photo": make_photo, "drawn": make_drawn, "decoder": make_decoder}
 
 
 def main(argv: list[str] | None = None) -> None:

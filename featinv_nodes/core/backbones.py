@@ -151,9 +151,15 @@ class Backbone(nn.Module):
         """The values [B, C, H, W] of several layers from one pass, as `values` gives them one by one."""
         named = [layer for layer in layers if layer != LAST]
         indices = [self._stages[layer] for layer in named] or 1  # timm cannot give none
-        last, outputs = self._timm.forward_intermediates(
-            self._normalised(pixel_values), indices=indices, output_fmt="NCHW"
+        early = LAST not in layers
+        outputs = self._timm.forward_intermediates(
+            self._normalised(pixel_values),
+            indices=indices,
+            output_fmt="NCHW",
+            stop_early=early,
+            intermediates_only=early,
         )
+        last, outputs = (None, outputs) if early else outputs
         maps = dict(zip(sorted(named, key=self._stages.__getitem__), outputs))
         return {layer: self._grid(last) if layer == LAST else maps[layer] for layer in layers}
 

@@ -47,7 +47,12 @@ def feature_loss(maps_of: Callable[[Tensor], list[Tensor]], y: Tensor, x: Tensor
     stage."""
     with torch.no_grad():
         target = maps_of(x)
-    distances = [1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean() for a, b in zip(target, maps_of(y))]
+    return cosine_distance(target, maps_of(y))
+
+
+def cosine_distance(target: list[Tensor], maps: list[Tensor]) -> Tensor:
+    """Mean of 1 - cosine over maps [B, C, H, W] and their locations."""
+    distances = [1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean() for a, b in zip(target, maps)]
     return torch.stack(distances).mean()
 
 
