@@ -151,7 +151,7 @@ class Backbone(nn.Module):
         """The values [B, C, H, W] of several layers from one pass, as `values` gives them one by one."""
         named = [layer for layer in layers if layer != LAST]
         indices = [self._stages[layer] for layer in named] or 1  # timm cannot give none
-        early = LAST not in layers
+        early = LAST not in layers  # then the layers after them are not computed
         outputs = self._timm.forward_intermediates(
             self._normalised(pixel_values),
             indices=indices,
@@ -159,9 +159,8 @@ class Backbone(nn.Module):
             stop_early=early,
             intermediates_only=early,
         )
-        last, outputs = (None, outputs) if early else outputs
-        maps = dict(zip(sorted(named, key=self._stages.__getitem__), outputs))
-        return {layer: self._grid(last) if layer == LAST else maps[layer] for layer in layers}
+        maps = dict(zip(sorted(named, key=self._stages.__getitem__), outputs if early else outputs[1]))
+        return {layer: self._grid(outputs[0]) if layer == LAST else maps[layer] for layer in layers}
 
     def stages(self, pixel_values: Tensor) -> list[Tensor]:
         """The maps [B, C, H, W] of every stage that timm names, from one pass."""
