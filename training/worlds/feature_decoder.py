@@ -18,12 +18,12 @@ from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.files import write_weights
 
-from .autoencoder import cosine_distance, pixel_loss
+from .autoencoder import cosine_distance
 from .loop import train_stage
 
 LR = 1.5e-3
 NOISE = 0.3  # largest standard deviation of the noise on the maps, in units of their own: RAE's decoders forgive so
-FEATURES = 0.5  # weight of the backbone's stages in the loss
+FEATURES = 1.0  # weight of the backbone's stages in the loss
 STATISTICS = 512  # pictures whose maps say what is standardised
 
 
@@ -76,6 +76,23 @@ class Decoder(nn.Module):
         self.mean.copy_(values.mean((0, 2, 3)))
         self.std.copy_(values.std((0, 2, 3)).clamp(min=1e-4))
 
+    @torch.no_grad()
+    def start_linear(self, values: Tensor, pictures: Tensor) -> None:
+        """Fits the last layer to the pictures [B, 3, h, w] in -1..1 of the maps [B, C, H, W] by ridge regression on
+        what the untrained layers before it give: training then begins at a blurred picture, not at a grey one."""
+        hidden = []
+        hook = self.decoder.decoder_pred.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0][:, 1:]))
+        self(values)
+        hook.remove()
+        x = rearrange(hidden[0], "b n d -> (b n) d").double()
+        y = rearrange(pictures, "b c (h p) (w q) -> (b h w) (p q c)", p=self.patch, q=self.patch).double()
+        x_mean, y_mean = x.mean(0), y.mean(0)
+        gram = (x - x_mean).T @ (x - x_mean)
+        gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+        weight = torch.linalg.solve(gram, (x - x_mean).T @ (y - y_mean)).T
+        self.decoder.decoder_pred.weight.copy_(weight)
+        self.decoder.decoder_pred.bias.copy_(y_mean - weight @ x_mean)
+
     def forward(self, values: Tensor, noise: float = 0.0) -> Tensor:
         tokens = (rearrange(values, "b c h w -> b (h w) c") - self.mean) / self.std
         if noise:
@@ -111,7 +128,9 @@ def train_feature_decoder(
     decoder = Decoder(source, sizes)
     with torch.no_grad():
         some = pictures(torch.arange(STATISTICS, device=device))
-        decoder.standardise(backbone.extract(some, layer).values.cpu())
+        values = backbone.extract(some, layer).values.cpu()
+        decoder.standardise(values)
+        decoder.start_linear(values, some.cpu() * 2 - 1)
     decoder.to(device)
 
     def loss_of(indices: Tensor) -> Tensor:
@@ -120,7 +139,8 @@ def train_feature_decoder(
             with torch.no_grad():
                 target = maps_to(backbone, x, layer)
             drawn = decoder(target[-1].float(), NOISE)
-            loss = pixel_loss(drawn, x * 2 - 1)
+            error = drawn - (x * 2 - 1)
+            loss = error.abs().mean() + 0.5 * error.square().mean()
             if not later or indices[0] >= later:
                 loss = loss + FEATURES * cosine_distance(target, maps_to(backbone, drawn / 2 + 0.5, layer))
             return loss
