@@ -34,7 +34,7 @@ DRAWN = World(
     independent={"resnet10t.tiny_world": "tiny-vit", "vit_tiny_patch16_224.tiny_world": "tiny-cnn"},
     models=("tiny_cnn_last", "tiny_cnn_stage", "tiny_cnn_pooled", "tiny_vit_last"),
     concepts=("tiny_cnn_concepts",),
-    decoders=("decoder_tiny_cnn_last",),
+    decoders=("decoder_tiny_vit_last",),
     outside=(
         "This model knows drawn scenes only; a photograph is outside its world and comes back as the nearest scene."
     ),
