@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from featinv_nodes.core.metrics import bootstrap, cosine, top_k_match
+from featinv_nodes.feature_decoders import open_feature_decoder
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 
@@ -17,6 +18,7 @@ from . import autoencoder, backbones, base
 
 COUNT = 500
 BASE_SEEN = 14_000_128
+DECODER_SEEN = 144_000
 #: what no measurement of the files can tell
 HISTORY = """
 The transformer also learned from the CNN's feature vectors, and the autoencoder's loss includes the CNN's features.
@@ -38,6 +40,11 @@ The second line for the three models of spatial maps, side by side with tiny_cnn
 
 Minutes that the stages took on two processor cores at their default counts, two or three side by side: cnn 19, vit 112,
 autoencoder 7, decoder 23, base 120 (1,000,000 pictures), and about 20 for 100,000 pictures of an inversion model.
+
+The feature decoder, on one core:
+
+    python training/make_world.py decoder --backbone tiny-vit --batch 16 --images 144000 --pixels-first 96000 \\
+        --out featinv_nodes/worlds/drawn/decoder_tiny_vit_last --work out/worlds/decoder
 
 The concept file is fitted to the true masks of 4,000 training scenes (stage concepts), each model's scope statistics to
 4,000 held-out scenes from number 100,000 on, 1,000 of them reconstructed (stage scope): a minute each, or little more.
@@ -126,7 +133,7 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
             "measured by `python training/make_world.py drawn --stage card`. Licence: GPL-3.0, like the code; the"
             " pictures are"
         ),
-        "drawn by the code, no foreign data took part. All files are fp16 safetensors.",
+        "drawn by the code, no foreign data took part. All files are safetensors, in fp16, the decoder in 8 bits.",
         "",
         "## Parts",
         "",
@@ -155,6 +162,11 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
             f"| {name} | ControlNet and encoder for {info.source.describe()} | {info.images_seen:,} |"
             f" {info.config['seed']} | see below |"
         )
+    lines += [
+        f"| {name} | feature decoder for {open_feature_decoder(name).source.describe()} | {DECODER_SEEN:,} | 0 |"
+        " [beside other methods](../../../docs/methods.md) |"
+        for name in DRAWN.decoders
+    ]
     lines += [
         HISTORY,
         f"## Reconstruction of {COUNT} held-out scenes",
