@@ -6,7 +6,7 @@
     python3 run.py comfy [HOST ARGUMENTS]     start ComfyUI (COMFYUI_PATH, or ~/comfy/ComfyUI) with the pack linked in
     python3 run.py download CONFIG [--to DIR] set up, then fetch the backbone and base model of a training configuration
                                               into DIR: the models folder of that ComfyUI, or models/ where there is
-                                              none
+                                              none; or a feature decoder with its backbone, such as rae-dinov2-base
 
 All but comfy make .venv beside this file and use it again the next time. --no-venv uses the running Python instead.
 comfy runs the checkout with its own environment and installs nothing.

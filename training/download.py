@@ -1,11 +1,14 @@
-"""Brings what a training configuration needs from the Hugging Face hub into ComfyUI's model folders.
+"""Brings what a training configuration or a feature decoder needs from the Hugging Face hub into ComfyUI's model
+folders.
 
     python training/download.py CONFIG [--to DIR] [--base REPOSITORY]
+    python training/download.py rae-dinov2-base [--to DIR]
 
 CONFIG: a YAML file, or the name of one in training/configs. Its backbone (a timm name) goes to DIR/backbones/NAME, its
 base model (owner/name of a Stable Diffusion 1.x repository in diffusers' layout) to DIR/diffusers/NAME; a single file
 (owner/name/FILE.safetensors or .ckpt), ComfyUI's usual form, to DIR/checkpoints. What is embedded or local already
-needs nothing. Interrupted, the same command goes on where it stopped. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count.
+needs nothing. A feature decoder (one of the names in DECODERS) goes to DIR/featinv_decoders/NAME, with its backbone.
+Interrupted, the same command goes on where it stopped. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count.
 """
 
 from __future__ import annotations
@@ -24,11 +27,26 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.model_folder import INDEX, STEM, WHOLE
+from featinv_nodes.feature_decoders import find_decoder
 from featinv_nodes.worlds import BACKBONES, find_world
 from training.config import CONFIGS, TrainConfig, read_config
 from training.models.hub import Repository, Unreachable
 
 HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(/(?P<file>\w[\w.-]*\.(safetensors|ckpt)))?")
+SHARD = re.compile(rf"{STEM}-\d{{5}}-of-(?P<count>\d{{5}})\.safetensors")
+#: what is typed -> the repository of a released feature decoder, and its backbone
+DECODERS = {
+    name: (f"nyu-visionx/RAE-{repository}", backbone)
+    for name, repository, backbone in (
+        ("rae-dinov2-small", "dinov2-wReg-small-ViTXL-n08", "vit_small_patch14_reg4_dinov2.lvd142m"),
+        ("rae-dinov2-base", "dinov2-wReg-base-ViTXL-n08", "vit_base_patch14_reg4_dinov2.lvd142m"),
+        ("rae-dinov2-base-i512", "dinov2-wReg-base-ViTXL-n08-i512", "vit_base_patch14_reg4_dinov2.lvd142m"),
+        ("rae-dinov2-large", "dinov2-wReg-large-ViTXL-n08", "vit_large_patch14_reg4_dinov2.lvd142m"),
+        ("rae-siglip2-base", "siglip2-base-p16-i256-ViTXL-n08", "vit_base_patch16_siglip_256.v2_webli"),
+        ("rae-mae-base", "mae-base-p16-ViTXL-n08", "vit_base_patch16_224.mae"),
+    )
+}
 MODEL_PARTS = ("unet", "vae", "text_encoder")
 
 
@@ -50,10 +68,23 @@ def needs(config: TrainConfig, to: Path) -> list[Need]:
     return [need for need in (_backbone(config, to), _base(config.base, to)) if need]
 
 
+def decoder_needs(name: str, to: Path) -> list[Need]:
+    """A released feature decoder and its backbone. name: of DECODERS."""
+    repository, backbone = DECODERS[name]
+    folder = to / "featinv_decoders" / repository.split("/")[1]
+    decoder = Need(repository, folder, choose_decoder, [], f"Load Feature Decoder, decoder: {folder.name}")
+    return [decoder, _timm_model(backbone, to, [])]
+
+
 def _backbone(config: TrainConfig, to: Path) -> Need | None:
     name, weights = config.backbone, config.backbone_weights
     if name in BACKBONES or (Path(name) / "config.json").is_file() or (weights and Path(weights).is_file()):
         return None
+    return _timm_model(name, to, ["--backbone-weights", "null"] if weights else [])
+
+
+def _timm_model(name: str, to: Path, use: list[str]) -> Need:
+    """use: options beside --backbone. Raises FeatInvError for a name that the hub cannot have."""
     import timm  # takes seconds
 
     try:
@@ -64,12 +95,11 @@ def _backbone(config: TrainConfig, to: Path) -> Need | None:
         near = ", ".join(get_close_matches(name, timm.list_pretrained(), 4, 0.5)) or "none near"
         raise FeatInvError(f"timm knows no weights of the name {name!r} on the hub; similar names: {near}")
     folder = to / "backbones" / f"{known.architecture}.{known.tag}"
-    use = ["--backbone", str(folder), *(["--backbone-weights", "null"] if weights else [])]
     return Need(
         known.hf_hub_id,
         folder,
         _named("config.json", "model.safetensors"),
-        use,
+        ["--backbone", str(folder), *use],
         f"Load Backbone, weights: {folder.name}/model.safetensors",
     )
 
@@ -136,6 +166,17 @@ def choose_base(names: Collection[str]) -> dict[str, str]:
     return chosen
 
 
+def choose_decoder(names: Collection[str]) -> dict[str, str]:
+    """The files of a feature decoder: name there -> name here. One weights file, else the shards with their index.
+    Raises FeatInvError that names what is missing."""
+    if WHOLE in names or INDEX not in names:
+        return _named("config.json", WHOLE)(names)
+    shards = [name for name in names if SHARD.fullmatch(name)]
+    counts = {SHARD.fullmatch(name)["count"] for name in shards}
+    expected = [f"{STEM}-{n + 1:05}-of-{count}.safetensors" for count in counts for n in range(int(count))]
+    return _named("config.json", INDEX, *(expected or [WHOLE]))(names)
+
+
 def bring(need: Need) -> None:
     """Fetches what is not there yet, and says so file by file. Never replaces a file that is there."""
     print(f"{need.repository} -> {need.folder}", flush=True)
@@ -183,12 +224,31 @@ def _require_space(folder: Path, size: int) -> None:
         )
 
 
+def _bring_decoder(name: str, to: Path) -> None:
+    required = decoder_needs(name, to)
+    for need in required:
+        bring(need)
+    decoder, backbone = required
+    side = find_decoder(decoder.folder).config.encoder_input_size
+    options = shlex.join(["--decoder", str(decoder.folder), *backbone.use])
+    print(f"to draw: python training/reconstruct.py {options} --image FILE --out DIR")
+    print(
+        "in ComfyUI, where this is its models folder:",
+        f"  {backbone.node}, input_size: {side}",
+        f"  {decoder.node}",
+        sep="\n",
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help=f"YAML file, or one of {', '.join(sorted(f.stem for f in CONFIGS.glob('*.yaml')))}",
+        help=(
+            f"YAML file, or one of {', '.join(sorted(f.stem for f in CONFIGS.glob('*.yaml')))}; or a feature decoder:"
+            f" {', '.join(DECODERS)}"
+        ),
     )
     parser.add_argument(
         "--to",
@@ -199,6 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--base", metavar="REPOSITORY", help="base model to fetch instead of the configuration's")
     args = parser.parse_args(arguments)
+    if args.config in DECODERS:
+        return _bring_decoder(args.config, args.to.absolute())
     file = Path(args.config)
     if not file.is_file() and file.name == args.config:
         file = CONFIGS / f"{args.config.removesuffix('.yaml')}.yaml"

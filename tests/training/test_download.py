@@ -16,9 +16,13 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from rae import backbone_of, trained
+from safetensors.torch import load_file, save
 
 from featinv_nodes.core.backbone_opening import load_backbone
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.model_folder import INDEX, STEM, WHOLE
+from featinv_nodes.feature_decoders import BACKBONES, open_feature_decoder
 from training import download
 from training.models import hub
 from training.models.base_model import load_base
@@ -265,6 +269,43 @@ def test_a_repository_that_is_unknown_or_closed(server, fetch, status, hint):
     server.status_of_files = status  # a gated repository lists its files to everyone
     with pytest.raises(FeatInvError, match=hint):
         fetch()
+
+
+def test_a_feature_decoder_comes_with_its_backbone_into_the_folders_of_the_nodes(server, tmp_path, monkeypatch, capsys):
+    """One file or shards; and the folders open."""
+    made = trained("dinov2", tmp_path / "rae")
+    backbone_of(made, tmp_path / "timm", made.transformers)
+    monkeypatch.setitem(download.DECODERS, "rae-dinov2-small", ("somebody/RAE-small", BACKBONE))
+    (repository, name), tensors = download.DECODERS["rae-dinov2-small"], load_file(made.folder / WHOLE)
+    files = {file.name: file.read_bytes() for file in made.folder.iterdir()}
+    server.repositories[repository] = files | {"README.md": b"not needed"}
+    server.repositories[f"timm/{name}"] = {file.name: file.read_bytes() for file in (tmp_path / "timm").iterdir()}
+    folders = tmp_path / "models" / "featinv_decoders" / "RAE-small", tmp_path / "models" / "backbones" / name
+    download.main(["rae-dinov2-small", "--to", str(tmp_path / "models")])
+    said = capsys.readouterr().out
+    assert f"reconstruct.py --decoder {folders[0]} --backbone {folders[1]}" in said
+    assert f"weights: {name}/model.safetensors, input_size: 224" in said and "decoder: RAE-small" in said
+    assert set(on_disk(folders[0])) == {"config.json", WHOLE}
+    assert open_feature_decoder(folders[0], load_backbone(str(folders[1]), input_size=224)).picture_size == (256, 256)
+
+    shutil.rmtree(folders[0])
+    shards = {f"{STEM}-{n:05}-of-00002.safetensors": sorted(tensors)[n - 1 :: 2] for n in (1, 2)}
+    index = {"weight_map": {key: file for file, keys in shards.items() for key in keys}}
+    files = {"config.json": files["config.json"], INDEX: json.dumps(index).encode()}
+    files |= {file: save({key: tensors[key] for key in keys}) for file, keys in shards.items()}
+    server.repositories[repository] = dict(files)
+    download.main(["rae-dinov2-small", "--to", str(tmp_path / "models")])
+    assert on_disk(folders[0]) == files and open_feature_decoder(folders[0], load_backbone(str(folders[1]), None, 224))
+    del server.repositories[repository][f"{STEM}-00002-of-00002.safetensors"]
+    with pytest.raises(FeatInvError, match=f"somebody/RAE-small has no {STEM}-00002-of-00002.safetensors"):
+        download.main(["rae-dinov2-small", "--to", str(tmp_path / "models")])
+
+
+def test_the_released_decoders_go_with_the_backbones_that_open_them():
+    """timm has weights of each on the hub; those that the decoder's folder will ask for."""
+    for name, (repository, backbone) in download.DECODERS.items():
+        assert timm.get_pretrained_cfg(backbone).hf_hub_id and repository.startswith("nyu-visionx/RAE-")
+        assert backbone in BACKBONES.values() and name.split("-")[1] in repository and name.split("-")[2] in backbone
 
 
 def test_a_full_disk(server, fetch, monkeypatch):
