@@ -4,11 +4,13 @@
     python training/reconstruct.py --image a.png b.png --mix 0 0.25 0.5 0.75 1 --out DIR
     python training/reconstruct.py --image inner.png outer.png --mask mask.png --out DIR
     python training/reconstruct.py --untrained --base photo --layer blocks.4 --image photo.jpg --out DIR
+    python training/reconstruct.py --decoder FOLDER --backbone FOLDER --image photo.jpg --out DIR
 
 Writes every picture, panel.png with the cosine similarity under each, and results.json. With --best-of N each picture
 is the one of the highest cosine among N, which results.json says. Where the weights file has scope statistics,
 results.json says whether each map is inside what the model knows, and the panel where it is not. With --untrained no
 inversion model is used: universal guidance moves the base model's predictions towards the features while it draws.
+With --decoder neither is used: a feature decoder draws each map in one pass.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.worlds import model_file
 from training.cli import model_parser, pipeline_from, run
+from training.cli_decoder import DecoderPipeline, add_decoder, decoder_from, with_decoder
 from training.cli_untrained import add_untrained, require_trained, untrained_from, without_training
 from training.data.scope import scope_entries
 from training.files import make_folder, write_json
@@ -60,12 +63,13 @@ def arguments() -> argparse.ArgumentParser:
         "--mask", help="picture whose bright part takes the first picture's features, the rest the second's"
     )
     parser.add_argument("--soft", action="store_true", help="blend the two maps in cells on the mask's edge")
+    add_decoder(parser)
     add_untrained(parser)
     return parser
 
 
 def target_maps(
-    pipeline: InversionPipeline | UntrainedPipeline, args: argparse.Namespace, pixel_values: Tensor
+    pipeline: InversionPipeline | UntrainedPipeline | DecoderPipeline, args: argparse.Namespace, pixel_values: Tensor
 ) -> list[tuple[str, FeatureMap]]:
     """The feature maps to invert, each with a name: one per picture, per weight, or the composition."""
     features = pipeline.features(pixel_values)
@@ -98,18 +102,23 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     if args.samples < 1:
         raise FeatInvError(f"--samples {args.samples}: expected at least 1")
-    if not args.untrained:
+    trained = not (args.untrained or args.decoder)
+    if trained:
         require_trained(args)
     make_folder(args.out)
     pictures = [read_image(file) for file in args.image]
-    pipeline, settings = untrained_from(args) if args.untrained else pipeline_from(args, chooses=True)
+    if args.decoder:
+        pipeline, settings, draw = decoder_from(args), None, with_decoder
+    elif args.untrained:
+        (pipeline, settings), draw = untrained_from(args), without_training
+    else:
+        (pipeline, settings), draw = pipeline_from(args, chooses=True), with_model
     pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
     maps = target_maps(pipeline, args, pixel_values)
     target = concatenate([m for _, m in maps]).repeat(args.samples)
-    draw = without_training if args.untrained else with_model
     drawn, attempts = draw(pipeline, settings, args, target, len(maps))
     scores = pipeline.score(target, drawn).tolist()
-    scopes = [{}] * len(target) if args.untrained else scope_entries(model_file(args.model), target, scores, settings)
+    scopes = scope_entries(model_file(args.model), target, scores, settings) if trained else [{}] * len(target)
     off = [
         f"{name}: {scopes[m * args.samples]['line']}"
         for m, (name, _) in enumerate(maps)
@@ -134,8 +143,12 @@ def main(argv: list[str] | None = None) -> None:
                     "scope": scopes[i],
                 }
             )
-    chosen = ["Drawn without a trained inversion model, by universal guidance."] if args.untrained else []
-    if not args.untrained and settings.best_of > 1:
+    chosen = []
+    if args.decoder:
+        chosen = [f"Drawn by the feature decoder {Path(args.decoder).name}."]
+    elif args.untrained:
+        chosen = ["Drawn without a trained inversion model, by universal guidance."]
+    elif settings.best_of > 1:
         chosen = [f"Each picture is the one of the highest cosine among {settings.best_of}."]
     outside = [pipeline.world.outside] if pipeline.world and pipeline.world.outside else []
     note = "\n".join([*outside, *pipeline.allowed, *chosen, *off])
@@ -144,11 +157,12 @@ def main(argv: list[str] | None = None) -> None:
     write_json(
         args.out / "results.json",
         {
-            "model": None if args.untrained else args.model,
+            "model": args.model if trained else None,
+            "decoder": args.decoder,
             "source": pipeline.source.to_dict(),
             "digests": pipeline.digests,
             "images": [str(f) for f in args.image],
-            "sampling": asdict(settings),
+            "sampling": asdict(settings) if settings else None,
             "note": note,
             "pictures": entries,
         },

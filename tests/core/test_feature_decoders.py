@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rae import backbone_of, published, trained
+from rae import backbone_of, own_decoder, published, trained
 from safetensors.torch import load_file, save_file
 
 from featinv_nodes import feature_decoders
@@ -15,7 +15,6 @@ from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.concepts import Concepts
 from featinv_nodes.core.digests import digest
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import write_weights
 from featinv_nodes.core.mixing import interpolate
 from featinv_nodes.core.transformers_weights import from_transformers
 from featinv_nodes.feature_decoders import find_decoder, open_feature_decoder
@@ -255,22 +254,9 @@ def test_a_norm_that_cannot_be_taken_back_is_refused(dinov2, tmp_path):
 
 @pytest.fixture
 def own(tmp_path):
-    """(folder, backbone) of a decoder for tiny-cnn's last layer, in 8 bits."""
-    from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
-
+    """(folder, backbone, diffusers' decoder) of tiny-cnn's last layer, in 8 bits."""
     backbone = open_backbone("tiny-cnn")
-    source, sizes = backbone.source(), {"decoder_hidden_size": 32, "decoder_num_attention_heads": 2}
-    sizes |= {"decoder_intermediate_size": 64, "patch_size": 8, "decoder_num_hidden_layers": 1}
-    torch.manual_seed(0)
-    decoder = RAEDecoder(source.channels, **sizes, num_patches=64, image_size=64)
-    about = sizes | {"_class_name": "AutoencoderRAE", "encoder_type": "timm", "encoder_hidden_size": source.channels}
-    about |= {"encoder_input_size": 64, "encoder_patch_size": 8, "featinv_source": source.to_dict()}
-    about |= {"encoder_norm_mean": [0.5] * 3, "encoder_norm_std": [0.5] * 3}
-    folder = tmp_path / "own"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(about))
-    write_weights(folder / FILE, {f"decoder.{k}": v for k, v in decoder.state_dict().items()}, torch.int8)
-    return folder, backbone, decoder.eval()
+    return tmp_path / "own", backbone, own_decoder(tmp_path / "own", backbone.source(), torch.int8)
 
 
 def test_a_decoder_of_the_pack_s_own_reads_the_map_as_it_is(own):
@@ -299,7 +285,7 @@ def test_embedded_decoders_open_by_name():
     assert set(DECODERS) <= {name for world in WORLDS.values() for name in world.decoders}
     for name, world in DECODERS.items():
         decoder = open_feature_decoder(name)
-        assert decoder_folder(name).parent == world.folder and decoder.picture_size == (world.side, world.side)
+        assert decoder_folder(name).parent == world.folder and decoder.picture_size == decoder.source.input_size
         assert decoder.source.backbone in {backbone.name for backbone in world.backbones.values()}
     with pytest.raises(FeatInvError, match="there is no feature decoder 'none'.*run.py download rae-dinov2-base"):
         open_feature_decoder("none")

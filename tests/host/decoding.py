@@ -11,7 +11,7 @@ sys.path[1:1] = [PACK, str(Path(PACK, "tests", "training"))]
 import comfy.model_management as management
 import torch
 from closing import stopped
-from rae import backbone_of, trained
+from rae import backbone_of, own_decoder, trained
 from safetensors.torch import save_file
 
 from featinv_nodes.core.concepts import Concepts, save_concepts
@@ -21,25 +21,6 @@ LOAD, DECODE = "FeatInv_LoadFeatureDecoder", "FeatInv_DecodeFeatures"
 MODELS = Path(BASE, "models")
 DECODERS = MODELS / "featinv_decoders"
 DINO = "dinov2 small"
-
-
-def own_decoder(world: World) -> Path:
-    """A folder of the pack's own kind, at random weights, for the embedded network's last layer."""
-    from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
-
-    source = world.features.source
-    sizes = {"decoder_hidden_size": 32, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 64}
-    sizes |= {"patch_size": 8, "decoder_num_hidden_layers": 2}
-    torch.manual_seed(0)
-    decoder = RAEDecoder(source.channels, **sizes, num_patches=64, image_size=64)
-    about = {"_class_name": "AutoencoderRAE", "encoder_type": "timm", "encoder_hidden_size": source.channels, **sizes}
-    about |= {"encoder_input_size": 64, "encoder_patch_size": 8, "featinv_source": source.to_dict()}
-    folder = DECODERS / "mine"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(about))
-    tensors = {f"decoder.{name}": value.clone() for name, value in decoder.state_dict().items()}
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    return folder
 
 
 def listed() -> list[str]:
@@ -142,7 +123,8 @@ def mistakes(world: World, decoder, folder: Path) -> dict[str, str]:
 def main() -> None:
     with torch.inference_mode():
         world, empty = World(), listed()
-        folder = own_decoder(world)
+        folder = DECODERS / "mine"
+        own_decoder(folder, world.features.source)
         decoder = run(LOAD, decoder="mine")
         stamp = NODES[LOAD].fingerprint_inputs("mine")
         program = open_feature_decoder(folder)

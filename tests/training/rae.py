@@ -9,12 +9,15 @@ from pathlib import Path
 import timm
 import torch
 from diffusers import AutoencoderRAE
+from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SiglipVisionModel
 
 from featinv_nodes.core.backbone_opening import load_backbone
 from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.feature_map import FeatureSource
+from featinv_nodes.core.files import write_weights
 
 DEPTH = 1
 #: family -> hidden size, patch, input size, timm's name
@@ -115,3 +118,21 @@ def published(made: Trained) -> dict[str, Tensor]:
     if made.family == "mae":
         return {f"vit.{name}": value for name, value in state.items()} | {"decoder.mask_token": torch.zeros(1)}
     return state | ({"text_model.x": torch.zeros(1)} if made.family == "siglip2" else {})
+
+
+def own_decoder(folder: Path, source: FeatureSource, dtype: torch.dtype = torch.float32) -> RAEDecoder:
+    """A decoder of the pack's own kind for square maps that part the picture into cells, at random weights; its
+    folder."""
+    side, (cells, _) = source.input_size[0], source.grid
+    sizes = {"decoder_hidden_size": 32, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 64}
+    sizes |= {"patch_size": side // cells, "decoder_num_hidden_layers": 2}
+    torch.manual_seed(0)
+    decoder = RAEDecoder(source.channels, **sizes, num_patches=cells**2, image_size=side).eval()
+    about = {"_class_name": "AutoencoderRAE", "encoder_type": "timm", "encoder_hidden_size": source.channels, **sizes}
+    about |= {"encoder_input_size": side, "encoder_patch_size": side // cells, "featinv_source": source.to_dict()}
+    about |= {"encoder_norm_mean": [0.5] * 3, "encoder_norm_std": [0.5] * 3}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(about))
+    tensors = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+    write_weights(folder / "diffusion_pytorch_model.safetensors", tensors, dtype)
+    return decoder

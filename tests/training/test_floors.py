@@ -7,16 +7,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FLOORS = 7
 #: files of training/ that are libraries; all others there, and those in experiments/, are programs
-LIBRARIES = ("checksum", "cli", "cli_untrained", "config", "files", "plots", "report")
+LIBRARIES = ("checksum", "cli", "cli_decoder", "cli_untrained", "config", "files", "plots", "report")
 
 
 def modules():
-    """Dotted name -> file of everything in core, worlds and training."""
+    """Dotted name -> file of everything in core, worlds and training, and of feature_decoders."""
     files = [
         file
         for folder in ("featinv_nodes/core", "featinv_nodes/worlds", "training")
         for file in (ROOT / folder).rglob("*.py")
     ]
+    files.append(ROOT / "featinv_nodes" / "feature_decoders.py")
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
