@@ -116,7 +116,7 @@ def smaller_backbone(name: str) -> tuple[str, int] | None:
 
 
 def _from_folder(folder: Path, input_size: int | None) -> Backbone:
-    from .metadata import HubFolder, parse  # pydantic takes tenths of a second
+    from .metadata import HubFolder, ModelType, parse  # pydantic takes tenths of a second
 
     require_timm()
     file = folder / "config.json"
@@ -124,6 +124,11 @@ def _from_folder(folder: Path, input_size: int | None) -> Backbone:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FeatInvError(f"{file} is not a timm-hub configuration: {error}") from error
+    if kind := parse(ModelType, text, file, "timm-hub configuration").model_type:
+        raise UnknownBackbone(
+            f"{file} is a configuration of transformers ({kind}), which does not say the model's timm name, such as"
+            " vit_base_patch14_reg4_dinov2.lvd142m. Give that name, and the folder's model.safetensors as its weights"
+        )
     config = parse(HubFolder, text, file, "timm-hub configuration")
     if not timm.is_model(config.architecture):
         raise UnknownBackbone(f"{file}: timm does not know the architecture {config.architecture!r}")

@@ -165,6 +165,12 @@ class ConceptFile(Fields):
     settings: dict[str, Any] = {}
 
 
+class ModelType(Fields):
+    """What the config.json of a transformers folder is told by; "" for any other."""
+
+    model_type: str = ""
+
+
 class HubFolder(Fields):
     """The config.json of a timm-hub folder."""
 

@@ -50,12 +50,14 @@ def open_file(file: Path, timm_name: str, input_size: int | None) -> Backbone:
     FeatInvError as load_backbone does, and for a name that is not timm's where to write one."""
     require_room(file, timm_name)
     hub = file.name in HUB_FILES
-    if hub and not timm_name and (file.parent / "config.json").is_file():
-        return load_backbone(str(file.parent), input_size=input_size)
+    described = hub and not timm_name and (file.parent / "config.json").is_file()
     try:
+        if described:
+            return load_backbone(str(file.parent), input_size=input_size)
         return load_backbone(timm_name or file.stem, file, input_size)
     except UnknownBackbone as error:
-        missing = f"{file.parent} has no config.json, which would say what model it is. " if hub else ""
+        bare = hub and not described
+        missing = f"{file.parent} has no config.json, which would say what model it is. " if bare else ""
         raise FeatInvError(
             f"Load Backbone: {missing}{error}. Write the model's timm name, architecture.tag, into timm_name, or choose"
             f" an embedded model: {', '.join(BACKBONES)}"

@@ -60,6 +60,7 @@ def test_a_hub_folder_opens_with_either_kind_of_weights(tmp_path, state, file):
         "{": "is no JSON",
         "[" * 9000: "is no JSON that can be read .recursion limit",
         "{}": "field architecture is missing",
+        '{"model_type": "vit_mae", "architectures": ["ViTMAEModel"]}': "of transformers .vit_mae.*Give that name",
         '{"architecture": "none"}': "timm does not know the architecture 'none'",
         '{"architecture": "test_resnet", "label_names": 3}': "field label_names",
         '{"architecture": "test_resnet", "label_names": ["a"]}': "1 names for a model of 1000 classes",

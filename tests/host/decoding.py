@@ -106,6 +106,11 @@ def mistakes(world: World, decoder, folder: Path) -> dict[str, str]:
     save_file({"large": torch.zeros(100_000)}, weights)
     backbone = {"weights": weights.name, "timm_name": "", "input_size": 224}
     draw = {"feature_decoder": decoder}
+    theirs = MODELS / "backbones" / "vit-mae-base"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "vit_mae"}')
+    save_file({"vit.x": torch.zeros(1)}, theirs / "model.safetensors")
+    named = {"weights": f"{theirs.name}/model.safetensors", "timm_name": "", "input_size": 0}
     return {
         "without diffusers": without,
         "none chosen": error_of(run, LOAD, decoder="(no decoder yet: python3 run.py download rae-dinov2-base)"),
@@ -115,6 +120,7 @@ def mistakes(world: World, decoder, folder: Path) -> dict[str, str]:
         "other backbone": error_of(run, DECODE, features=world.extract(0, 1, backbone=vit), **draw),
         "other layer": error_of(run, DECODE, features=world.extract(0, 1, layer="layer2"), **draw),
         "pooled": error_of(run, DECODE, features=world.extract(0, 1, pooled=True), **draw),
+        "transformers folder": error_of(run, "FeatInv_LoadBackbone", **named),
         "large decoder": too_large(lambda: run(LOAD, decoder="mine")),
         "large backbone": too_large(lambda: run("FeatInv_LoadBackbone", **backbone)),
     }

@@ -56,6 +56,7 @@ def test_a_released_folder_decodes_the_maps_of_its_backbone(seen):
         "other backbone": ["vit_tiny_patch16_224.tiny_world", "resnet10t.tiny_world", "the decoder"],
         "other layer": ["layer: layer2 against last"],
         "pooled": ["pooled: True against False"],
+        "transformers folder": ["a configuration of transformers (vit_mae)", "into timm_name"],
         "large decoder": ["the decoder mine needs", "0.0001 GB", "Choose a smaller decoder"],
         "large backbone": [
             "the backbone vit_base_patch14_reg4_dinov2.lvd142m needs 0.0004 GB of memory for its weights alone",
