@@ -20,7 +20,7 @@ world_of = runpy.run_path({inside!r}, run_name="library")
 import torch
 import nodes
 torch.set_num_threads(1)
-World, stock_control = world_of["World"], world_of["stock_control"]
+World, stock_control = world_of["World"], world_of["parity"].stock_control
 with torch.inference_mode():
     world = World()
     stock = stock_control(world)

@@ -14,7 +14,7 @@ from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import draw
 from training.models.base_model import load_base
 from training.worlds import autoencoder, backbones, base, loop
-from training.worlds.loop import images_seen, train_stage
+from training.worlds.loop import read_images_seen, train_stage
 
 
 def regress(work, **changes):
@@ -58,7 +58,7 @@ def test_a_stage_stopped_before_its_result_writes_it_when_asked_again(tmp_path):
         regress(tmp_path, keep=killed)
     written = []
     again = regress(tmp_path, keep=lambda average: written.append(average.weight.clone()))
-    assert images_seen(tmp_path, "line") == 640 and len(written) == 1 and torch.equal(written[0], again.weight)
+    assert read_images_seen(tmp_path, "line") == 640 and len(written) == 1 and torch.equal(written[0], again.weight)
 
 
 def test_results_are_written_after_each_checkpoint_and_at_the_end(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_results_are_written_after_each_checkpoint_and_at_the_end(tmp_path, monk
 def test_a_finished_stage_goes_on_with_more_images(tmp_path):
     regress(tmp_path, images=80)
     regress(tmp_path, images=640)
-    assert images_seen(tmp_path, "line") == 640 and images_seen(tmp_path, "circle") == 0
+    assert read_images_seen(tmp_path, "line") == 640 and read_images_seen(tmp_path, "circle") == 0
 
 
 def test_minutes_are_of_this_call_and_those_before(tmp_path, monkeypatch):

@@ -53,17 +53,19 @@ def whole(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
     return fresh
 
 
-def save(folder: Path, seen: int, state: dict, keep: int) -> None:
-    """Writes the checkpoint of `seen` images, reads it back, and then lets go of all but the newest `keep`.
+def save(folder: Path, images_seen: int, state: dict, keep: int) -> None:
+    """Writes the checkpoint of `images_seen` images, reads it back, and then lets go of all but the newest `keep`.
 
     Raises FeatInvError where that fails, a full disk above all; those before are kept then.
     """
     try:
-        file = write_checksummed(folder, f"checkpoint-{seen:012d}", ".pt", lambda opened: torch.save(state, opened))
+        file = write_checksummed(
+            folder, f"checkpoint-{images_seen:012d}", ".pt", lambda opened: torch.save(state, opened)
+        )
     except (OSError, RuntimeError) as error:
         raise FeatInvError(
-            f"the checkpoint at {seen} images was not written to {folder} ({error}); those before are kept: make room"
-            " there"
+            f"the checkpoint at {images_seen} images was not written to {folder} ({error}); those before are kept: make"
+            " room there"
         ) from error
     before = [other for other in _all(folder) if other.name < file.name]
     for other in set(_all(folder)) - {file, *before[: keep - 1]}:

@@ -46,16 +46,16 @@ class FaultTracker:
                 tqdm.write(f"{name} cannot be read and is replaced ({reason})")
             self.pictures[name] = reason
 
-    def check(self, losses: list[Tensor], seen: int, signal: int = 0) -> tuple[list[float], int]:
+    def check(self, losses: list[Tensor], images_seen: int, signal: int = 0) -> tuple[list[float], int]:
         """The last losses as numbers, means over the processes, and the largest signal that any of them got; here the
         device is waited for.
 
-        losses: of the steps up to `seen` images, NaN where the step was left out. Raises FeatInvError for such a step
+        losses: of the steps up to `images_seen`, NaN where the step was left out. Raises FeatInvError for such a step
         if config.nan is "stop", and for ROW in a row in any case; a file then says which images they were.
         """
         values = self.accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
         signals = self.accelerator.gather(torch.tensor([signal], device=self.accelerator.device))
-        starts = [seen - (len(values) - k) * self.per_step for k in range(len(values))]
+        starts = [images_seen - (len(values) - k) * self.per_step for k in range(len(values))]
         bad = [start for start, value in zip(starts, values) if not math.isfinite(value) and start not in self.steps]
         self.steps += bad
         if bad and self.config.nan == "stop":
@@ -69,10 +69,10 @@ class FaultTracker:
             )
         return values, int(signals.max())
 
-    def row(self, seen: int) -> int:
-        """How many steps in a row were left out up to `seen` images."""
+    def row(self, images_seen: int) -> int:
+        """How many steps in a row were left out up to `images_seen`."""
         left_out, count = set(self.steps), 0
-        while seen - (count + 1) * self.per_step in left_out:
+        while images_seen - (count + 1) * self.per_step in left_out:
             count += 1
         return count
 

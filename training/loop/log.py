@@ -26,8 +26,8 @@ from ..report import save_image
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "4090": 165e12}
 
 
-def open_log(file: Path, seen: int) -> IO[str]:
-    """stats.jsonl for appending, without the lines after `seen` images and one that was cut off: a run that goes on
+def open_log(file: Path, images_seen: int) -> IO[str]:
+    """stats.jsonl for appending, without the lines after `images_seen` and one that was cut off: a run that goes on
     from a checkpoint writes them again."""
     if file.exists():
         write_text(
@@ -35,7 +35,7 @@ def open_log(file: Path, seen: int) -> IO[str]:
             "".join(
                 line
                 for line in file.read_text().splitlines(True)
-                if line.endswith("}\n") and json.loads(line)["images"] <= seen
+                if line.endswith("}\n") and json.loads(line)["images"] <= images_seen
             ),
         )
     return open(file, "a")
@@ -70,7 +70,9 @@ def start_trackers(accelerator: Accelerator, config: dict) -> None:
     accelerator.init_trackers("featinv", plain, {"wandb": {"name": config["name"]}})
 
 
-def show(accelerator: Accelerator, image: Image.Image, file: Path, seen: int, say: Callable[[str], object]) -> None:
+def show(
+    accelerator: Accelerator, image: Image.Image, file: Path, images_seen: int, say: Callable[[str], object]
+) -> None:
     """Writes a panel, and gives it to the trackers that take pictures; neither a full disk nor a tracker ends a run."""
     try:
         save_image(image, file)
@@ -79,7 +81,7 @@ def show(accelerator: Accelerator, image: Image.Image, file: Path, seen: int, sa
     for tracker in (tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")):
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         try:
-            tracker.log_images({"panel": np.asarray(image)[None]}, step=seen, **layout)
+            tracker.log_images({"panel": np.asarray(image)[None]}, step=images_seen, **layout)
         except Exception as error:  # each library has its own
             say(f"the tracker {tracker.name} did not take the panel: {error}")
 

@@ -26,9 +26,9 @@ def cast_frozen(config: TrainConfig, base: BaseModel, backbone: Backbone) -> Non
             part.bfloat16()
 
 
-def at_stage(config: TrainConfig, seen: int) -> TrainConfig:
-    """What counts in the step after `seen` images: the configuration, before cycle_after without cycle consistency."""
-    return replace(config, cycle=0.0, cycle_after=0) if seen < config.cycle_after else config
+def at_stage(config: TrainConfig, images_seen: int) -> TrainConfig:
+    """What counts in the step after `images_seen`: the configuration, before cycle_after without cycle consistency."""
+    return replace(config, cycle=0.0, cycle_after=0) if images_seen < config.cycle_after else config
 
 
 def sample_noise(batch: int, moments: Tensor, base: BaseModel, config: TrainConfig) -> NoiseSample:

@@ -105,7 +105,7 @@ def _hours(minutes: float) -> str:
 
 def time_left(run: Run, rate: float) -> str:
     """What to say of the time that a run will take at `rate` images per second."""
-    rest = max(run.config.max_images - run.seen, 0)
+    rest = max(run.config.max_images - run.images_seen, 0)
     return (
         f"time: a step of {run.per_step} images takes {run.per_step / rate:.3g} s, the {rest:,} images left"
         f" {duration(rest, rate)}, without panels and checkpoints; {peak_memory():.2f} GB of memory at most so far"
@@ -119,7 +119,7 @@ def check(config: TrainConfig, output: Path) -> None:
 
     with ExitStack() as stack:
         run = Run(config, output, stack, write=False)
-        if run.seen >= config.max_images:
+        if run.images_seen >= config.max_images:
             return
         began = 0.0
         for _ in range(2):  # the first one compiles and warms up
@@ -128,7 +128,7 @@ def check(config: TrainConfig, output: Path) -> None:
             run.next_batch(at_end=True)
             loss = run.losses[-1].item()  # waits for the device
         taken = time.perf_counter() - began
-        run.seen -= 2 * run.per_step
+        run.images_seen -= 2 * run.per_step
         run.say(time_left(run, run.per_step / taken))
         run.say(
             f"checked: nothing was written{'' if math.isfinite(loss) else ', but the loss of a step is not finite'}"

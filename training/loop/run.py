@@ -47,7 +47,7 @@ class Run:
     """One run of one process. config: decides everything. output: the run's folder. stack: closes what was opened.
     write: whether anything is written, which `train.py --check` does without.
 
-    seen: images so far, of all processes; per_step: images of a step. model: what is trained; average: its moving
+    images_seen: so far, of all processes; per_step: images of a step. model: what is trained; average: its moving
     average, or None. Raises FeatInvError for what cannot be trained so, before any step.
     """
 
@@ -127,7 +127,7 @@ class Run:
         require_same_weights(state.get("weights", {}), self._weights, self.output)
         if self.main and self.write:
             config.save(self.output / "config.yaml")
-        self.seen, self.before, self._stream = state["seen"], state["before"], state["stream"]
+        self.images_seen, self.before, self._stream = state["seen"], state["before"], state["stream"]
         self.losses = [torch.tensor(x, device=self.device) for x in state["losses"]]
         new = not file
         if new and config.init_from:
@@ -170,13 +170,13 @@ class Run:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.say(
-            f"resumed at {self.seen} images from"
+            f"resumed at {self.images_seen} images from"
             f" {self._resumed_from}{', not from --init-from' if config.init_from else ''}"
         )
-        if self.seen >= config.max_images:
+        if self.images_seen >= config.max_images:
             self.say(
-                f"{self.seen} of {config.max_images} images are seen: nothing is left to train; begin anew with another"
-                " --output, or go on with a larger --max-images"
+                f"{self.images_seen} of {config.max_images} images are seen: nothing is left to train; begin anew with"
+                " another --output, or go on with a larger --max-images"
             )
         before = state["data"]
         if isinstance(before, str):  # an older checkpoint knows the names alone
@@ -197,10 +197,10 @@ class Run:
         state = self._stream and self._stream[self.rank % len(self._stream)]
         pin = self.device.type == "cuda" and config.workers > 0
         batches = loader(
-            self.pictures, self.seen, self.per_process, self.rank, self.processes, config.workers, pin, state
+            self.pictures, self.images_seen, self.per_process, self.rank, self.processes, config.workers, pin, state
         )
         self.batches = stack.enter_context(closing(batches))
-        self._log = open_log(self.output / "stats.jsonl", self.seen) if self.main and self.write else None
+        self._log = open_log(self.output / "stats.jsonl", self.images_seen) if self.main and self.write else None
         if self.write:
             start_trackers(self.accelerator, asdict(config))
         batch = next(self.batches)
@@ -216,7 +216,7 @@ class Run:
         self._take_step = training_step(self._gradients, update, self.optimizer, config.graph)
         self._progress = tqdm(
             total=config.max_images,
-            initial=self.seen,
+            initial=self.images_seen,
             unit="img",
             desc=config.name,
             disable=not (self.main and self.write),
@@ -234,7 +234,7 @@ class Run:
                     moments, features = observe(self.base, self.backbone, rows, config)
                     noise = noise or sample_noise(self.per_step, moments, self.base, config)
                     own = noise.rows(self.rank * self.per_process + first, config.batch)
-                    latents, stage = latents_from(moments, own.latent), at_stage(config, self.seen)
+                    latents, stage = latents_from(moments, own.latent), at_stage(config, self.images_seen)
                     loss = (
                         training_loss(self.base, self.backbone, self._trained, latents, features, stage, own)
                         / config.accumulate
@@ -246,24 +246,28 @@ class Run:
     def step(self) -> None:
         """Gradients and update on the batch at hand; random numbers depend on the seed and the images seen alone."""
         config = self.config
-        torch.manual_seed(step_seed(config.seed, self.seen))
-        set_lr(self.optimizer, lr_at(self.seen, config, self.per_step), 1 if self.seen < config.encoder_first else None)
+        torch.manual_seed(step_seed(config.seed, self.images_seen))
+        set_lr(
+            self.optimizer,
+            lr_at(self.images_seen, config, self.per_step),
+            1 if self.images_seen < config.encoder_first else None,
+        )
         try:
             self.losses.append(self._take_step().clone())
         except torch.OutOfMemoryError as error:
             raise memory.explain(error, config.batch, *self.memory_parts) from error
-        self.seen += self.per_step
+        self.images_seen += self.per_step
         if self.average is not None:
             update_average(
                 self.average,
                 self.model,
-                min(config.ema, (1 + self.seen / self.per_step) / (10 + self.seen / self.per_step)),
+                min(config.ema, (1 + self.images_seen / self.per_step) / (10 + self.images_seen / self.per_step)),
             )
 
     def next_batch(self, at_end: bool = False) -> None:
         """Reads the next batch, unless the run is at its end, or `at_end` too. What was learned is saved before an
         error of the data ends the run; several processes would have to agree on that."""
-        if self.seen < self.config.max_images or at_end:
+        if self.images_seen < self.config.max_images or at_end:
             try:
                 with self.pace.waiting():
                     batch = next(self.batches)
@@ -279,13 +283,13 @@ class Run:
 
     def report(self, signal: int, full: bool) -> int:
         """A line of stats.jsonl; the largest signal that any process got. full: the line's losses are all there."""
-        self.pace.gmac = self._gmac[at_stage(self.config, self.seen - self.per_step).cycle]
-        values, stop = self.faults.check(self.losses, self.seen, signal)
+        self.pace.gmac = self._gmac[at_stage(self.config, self.images_seen - self.per_step).cycle]
+        values, stop = self.faults.check(self.losses, self.images_seen, signal)
         self.losses, finite = [] if full else self.losses, [value for value in values if math.isfinite(value)]
         mean = {"loss": fmean(finite)} if finite else {}
         pace = self.pace.report()
-        self._record(**mean, lr=lr_at(self.seen - self.per_step, self.config, self.per_step), **pace)
-        if self._untimed and "images_per_second" in pace and self.seen < self.config.max_images:
+        self._record(**mean, lr=lr_at(self.images_seen - self.per_step, self.config, self.per_step), **pace)
+        if self._untimed and "images_per_second" in pace and self.images_seen < self.config.max_images:
             self._untimed = False
             self.say(time_left(self, pace["images_per_second"]))
         self._progress.set_postfix({name: f"{value:.4f}" for name, value in mean.items()})
@@ -294,27 +298,27 @@ class Run:
     def draw_panel(self) -> None:
         """The sample panel of the weights as they are; without one the run goes on."""
         with self.pace.elsewhere():
-            latest, file = self._latest(), self.output / f"panel_{self.seen:09d}.png"
+            latest, file = self._latest(), self.output / f"panel_{self.images_seen:09d}.png"
             if not self.main:
                 return
             try:
                 with self.accelerator.autocast():
                     image, cosine = sample_panel(self.base, self.backbone, latest, self.config)
             except FeatInvError as error:
-                self.say(f"no panel at {self.seen} images: {error}")
+                self.say(f"no panel at {self.images_seen} images: {error}")
                 return
             self._record(cosine=cosine)
-            show(self.accelerator, image, file, self.seen, self.say)
-            self.say(f"{self.seen} images: cosine of the panel's pictures {cosine:.3f}, see {file.name}")
+            show(self.accelerator, image, file, self.images_seen, self.say)
+            self.say(f"{self.images_seen} images: cosine of the panel's pictures {cosine:.3f}, see {file.name}")
 
     def save(self, must: bool) -> None:
         """Writes a checkpoint. must: it is the last before the process ends, and an error is raised."""
-        values, _ = self.faults.check(self.losses, self.seen)
-        if self.faults.row(self.seen) and not must:
-            self.say(f"no checkpoint at {self.seen} images, since the last step was left out")
+        values, _ = self.faults.check(self.losses, self.images_seen)
+        if self.faults.row(self.images_seen) and not must:
+            self.say(f"no checkpoint at {self.images_seen} images, since the last step was left out")
             return
         state = {
-            "seen": self.seen,
+            "seen": self.images_seen,
             "before": self.before,
             "losses": values,
             "data": self._identity,
@@ -322,12 +326,12 @@ class Run:
             "weights": self._weights,
             "faults": self.faults.state(),
         }
-        state["stream"] = states(self.batches, in_hand=self.seen < self.config.max_images)
+        state["stream"] = states(self.batches, in_hand=self.images_seen < self.config.max_images)
         state |= checkpoints.gather(self.model, self.optimizer.optimizer, self.average)
         state["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
         try:
             if self.main:
-                checkpoints.save(self.output, self.seen, state, self.config.keep)
+                checkpoints.save(self.output, self.images_seen, state, self.config.keep)
         except FeatInvError as error:
             if must:
                 raise
@@ -339,14 +343,14 @@ class Run:
         self._progress.close()
         latest = self._latest()
         if self.main:
-            seen = self.before + self.seen
+            images_seen = self.before + self.images_seen
             info = InversionInfo(
                 self.model.source,
                 self.model.encoder.settings,
                 self.base.describe(),
                 config.prompt,
                 config.recommended,
-                seen,
+                images_seen,
                 asdict(config),
             )
             latest.save(file, info)
@@ -363,6 +367,6 @@ class Run:
         )
 
     def _record(self, **values: float) -> None:
-        self.accelerator.log(values, self.seen)
+        self.accelerator.log(values, self.images_seen)
         if self._log:
-            write_line(self._log, {"images": self.seen} | values, self.say)
+            write_line(self._log, {"images": self.images_seen} | values, self.say)

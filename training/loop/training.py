@@ -24,19 +24,19 @@ def train(config: TrainConfig, output: Path) -> Path:
     with only_run_in(output), ExitStack() as stack:
         run = Run(config, output, stack)
         with Interrupts(run.say) as interrupts:
-            while run.seen < config.max_images:
+            while run.images_seen < config.max_images:
                 run.step()
                 run.next_batch()
-                done = run.seen >= config.max_images
+                done = run.images_seen >= config.max_images
                 stop = interrupts.received if run.processes == 1 else 0
-                if (full := due(EVERY * run.per_step, run.seen, run.per_step)) or done:
+                if (full := due(EVERY * run.per_step, run.images_seen, run.per_step)) or done:
                     stop = run.report(interrupts.received, full)
-                if due(config.panel_every, run.seen, run.per_step):
+                if due(config.panel_every, run.images_seen, run.per_step):
                     run.draw_panel()
-                if due(config.save_every, run.seen, run.per_step) or stop or done:
+                if due(config.save_every, run.images_seen, run.per_step) or stop or done:
                     with run.pace.elsewhere():
                         run.save(must=bool(stop))
                 if stop:
-                    run.say(f"stopped at {run.seen} images; the same command goes on from there")
+                    run.say(f"stopped at {run.images_seen} images; the same command goes on from there")
                     sys.exit(128 + stop)
         return run.finish()

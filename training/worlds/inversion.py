@@ -26,7 +26,7 @@ from training.loop.setup import start_from
 from training.models.base_model import BaseModel
 from training.models.controlnet import FeatureControlNet
 
-from .loop import images_seen, train_stage
+from .loop import read_images_seen, train_stage
 from .photographs import Photographs, scaled
 
 POOLED = "pooled"
@@ -183,14 +183,14 @@ def train_inversion(
             return training_loss(base, backbone, forward, latents, features, config)
 
     def keep(average: FeatureControlNet) -> None:
-        seen = (before or 0) + images_seen(work, config.name)
+        images_seen = (before or 0) + read_images_seen(work, config.name)
         info = InversionInfo(
             model.source,
             model.encoder.settings,
             base.describe(),
             config.prompt,
             config.recommended,
-            seen,
+            images_seen,
             {"name": config.name, "seed": config.seed, "cycle": config.cycle, "cycle_below": config.cycle_below},
         )
         average.save(file, info, dtype)

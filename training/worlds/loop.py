@@ -56,7 +56,7 @@ def train_stage(
     average = deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=decay, betas=(0.9, 0.99), fused=True)
-    seen, spent, file = 0, 0.0, work / f"{name}.pt"
+    images_seen, spent, file = 0, 0.0, work / f"{name}.pt"
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
         try:
@@ -68,8 +68,8 @@ def train_stage(
                 f"{file} is of a model of other sizes or of another backbone; go on with those, or give another --work"
             ) from error
         make_plain(optimizer)
-        seen, spent = state["seen"], state.get("spent", 0.0)
-    indices = torch.arange(seen, seen + batch, device=device)
+        images_seen, spent = state["seen"], state.get("spent", 0.0)
+    indices = torch.arange(images_seen, images_seen + batch, device=device)
 
     def gradients() -> Tensor:
         loss = loss_of(indices)
@@ -85,29 +85,29 @@ def train_stage(
     def share() -> float:
         """How much of the stage is done."""
         elapsed = spent + time.monotonic() - began
-        return elapsed / (60 * minutes) if minutes else seen / images
+        return elapsed / (60 * minutes) if minutes else images_seen / images
 
     began = saved = time.monotonic()
     smooth, done = None, share()
     if done >= 1:  # it may have been stopped between its last checkpoint and its result
         keep(average)
-    progress = tqdm(total=images, initial=seen, desc=name, unit="img", smoothing=0.02, mininterval=5)
-    while done < 1 and seen < (stop or math.inf):
+    progress = tqdm(total=images, initial=images_seen, desc=name, unit="img", smoothing=0.02, mininterval=5)
+    while done < 1 and images_seen < (stop or math.inf):
         set_lr(optimizer, lr * min(1, done / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done))))
-        torch.manual_seed(seed * 1_000_003 + seen)
+        torch.manual_seed(seed * 1_000_003 + images_seen)
         loss = take_step()
-        seen += batch
+        images_seen += batch
         indices += batch
-        update_average(average, model, min(ema, (1 + seen / batch) / (10 + seen / batch)))
+        update_average(average, model, min(ema, (1 + images_seen / batch) / (10 + images_seen / batch)))
         smooth = loss.clone() if smooth is None else smooth.lerp(loss, 0.02)
-        if seen // batch % 50 == 0:  # reading the number waits for the device
+        if images_seen // batch % 50 == 0:  # reading the number waits for the device
             progress.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)
         done = share()
         if minutes:  # as many as there will be at this speed
-            progress.total = max(seen, round(seen / done))
+            progress.total = max(images_seen, round(images_seen / done))
         progress.update(batch)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS or done >= 1 or seen >= (stop or math.inf):
-            save_checkpoint(file, model, average, optimizer, seen, spent + time.monotonic() - began)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or done >= 1 or images_seen >= (stop or math.inf):
+            save_checkpoint(file, model, average, optimizer, images_seen, spent + time.monotonic() - began)
             keep(average)
             saved = time.monotonic()
     progress.close()
@@ -115,11 +115,11 @@ def train_stage(
 
 
 def save_checkpoint(
-    file: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, seen: int, spent: float
+    file: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, images_seen: int, spent: float
 ) -> None:
     """Writes the state of a stage to a temporary name and renames it. spent: seconds of training."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    state = {"model": model.state_dict(), "average": average.state_dict(), "seen": seen, "spent": spent}
+    state = {"model": model.state_dict(), "average": average.state_dict(), "seen": images_seen, "spent": spent}
     written, part = io.BytesIO(), Path(f"{file}.part")
     torch.save({**state, "optimizer": optimizer.state_dict()}, written)  # which hides the error of a full disk
     try:
@@ -129,7 +129,7 @@ def save_checkpoint(
         part.unlink(missing_ok=True)
 
 
-def images_seen(work: Path, name: str) -> int:
+def read_images_seen(work: Path, name: str) -> int:
     """How many images a stage has seen, by its checkpoint; 0 without one."""
     file = work / f"{name}.pt"
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["seen"] if file.exists() else 0

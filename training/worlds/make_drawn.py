@@ -31,7 +31,7 @@ from training.models.parts import load_vae
 from . import autoencoder, backbones, base, rcdm
 from .card import write_card
 from .concepts import fit_concepts
-from .loop import images_seen
+from .loop import read_images_seen
 
 #: pictures that two processor cores see in hours; the shipped files saw more on a GPU, see CARD.md
 INVERSION_IMAGES = {
@@ -112,12 +112,12 @@ def ship_rcdm(work: Path, device: str, images: int, file: Path = EMBEDDED) -> No
     """The drawn world's RCDM; of a finished checkpoint in `work` only the file is made."""
     backbone = open_backbone("tiny-cnn")
     model = rcdm.train_rcdm(work, backbone, images, device)
-    seen = images_seen(work, "rcdm")
+    images_seen = read_images_seen(work, "rcdm")
     about = {
         "steps": rcdm.STEPS,
-        "images_seen": seen,
+        "images_seen": images_seen,
         "gmac_per_picture": round(rcdm.COST, 3),
-        "gmac": round(seen * rcdm.COST),
+        "gmac": round(images_seen * rcdm.COST),
     }
     save_rcdm(file, model, backbone.source(LAST, True), about)
     print("rcdm", json.dumps(about))
