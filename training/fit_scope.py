@@ -25,6 +25,7 @@ from featinv_nodes.worlds import model_file
 from training.cli import model_parser, pipeline_from, require_weights_name, run
 from training.data.scope import CENTRES, DRAWN, TINY_CENTRES, centres_for, fit
 from training.files import make_folder
+from training.report import digests_text
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     save_scope(model_file(args.model), scope, out)
     print(
         f"wrote the scope of {scope.source.describe()}, from {scope.maps:,} pictures,"
-        f" {sum(t.nbytes for t in scope.tensors().values()):,} bytes, to {out}"
+        f" {sum(t.nbytes for t in scope.tensors().values()):,} bytes, to {out}\n{digests_text(pipeline.digests)}"
     )
 
 

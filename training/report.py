@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -32,6 +32,12 @@ def figure_text(entry: dict, digits: int = 3, scale: float = 1.0, sign: str = ""
     if low is None:
         return f"{value:{form}} (-)"
     return f"{value:{form}} ({low:{form}} to {high:{form}}{', few' if entry.get('few') else ''})"
+
+
+def digests_text(digests: Mapping[str, str]) -> str:
+    """Part -> digest of its weights, as a sentence for a page; "" where none is known."""
+    known = ", ".join(f"{part} {digest}" for part, digest in digests.items() if digest)
+    return f"Digests of the weights: {known}." if known else ""
 
 
 def to_image(picture: Tensor, side: int | None = None) -> Image.Image:

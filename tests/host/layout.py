@@ -57,6 +57,9 @@ GROWS = {
     "KSampler": 240,
     "SamplerCustomAdvanced": 240,
 }
+#: the same beside many lanes, each of which compares one picture and shows one line
+GROWS_IN_LANES = GROWS | {"FeatInv_FeatureSimilarity": 100}
+MANY = 3  # lanes from which on all is packed closer
 
 
 @dataclass
@@ -74,13 +77,17 @@ def size_of(kind: str, sockets: int, widgets: int) -> list[int]:
     return [WIDTH, 6 + SLOT * sockets + (WIDGET * widgets + 8 if widgets else 0) + INSIDE.get(kind, 0)]
 
 
+def grows_with(lanes: int) -> dict[str, int]:
+    return GROWS_IN_LANES if lanes >= MANY else GROWS
+
+
 def collapsed(entry: dict) -> bool:
     return bool(entry["flags"].get("collapsed"))
 
 
-def takes(entry: dict) -> int:
+def takes(entry: dict, grows: dict[str, int] = GROWS) -> int:
     """Height of a node in its column, with title bar and all that it will show."""
-    return TITLE if collapsed(entry) else TITLE + entry["size"][1] + GROWS.get(entry["type"], 0)
+    return TITLE if collapsed(entry) else TITLE + entry["size"][1] + grows.get(entry["type"], 0)
 
 
 def depths(members: list) -> dict[int, int]:
@@ -106,26 +113,45 @@ def columns(members: list, entries: dict[int, dict], tall: float) -> list[list]:
     return result
 
 
-def put(rows: list[list], entries: dict[int, dict], left: float, top: float) -> Box:
+def packed(members: list, entries: dict[int, dict], tall: float) -> list[list]:
+    """The members along their links, each in the last column, else in one before it that has room, else in a new
+    one."""
+    depth = depths(members)
+    result: list[list] = []
+    filled: list[float] = []
+    for node in sorted(members, key=lambda n: (depth[n.id], n.id)):
+        height = takes(entries[node.id], GROWS_IN_LANES) + BELOW
+        place = next((i for i in reversed(range(len(result))) if filled[i] + height <= tall + BELOW), len(result))
+        if place == len(result):
+            result.append([])
+            filled.append(0.0)
+        result[place].append(node)
+        filled[place] += height
+    return result
+
+
+def put(rows: list[list], entries: dict[int, dict], left: float, top: float, grows: dict[str, int] = GROWS) -> Box:
     """Gives the columns' nodes their places; top: of the first title bar."""
     bottom = top
     for number, column in enumerate(rows):
         y = top
         for node in column:
             entries[node.id]["pos"] = [left + number * (WIDTH + GAP), y + TITLE]
-            y += takes(entries[node.id]) + BELOW
+            y += takes(entries[node.id], grows) + BELOW
         bottom = max(bottom, y - BELOW)
     return Box(left, top, left + len(rows) * (WIDTH + GAP) - GAP, bottom)
 
 
-def frame(shown: list) -> tuple[int, int, int]:
+def frame(shown: list, lanes: int) -> tuple[int, int, int]:
     """How many pictures stand beside each other, and their width and height."""
+    if lanes >= MANY:
+        return 2, 208, 350
     return 2, *((345, 440) if len(shown) < 3 else (330, 400) if len(shown) < 5 else (330, 350))
 
 
-def gallery(shown: list, entries: dict[int, dict], left: float, top: float) -> Box:
+def gallery(shown: list, entries: dict[int, dict], left: float, top: float, lanes: int) -> Box:
     """Pictures beside each other, all of one size, but the last as wide as what is left."""
-    across, width, height = frame(shown)
+    across, width, height = frame(shown, lanes)
     for number, node in enumerate(shown):
         x, y = left + (number % across) * (width + GAP), top + (number // across) * (height + TITLE + BELOW)
         entries[node.id] |= {"pos": [x, y + TITLE], "size": [width, height]}
@@ -194,11 +220,11 @@ def attempt(graph, entries: dict[int, dict], notes: dict[str, dict], tall: float
             box = put(columns(members[title], entries, tall - below), entries, x, top)
             x = box.right + GAP
         if title == OUT:
-            across, width, _ = frame(shown)
-            width = max(across * (width + GAP) - GAP, 600)
+            across, width, _ = frame(shown, len(lanes))
+            width = max(across * (width + GAP) - GAP, 0 if len(lanes) >= MANY else 600)
             note["size"] = [width, note_height(note["widgets_values"][0], width)]
             note["pos"] = [x, TITLE]
-            pictures = gallery(shown, entries, x, note["size"][1] + TITLE + BELOW)
+            pictures = gallery(shown, entries, x, note["size"][1] + TITLE + BELOW, len(lanes))
             box = Box(left, 0, max(x + width, pictures.right), max(box.bottom, pictures.bottom))
         elif title == IN:
             width = box.right - box.left
@@ -218,7 +244,8 @@ def put_lanes(lanes: dict[str, list], entries: dict[int, dict], left: float, tal
     for number, (title, members) in enumerate(lanes.items()):
         if number and number % wide == 0:
             x, top = left, bottom + EDGE + HEAD + 16
-        box = result[title] = put(columns(members, entries, tall * 0.5), entries, x, top)
+        rows = (packed if len(lanes) >= MANY else columns)(members, entries, tall * 0.5)
+        box = result[title] = put(rows, entries, x, top, grows_with(len(lanes)))
         x, bottom = box.right + 2 * EDGE + APART, max(bottom, box.bottom)
     return result
 

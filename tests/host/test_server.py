@@ -113,15 +113,12 @@ def test_a_failing_prompt_says_what_to_connect(server):
     assert server.run(inversion())["9"]["images"]
 
 
-def test_interrupted_then_queued_again(server):
-    number = server.submit(inversion(steps=10_000))
-
-    def stopped():
-        server.post("/interrupt", {})
-        return server.get(f"/history/{number}")[number]
-
-    assert any(kind == "execution_interrupted" for kind, _ in server.wait(stopped, "stop")["status"]["messages"])
-    assert server.run(inversion())["9"]["images"]
+def test_cancelled_in_the_sampler_then_queued_again(host, server):
+    """By the events that the host sends: it is cancelled as soon as it has reported a step, and ends for that."""
+    prompts = (json.dumps(inversion(steps=steps)) for steps in (10_000, 3))
+    said = host.run_inside(HERE / "cancelling.py", server.url, *prompts)
+    assert said["step"]["node"] == "7" and said["step"]["value"] < said["step"]["max"] == 10_000
+    assert (said["end"], said["node"], said["again"]) == ("execution_interrupted", "KSampler", "execution_success")
 
 
 def test_twenty_queued_runs_with_changing_features(server):

@@ -98,12 +98,19 @@ def extract(
 
 
 def compare(
-    world: World, features: Ref, backbone: Ref, pictures: Ref, title: str = RESULT, number: str = SIMILARITY
+    world: World, features: Ref, backbone: Ref, pictures: Ref, title: str = RESULT, number: bool = True
 ) -> None:
-    """The pictures with their cosine similarity, which is also shown as a number."""
-    similar = world.graph.add("FeatInv_FeatureSimilarity", features=features, backbone=backbone, image=pictures)
+    """The pictures with their cosine similarity; number: also as a number, which the node shows itself as text."""
+    similar = world.graph.add(
+        "FeatInv_FeatureSimilarity",
+        title=None if number else title.replace(RESULT, SIMILARITY),
+        features=features,
+        backbone=backbone,
+        image=pictures,
+    )
     world.graph.add("PreviewImage", title=title, images=similar[0])
-    world.graph.add("PreviewAny", title=number, source=similar[2])
+    if number:
+        world.graph.add("PreviewAny", title=SIMILARITY, source=similar[2])
 
 
 def closed_loop(world: World, edited: Node, backbone: Ref, steered: Node, settings: dict, latent: Ref) -> Node:

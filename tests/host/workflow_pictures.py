@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workflow_parts import ORIGINAL, RESULT, SIMILARITY, add_control, compare, draw, extract, guided, start
+from workflow_parts import ORIGINAL, RESULT, add_control, compare, draw, extract, guided, start
 from workflow_worlds import Photo, World
 
 
@@ -176,7 +176,7 @@ def depth(world: World) -> str:
     for kind, (layer, pooled) in world.LAYERS.items():
         title = f"{layer}, pooled" if pooled else layer
         world.graph.lane(f"What {title} sees")
-        control, (_, features) = world.control(kind), extract(world, backbone, 0, kind, picture)
+        control, (_, features) = world.control(kind, folded=True), extract(world, backbone, 0, kind, picture)
         if kind == next(iter(world.LAYERS)):
             world.graph.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
         model = guided(world, features[0], backbone, world.settings(kind))
@@ -186,7 +186,7 @@ def depth(world: World) -> str:
             backbone,
             draw(world, features[0], control, kind=kind, model=model)[0],
             f"{RESULT}: {title}",
-            f"{SIMILARITY}: {title}",
+            number=False,
         )
     return (
         "**What is lost on the way up?** One photograph, drawn again from what four depths of one network hold of it,"

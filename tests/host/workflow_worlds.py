@@ -162,8 +162,12 @@ class Photo(World):
             "FeatInv_LoadBackbone", weights=f"{PHOTO_BACKBONE} (embedded)", timm_name="", input_size=0
         )[0]
 
-    def control(self, kind: str) -> Ref:
-        return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"photo_lite0_{kind} (embedded)")[0]
+    def control(self, kind: str, folded: bool = False) -> Ref:
+        name = f"photo_lite0_{kind}"
+        title = name if folded else None
+        return self.graph.add(
+            "FeatInv_LoadFeatInvControlNet", title=title, folded=folded, weights=f"{name} (embedded)"
+        )[0]
 
     def pair(self) -> tuple[Ref, Ref, dict[str, Ref]]:
         return self.loader(PHOTO_BACKBONE, self.LAYERS[self.kind][0])

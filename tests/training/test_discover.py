@@ -113,6 +113,7 @@ def test_sparse_dictionary_and_its_page(tmp_path, capsys, monkeypatch):
     page = out.with_suffix(".html").read_text()
     assert page.count("<section id=") == 7 and page.count("<tr><td") == len(concepts) + 1
     assert "http" not in page and "<script" not in page
+    assert concepts.source.weights and f"Digests of the weights: backbone {concepts.source.weights}." in page
 
 
 def test_the_page_shows_each_concept_where_it_is(tmp_path):

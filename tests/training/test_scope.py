@@ -83,10 +83,9 @@ def test_measure_writes_its_report(tmp_path, bare, monkeypatch):
     ].keys()
     assert results["separation"]["white noise"]["auroc"]["score"]["value"] == 1
     assert results["rank_correlation"]["all maps"]["n"] == 12 + 2 * (len(results["separation"]) - 1)
-    assert (
-        "Spearman" in (tmp_path / "m" / "scope.md").read_text()
-        and Image.open(tmp_path / "m" / "scope.webp").width > 1000
-    )
+    text, digests = (tmp_path / "m" / "scope.md").read_text(), results["digests"]
+    assert digests["backbone"] and f"backbone {digests['backbone']}, base model {digests['base model']}." in text
+    assert "Spearman" in text and Image.open(tmp_path / "m" / "scope.webp").width > 1000
     with pytest.raises(FeatInvError, match="fit_scope.py"):
         measure_scope.main(
             ["--model", str(bare), "--count", "24", "--drawn", "2", "--unedited", "4", "--out", str(tmp_path / "n")]

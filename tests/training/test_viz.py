@@ -185,7 +185,8 @@ def test_the_measurement_runs_and_says_how_it_falls(tmp_path, monkeypatch):
     assert {"random subspace", "seeds alone", "GradCAM", "edges"} < result["true masks"]["object"][
         "localisation"
     ].keys()
-    text = (tmp_path / "report.md").read_text()
+    text, digests = (tmp_path / "report.md").read_text(), result["digests"]
+    assert digests["backbone"] and f"backbone {digests['backbone']}, base model {digests['base model']}." in text
     assert (
         "mean slope" in text
         and "boundary F" in text

@@ -14,7 +14,7 @@ from featinv_nodes.core.concepts.collect import Collected
 from featinv_nodes.core.concepts.statistics import Statistics, dimensions, remarks
 from featinv_nodes.core.pictures import heat_map
 
-from ..report import document, picture_tag
+from ..report import digests_text, document, picture_tag
 
 CROPS, EXAMPLES, MOST = 5, 4, 40  # of a concept; pictures with heat maps; concepts shown in pictures
 CONTEXT, SIDE = 4, 160  # a crop's side in grid cells; a picture's side on the page in pixels
@@ -44,10 +44,11 @@ def page(concepts: Concepts, collected: Collected, stats: Statistics) -> str:
             " classes, norm its length against that of the map (concepts overlap, so these sum to more than one)."
             " Crops are centred on the place where it is longest."
         ),
+        digests_text({"backbone": concepts.source.weights}),
     ]
     originals = "".join(_picture(collected.pictures[b], collected.names[b]) for b in examples)
     rejected = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(concepts, stats))
-    body = [f"<p>{html.escape(line)}</p>" for line in lines]
+    body = [f"<p>{html.escape(line)}</p>" for line in lines if line]
     body += [f"<ul>{rejected}</ul>", summary(concepts, stats, listed)]
     body += [f'<section><div class="strip"><span>the examples</span><div>{originals}</div></div></section>']
     return document(title, "\n".join([*body, cards, others]))

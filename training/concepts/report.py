@@ -15,7 +15,7 @@ from featinv_nodes.core.pictures import heat_map, spotlight
 from featinv_nodes.core.viz import LEAST, MOST, Visualization, affected, normalised
 
 from ..files import write_json, write_text
-from ..report import FEW_NOTE, Cell, figure_text, page, panel, save_image
+from ..report import FEW_NOTE, Cell, digests_text, figure_text, page, panel, save_image
 from .localisation import auroc, best_threshold, boundary_f, iou, measures
 
 VIZ, CLOSED, BAR = "FeatInv-Viz", "FeatInv-Viz, closed loop", "occlusion of the concept"
@@ -211,6 +211,6 @@ def summary(about: dict) -> str:
     return (
         f"{about['count']} held-out scenes, {about['seeds']} seeds, concepts multiplied by {about['factor']:g};"
         f" {about['source']}. Means with 95 % bootstrap intervals; thresholds chosen on {about['validation']} further"
-        " scenes. Low is good for deletion, high for everything else."
+        f" scenes. Low is good for deletion, high for everything else. {digests_text(about['digests'])}"
         + (f" {FEW_NOTE}" if about["count"] < FEW else "")
     )

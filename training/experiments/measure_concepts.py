@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     about = {
         "model": args.model,
         "source": pipeline.info.source.describe(),
+        "digests": pipeline.digests,
         "count": args.count,
         "validation": args.validation,
         "seeds": args.seeds,

@@ -37,7 +37,7 @@ from training.cli import model_parser, pipeline_from, run
 from training.data.scope import pictures
 from training.files import make_folder, write_json, write_text
 from training.models.pipeline import InversionPipeline
-from training.report import panel, save_image
+from training.report import digests_text, panel, save_image
 
 FIRST = 200_000  # the first held-out scene measured on
 UNEDITED = "unedited"
@@ -253,6 +253,7 @@ how well its eight **neighbours** predict it. The score is that of the most unus
 unedited one; at 0.5 the two cannot be told apart. The score's and the cycle cosine's have 95 % bootstrap intervals. The
 cycle cosine compares the reconstruction's features with the map asked for, after rendering, with one seed, on
 {results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.
+{digests_text(results["digests"])}
 
 {chr(10).join(lines)}
 
@@ -301,6 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {
         "model": args.model,
         "features": scope.source.describe(),
+        "digests": pipeline.digests,
         "count": args.count,
         "separation": separated,
         **figures,

@@ -21,6 +21,7 @@ from featinv_nodes.worlds.drawn import DRAWN
 from training.cli import run
 from training.models.pipeline import load_pipeline
 from training.models.untrained import UntrainedSampling, load_untrained
+from training.report import digests_text
 
 #: steps, moves, length of a move, recurrence
 ROWS = ("4,0,0,1", "4,4,0.1,4", "6,4,0.1,8")
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     plain = trained.recommended(gradient=0.0, best_of=1, steps=10)
     drawn = trained.draw(features, plain, trained.noise(range(args.scenes)))
     row("trained ControlNet, 10 steps, no gradient", 0, plain.evaluations, drawn)
+    print(f"\n{digests_text(trained.digests)}")
 
 
 if __name__ == "__main__":
