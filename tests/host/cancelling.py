@@ -1,7 +1,7 @@
-"""In a host's environment: cancels a prompt over HTTP as the browser does, once its sampler has reported a step, and
-queues another one. Prints what the host said as one line of JSON.
+"""In a host's environment: cancels a prompt over HTTP as the browser does, once one of its nodes has reported a step,
+and queues another one. Prints what the host said as one line of JSON.
 
-python cancelling.py HOST_ROOT URL LONG SHORT        the prompts as JSON
+python cancelling.py HOST_ROOT URL NODE LONG SHORT        the node's id, the prompts as JSON
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import sys
 
 import aiohttp
 
-URL, LONG, SHORT = sys.argv[2], *map(json.loads, sys.argv[3:])
+URL, NODE, LONG, SHORT = *sys.argv[2:4], *map(json.loads, sys.argv[4:])
 ENDS = ("execution_interrupted", "execution_error", "execution_success")
 
 
@@ -29,7 +29,8 @@ async def main() -> dict:
             raise RuntimeError(f"the host closed the connection before {' or '.join(kinds)}")
 
         cancelled = await submit(LONG)
-        step = await next_of(cancelled, "progress")
+        while (step := await next_of(cancelled, "progress"))["data"]["node"] != NODE:
+            pass
         await (await session.post("/interrupt", json={})).read()
         end = await next_of(cancelled, *ENDS)
         again = await next_of(await submit(SHORT), *ENDS)
