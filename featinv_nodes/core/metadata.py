@@ -171,6 +171,17 @@ class ModelType(Fields):
     model_type: str = ""
 
 
+class LinearMapFile(Fields):
+    """The entry "featinv_linear_map" of a linear map's file; see linear_maps.LinearMap."""
+
+    format: int
+    kind: Literal["affine", "rotation", "direction"]
+    source: Source
+    low: float | None = None
+    settings: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+
+
 class HubFolder(Fields):
     """The config.json of a timm-hub folder."""
 

@@ -15,6 +15,8 @@ from featinv_nodes.core.encoders import ConvEncoder, PerceiverEncoder
 from featinv_nodes.core.feature_files import load_features, save_features
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.files import write_safetensors
+from featinv_nodes.core.linear_map_files import load_linear_map, save_linear_map
+from featinv_nodes.core.linear_maps import Pairs
 from featinv_nodes.core.metadata import Inversion, Recommended, Source
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import fit_scope
@@ -43,6 +45,13 @@ def features(file):
     save_features(file, FeatureMap(torch.randn(2, 6, 3, 4), SOURCE, torch.randn(2, 1, 6)))
 
 
+def linear_map(file):
+    maps = FeatureMap(torch.randn(6, 6, 3, 4), SOURCE)
+    pairs = Pairs()
+    pairs.add(maps, maps.with_values(maps.values.roll(1, 1)))
+    save_linear_map(file, pairs.fit("affine", change="rolled"))
+
+
 def perceiver(file):
     weights(file, PerceiverEncoder(6, 8, width=4, tokens=(3, 4), queries=(4, 4), heads=2))
 
@@ -53,6 +62,7 @@ KINDS = {
     "perceiver": (perceiver, load_inversion, "featinv"),
     "concepts": (concepts, load_concepts, "featinv_concepts"),
     "features": (features, load_features, "featinv_features"),
+    "linear map": (linear_map, load_linear_map, "featinv_linear_map"),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
