@@ -1,8 +1,12 @@
-"""Draws pictures that have the feature map of a picture, of a mixture of two, or of two composed by a mask.
+"""Draws pictures that have the feature map of a picture, of a mixture of several, of several composed by masks, or of a
+picture whose map a linear map changed.
 
     python training/reconstruct.py --model tiny_cnn_last --image photo.jpg --out DIR
     python training/reconstruct.py --image a.png b.png --mix 0 0.25 0.5 0.75 1 --out DIR
+    python training/reconstruct.py --image a.png b.png c.png --weights 1 1 2 --out DIR
     python training/reconstruct.py --image inner.png outer.png --mask mask.png --out DIR
+    python training/reconstruct.py --image top.png middle.png outer.png --mask top_mask.png middle_mask.png --out DIR
+    python training/reconstruct.py --image a.png --linear-map FILE --map-strength 0 0.5 1 --out DIR
     python training/reconstruct.py --untrained --base photo --layer blocks.4 --image photo.jpg --out DIR
     python training/reconstruct.py --decoder FOLDER --backbone FOLDER --image photo.jpg --out DIR
 
@@ -29,7 +33,8 @@ from tqdm import tqdm
 from featinv_nodes.core.backbones import RESIZE_MODES
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.images import read_image
-from featinv_nodes.core.mixing import compose, interpolate
+from featinv_nodes.core.linear_map_files import load_linear_map
+from featinv_nodes.core.mixing import compose_regions, interpolate
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.worlds import model_file
@@ -60,9 +65,21 @@ def arguments() -> argparse.ArgumentParser:
         "--mix", type=float, nargs="+", metavar="W", help="mix two pictures; each W is the share of the second"
     )
     mixing.add_argument(
-        "--mask", help="picture whose bright part takes the first picture's features, the rest the second's"
+        "--weights", type=float, nargs="+", metavar="W", help="one weighted mean of all pictures, a weight for each"
     )
-    parser.add_argument("--soft", action="store_true", help="blend the two maps in cells on the mask's edge")
+    mixing.add_argument(
+        "--mask",
+        nargs="+",
+        help=(
+            "pictures whose bright part takes the features of the first picture, the second, and so on; the last"
+            " picture, which has no mask, takes the rest. Where masks overlap, the earlier one lies on top"
+        ),
+    )
+    mixing.add_argument("--linear-map", help="file of training/fit_linear_map.py that changes the feature maps")
+    parser.add_argument(
+        "--map-strength", type=float, nargs="+", default=[1.0], metavar="S", help="strengths of the linear map"
+    )
+    parser.add_argument("--soft", action="store_true", help="blend the maps in cells on a mask's edge")
     add_decoder(parser)
     add_untrained(parser)
     return parser
@@ -71,19 +88,37 @@ def arguments() -> argparse.ArgumentParser:
 def target_maps(
     pipeline: InversionPipeline | UntrainedPipeline | DecoderPipeline, args: argparse.Namespace, pixel_values: Tensor
 ) -> list[tuple[str, FeatureMap]]:
-    """The feature maps to invert, each with a name: one per picture, per weight, or the composition."""
-    features = pipeline.features(pixel_values)
-    if args.mix is None and args.mask is None:
-        return [(Path(file).stem, features.select(i)) for i, file in enumerate(args.image)]
-    if len(args.image) != 2:
-        raise FeatInvError(f"--mix and --mask take exactly two pictures, got {len(args.image)}")
-    first, second = features.select(0), features.select(1)
+    """The feature maps to invert, each with a name: one per picture, share or strength, the mean or the composition."""
+    features, count = pipeline.features(pixel_values), len(args.image)
+    names = [Path(file).stem for file in args.image]
+    single = [features.select(i) for i in range(count)]
+    if args.linear_map is not None:
+        linear = load_linear_map(args.linear_map)
+        return [
+            (f"{name}_{strength:.2f}", linear.apply(one, strength))
+            for name, one in zip(names, single)
+            for strength in args.map_strength
+        ]
+    if args.weights is not None:
+        return [("mean", interpolate(single, args.weights))]
     if args.mask is not None:
-        mask = pipeline.backbone.preprocess(read_image(args.mask).mean(1, keepdim=True), args.resize_mode)[:, 0]
-        return [("composed", compose(first, second, mask, args.soft))]
+        if count != len(args.mask) + 1:
+            raise FeatInvError(
+                f"--mask takes a picture for each mask and one more for the rest; got {count} pictures and"
+                f" {len(args.mask)} masks"
+            )
+        masks = [
+            pipeline.backbone.preprocess(read_image(file).mean(1, keepdim=True), args.resize_mode)[:, 0]
+            for file in args.mask
+        ]
+        return [("composed", compose_regions(single[-1], list(zip(single, masks))[::-1], args.soft))]
+    if args.mix is None:
+        return list(zip(names, single))
+    if count != 2:
+        raise FeatInvError(f"--mix takes exactly two pictures, got {count}; for more give --weights")
     if not all(0 <= w <= 1 for w in args.mix):
         raise FeatInvError(f"--mix {args.mix}: expected shares between 0 and 1")
-    return [(f"mix_{w:.2f}", interpolate([first, second], [1 - w, w])) for w in args.mix]
+    return [(f"mix_{w:.2f}", interpolate(single, [1 - w, w])) for w in args.mix]
 
 
 def with_model(

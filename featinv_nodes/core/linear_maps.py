@@ -136,8 +136,8 @@ class LinearMap:
 
 
 class Moments(NamedTuple):
-    """What a fit needs of the pairs, in float64: vectors, how many; sums x, y [C]; products xx, yx [C, C], yx = sum of y x^T; low:
-    the smallest value of all vectors."""
+    """What a fit needs of the pairs, in float64. vectors: how many. x, y: their sums [C]. xx, yx: sums of x x^T and
+    y x^T [C, C]. low: the smallest value in any."""
 
     vectors: int
     x: Tensor
@@ -147,8 +147,9 @@ class Moments(NamedTuple):
     low: float
 
     def plus(self, other: Moments) -> Moments:
-        sums = (getattr(self, name) + getattr(other, name) for name in self._fields[:-1])
-        return Moments(*sums, min(self.low, other.low))
+        low = min(self.low, other.low)
+        x, y, xx, yx = (a + b for a, b in zip(self[1:5], other[1:5]))
+        return Moments(self.vectors + other.vectors, x, y, xx, yx, low)
 
 
 class Pairs:

@@ -64,3 +64,16 @@ def compose(inside: FeatureMap, outside: FeatureMap, mask: Tensor, soft: bool = 
             " (soft)"
         )
     return inside.with_values(m * inside.values + (1 - m) * outside.values)
+
+
+def compose_regions(
+    outside: FeatureMap, regions: Sequence[tuple[FeatureMap, Tensor]], soft: bool = False
+) -> FeatureMap:
+    """`outside` with each region's map inside its mask, as in compose, one after the other: where masks overlap, the
+    later one lies on top. Raises FeatInvError as compose does, and without regions."""
+    if not regions:
+        raise FeatInvError("no region to compose; give at least one feature map with its mask")
+    composed = outside
+    for inside, mask in regions:
+        composed = compose(inside, composed, mask, soft)
+    return composed

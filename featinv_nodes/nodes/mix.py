@@ -20,8 +20,8 @@ class FeatureMix(io.ComfyNode):
             category=Menu.FEATURES,
             aliases=("interpolate", "blend features", "compose"),
             description=(
-                "Mixes feature maps of one backbone and layer: a weighted mean, a sweep from a to b as a batch, or b"
-                " inside a mask and a outside."
+                "Mixes feature maps of one backbone and layer: a weighted mean of up to four, a sweep from a to b as a"
+                " batch, or up to three, each inside a mask, and a outside."
             ),
             inputs=[
                 Features.Input("features_a", tooltip="The first feature map."),
@@ -32,7 +32,7 @@ class FeatureMix(io.ComfyNode):
                     default="interpolate",
                     tooltip=(
                         "interpolate: mean by the weights. sweep: a batch from a to b in equal steps. compose: b inside"
-                        " the mask, a outside."
+                        " the mask, c and d inside theirs, a outside."
                     ),
                 ),
                 io.Float.Input(
@@ -69,7 +69,11 @@ class FeatureMix(io.ComfyNode):
                         " else stretched over the map."
                     ),
                 ),
-                Features.Input("features_c", optional=True, tooltip="interpolate: a third feature map."),
+                Features.Input(
+                    "features_c",
+                    optional=True,
+                    tooltip="A third feature map: interpolate by weight_c, compose inside mask_c.",
+                ),
                 io.Float.Input(
                     "weight_c",
                     default=0.5,
@@ -79,7 +83,11 @@ class FeatureMix(io.ComfyNode):
                     optional=True,
                     tooltip="Weight of c, if connected.",
                 ),
-                Features.Input("features_d", optional=True, tooltip="interpolate: a fourth feature map."),
+                Features.Input(
+                    "features_d",
+                    optional=True,
+                    tooltip="A fourth feature map: interpolate by weight_d, compose inside mask_d.",
+                ),
                 io.Float.Input(
                     "weight_d",
                     default=0.5,
@@ -93,9 +101,15 @@ class FeatureMix(io.ComfyNode):
                     "backbone",
                     optional=True,
                     tooltip=(
-                        "compose: crops the mask as Extract Features crops a picture, for a mask that was painted on"
-                        " one. Without it the mask is stretched over the map."
+                        "compose: crops the masks as Extract Features crops a picture, for masks that were painted on"
+                        " one. Without it they are stretched over the map."
                     ),
+                ),
+                io.Mask.Input(
+                    "mask_c", optional=True, tooltip="compose: where c goes, if connected. It lies on top of b."
+                ),
+                io.Mask.Input(
+                    "mask_d", optional=True, tooltip="compose: where d goes, if connected. It lies on top of b and c."
                 ),
             ],
             outputs=[
@@ -121,8 +135,10 @@ class FeatureMix(io.ComfyNode):
         features_d=None,
         weight_d=0.5,
         backbone=None,
+        mask_c=None,
+        mask_d=None,
     ) -> io.NodeOutput:
-        from ..core.mixing import compose, interpolate, require_mask
+        from ..core.mixing import interpolate
 
         if mode not in MIXES:  # the oldest hosts let any text through
             raise FeatInvError(f"Feature Mix: mode {mode!r}; expected one of {MIXES}")
@@ -130,19 +146,37 @@ class FeatureMix(io.ComfyNode):
             given = [(features_a, weight_a), (features_b, weight_b), (features_c, weight_c), (features_d, weight_d)]
             maps, weights = zip(*[(m, w) for m, w in given if m is not None])
             return io.NodeOutput(interpolate(same_batch(maps), weights))
-        a, b = same_batch([features_a, features_b])
         if mode == "sweep":
+            a, b = same_batch([features_a, features_b])
             return io.NodeOutput(
                 concatenate([interpolate([a, b], [1 - w, w]) for w in torch.linspace(0, 1, steps).tolist()])
             )
-        if mask is None:
+        parts = {"": (features_b, mask), "_c": (features_c, mask_c), "_d": (features_d, mask_d)}
+        return io.NodeOutput(composed(features_a, parts, soft_edge, backbone))
+
+
+def composed(outside: FeatureMap, parts: dict[str, tuple], soft_edge: bool, backbone) -> FeatureMap:
+    """The maps of `parts`, each inside its mask. parts: ending of the mask's name -> (feature map, mask); (None, None)
+    where nothing is connected. Raises FeatInvError for one without the other."""
+    from ..core.mixing import compose_regions, require_mask
+
+    for name, (features, mask) in parts.items():
+        if name and features is None and mask is not None:
+            raise FeatInvError(f"Feature Mix: mask{name} is connected, features{name} is not; connect both or neither")
+        if features is not None and mask is None:
             raise FeatInvError(
-                "Feature Mix: mode 'compose' needs a mask; connect one, for instance from Load Image's mask editor"
+                f"Feature Mix: mode 'compose' needs a mask for features{name or '_b'}; connect mask{name}, for"
+                " instance from Load Image's mask editor"
             )
+    given = [(features, mask) for features, mask in parts.values() if features is not None]
+    outside, *maps = same_batch([outside, *(features for features, _ in given)])
+    masks = []
+    for _, mask in given:
         require_mask(mask)
         if backbone is not None:
             mask = backbone.backbone.preprocess(mask[:, None], "crop")[:, 0]
-        return io.NodeOutput(compose(b, a, mask.to(a.values.device), soft_edge))
+        masks.append(mask.to(outside.values.device))
+    return compose_regions(outside, list(zip(maps, masks)), soft_edge)
 
 
 def same_batch(maps: list[FeatureMap] | tuple[FeatureMap, ...]) -> list[FeatureMap]:

@@ -9,7 +9,7 @@ import torch
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
 from featinv_nodes.core.metadata import Source, parse
 from featinv_nodes.core.metrics import best_rows, bootstrap, cosine, cosine_per_location, frechet_distance, top_k_match
-from featinv_nodes.core.mixing import at_grid, compose, interpolate
+from featinv_nodes.core.mixing import at_grid, compose, compose_regions, interpolate
 
 SOURCE = FeatureSource("net.tag", "last", False, 5, (3, 4), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
@@ -76,6 +76,17 @@ def test_composition_takes_each_cell_from_its_side():
         compose(a, b, torch.tensor([[[0.0, torch.nan]]]))
     with pytest.raises(FeatInvError, match="3 masks and"):
         compose(a, b, torch.ones(3, 30, 40))
+
+
+def test_several_regions_lie_on_top_of_one_another_in_their_order():
+    a, b, c = random_map(0), random_map(1), random_map(2)
+    left, top = torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)
+    left[:, :, :2], top[:, 0] = 1, 1
+    values = compose_regions(a, [(b, left), (c, top)]).values
+    assert torch.equal(values[:, :, 0], c.values[:, :, 0]) and torch.equal(values[:, :, 1:, :2], b.values[:, :, 1:, :2])
+    assert torch.equal(values[:, :, 1:, 2:], a.values[:, :, 1:, 2:])
+    with pytest.raises(FeatInvError, match="no region"):
+        compose_regions(a, [])
 
 
 def test_cosine_against_a_plain_loop():
