@@ -42,6 +42,6 @@ def load_linear_map(file: str | Path) -> LinearMap:
 
     matrix, shift = read("matrix"), read("shift")
     try:
-        return LinearMap(about.kind, matrix, shift, about.source.made(), about.low, about.settings, about.measured)
+        return LinearMap(about.kind, matrix, shift, about.source.made(), about.low, about.settings, about.figures())
     except FeatInvError as error:
         raise FeatInvError(f"{file}: {error}") from error

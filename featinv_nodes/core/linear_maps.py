@@ -14,9 +14,9 @@ Layers that end in a ReLU have no values below 0, and neither has what a map mak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +25,12 @@ from einops import rearrange
 from torch import Tensor
 
 from .feature_map import FeatInvError, FeatureMap, FeatureSource
-from .metrics import cosine, cosine_per_location
+from .metrics import bootstrap, cosine, cosine_per_location
 
 KINDS = ("affine", "rotation", "direction")
-RIDGE = 1e-3  # in units of the mean variance of a channel
+HELD_OUT = 4  # every fourth pair is left aside to measure a fit
+FOLDS = 4  # parts of the pairs, each of which is left aside once to choose a ridge
+RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # in units of the mean variance of a channel
 TURNING = 1e-4  # how far the product of a stored rotation with its transpose may be from the identity, in float32
 
 
@@ -47,7 +49,7 @@ class LinearMap:
     source: FeatureSource
     low: float | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
-    measured: Mapping[str, object] = field(default_factory=dict)
+    measured: Mapping[str, dict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -78,6 +80,22 @@ class LinearMap:
         """One line for messages and reports: kind, what it was fitted to, source."""
         change = self.settings.get("change")
         return f"{self.kind}{f', {change}' if change else ''}, of {self.source.describe()}"
+
+    def report(self) -> str:
+        """Lines about the fit and what was measured: what nodes and programs show."""
+        lines = [self.describe(), f"fitted to {self.settings.get('maps', '?')} pairs of feature maps"]
+        if not {"cosine_before", "cosine_mapped", "explained"} <= self.measured.keys():
+            return "\n".join([*lines, f"not measured: give at least {HELD_OUT} pairs to see what the map is worth"])
+        value = {name: entry["value"] for name, entry in self.measured.items()}
+        n = self.measured["cosine_mapped"]["n"]
+        return "\n".join(
+            [
+                *lines,
+                f"on {n} held-out pairs: cosine with the map after the change {value['cosine_before']:.3f} before,"
+                f" {value['cosine_mapped']:.3f} mapped",
+                f"share of the change that it makes: {value['explained']:.2f}",
+            ]
+        )
 
     @cached_property
     def _planes(self) -> tuple[Tensor, Tensor]:
@@ -137,19 +155,30 @@ class LinearMap:
 
 class Moments(NamedTuple):
     """What a fit needs of the pairs, in float64. vectors: how many. x, y: their sums [C]. xx, yx: sums of x x^T and
-    y x^T [C, C]. low: the smallest value in any."""
+    y x^T [C, C]. yy: sum of |y|^2. low: the smallest value in any."""
 
     vectors: int
     x: Tensor
     y: Tensor
     xx: Tensor
     yx: Tensor
+    yy: float
     low: float
 
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> Moments:
+        """Of pairs of vectors [N, C]."""
+        low = min(x.min().item(), y.min().item())
+        return cls(len(x), x.sum(0), y.sum(0), x.T @ x, y.T @ x, y.square().sum().item(), low)
+
     def plus(self, other: Moments) -> Moments:
-        low = min(self.low, other.low)
         x, y, xx, yx = (a + b for a, b in zip(self[1:5], other[1:5]))
-        return Moments(self.vectors + other.vectors, x, y, xx, yx, low)
+        return Moments(self.vectors + other.vectors, x, y, xx, yx, self.yy + other.yy, min(self.low, other.low))
+
+    def error(self, matrix: Tensor, shift: Tensor) -> float:
+        """Sum of |y - M x - t|^2."""
+        mapped = ((matrix @ self.xx) * matrix).sum() + 2 * shift @ matrix @ self.x + self.vectors * shift @ shift
+        return (self.yy + mapped - 2 * (matrix * self.yx).sum() - 2 * shift @ self.y).item()
 
 
 class Pairs:
@@ -158,7 +187,7 @@ class Pairs:
     def __init__(self) -> None:
         self.source: FeatureSource | None = None
         self.maps = 0
-        self._sums: Moments | None = None
+        self._folds: dict[int, Moments] = {}
 
     def add(self, before: FeatureMap, after: FeatureMap) -> None:
         """Raises FeatInvError for other sources than the first pair's and for batches of two sizes."""
@@ -169,45 +198,70 @@ class Pairs:
             raise FeatInvError(
                 f"{len(before)} feature maps before the change and {len(after)} after it; give pairs, in equal order"
             )
-        x, y = (rearrange(m.values.cpu().double(), "b c h w -> (b h w) c") for m in (before, after))
-        low = min(x.min().item(), y.min().item())
-        new = Moments(len(x), x.sum(0), y.sum(0), x.T @ x, y.T @ x, low)
+        for fold in range(FOLDS):
+            chosen = (torch.arange(len(before)) + self.maps) % FOLDS == fold
+            if chosen.any():
+                new = Moments.of(*(_vectors(m.select(chosen.to(m.values.device))) for m in (before, after)))
+                self._folds[fold] = self._folds[fold].plus(new) if fold in self._folds else new
         self.maps += len(before)
-        self._sums = self._sums.plus(new) if self._sums else new
 
-    def fit(self, kind: str = "affine", ridge: float = RIDGE, **settings: object) -> LinearMap:
-        """The map of a kind. ridge: of an affine one, in units of the mean variance of a channel. settings: noted in
-        the map beside these. Raises FeatInvError without pairs, for equal vectors and for an unknown kind."""
+    def fit(self, kind: str = "affine", ridge: float | None = None, **settings: object) -> LinearMap:
+        """The map of a kind. ridge: of an affine one, in units of the mean variance of a channel; None for that of
+        RIDGES which errs least on a fourth of the pairs when fitted to the others. settings: noted in the map beside
+        these. Raises FeatInvError without pairs, for equal vectors and for an unknown kind."""
         if kind not in KINDS:
             raise FeatInvError(f"a linear map of kind {kind!r}; expected one of {', '.join(KINDS)}")
-        if self._sums is None or self.source is None:
+        if self.source is None:
             raise FeatInvError("no feature maps to fit a linear map to; give pairs, before a change and after it")
-        if not ridge > 0:
+        if ridge is not None and not ridge > 0:
             raise FeatInvError(f"ridge {ridge}: expected a number above 0")
-        count, x, y, xx, yx, low = self._sums
-        x, y = x / count, y / count
+        sums = _total(self._folds.values())
         matrix = shift = None
         if kind == "rotation":
-            matrix = _rotation(yx)
+            matrix = _rotation(sums.yx)
         elif kind == "direction":
-            shift = y - x
+            shift = (sums.y - sums.x) / sums.vectors
         else:
-            own, other = xx / count - torch.outer(x, x), yx / count - torch.outer(y, x)
-            scale = own.trace() / len(own)
-            if not scale > 0:
-                raise FeatInvError("constant features: all vectors before the change are equal; check the pictures")
-            change = torch.linalg.solve(own + ridge * scale * torch.eye(len(own)), (other - own).T).T
-            matrix = torch.eye(len(own), dtype=torch.float64) + change
-            shift = y - matrix @ x
+            ridge = _chosen_ridge(list(self._folds.values())) if ridge is None else ridge
+            matrix, shift = _affine(sums, ridge)
             settings = {"ridge": ridge, **settings}
         return LinearMap(
             kind,
             None if matrix is None else matrix.float(),
             None if shift is None else shift.float(),
             self.source,
-            0.0 if low >= 0 else None,
-            {"maps": self.maps, "vectors": count, **settings},
+            0.0 if sums.low >= 0 else None,
+            {"maps": self.maps, "vectors": sums.vectors, **settings},
         )
+
+
+def _vectors(features: FeatureMap) -> Tensor:
+    """[B * H * W, C] in float64, on the CPU."""
+    return rearrange(features.values.cpu().double(), "b c h w -> (b h w) c")
+
+
+def _total(parts: Iterable[Moments]) -> Moments:
+    return reduce(Moments.plus, parts)
+
+
+def _affine(sums: Moments, ridge: float) -> tuple[Tensor, Tensor]:
+    """(M, t) of the ridge regression of y - x on x. Raises FeatInvError for equal vectors."""
+    x, y = sums.x / sums.vectors, sums.y / sums.vectors
+    own = sums.xx / sums.vectors - torch.outer(x, x)
+    change = sums.yx / sums.vectors - torch.outer(y, x) - own
+    eye, scale = torch.eye(len(own), dtype=own.dtype), own.trace() / len(own)
+    if not scale > 0:
+        raise FeatInvError("constant features: all vectors before the change are equal; check the pictures")
+    matrix = eye + torch.linalg.solve(own + ridge * scale * eye, change.T).T
+    return matrix, y - matrix @ x
+
+
+def _chosen_ridge(folds: list[Moments]) -> float:
+    """Of RIDGES that of the least error on each fold when fitted to the others; the largest where there is one fold."""
+    if len(folds) < 2:
+        return RIDGES[-1]
+    rest = [_total(other for other in folds if other is not fold) for fold in folds]
+    return min(RIDGES, key=lambda ridge: sum(fold.error(*_affine(other, ridge)) for fold, other in zip(folds, rest)))
 
 
 def _rotation(products: Tensor) -> Tensor:
@@ -229,6 +283,30 @@ def measure(linear: LinearMap, before: FeatureMap, after: FeatureMap, centre: Te
         values[f"centred_{name}"] = cosine_per_location(maps, after, centre).mean((1, 2))
         values[f"distance_{name}"] = (maps.values - after.values).square().sum((1, 2, 3))
     return values
+
+
+def figures(values: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Figures with their 95 % intervals of what `measure` gave, for LinearMap.measured: means over the maps, and
+    "explained", the share of the change that the linear map makes."""
+    entries = {name: bootstrap(x) for name, x in values.items() if not name.startswith("distance")}
+    distances = values["distance_mapped"], values["distance_before"]
+    return entries | {"explained": bootstrap(*distances, statistic=lambda a, b, axis: 1 - a.sum(axis) / b.sum(axis))}
+
+
+def from_pairs(before: FeatureMap, after: FeatureMap, kind: str = "affine", ridge: float | None = None) -> LinearMap:
+    """A linear map fitted to all pairs of two batches; of four and more, measured by another fit on every fourth pair,
+    which that one did not see. Raises FeatInvError as Pairs does."""
+    everything = Pairs()
+    everything.add(before, after)
+    linear = everything.fit(kind, ridge)
+    held_out = torch.arange(len(before)) % HELD_OUT == HELD_OUT - 1
+    if not held_out.any():
+        return linear
+    seen = Pairs()
+    seen.add(before.select(~held_out), after.select(~held_out))
+    centre = after.select(~held_out).values.mean((0, 2, 3))
+    values = measure(seen.fit(kind, ridge), before.select(held_out), after.select(held_out), centre)
+    return replace(linear, measured=figures(values))
 
 
 def arithmetic(

@@ -171,6 +171,15 @@ class ModelType(Fields):
     model_type: str = ""
 
 
+class Figure(Fields):
+    """A measured figure with its 95 % interval, as metrics.bootstrap makes it."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: Count
+
+
 class LinearMapFile(Fields):
     """The entry "featinv_linear_map" of a linear map's file; see linear_maps.LinearMap."""
 
@@ -179,7 +188,10 @@ class LinearMapFile(Fields):
     source: Source
     low: float | None = None
     settings: dict[str, Any] = {}
-    measured: dict[str, Any] = {}
+    measured: dict[str, Figure] = {}
+
+    def figures(self) -> dict[str, dict]:
+        return {name: dict(figure) for name, figure in self.measured.items()}
 
 
 class HubFolder(Fields):

@@ -1,5 +1,5 @@
-"""The pack's model folders, `models/backbones`, `models/featinv`, `models/featinv_concepts` and
-`models/featinv_decoders`, wherever the host keeps them."""
+"""The pack's model folders, `models/backbones`, `models/featinv`, `models/featinv_concepts`,
+`models/featinv_decoders` and `models/featinv_linear_maps`, wherever the host keeps them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from ..core.backbone_weights import HUB_FILES
 from ..core.checkpoints import SUFFIXES
 from ..core.feature_files import KEY
 from ..core.feature_map import FeatInvError
-from ..core.files import HUB, read_metadata
+from ..core.files import HUB, read_metadata, require_name
 
-BACKBONES, CONTROLS, CONCEPTS, DECODERS = "backbones", "featinv", "featinv_concepts", "featinv_decoders"
+BACKBONES, CONTROLS, CONCEPTS = "backbones", "featinv", "featinv_concepts"
+DECODERS, LINEAR_MAPS = "featinv_decoders", "featinv_linear_maps"
 CONFIG = "config.json"  # in the folder of each decoder
 EXTENSIONS = {
     BACKBONES: {".safetensors", *SUFFIXES},
     CONTROLS: {".safetensors"},
     CONCEPTS: {".safetensors"},
     DECODERS: {".json"},
+    LINEAR_MAPS: {".safetensors"},
 }
 EMBEDDED = " (embedded)"  # after the name of what is part of the pack
 NO_DECODER = "(no decoder yet: python3 run.py download rae-dinov2-base)"
@@ -46,6 +48,18 @@ def names(folder: str) -> list[str]:
 def places(folder: str) -> list[str]:
     """Where the host looks for a folder's files."""
     return folder_paths.get_folder_paths(folder)
+
+
+def to_write(folder: str, name: str, node: str) -> Path:
+    """The .safetensors file to write under a name in a folder. node: who asks, for messages. Raises FeatInvError for a
+    name that leads out of the folder."""
+    name = name.strip()
+    require_name(f"{name}.safetensors")
+    place = Path(places(folder)[0]).resolve()
+    file = (place / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
+    if not file.is_relative_to(place) or file.name == ".safetensors":
+        raise FeatInvError(f"{node}: the name {name!r} is empty or leads out of {place}; give a file name")
+    return file
 
 
 def stamp(file: Path) -> str:

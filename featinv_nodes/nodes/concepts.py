@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..core.viz import FACTOR, edit, parse_groups
 from ..host import folders
 from ..worlds import CONCEPTS, concepts_file
-from .types import Change, ConceptSet, Control, Features, Menu, channels_last, schema
+from .types import WITHOUT_MODEL, Change, ConceptSet, Control, Features, Menu, channels_last, schema
 
 SHIPPED = [name + folders.EMBEDDED for name in CONCEPTS]
 
@@ -134,11 +134,7 @@ class ConceptAttenuate(io.ComfyNode):
     @classmethod
     def execute(cls, features, concepts, names, factor, keep_length, control_net=None) -> io.NodeOutput:
         change = edit(features, concepts, parse_groups(names), factor, keep_length)
-        scope = (
-            control_net.evaluate(change.changed)
-            if control_net
-            else "connect the inversion model to see whether the map is still in scope"
-        )
+        scope = control_net.evaluate(change.changed) if control_net else WITHOUT_MODEL
         return io.NodeOutput(change.changed, change, scope, ui=ui.PreviewText(scope))
 
 

@@ -10,7 +10,6 @@ from comfy_api.latest import io, ui
 
 from ..core.concepts import METHODS
 from ..core.feature_map import FeatInvError
-from ..core.files import require_name
 from ..core.images import find_images
 from ..host import folders
 from .types import Backbone, ConceptSet, Menu, channels_first, schema
@@ -134,7 +133,7 @@ class DiscoverConcepts(io.ComfyNode):
 
         if (images is None) == (not folder.strip()):
             raise FeatInvError("Discover Concepts: connect images or name a folder of pictures, one of the two")
-        file = named(name) if name.strip() else None
+        file = folders.to_write(folders.CONCEPTS, name, "Discover Concepts") if name.strip() else None
         if images is None:
             pictures = Folder(located(folder), backbone.backbone, fit, vectors, seed)
         else:
@@ -158,16 +157,6 @@ def located(folder: str) -> Path:
     return Path(
         folder_paths.get_input_directory(), Path(folder.strip().strip("\"'")).expanduser()
     )  # as paths are copied
-
-
-def named(name: str) -> Path:
-    """The concept file to write. Raises FeatInvError for a name that leads out of its folder."""
-    require_name(f"{name.strip()}.safetensors")
-    place = Path(folder_paths.get_folder_paths(folders.CONCEPTS)[0]).resolve()
-    file = (place / f"{name.strip().removesuffix('.safetensors')}.safetensors").resolve()
-    if not file.is_relative_to(place) or file.name == ".safetensors":
-        raise FeatInvError(f"Discover Concepts: the name {name!r} is empty or leads out of {place}; give a file name")
-    return file
 
 
 NODES = [DiscoverConcepts]

@@ -6,6 +6,7 @@ FEATINV_CONTROL_NET: host.controlnet.FeatureControl, an inversion model.
 FEATINV_FEATURE_DECODER: host.decoders.ManagedDecoder, a decoder of feature maps to pictures.
 FEATINV_CONCEPTS: core.concepts.Concepts, subspaces of one backbone and layer.
 FEATINV_EDIT: core.viz.Edit, a feature map, what it becomes when concepts are scaled, and which.
+FEATINV_LINEAR_MAP: core.linear_maps.LinearMap, a change of every feature vector of one backbone and layer.
 
 The host's own IMAGE is [B, H, W, 3] in 0..1 and its MASK [B, H, W]; core wants channels first.
 """
@@ -25,7 +26,10 @@ Control = io.Custom("FEATINV_CONTROL_NET")
 Decoder = io.Custom("FEATINV_FEATURE_DECODER")
 ConceptSet = io.Custom("FEATINV_CONCEPTS")
 Change = io.Custom("FEATINV_EDIT")
+Linear = io.Custom("FEATINV_LINEAR_MAP")
 
+#: said of a changed map where nothing judges it
+WITHOUT_MODEL = "connect the inversion model to see whether the map is still in scope"
 #: what people type who know the idea, not the node's name
 ALIASES = ("FeatInv", "feature inversion", "what the model sees", "interpret", "timm", "vision model")
 YOUNGER = {field.name for field in fields(io.Schema)}  # the oldest hosts lack some

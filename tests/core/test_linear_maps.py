@@ -7,7 +7,7 @@ import torch
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.linear_map_files import load_linear_map, save_linear_map
-from featinv_nodes.core.linear_maps import KINDS, LinearMap, Pairs, arithmetic, measure
+from featinv_nodes.core.linear_maps import KINDS, RIDGES, LinearMap, Moments, Pairs, arithmetic, from_pairs, measure
 
 CHANNELS = 7  # odd: one axis of a rotation has no partner
 SOURCE = FeatureSource("net.tag", "last", False, CHANNELS, (3, 4), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -41,10 +41,13 @@ def fitted(kind, after, maps=None, **settings):
 def test_a_planted_map_is_found_kept_in_a_file_and_taken_in_part(kind, tmp_path):
     true, fresh = planted(kind), random_maps(9)
     found = fitted(kind, true.apply, ridge=1e-9, change="planted")
-    save_linear_map(tmp_path / "m.safetensors", replace(found, measured={"share": 1.0}))
+    save_linear_map(
+        tmp_path / "m.safetensors",
+        replace(found, measured={"explained": {"value": 1.0, "low": None, "high": None, "n": 3}}),
+    )
     kept = load_linear_map(tmp_path / "m.safetensors")
     assert kept.source == SOURCE and kept.settings["change"] == "planted" and kept.settings["vectors"] == 480
-    assert kept.measured == {"share": 1.0} and "planted" in kept.describe() and kept.low is None
+    assert kept.measured["explained"]["n"] == 3 and "planted" in kept.describe() and kept.low is None
     expected = true.apply(fresh).values
     assert torch.allclose(kept.apply(fresh).values, expected, atol=1e-5)  # float32 products of seven terms
     assert torch.allclose(kept.apply(fresh, 0).values, fresh.values, atol=1e-5)
@@ -82,6 +85,23 @@ def test_what_pairs_do_not_determine_stays_as_it_is():
     assert torch.equal(turn.matrix[:, 5:], torch.eye(CHANNELS)[:, 5:])
 
 
+def test_the_ridge_follows_from_how_much_the_pairs_say():
+    """Few noisy pairs are followed less than many; the error that chooses is that of the vectors themselves."""
+    noise = torch.randn(400, CHANNELS, 3, 4, generator=torch.Generator().manual_seed(7))
+    many, true = random_maps(count=400), planted("affine")
+    noisy = true.apply(many).values + 3 * noise
+    chosen = [
+        from_pairs(many.select(slice(0, n)), many.with_values(noisy).select(slice(0, n))).settings["ridge"]
+        for n in (2, 400)
+    ]
+    assert chosen[0] > chosen[1]
+    assert from_pairs(many.select(0), true.apply(many.select(0))).settings["ridge"] == RIDGES[-1]
+    x, y = torch.randn(2, 20, CHANNELS, dtype=torch.float64).unbind()
+    matrix, shift = torch.randn(CHANNELS, CHANNELS).double(), torch.randn(CHANNELS).double()
+    expected = (y - x @ matrix.T - shift).square().sum().item()
+    assert Moments.of(x, y).error(matrix, shift) == pytest.approx(expected)
+
+
 def test_values_of_a_relu_stay_above_zero_and_only_those():
     down = torch.full((CHANNELS,), -0.5)
     maps = random_maps()
@@ -100,6 +120,19 @@ def test_measures_are_of_the_map_after_the_change():
     assert (values["cosine_before"] < 0.99).all() and (values["centred_before"] != values["cosine_before"]).all()
     expected = (after.values - before.values).square().sum((1, 2, 3))
     assert torch.allclose(values["distance_before"], expected)
+
+
+def test_a_map_of_two_batches_is_measured_on_pairs_that_its_fit_did_not_see():
+    maps, true = random_maps(count=8), planted("direction")
+    after = true.apply(maps)
+    spoilt = after.values.clone()
+    spoilt[3::4] = torch.randn(2, CHANNELS, 3, 4, generator=torch.Generator().manual_seed(5))
+    linear = from_pairs(maps, after.with_values(spoilt), "direction")
+    assert linear.measured["explained"]["value"] < 0.3 and linear.measured["explained"]["n"] == 2
+    whole = from_pairs(maps, after, "direction")
+    assert whole.measured["explained"]["value"] == pytest.approx(1) and "2 held-out pairs" in whole.report()
+    alone = from_pairs(maps.select(0), after.select(0), "direction")
+    assert not alone.measured and "not measured: give at least 4 pairs" in alone.report()
 
 
 def test_arithmetic_adds_the_difference_of_two_means():

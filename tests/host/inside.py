@@ -29,6 +29,7 @@ import comfy.model_management as management
 import controlling
 import guiding
 import managing
+import mapping
 import pairs
 import parity
 import torch
@@ -226,6 +227,7 @@ def main() -> None:
             "gradient": guiding.gradient(world),
             "scaled": guiding.scaled(world),
             "untrained": untrained.untrained(world),
+            "mapping": mapping.mapping(world),
             "closed_loop": closing.closed_loop(world),
             "cancelled": closing.cancelled(world),
             "scope": scope(world),

@@ -13,7 +13,7 @@ def test_loading_imports_no_heavy_library(measured):
 
 def test_a_missing_requirement_gives_one_line(measured):
     line, nodes = measured["missing"]
-    assert "timm is missing" in line and "pip install" in line and nodes == "26 nodes"
+    assert "timm is missing" in line and "pip install" in line and nodes == "30 nodes"
 
 
 def test_the_same_picture_as_the_command_line(measured):

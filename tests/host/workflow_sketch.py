@@ -14,6 +14,7 @@ WIRES = {
     "FEATINV_CONTROL_NET": "#3d7bff",
     "FEATINV_CONCEPTS": "#e040fb",
     "FEATINV_EDIT": "#c6ff00",
+    "FEATINV_LINEAR_MAP": "#ff7043",
     "IMAGE": "#64b5f6",
     "LATENT": "#ff9cf9",
     "MODEL": "#b39ddb",

@@ -8,6 +8,7 @@ const COLORS = {
   FEATINV_FEATURE_DECODER: "#ff9f1c",
   FEATINV_CONCEPTS: "#e040fb",
   FEATINV_EDIT: "#c6ff00",
+  FEATINV_LINEAR_MAP: "#ff7043",
 };
 
 // The host empties the colours of types that are not in its palette whenever it loads one: ours then stay. A palette
