@@ -46,6 +46,26 @@ def matrix(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: s
     return _figure(draw, 2 + 0.8 * len(columns), 1 + 0.45 * len(rows))
 
 
+def bars(labels: Sequence[str], values: Sequence[dict], groups: Sequence[str], title: str) -> Image.Image:
+    """A horizontal bar per label with its interval, the first on top, in one colour for each group."""
+    kinds = list(dict.fromkeys(groups))
+
+    def draw(axes) -> None:  # noqa: ANN001
+        for kind in kinds:
+            rows = [n for n, group in enumerate(groups) if group == kind]
+            value, low, high = (
+                np.array([values[n]["value" if values[n][key] is None else key] for n in rows])
+                for key in ("value", "low", "high")
+            )
+            axes.barh(rows, value, xerr=[value - low, high - value], label=kind)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(title=title, ylim=(len(labels) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend()
+
+    return _figure(draw, 8.0, 1 + 0.28 * len(labels))
+
+
 def _figure(draw: Callable, width: float, height: float) -> Image.Image:
     """What `draw` puts on one pair of axes, as an RGB picture; width and height in inches of 100 pixels."""
     try:

@@ -1,0 +1,87 @@
+"""Ranks backbones and their layers by how much of the picture their feature maps keep, without an inversion model.
+
+    python training/rank_backbones.py --out DIR                        (the drawn world's two backbones, all layers)
+    python training/rank_backbones.py --backbones NAME NAME@LAYER,LAYER --data FOLDER --held-out FOLDER --out DIR
+    python training/rank_backbones.py --models tiny_cnn_last tiny_vit_last --out DIR
+
+A linear probe, the same for all, predicts the pixels of a map's cells from its vectors; report.md, index.html and
+results.json say how well on held-out pictures, beside what the map costs and how large it is. Shrunk copies of the
+pictures are ranked along with the maps. With --models, the cosines of pictures that inversion models draw stand beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.worlds import BACKBONES, model_file
+from training.cli import require_device, run
+from training.evaluation.report import write
+from training.files import make_folder
+from training.spaces.parts import EVERY, split
+from training.spaces.ranking import add_models, rank, report_of
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--backbones",
+        nargs="+",
+        default=["tiny-cnn", "tiny-vit"],
+        metavar="NAME[@LAYER,...]",
+        help=f"timm-hub folders or names of local weights, or {', '.join(BACKBONES)}; without layers all of them",
+    )
+    parser.add_argument("--data", default="drawn", help="folder of pictures or tar shards, a .tar file, or drawn")
+    parser.add_argument("--count", type=int, help="as many of them, evenly spread (default: all; 500 drawn scenes)")
+    parser.add_argument(
+        "--held-out", help=f"other pictures to measure on (default: every {EVERY}th of the data, left out of the fit)"
+    )
+    parser.add_argument("--held-out-count", type=int, help="as many of these, evenly spread (default: all)")
+    parser.add_argument(
+        "--per-picture", type=int, default=16, help="vectors of each picture that a probe is fitted to, at most"
+    )
+    parser.add_argument(
+        "--around",
+        type=int,
+        default=1,
+        help="cells a side that a probe reads: 1, or 3 for a vector with its neighbours",
+    )
+    parser.add_argument("--models", nargs="+", default=[], help="inversion models whose pictures are compared as well")
+    parser.add_argument("--drawn", type=int, default=32, help="held-out pictures that each of these draws")
+    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
+    if args.drawn < 1 or args.batch < 1:
+        raise FeatInvError(f"--drawn {args.drawn}, --batch {args.batch}: expected at least 1")
+    require_device(args.device)
+    for model in args.models:
+        model_file(model)  # said before the work
+    parts = split(args.data, args.count, args.held_out, args.held_out_count)
+    make_folder(args.out)
+    ranked = rank(args.backbones, parts, args.per_picture, args.around, args.device)
+    add_models(ranked, args.models, parts[1], args.drawn, args.batch, args.device)
+    fitted, measured = (len(part) - len(set(part.unreadable)) for part in parts)
+    given = sys.argv[1:] if argv is None else argv
+    about = {
+        "count": measured,
+        "data": Path(args.data).name,
+        "command": shlex.join(["python", "training/rank_backbones.py", *given]),
+    }
+    notes = sorted({line for part in parts for line in part.unreadable})
+    print(write(args.out, report_of(ranked, args.around, fitted, measured), about, notes))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Feature spaces without an inversion model: linear maps of them, and how much of a picture they keep."""
