@@ -85,7 +85,8 @@ def fit_probe(x: Tensor, y: Tensor, own_x: Tensor, own_y: Tensor) -> Probe:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """[B] structural similarity of pictures [B, 3, h, w] in 0..1 (Wang et al. 2004), the mean over colours and pixels
     whose window lies inside."""
-    along = torch.exp(-((torch.arange(WINDOW) - WINDOW // 2) ** 2) / (2 * DEVIATION**2))
+    a, b = a.double(), b.double()  # variances are differences of nearly equal numbers
+    along = torch.exp(-((torch.arange(WINDOW).double() - WINDOW // 2) ** 2) / (2 * DEVIATION**2))
     window = (along[:, None] * along / along.sum() ** 2).expand(3, 1, WINDOW, WINDOW)
 
     def local(x: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     both = local(a * b) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
     value = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return value.mean((1, 2, 3))
+    return value.mean((1, 2, 3)).float()
 
 
 def compared(predicted: Tensor, pictures: Tensor, colour: Tensor) -> dict[str, Tensor]:
