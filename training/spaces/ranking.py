@@ -206,6 +206,8 @@ def report_of(ranked: list[Ranked], around: int, fitted: int, measured: int) -> 
     lines = [
         f"R2, PSNR and SSIM are of pictures that a ridge regression predicts cell by cell from {read}, at 64 x 64"
         f" pixels; {measured} held-out pictures, {fitted} for fit and ridge, as many vectors of each map.",
+        "The probe is linear: what a map keeps without being read so does not count. Compare layers of one kind, and"
+        " where there are inversion models their cosines too.",
         "Values / pixels is the number of values in the map for each value of the picture: a map that keeps more may"
         " only be larger. The shrunk pictures show what so many values keep where they are pixels.",
     ]
