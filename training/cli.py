@@ -20,6 +20,7 @@ from featinv_nodes.worlds import MODELS
 
 from .models.pipeline import InversionPipeline, load_pipeline
 
+MODEL = "tiny_cnn_last"  # of every program, where none is named
 #: the settings of Sampling that are options of every program; without one the weights file's own holds
 SAMPLING = (
     "steps",
@@ -39,7 +40,7 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     """A parser with the arguments that choose a model and how it draws. defaults: of settings of Sampling that a
     program does not take from the weights file."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny_cnn_last", help=f"weights file, or one of {', '.join(MODELS)}")
+    parser.add_argument("--model", default=MODEL, help=f"weights file, or one of {', '.join(MODELS)}")
     other = "".join(f", but --{name} {value:g}" for name, value in defaults.items())
     parser.add_argument(
         "--steps", type=int, help=f"solver's steps (default for this and the next nine: the weights file's own{other})"

@@ -45,6 +45,17 @@ def add_untrained(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--start", type=float, help="share of the steps before guidance begins (default 0)")
     group.add_argument("--end", type=float, help="share of the steps after which guidance ends (default 1)")
     group.add_argument("--distance", choices=list(DISTANCES), help="what a move lowers (default cosine)")
+    group.add_argument(
+        "--small-decoder",
+        metavar="FOLDER",
+        help="diffusers folder of an AutoencoderTiny, such as TAESD, to decode with while guiding: faster, less memory",
+    )
+    group.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute the decoder's blocks again for the gradient instead of keeping them: less memory, more time",
+    )
+    parser.set_defaults(model=None)  # tells one that is named from the default
 
 
 def untrained_from(args: argparse.Namespace) -> tuple[UntrainedPipeline, UntrainedSampling]:
@@ -55,6 +66,8 @@ def untrained_from(args: argparse.Namespace) -> tuple[UntrainedPipeline, Untrain
             f"--{other[0].replace('_', '-')} is a setting of an inversion model and means nothing with --untrained;"
             f" leave it out. Settings here: {', '.join('--' + name for name in (*SHARED, *OWN))}"
         )
+    if args.model is not None:
+        raise FeatInvError(f"--model {args.model}: --untrained uses no inversion model; leave one of the two out")
     if args.other_weights:
         raise FeatInvError("--other-weights allows what a weights file refuses; --untrained opens none: leave it out")
     if args.batch < 1:
@@ -70,6 +83,8 @@ def untrained_from(args: argparse.Namespace) -> tuple[UntrainedPipeline, Untrain
         pooled=args.pooled,
         prompt=args.prompt,
         device=args.device,
+        small_decoder=args.small_decoder,
+        checkpointing=args.checkpointing,
         **chosen,
     )
     return pipeline, sampling
@@ -77,11 +92,10 @@ def untrained_from(args: argparse.Namespace) -> tuple[UntrainedPipeline, Untrain
 
 def require_trained(args: argparse.Namespace) -> None:
     """Raises FeatInvError for an option that means something with --untrained only."""
-    for name in (*OWN, "layer", "prompt"):
-        if getattr(args, name) is not None:
-            raise FeatInvError(f"--{name} is a setting of --untrained; leave it out, or add --untrained")
-    if args.pooled:
-        raise FeatInvError("--pooled is a setting of --untrained; leave it out, or add --untrained")
+    for name in (*OWN, "layer", "prompt", "small_decoder", "pooled", "checkpointing"):
+        if getattr(args, name) not in (None, False):
+            option = name.replace("_", "-")
+            raise FeatInvError(f"--{option} is a setting of --untrained; leave it out, or add --untrained")
 
 
 def without_training(

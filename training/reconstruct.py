@@ -38,7 +38,7 @@ from featinv_nodes.core.mixing import compose_regions, interpolate
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.worlds import model_file
-from training.cli import model_parser, pipeline_from, run
+from training.cli import MODEL, model_parser, pipeline_from, run
 from training.cli_decoder import DecoderPipeline, add_decoder, decoder_from, with_decoder
 from training.cli_untrained import add_untrained, require_trained, untrained_from, without_training
 from training.data.scope import scope_entries
@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = not (args.untrained or args.decoder)
     if trained:
         require_trained(args)
+        args.model = args.model or MODEL
     make_folder(args.out)
     pictures = [read_image(file) for file in args.image]
     if args.decoder:

@@ -101,6 +101,7 @@ def sample_toward(
             if time:
                 x = noise_again(x, levels[step + 1], levels[step], noise())
             clean = _finite(clean_of(x, step), kept, f"the diffusion model's prediction in step {step + 1} of {steps}")
+            kept = clean if kept is None else kept
             for _ in range(guidance.moves if acts else 0):
                 clean = _finite(toward(clean), kept, f"a move in step {step + 1} of {steps}")
             kept = clean

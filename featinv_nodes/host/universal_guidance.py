@@ -7,16 +7,18 @@ from typing import Any, Protocol
 
 import comfy.model_management as management
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.samplers import KSAMPLER
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.feature_map import FeatInvError, FeatureMap
-from ..core.universal_guidance import Level, UniversalGuidance, sample_toward
-from .guidance import check, moved, whole
+from ..core.universal_guidance import Level, NotFinite, UniversalGuidance, sample_toward
+from .decoding import Decoding
+from .guidance import check, moved
 from .models import ManagedBackbone, stop_if_cancelled
-from .notices import executing_node, tell_counts
+from .notices import executing_node, tell, tell_counts
 
 
 class Sampling(Protocol):
@@ -37,9 +39,12 @@ def guidance_sampler(
     vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap, guidance: UniversalGuidance
 ) -> KSAMPLER:
     """A sampler that moves each predicted x0_hat toward `target`. Since the host's models all give clean latents, it
-    serves predictions of noise, velocity and flow alike. What it draws with raises FeatInvError for a map of another
-    backbone, another model's autoencoder, latents of videos, or a model whose noise it does not know."""
-    decoder, node = whole(vae.patcher), executing_node()
+    serves predictions of noise, velocity and flow alike. Where latents become not finite, it gives the last finite
+    ones, and the node that made it says what to lower.
+
+    What it draws with raises FeatInvError for a map of another backbone, another model's autoencoder, latents of
+    videos, a decoding that is too much for the device's memory, or a model whose noise it does not know."""
+    decoding, node = Decoding(vae), executing_node()
 
     def sample(
         model: Wrapped,
@@ -51,16 +56,19 @@ def guidance_sampler(
     ) -> Tensor:
         guider, extra_args = model.inner_model, extra_args or {}
         base = guider.inner_model
-        check(base.latent_format.latent_channels, vae, backbone, target)
+        check(base, vae, backbone, target)
         if x.ndim != 4:
             raise FeatInvError(
                 f"Feature Guidance Sampler: latents of shape {list(x.shape)}; expected pictures, [batch, channels,"
                 " height, width]. Use it with a model of single pictures"
             )
         levels = levels_of(base.model_sampling, sigmas)
+        decoding.require_room(x, backbone.patcher)
         tell_counts(node, len(x), [(len(target), "feature map")])
-        management.load_models_gpu([guider.model_patcher, decoder, backbone.patcher])
-        mask, bar = extra_args.get("denoise_mask"), tqdm(total=len(levels) - 1, disable=disable)
+        models = [guider.model_patcher, decoding.patcher, backbone.patcher]
+        management.load_models_gpu(models, memory_required=decoding.least(x))
+        mask, steps = extra_args.get("denoise_mask"), len(levels) - 1
+        bar = Bar(guidance.gradients(steps) + guidance.evaluations(steps), disable)
         # the seed after the starting noise's own, as the host's samplers take it
         generator = torch.Generator().manual_seed(int(extra_args.get("seed") or 0) + 1)
 
@@ -69,22 +77,48 @@ def guidance_sampler(
             return model(x, sigmas[step] * x.new_ones(len(x)), **extra_args)
 
         def toward(clean: Tensor) -> Tensor:
-            new = moved(clean, base, vae, decoder, backbone, target, guidance.step, guidance.distance)
+            new = moved(clean, base, decoding, backbone, target, guidance.step, guidance.distance)
+            bar.advance()
             return new if mask is None else clean + (new - clean) * mask  # what is kept does not move
 
         def noise() -> Tensor:
             return torch.randn(x.shape, generator=generator).to(x)
 
         def report(step: int, x: Tensor, clean: Tensor) -> None:
-            bar.update(step + 1 - bar.n)
-            if callback is not None:
+            if callback is not None:  # the host's preview, and its bar, which knows whole steps only
                 now = {"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": clean}
                 callback(now)
+                bar.again()
+            bar.advance()
 
-        with bar:
-            return sample_toward(clean_of, x, levels, guidance, toward, noise, report)
+        try:
+            with bar.printed:
+                return sample_toward(clean_of, x, levels, guidance, toward, noise, report)
+        except NotFinite as error:
+            if error.latents is None:
+                raise
+            tell(node, [f"{error}. The picture is the last finite one"], [], "")
+            return error.latents
 
     return KSAMPLER(sample)
+
+
+class Bar:
+    """Progress by predictions and moves, on the node and in the terminal; raises once the user has cancelled."""
+
+    def __init__(self, total: int, disable: bool | None) -> None:
+        self.total, self.done, self.printed = total, 0, tqdm(total=total, disable=disable)
+        self.again()
+
+    def again(self) -> None:
+        """A new bar on the node, which tells how far it is at once: after the host's own has said something else."""
+        self.shown = comfy.utils.ProgressBar(self.total)
+
+    def advance(self) -> None:
+        stop_if_cancelled()
+        self.done += 1
+        self.shown.update_absolute(self.done)
+        self.printed.update(1)
 
 
 def levels_of(model_sampling: Sampling, sigmas: Tensor) -> list[Level]:

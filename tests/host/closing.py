@@ -4,6 +4,7 @@ import comfy.model_management as management
 import comfy.samplers
 import nodes
 import torch
+import untrained
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from opening import SEED, STEPS, World, error_of, run
 
@@ -90,6 +91,7 @@ def cancelled(world: World) -> dict:
         "extract": lambda: run("FeatInv_ExtractFeatures", image=images, pooled=False, **inputs),
         "viz": lambda: run("FeatInv_Viz", pictures=pictures, edit=change, backbone=world.backbone, threshold=0.33),
         "closed loop": lambda: loop(world, change, rounds=2),
+        "guidance sampler": lambda: untrained.drawn(world, world.model),
     }
     return {name: stopped(function) for name, function in work.items()}
 

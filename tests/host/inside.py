@@ -24,6 +24,7 @@ from opening import (
 )  # before anything else of the host
 
 sys.path.append(PACK)
+import checkpoints
 import closing
 import comfy.model_management as management
 import controlling
@@ -228,6 +229,7 @@ def main() -> None:
             "scaled": guiding.scaled(world),
             "untrained": untrained.untrained(world),
             "mapping": mapping.mapping(world),
+            "checkpoints": checkpoints.checkpoints(world),
             "closed_loop": closing.closed_loop(world),
             "cancelled": closing.cancelled(world),
             "scope": scope(world),

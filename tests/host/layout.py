@@ -20,7 +20,8 @@ STAGES = {
     " ImageBatch SolidMask MaskComposite",
     SEEN: "FeatInv_ExtractFeatures FeatInv_PreviewFeatures FeatInv_DiscoverConcepts FeatInv_ConceptMap"
     " FeatInv_ConceptAttenuate FeatInv_FeatureMix FeatInv_PairedLatents MaskToImage",
-    DRAWN: "FeatInv_FeatureGuidance FeatInvControlNet FeatInv_ClosedLoop FeatInv_DecodeFeatures EmptyLatentImage"
+    DRAWN: "FeatInv_FeatureGuidance FeatInv_GuidanceSampler FeatInvControlNet FeatInv_ClosedLoop"
+    " FeatInv_DecodeFeatures EmptyLatentImage"
     " RepeatLatentBatch KSampler KSamplerSelect CFGGuider DualCFGGuider BasicScheduler RandomNoise"
     " SamplerCustomAdvanced",
 }
@@ -48,6 +49,7 @@ GROWS = {
     "FeatInv_ConceptMap": 20,
     "FeatInvControlNet": 100,
     "FeatInv_FeatureGuidance": 60,
+    "FeatInv_GuidanceSampler": 60,
     "FeatInv_FeatureSimilarity": 180,
     "FeatInv_KeepMostSimilar": 60,
     "FeatInv_ClassifyImage": 140,

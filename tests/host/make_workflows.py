@@ -28,7 +28,8 @@ from workflow_concepts import attenuate, concept, discover, viz
 from workflow_parts import RESULT
 from workflow_pictures import backbones, compose, depth, faithful, interpolate, reconstruct, seeds, two_guidances
 from workflow_sketch import sketch
-from workflow_worlds import EXAMPLE, TURNED, Drawn, MiniSD, Photo
+from workflow_untrained import untrained
+from workflow_worlds import EXAMPLE, TURNED, Drawn, MiniSD, Photo, StableDiffusion15, StableDiffusionXL
 
 FOLDER = PACK / "workflows"
 SECOND = "flower.png"
@@ -37,10 +38,14 @@ HIGH = 200  # pixels of a thumbnail
 
 COMMON = (reconstruct, seeds, interpolate, compose, viz)
 WORKFLOWS = {
-    Drawn: (*COMMON, attenuate, discover, backbones, two_guidances, faithful),
-    Photo: (*COMMON, depth, concept),
+    Drawn: (*COMMON, attenuate, discover, backbones, two_guidances, faithful, untrained),
+    Photo: (*COMMON, depth, concept, untrained),
     MiniSD: (*COMMON, attenuate, discover, backbones, two_guidances, faithful),
+    StableDiffusion15: (untrained,),
+    StableDiffusionXL: (untrained,),
 }
+#: beginnings of the names of those that run without downloads
+EMBEDDED = tuple(kind.prefix for kind in WORKFLOWS if kind.embedded)
 
 
 def graphs() -> dict[str, Graph]:
@@ -103,7 +108,7 @@ def write(server: Server, name: str, graph: Graph, info: dict, pictures: bool) -
     workflow = graph.frontend(info)
     (FOLDER / f"{name}.json").write_text(dump(workflow))
     thumbnail, carrier = FOLDER / f"{name}.jpg", FOLDER / f"{name}.png"
-    if name.startswith(MiniSD.prefix):
+    if not name.startswith(EMBEDDED):
         sketch(workflow, info).save(thumbnail, quality=70, optimize=True)
         return
     prompt = to_prompt(workflow, info)

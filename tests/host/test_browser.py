@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from make_workflows import EMBEDDED
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / "workflows"
@@ -14,8 +15,13 @@ CORE = os.environ.get("PLAYWRIGHT_CORE", str(Path.home() / "pw" / "node_modules"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 #: files that the workflows of real models name; empty, so that the frontend finds them
 PLACEHOLDERS = {
-    "models/checkpoints": ["miniSD.safetensors"],
+    "models/checkpoints": [
+        "miniSD.safetensors",
+        "v1-5-pruned-emaonly-fp16.safetensors",
+        "sd_xl_base_1.0.safetensors",
+    ],
     "models/backbones": [
+        "resnet50.tv_in1k.safetensors",
         "convnext_base.fb_in22k_ft_in1k.safetensors",
         "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k.safetensors",
     ],
@@ -66,7 +72,7 @@ def test_every_workflow_opens_without_a_missing_node_a_red_box_or_an_error(seen)
 
 def test_queueing_shows_progress_and_pictures(seen):
     for name, state in seen.items():
-        if not name.startswith("minisd") and name.endswith(".json"):
+        if name.startswith(EMBEDDED) and name.endswith(".json"):
             # newer hosts leave out progress between the first and the last step where steps are fast
             assert state["ran"]["error"] is None and state["ran"]["progress"] > 1 and state["ran"]["pictures"] > 0, (
                 name,
@@ -76,7 +82,7 @@ def test_queueing_shows_progress_and_pictures(seen):
 
 def widgets(seen, kind, name):
     """(file, widget) of a kind of node, in the workflows that ran."""
-    ran = {file: state for file, state in seen.items() if not file.startswith("minisd") and file.endswith(".json")}
+    ran = {file: state for file, state in seen.items() if file.startswith(EMBEDDED) and file.endswith(".json")}
     return [(f, w) for f, state in ran.items() for w in state["widgets"] if (w["node"], w["name"]) == (kind, name)]
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from graph import to_prompt
 from layout import IN, OUT, READABLE, SEEN, TITLE, grows_with, takes
+from make_workflows import EMBEDDED as NAMES
 from make_workflows import graphs
 from PIL import Image
 from workflow_parts import REPORT, RESULT, SIMILARITY
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
-EMBEDDED = [f for f in FILES if not f.name.startswith("minisd")]
-#: thumbnails of a world's workflows are made together
-PICTURED = [f for f in EMBEDDED if any(FOLDER.glob(f"{f.stem.split('_')[0]}_*.png"))]
+EMBEDDED = [f for f in FILES if f.name.startswith(NAMES)]
+PICTURED = [f for f in EMBEDDED if f.with_suffix(".png").is_file()]
 #: least cosine similarity that each shows: of the map asked for, or of the mixed one, which no picture may have
 LEAST = {
     "tiny_reconstruct": 0.9,
@@ -121,7 +121,11 @@ def test_only_files_are_missing_for_the_others(server, file):
     # the oldest hosts' dialog of missing models offers no other kind of file
     assert all(m["name"].endswith(".safetensors") and m["url"].endswith(".safetensors") for m in named)
     needs = "".join(n["widgets_values"][0] for n in workflow["nodes"] if n.get("title") == "What it needs")
-    assert "you train it" in needs and "training/train.py --config" in needs
+    if file.stem.startswith("minisd"):
+        assert "you train it" in needs and "training/train.py --config" in needs
+    else:  # nothing to train: what is already there, or one command away
+        assert "choose yours in Load Checkpoint" in needs and "python3 run.py download" in needs
+        assert "Empty Latent Image sets the size" in needs
 
 
 def grows_of(workflow):

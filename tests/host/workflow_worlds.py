@@ -16,11 +16,12 @@ TURNED = "Mirrored: bypass it for yours"
 
 class World:
     """name: its own. prefix: of its workflows' names. side: of its pictures in pixels. kind: the backbone, or the
-    layer, of a workflow that asks for no other. batch: widget and node that set the number of pictures. second: what to
+    layer, of a workflow that asks for no other. embedded: whether it runs without downloads. batch:
+    widget and node that set the number of pictures. second: what to
     do for want of a second picture. paint: where the mask is from. note: what every workflow needs. scaled: how
     pictures are enlarged."""
 
-    name, prefix, kind, side = "", "", "cnn", 0
+    name, prefix, kind, side, embedded = "", "", "cnn", 0, False
     batch = ("batch size", "Empty Latent Image")
     second, note, scaled = "", "", "bicubic"
     paint = (
@@ -50,6 +51,10 @@ class World:
     def empty(self, batch: int) -> Ref:
         return self.graph.add("EmptyLatentImage", width=self.side, height=self.side, batch_size=batch)[0]
 
+    def sized(self) -> str:
+        """Where the size of what is drawn is set, in a sentence."""
+        return f"Empty Latent Image sets the size of the picture: {self.side} x {self.side} is the model's own."
+
     def layer(self, kind: str) -> dict:
         return {"layer": "last", "pooled": False}
 
@@ -78,7 +83,7 @@ class World:
 class Drawn(World):
     """The world of drawn scenes: nothing to download."""
 
-    name, prefix, side, scaled = "drawn", "tiny", 64, "nearest-exact"
+    name, prefix, side, scaled, embedded = "drawn", "tiny", 64, "nearest-exact", True
     note = "Runs at once, on a processor too: models and pictures are part of the pack."
 
     def __init__(self, graph: Graph, workflow: str) -> None:
@@ -119,7 +124,7 @@ class Photo(World):
     """The world of photographs: starts from the picture that every ComfyUI has. Kinds are depths of its one
     backbone."""
 
-    name, prefix, kind, side = "photo", "photo", "blocks4", 128
+    name, prefix, kind, side, embedded = "photo", "photo", "blocks4", 128, True
     batch = ("amount", "Repeat Latent Batch")
     note = (
         "Runs at once, on a processor too: the models are part of the pack. Load a photograph of yours in place of the"
@@ -183,6 +188,12 @@ class Photo(World):
 
     def empty(self, batch: int) -> Ref:
         return self.latent if batch == 1 else self.graph.add("RepeatLatentBatch", samples=self.latent, amount=batch)[0]
+
+    def sized(self) -> str:
+        return (
+            f"The latent of Load Tiny World sets the size of the picture, {self.side} x {self.side}; an Empty Latent"
+            " Image in its place sets another."
+        )
 
     def mask(self, inner: Node, backbone: Ref) -> dict:
         """A rectangle in the middle: the example has no mask."""
@@ -281,3 +292,55 @@ class MiniSD(World):
     def many(self) -> dict:
         self.files.append("pictures of one class, in the folder `my_class` of ComfyUI's input folder")
         return {"folder": "my_class", "concepts": 8, "name": "my_class"}
+
+
+class StableDiffusion15(World):
+    """A checkpoint that people have, and a backbone to fetch: no inversion model."""
+
+    name, prefix, side = "sd15", "sd15", 512
+    CHECKPOINT = "Comfy-Org/stable-diffusion-v1-5-archive", "v1-5-pruned-emaonly-fp16.safetensors"
+    SMALL = "taesd"
+    BACKBONE, LAYER, CONFIG = "resnet50.tv_in1k", "layer3", "resnet50_last"
+
+    def __init__(self, graph: Graph, workflow: str) -> None:
+        super().__init__(graph, workflow)
+        repository, name = self.CHECKPOINT
+        models = [{"name": name, "url": f"{HUB}/{repository}/resolve/main/{name}", "directory": "checkpoints"}]
+        checkpoint = graph.add("CheckpointLoaderSimple", models=models, ckpt_name=name)
+        self.model, self.vae = checkpoint[0], checkpoint[2]
+        self.positive, self.negative = (
+            graph.add("CLIPTextEncode", clip=checkpoint[1], text=text)[0] for text in (PROMPT, "")
+        )
+
+    @property
+    def note(self) -> str:
+        repository, name = self.CHECKPOINT
+        small = f"{self.SMALL}_encoder` and `{self.SMALL}_decoder"
+        return (
+            f"Files that it needs:\n- a checkpoint in `models/checkpoints`: choose yours in Load Checkpoint, or fetch"
+            f" `{name}` ([its page]({HUB}/{repository}))\n- `{self.BACKBONE}.safetensors`, the backbone, in"
+            f" `models/backbones` ([timm]({HUB}/timm/{self.BACKBONE})); `python3 run.py download {self.CONFIG}` fetches"
+            f" it too, into a folder of its name\n\nToo slow, or too little memory: add Load VAE with `{self.SMALL}`"
+            f" (files `{small}` in `models/vae_approx`) and connect it to the *vae* of Feature Guidance Sampler alone."
+        )
+
+    def settings(self, kind: str) -> dict:
+        """The text's guidance is the paper's (Table 3's caption); what is best here is not measured."""
+        return {"guidance": 1.75}
+
+    def layer(self, kind: str) -> dict:
+        return {"layer": self.LAYER, "pooled": False}
+
+    def backbone(self, kind: str) -> Ref:
+        name, url = f"{self.BACKBONE}.safetensors", f"{HUB}/timm/{self.BACKBONE}/resolve/main/model.safetensors"
+        models = [{"name": name, "url": url, "directory": "backbones"}]
+        return self.graph.add("FeatInv_LoadBackbone", models=models, weights=name, timm_name="", input_size=0)[0]
+
+    def picture(self, number: int) -> Node:
+        return self.graph.add("LoadImage", image=EXAMPLE)
+
+
+class StableDiffusionXL(StableDiffusion15):
+    name, prefix, side = "sdxl", "sdxl", 1024
+    CHECKPOINT = "stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"
+    SMALL = "taesdxl"

@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
 from unittest.mock import patch
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -14,6 +17,17 @@ from training import reconstruct
 from training.cli import run
 from training.models.untrained import UntrainedSampling, load_untrained
 
+SMALL = {
+    "sample_size": 4,
+    "block_out_channels": (32, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+}
+#: what makes a U-Net one of SDXL
+SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
 FEW = ["--untrained", "--steps", "2", "--moves", "1", "--recurrence", "1"]
 
 
@@ -25,6 +39,22 @@ def pipeline():
 @pytest.fixture(scope="module")
 def features(pipeline):
     return pipeline.features(pipeline.backbone.preprocess(draw(0, torch.arange(4), "held-out").image))
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """Stable Diffusion's folder, tiny and at random weights; in it the folder of a small decoder."""
+    folder = tmp_path_factory.mktemp("stable_diffusion")
+    torch.manual_seed(0)
+    UNet2DConditionModel(**SMALL).save_pretrained(folder / "unet")
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    AutoencoderKL(block_out_channels=(32,) * 4, **levels).save_pretrained(folder / "vae")
+    AutoencoderTiny().save_pretrained(folder / "taesd")
+    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
+        folder / "scheduler"
+    )
+    save_file({"": torch.randn(1, 7, 32)}, folder / "prompts.safetensors")
+    return str(folder)
 
 
 @pytest.fixture
@@ -98,6 +128,32 @@ def test_values_that_are_not_finite_end_it_and_the_last_finite_picture_stays(sce
     assert Image.open(tmp_path / "out" / "last_finite_0.png").size == (64, 64)
 
 
+def test_stable_diffusion_is_guided_through_its_own_decoder_or_a_small_one(stable_diffusion, features):
+    """Weights are random: nothing but the moves can bring the features, as the decoder that guides shows them. Blocks
+    that are computed again give the same."""
+    sampling, still = UntrainedSampling(3, 0.2, 2, steps=2), UntrainedSampling(0, steps=2)
+    one = features.select(slice(0, 1))
+    for small in (None, f"{stable_diffusion}/taesd"):
+        pipeline = load_untrained(stable_diffusion, "tiny-cnn", small_decoder=small)
+        if small:
+            pipeline.base.decode = pipeline.guiding_picture
+        plain, moved = (pipeline.draw(one, s) for s in (still, sampling))
+        assert pipeline.score(one, moved) > pipeline.score(one, plain) + 0.015
+        again = load_untrained(stable_diffusion, "tiny-cnn", small_decoder=small, checkpointing=True)
+        again.base.decode = pipeline.base.decode
+        assert torch.equal(again.draw(one, sampling), moved)
+
+
+def test_checkpointing_computes_the_decoder_again(stable_diffusion, features):
+    calls, sampling = [], UntrainedSampling(1, 0.2, 1, steps=1)
+    for checkpointing in (False, True):
+        pipeline = load_untrained(stable_diffusion, "tiny-cnn", checkpointing=checkpointing)
+        block = pipeline.base.vae.decoder.mid_block
+        block.register_forward_pre_hook(lambda *_, n=checkpointing: calls.append(n))
+        pipeline.draw(features.select(slice(0, 1)), sampling)
+    assert calls.count(False) == 2 and calls.count(True) == 3  # the last one is of the finished picture
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -110,9 +166,27 @@ def test_values_that_are_not_finite_end_it_and_the_last_finite_picture_stays(sce
         (["--moves", "2"], "--moves is a setting of --untrained"),
         (["--pooled"], "--pooled is a setting of --untrained"),
         (["--untrained", "--other-weights"], "--untrained opens none"),
+        (["--untrained", "--model", "tiny_cnn_last"], "--model tiny_cnn_last: --untrained uses no inversion model"),
+        (["--untrained", "--checkpointing"], "--checkpointing: the decoder of drawn is small"),
+        (["--small-decoder", "taesd"], "--small-decoder is a setting of --untrained"),
+        (["--untrained", "--small-decoder", "SD/taesd"], "4 channels with 8 pixels per cell; base model drawn has 24"),
+        (["--untrained", "--small-decoder", "SD/vae"], "is a AutoencoderKL; expected AutoencoderTiny"),
     ],
 )
-def test_what_does_not_go_together_is_named(scene, tmp_path, options, words):
+def test_what_does_not_go_together_is_named(scene, tmp_path, stable_diffusion, options, words):
+    options = [option.replace("SD/", f"{stable_diffusion}/") for option in options]
     with pytest.raises(FeatInvError, match=words):
         reconstruct.main(["--image", scene, "--out", str(tmp_path / "out"), *options])
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_checkpoints_that_only_comfyui_guides_are_refused_with_where(stable_diffusion, scene, tmp_path):
+    """SDXL has a U-Net that reads more; SD 3 and Flux have none."""
+    for name, part in (("sdxl", "unet"), ("flux", "transformer")):
+        folder = tmp_path / name
+        shutil.copytree(stable_diffusion, folder)
+        shutil.rmtree(folder / "unet")
+        UNet2DConditionModel(**SMALL, **SDXL).save_pretrained(folder / part)
+        with pytest.raises(FeatInvError, match=r"node Feature Guidance Sampler inverts features with SDXL, SD 3, Flux"):
+            argv = ["--untrained", "--base", str(folder), "--backbone", "tiny-cnn"]
+            reconstruct.main([*argv, "--image", scene, "--out", str(tmp_path / "out")])

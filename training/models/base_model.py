@@ -176,9 +176,11 @@ def _from_folder(folder: Path, prompt: str) -> Loaded:
     if missing:
         index = parts.read_config(folder, "model_index.json") if (folder / "model_index.json").is_file() else {}
         kind = f" of the pipeline {index['_class_name']}" if "_class_name" in index else ""
+        other = (folder / "transformer").is_dir()
         raise FeatInvError(
             f"base model {folder}{kind}: no folder {', '.join(missing)}; expected a diffusers folder of Stable"
             " Diffusion 1.x, as python3 run.py download CONFIG fetches it"
+            f"{f'. {parts.ELSEWHERE}' if other else ''}"
         )
     scheduler = parts.load_scheduler(folder / "scheduler")
     if file.is_file():

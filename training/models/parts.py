@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ FURTHER_INPUTS = (
     "num_class_embeds",
     "time_cond_proj_dim",
 )
+#: where kinds of models that the programs do not open are of use
+ELSEWHERE = "ComfyUI's node Feature Guidance Sampler inverts features with SDXL, SD 3, Flux and their like"
 LFS = b"version https://git-lfs"
 
 
@@ -182,9 +184,10 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     another class, for one that reads more than latents, timestep and text, and as load_part does."""
     config = _config_of(folder, "U-Net", ("UNet2DConditionModel",))
     if further := [name for name in FURTHER_INPUTS if config.get(name)]:
+        sdxl = config.get("addition_embed_type") == "text_time"
         raise FeatInvError(
             f"{folder} reads more than latents, timestep and text ({', '.join(further)}), which is not of the kind of"
-            " Stable Diffusion 1.x"
+            f" Stable Diffusion 1.x{f'. {ELSEWHERE}' if sdxl else ''}"
         )
     weights = find_weights(folder)
     if weights.kind == "bin" or not is_in_8_bits(weights.files[0]):
@@ -204,6 +207,13 @@ def load_vae(folder: Path) -> AutoencoderKL | PatchAutoencoder:
     if shifts := [name for name in ("shift_factor", "latents_mean", "latents_std") if config.get(name)]:
         raise FeatInvError(f"{folder} shifts its latents ({', '.join(shifts)}); expected a scaling_factor alone")
     return load_part(AutoencoderKL, folder)
+
+
+def load_small_decoder(folder: Path) -> AutoencoderTiny:
+    """A small autoencoder, such as TAESD, in place of a base model's. Raises FeatInvError for another class, and as
+    load_part does."""
+    _config_of(folder, "small decoder", ("AutoencoderTiny",))
+    return load_part(AutoencoderTiny, folder)
 
 
 def load_text_encoder(folder: Path) -> CLIPTextModel:

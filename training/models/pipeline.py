@@ -27,8 +27,32 @@ WAY = "To go on all the same, give --other-weights, which the reports repeat"
 ALLOWED = "Other weights are allowed by --other-weights: "
 
 
+class FeaturePipeline:
+    """What every way from features to pictures does with its backbone, and the source of the maps that it inverts."""
+
+    base: BaseModel
+    backbone: Backbone
+
+    @property
+    def source(self) -> FeatureSource:
+        """Of the maps that are inverted."""
+        raise NotImplementedError
+
+    def features(self, pixel_values: Tensor) -> FeatureMap:
+        """Feature maps of pictures [B, 3, *input_size] at the layer and pooling that are inverted."""
+        return self.backbone.extract(pixel_values, self.source.layer, self.source.pooled)
+
+    def extract(self, pictures: Tensor) -> FeatureMap:
+        """Feature maps of drawn pictures: scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
+        return self.features(self.backbone.preprocess(pictures, "stretch"))
+
+    def score(self, target: FeatureMap, pictures: Tensor) -> Tensor:
+        """[B] cosine similarity of the pictures' features with the target ones."""
+        return cosine(target, self.extract(pictures))
+
+
 @dataclass
-class InversionPipeline:
+class InversionPipeline(FeaturePipeline):
     """Everything that inverting needs; see load_pipeline.
 
     digests: of the weights that are open, "backbone" and "base model". allowed: a sentence for each difference between
@@ -57,16 +81,7 @@ class InversionPipeline:
 
     @property
     def source(self) -> FeatureSource:
-        """Of the maps that the model inverts."""
         return self.info.source
-
-    def features(self, pixel_values: Tensor) -> FeatureMap:
-        """Feature maps of pictures [B, 3, *input_size] at the model's own layer and pooling."""
-        return self.backbone.extract(pixel_values, self.info.source.layer, self.info.source.pooled)
-
-    def extract(self, pictures: Tensor) -> FeatureMap:
-        """Feature maps of drawn pictures: scaled whole to the backbone's input (paper Sec. 2, full pipeline)."""
-        return self.features(self.backbone.preprocess(pictures, "stretch"))
 
     def recommended(self, **changes) -> Sampling:
         """The weights file's own sampling settings with the given ones replaced; None leaves a setting alone."""
@@ -119,10 +134,6 @@ class InversionPipeline:
             highest = torch.where(better, scores, highest)
             pictures[better.cpu()], attempt[better.cpu()] = others[better.cpu()], number
         return pictures, attempt
-
-    def score(self, target: FeatureMap, pictures: Tensor) -> Tensor:
-        """[B] cosine similarity of the pictures' features with the target ones."""
-        return cosine(target, self.extract(pictures))
 
     def noise(self, seeds: range | list[int]) -> Tensor:
         """Starting noise [len(seeds), ...], one picture per seed."""

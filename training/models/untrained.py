@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.guidance import guidance_weights, leave_inference, toward_features
-from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.prediction import predicted_clean
 from featinv_nodes.core.sampling import Sampling, set_timesteps
 from featinv_nodes.core.universal_guidance import Level, NotFinite, UniversalGuidance, sample_toward
 from featinv_nodes.worlds import WORLDS, World, find_world, open_backbone
 
 from .base_model import BaseModel, load_base
-from .pipeline import UNKNOWN
+from .parts import load_small_decoder
+from .pipeline import UNKNOWN, FeaturePipeline
 from .sampling import noise, solver_of
 
 
@@ -37,14 +39,16 @@ class UntrainedSampling(UniversalGuidance):
 
 
 @dataclass
-class UntrainedPipeline:
-    """What universal guidance needs; see load_untrained."""
+class UntrainedPipeline(FeaturePipeline):
+    """What universal guidance needs; see load_untrained. small: decodes for the guidance in the autoencoder's place,
+    which decodes the finished latents."""
 
     base: BaseModel
     backbone: Backbone
     prompt: str
     layer: str = LAST
     pooled: bool = False
+    small: AutoencoderTiny | None = None
 
     @property
     def world(self) -> World | None:
@@ -65,13 +69,12 @@ class UntrainedPipeline:
         """No file says with which weights it was made, so none are other ones."""
         return []
 
-    def features(self, pixel_values: Tensor) -> FeatureMap:
-        """Feature maps of pictures [B, 3, *input_size]."""
-        return self.backbone.extract(pixel_values, self.layer, self.pooled)
-
-    def score(self, target: FeatureMap, pictures: Tensor) -> Tensor:
-        """[B] cosine similarity of the pictures' features with the target ones."""
-        return cosine(target, self.features(self.backbone.preprocess(pictures, "stretch")))
+    def guiding_picture(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> pictures [B, 3, h, w] in 0..1, as the backbone reads them for the guidance."""
+        if self.small is None:
+            return self.base.decode(latents)
+        decoded = self.small.decode(latents / self.small.config.scaling_factor).sample
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.inference_mode()
     def draw(
@@ -121,7 +124,7 @@ class UntrainedPipeline:
         weights = guidance_weights(sampling.guidance, "features", controlled=False)
         context = {True: base.text[self.prompt], False: base.text[""]}
         context = torch.cat([context[prompted].expand(len(x), -1, -1) for _, prompted in weights])
-        leave_inference(base.vae)
+        leave_inference(self.small or base.vae)
 
         def clean_of(x: Tensor, step: int) -> Tensor:
             t = solver.timesteps[step]
@@ -131,7 +134,7 @@ class UntrainedPipeline:
 
         toward = partial(
             toward_features,
-            picture_of=base.decode,
+            picture_of=self.guiding_picture,
             backbone=self.backbone,
             target=features,
             step=sampling.step,
@@ -157,10 +160,13 @@ def load_untrained(
     pooled: bool = False,
     prompt: str | None = None,
     device: str = "cpu",
+    small_decoder: str | None = None,
+    checkpointing: bool = False,
 ) -> UntrainedPipeline:
     """Opens a base model (as load_base, or an embedded world by its name; the drawn world's if None) and a backbone (as
-    open_backbone; the world's first if None). prompt: the world's own if None, else "". Raises FeatInvError where a
-    part is missing."""
+    open_backbone; the world's first if None). prompt: the world's own if None, else "". small_decoder: folder of a
+    diffusers AutoencoderTiny that decodes for the guidance. checkpointing: the decoder's blocks are computed again on
+    the way back instead of being kept. Raises FeatInvError where a part is missing or does not fit."""
     world = WORLDS.get(base or "drawn") or find_world(base)
     if world is None and backbone is None:
         raise FeatInvError(
@@ -173,4 +179,26 @@ def load_untrained(
     source = source.to(device, memory_format=torch.channels_last)
     source.source(layer, pooled)  # names a layer that it does not have
     frozen = load_base(world.base if world else base, prompt).to(device)
-    return UntrainedPipeline(frozen, source, prompt, layer, pooled)
+    small = small_decoder_of(frozen, small_decoder).to(device) if small_decoder else None
+    if checkpointing:
+        decoder = small or frozen.vae
+        if not isinstance(decoder, AutoencoderKL | AutoencoderTiny):
+            raise FeatInvError(
+                f"--checkpointing: the decoder of {frozen.name} is small and keeps little; leave the option out"
+            )
+        decoder.enable_gradient_checkpointing()
+    return UntrainedPipeline(frozen, source, prompt, layer, pooled, small)
+
+
+def small_decoder_of(base: BaseModel, folder: str) -> AutoencoderTiny:
+    """A small decoder for a base model's latents. Raises FeatInvError for one of other channels or another scale, and
+    as load_small_decoder does."""
+    small = load_small_decoder(Path(folder))
+    there = small.config.latent_channels, 2 ** (len(small.config.decoder_block_out_channels) - 1)
+    expected = base.unet.config.in_channels, base.downscale
+    if there != expected:
+        raise FeatInvError(
+            f"--small-decoder {folder} decodes latents of {there[0]} channels with {there[1]} pixels per cell; base"
+            f" model {base.name} has {expected[0]} and {expected[1]}. Give the one that was made for it"
+        )
+    return small.eval().requires_grad_(False)

@@ -1,0 +1,261 @@
+"""The kinds of checkpoints that people have, in the host's own classes, tiny and at random weights: guided without an
+inversion model, with their own autoencoders and with TAESD, in little memory, cancelled on the way."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.ldm.flux.model
+import comfy.model_management as management
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import nodes
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.taesd.taesd import TAESD
+from comfy_extras.nodes_custom_sampler import Guider_Basic
+from guiding import cosine_of
+from opening import BASE, SEED, World, error_of, relative, run
+from safetensors.torch import save_file
+
+CONTEXT, STEPS, CELLS = 32, 2, 4
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [0, 1],
+    "transformer_depth_output": [0, 0, 1, 1],
+    "transformer_depth_middle": 1,
+    "use_spatial_transformer": True,
+    "context_dim": CONTEXT,
+    "legacy": False,
+    "num_heads": -1,
+    "num_head_channels": 32,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+}
+SDXL = {"adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True}
+FLUX = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "vec_in_dim": 768,
+    "context_in_dim": CONTEXT,
+    "hidden_size": 64,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [4, 14, 14],
+    "theta": 10_000,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "txt_ids_dims": [],
+}
+#: the host's class, its settings, the width of the pooled text and the name of its small decoder
+KINDS = {
+    "SD 1.x": (comfy.supported_models.SD15, UNET, None, "taesd"),
+    "SDXL": (comfy.supported_models.SDXL, UNET | SDXL, 1280, "taesdxl"),
+    "Flux": (comfy.supported_models.Flux, FLUX, 768, "taef1"),
+}
+SETTINGS = {"moves": 3, "step": 0.2, "recurrence": 2, "start_percent": 0.0, "end_percent": 1.0, "distance": "cosine"}
+
+
+def part(name: str):
+    """A module of the pack's host code, as the nodes have it."""
+    return sys.modules[f"pack of any name.featinv_nodes.host.{name}"]
+
+
+def filled(module: torch.nn.Module) -> None:
+    """Random numbers in what starts at zero or is never initialised by the host."""
+    for name, p in module.named_parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.02)
+        elif not name.startswith("vae_"):
+            torch.nn.init.ones_(p)
+
+
+def model_of(kind: str):
+    """The patcher of a tiny model."""
+    described, config, _, _ = KINDS[kind]
+    if kind == "Flux":  # the oldest hosts' has fewer settings
+        known = {field.name for field in fields(comfy.ldm.flux.model.FluxParams)}
+        config = {"image_model": "flux"} | {k: v for k, v in config.items() if k in known}
+    tiny = type(kind, (described,), {"unet_config": {}, "unet_extra_config": {}})(dict(config))
+    tiny.set_inference_dtype(torch.float32, None)
+    model = tiny.get_model({}, "")
+    filled(model.diffusion_model)
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return patcher(model.eval(), load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+
+
+def vae_of(channels: int, levels: int = 4) -> comfy.sd.VAE:
+    """An autoencoder of the usual architecture, narrow."""
+    ddconfig = {"double_z": True, "z_channels": channels, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32}
+    ddconfig |= {"ch_mult": [1] * levels, "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    params = {"ddconfig": ddconfig, "embed_dim": channels}
+    module = AutoencoderKL(**params)
+    filled(module)
+    vae = comfy.sd.VAE(sd=module.state_dict(), config={"params": params}, dtype=torch.float32)
+    vae.latent_channels, vae.upscale_ratio, vae.downscale_ratio = channels, 2 ** (levels - 1), 2 ** (levels - 1)
+    return vae
+
+
+def small_decoder(name: str, channels: int) -> comfy.sd.VAE:
+    """Load VAE's of a TAESD whose two files stand in models/vae_approx."""
+    folder = Path(BASE, "models", "vae_approx")
+    folder.mkdir(parents=True, exist_ok=True)
+    module = TAESD(latent_channels=channels)
+    filled(module)
+    for part in ("encoder", "decoder"):
+        tensors = getattr(module, f"taesd_{part}").state_dict()
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{name}_{part}.safetensors")
+    assert name in nodes.VAELoader.INPUT_TYPES()["required"]["vae_name"][0]
+    return nodes.VAELoader().load_vae(name)[0]
+
+
+class Checkpoint:
+    """A tiny model and what draws with it."""
+
+    def __init__(self, world: World, kind: str) -> None:
+        torch.manual_seed(0)
+        self.world, self.model = world, model_of(kind)
+        self.channels = self.model.model.latent_format.latent_channels
+        self.vae, pooled = vae_of(self.channels), KINDS[kind][2]
+        self.small = small_decoder(KINDS[kind][3], self.channels)
+        self.text = [[torch.randn(1, 7, CONTEXT), {"pooled_output": torch.randn(1, pooled) if pooled else None}]]
+
+    def draw(self, batch: int = 1, callback=None, **changes) -> torch.Tensor:
+        """Latents as SamplerCustomAdvanced draws them."""
+        inputs = {"vae": self.vae, "backbone": self.world.backbone, "features": self.world.features, **SETTINGS}
+        guider = Guider_Basic(self.model)
+        guider.set_conds(self.text)
+        sigmas = comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "simple", STEPS)
+        latent = torch.zeros(batch, self.channels, CELLS, CELLS)
+        noise, sampler = (
+            comfy.sample.prepare_noise(latent, SEED),
+            run("FeatInv_GuidanceSampler", **{**inputs, **changes}),
+        )
+        return guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=SEED)
+
+    def cosine(self, latents: torch.Tensor, vae: comfy.sd.VAE) -> float:
+        """Of the pictures' features with those asked for."""
+        return cosine_of(self.world, self.world.features.select(slice(0, len(latents))), vae.decode(latents))
+
+
+def in_little_memory(checkpoint: Checkpoint) -> dict:
+    """Latents where memory has room for one row's gradient, and then only by computing blocks again; how many rows are
+    decoded at once, and how often a block runs."""
+    module, result, counts = part("decoding"), {}, []
+    block = checkpoint.vae.first_stage_model.decoder.mid.block_1.conv1
+    hook = block.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
+    row = checkpoint.vae.memory_used_decode((1, checkpoint.channels, CELLS, CELLS), torch.float32)
+    try:
+        for name, rows in (("plenty", 100.0), ("a row", 5.0), ("too little for a row", 2.0)):
+            module.management = SimpleNamespace(get_free_memory=lambda device, rows=rows: rows * row)
+            counts.clear()
+            latents = checkpoint.draw(batch=2)
+            result[name] = {"latents": latents, "rows": max(counts), "runs": sum(counts)}
+    finally:
+        module.management = management
+        hook.remove()
+    _, kept, again = (one.pop("latents") for one in result.values())
+    return result | {"difference": relative(again, kept)}
+
+
+def cancelled_on_the_way_back(checkpoint: Checkpoint) -> dict:
+    """Cancelled while the gradient goes through the decoder: what ends it, and how many layers are still passed."""
+    decoder, seen = checkpoint.vae.first_stage_model.decoder, []
+
+    def on_the_way_back(gradient: torch.Tensor) -> None:
+        if not seen:
+            management.interrupt_current_processing()
+
+    def passed(gradient: torch.Tensor) -> None:
+        seen.append(1)
+
+    hooks = [decoder.conv_out.register_forward_hook(lambda m, i, out: out.register_hook(on_the_way_back) and None)]
+    hooks += [
+        layer.register_forward_hook(lambda m, i, out: out.register_hook(passed) and None)
+        for layer in (decoder.mid.block_1, decoder.conv_in)
+    ]
+    try:
+        return {"message": error_of(checkpoint.draw), "layers": len(seen)}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def runs_away(checkpoint: Checkpoint) -> dict:
+    """Moves that are not finite from the third on: what the sampler gives, and what the node says."""
+    module = part("universal_guidance")
+    moved, tell, calls, said, seen = module.moved, module.tell, [], [], []
+
+    def away(clean: torch.Tensor, *rest) -> torch.Tensor:
+        calls.append(1)
+        return clean * torch.nan if len(calls) == 3 else moved(clean, *rest)
+
+    module.moved, module.tell = away, lambda node, wrong, notes, fits: said.extend(wrong)
+    try:
+        latents = checkpoint.draw(moves=1, callback=lambda step, clean, x, total: seen.append(clean))
+        first = error_of(checkpoint.draw, step=1e30)
+    finally:
+        module.moved, module.tell = moved, tell
+    out = checkpoint.model.model.process_latent_out(seen[-1])
+    return {
+        "last finite": relative(latents, out),
+        "finite": bool(latents.isfinite().all()),
+        "said": said,
+        "at once": first,
+    }
+
+
+def progress(checkpoint: Checkpoint) -> list:
+    """(value, of how many) as the node's bar shows them."""
+    shown = []
+    before = comfy.utils.PROGRESS_BAR_HOOK
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: shown.append([value, total]))
+    try:
+        checkpoint.draw()
+    finally:
+        comfy.utils.set_progress_bar_global_hook(before)
+    return shown
+
+
+def short_of_memory(checkpoint: Checkpoint) -> str:
+    """What is said on a device that has next to none."""
+    total = management.get_total_memory
+    management.get_total_memory = lambda *_, **__: 1e6
+    try:
+        return error_of(checkpoint.draw)
+    finally:
+        management.get_total_memory = total
+
+
+def checkpoints(world: World) -> dict:
+    made = {kind: Checkpoint(world, kind) for kind in KINDS}
+    result = {}
+    for kind, one in made.items():
+        for decoder, vae in (("own", one.vae), ("small", one.small)):
+            drawn = {moves: one.draw(vae=vae, moves=moves) for moves in (0, SETTINGS["moves"])}
+            result[f"{kind}, {decoder}"] = [one.cosine(latents, vae) for latents in drawn.values()]
+    xl = made["SDXL"]
+    return {
+        "cosines": result,
+        "memory": in_little_memory(xl),
+        "cancelled": cancelled_on_the_way_back(xl),
+        "runs away": runs_away(made["Flux"]),
+        "progress": progress(made["SD 1.x"]),
+        "short": short_of_memory(xl),
+        "channels": error_of(xl.draw, vae=made["Flux"].vae),
+        "downscale": error_of(xl.draw, vae=vae_of(4, levels=3)),
+    }
