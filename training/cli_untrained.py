@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.guidance import DISTANCES
-from featinv_nodes.core.universal_guidance import NotFinite
+from featinv_nodes.core.universal_guidance import COSTS, NotFinite
 from featinv_nodes.worlds import WORLDS
 
 from .cli import SAMPLING, require_device
@@ -26,21 +26,27 @@ OWN = ("moves", "step", "recurrence", "start", "end", "distance")
 def add_untrained(parser: argparse.ArgumentParser) -> None:
     """Adds the options to a model parser."""
     default = {field.name: field.default for field in fields(UntrainedSampling)}
+    costs = ", ".join(f"{name} about {cost.gradients} in {cost.steps} steps" for name, cost in COSTS.items())
     group = parser.add_argument_group(
         "without a trained model",
-        f"with --base (default drawn; also {', '.join(WORLDS)} by name), --backbone, --steps (default"
-        f" {default['steps']}) and --guidance (of the text, default {default['guidance']:g})",
+        f"with --base (default drawn; also {', '.join(WORLDS)} by name), --backbone, --steps (default by --cost) and"
+        f" --guidance (of the text, default {default['guidance']:g})",
     )
     group.add_argument("--untrained", action="store_true", help="use no inversion model, but universal guidance")
     group.add_argument("--layer", help="the backbone's layer that is inverted (default last)")
     group.add_argument("--pooled", action="store_true", help="invert the mean of the map over its locations")
     group.add_argument("--prompt", help="text for the base model (default an embedded world's own, else none)")
+    group.add_argument(
+        "--cost",
+        choices=list(COSTS),
+        help=f"gradients per picture: {costs} (default quick); the next six replace its own",
+    )
     group.add_argument("--moves", type=int, help=f"moves in each step (default {default['moves']})")
     group.add_argument(
         "--step", type=float, help=f"length of a move, in units of the latents (default {default['step']:g})"
     )
     group.add_argument(
-        "--recurrence", type=int, help=f"how often each step is taken (default {default['recurrence']}; 1 for once)"
+        "--recurrence", type=int, help="how often each step is taken, 1 for once (default as --cost allows)"
     )
     group.add_argument("--start", type=float, help="share of the steps before guidance begins (default 0)")
     group.add_argument("--end", type=float, help="share of the steps after which guidance ends (default 1)")
@@ -74,7 +80,7 @@ def untrained_from(args: argparse.Namespace) -> tuple[UntrainedPipeline, Untrain
         raise FeatInvError(f"--batch {args.batch}: expected at least 1")
     require_device(args.device)
     given = {name: getattr(args, name) for name in (*SHARED, *OWN) if getattr(args, name) is not None}
-    sampling = UntrainedSampling(**given)
+    sampling = UntrainedSampling.at_cost(args.cost or "quick", **given)
     chosen = {"layer": args.layer} if args.layer else {}
     pipeline = load_untrained(
         args.base,
@@ -92,7 +98,7 @@ def untrained_from(args: argparse.Namespace) -> tuple[UntrainedPipeline, Untrain
 
 def require_trained(args: argparse.Namespace) -> None:
     """Raises FeatInvError for an option that means something with --untrained only."""
-    for name in (*OWN, "layer", "prompt", "small_decoder", "pooled", "checkpointing"):
+    for name in (*OWN, "cost", "layer", "prompt", "small_decoder", "pooled", "checkpointing"):
         if getattr(args, name) not in (None, False):
             option = name.replace("_", "-")
             raise FeatInvError(f"--{option} is a setting of --untrained; leave it out, or add --untrained")

@@ -36,11 +36,11 @@ class Wrapped(Protocol):
 
 
 def guidance_sampler(
-    vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap, guidance: UniversalGuidance
+    vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap, guidance_of: Callable[[int], UniversalGuidance]
 ) -> KSAMPLER:
     """A sampler that moves each predicted x0_hat toward `target`. Since the host's models all give clean latents, it
-    serves predictions of noise, velocity and flow alike. Where latents become not finite, it gives the last finite
-    ones, and the node that made it says what to lower.
+    serves predictions of noise, velocity and flow alike. guidance_of: number of steps -> how to guide. Where latents
+    become not finite, it gives the last finite ones, and the node that made it says what to lower.
 
     What it draws with raises FeatInvError for a map of another backbone, another model's autoencoder, latents of
     videos, a decoding that is too much for the device's memory, or a model whose noise it does not know."""
@@ -68,6 +68,7 @@ def guidance_sampler(
         models = [guider.model_patcher, decoding.patcher, backbone.patcher]
         management.load_models_gpu(models, memory_required=decoding.least(x))
         mask, steps = extra_args.get("denoise_mask"), len(levels) - 1
+        guidance = guidance_of(steps)
         bar = Bar(guidance.gradients(steps) + guidance.evaluations(steps), disable)
         # the seed after the starting noise's own, as the host's samplers take it
         generator = torch.Generator().manual_seed(int(extra_args.get("seed") or 0) + 1)

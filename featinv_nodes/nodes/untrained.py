@@ -6,6 +6,8 @@ from comfy_api.latest import io
 
 from .types import Backbone, Features, Menu, schema
 
+OWN = "own settings"
+
 
 class GuidanceSampler(io.ComfyNode):
     @classmethod
@@ -21,13 +23,29 @@ class GuidanceSampler(io.ComfyNode):
                 " a trained model is faster and more faithful."
             ),
             inputs=[
-                io.Vae.Input("vae", tooltip="The autoencoder of the model that the guider has."),
+                io.Vae.Input(
+                    "vae",
+                    tooltip=(
+                        "The autoencoder of the model that the guider has, or a small one for the same latents (Load"
+                        " VAE: taesd, taesdxl, taesd3, taef1), with which guidance takes less time and memory."
+                    ),
+                ),
                 Backbone.Input("backbone", tooltip="The backbone that made the features."),
                 Features.Input(
                     "features",
                     tooltip=(
                         "The feature map to draw. One map serves all latents. Fewer maps than latents are repeated in"
                         " turn; extra maps are ignored."
+                    ),
+                ),
+                io.Combo.Input(
+                    "cost",
+                    options=["quick", "good", "best", OWN],
+                    default="quick",
+                    tooltip=(
+                        "Gradients per picture: quick about 60 (4 steps in BasicScheduler), good about 200 (4 steps),"
+                        " best about 600 (10 steps). With other steps each is taken more or less often, for the same"
+                        " cost. All inputs below count with own settings only."
                     ),
                 ),
                 io.Int.Input(
@@ -82,12 +100,13 @@ class GuidanceSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae, backbone, features, moves, step, recurrence, start_percent, end_percent, distance
+        cls, vae, backbone, features, cost, moves, step, recurrence, start_percent, end_percent, distance
     ) -> io.NodeOutput:
-        from ..core.universal_guidance import UniversalGuidance
+        from ..core.universal_guidance import COSTS, UniversalGuidance
         from ..host.universal_guidance import guidance_sampler
 
-        guidance = UniversalGuidance(moves, step, recurrence, start_percent, end_percent, distance)
+        own = UniversalGuidance(moves, step, recurrence, start_percent, end_percent, distance)
+        guidance = (lambda steps: own) if cost == OWN else COSTS[cost].guidance
         return io.NodeOutput(guidance_sampler(vae, backbone, features, guidance))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.guidance import DISTANCES, squared_distance, toward_features
-from featinv_nodes.core.universal_guidance import NotFinite, UniversalGuidance, noise_again, sample_toward
+from featinv_nodes.core.universal_guidance import COSTS, NotFinite, UniversalGuidance, noise_again, sample_toward
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
 
@@ -47,6 +47,14 @@ def test_moves_and_recurrence_cost_what_they_say_in_the_steps_that_they_are_give
     assert moves == guidance.gradients(4) == 12
     for nothing in (UniversalGuidance(moves=0), UniversalGuidance(step=0.0), UniversalGuidance(end=0.0)):
         assert drawn(nothing)[1:] == ([0, 1, 2, 3], 0) and nothing.gradients(4) == 0
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_a_cost_is_kept_whatever_the_steps(name):
+    cost = COSTS[name]
+    for steps in (1, 2, cost.steps, 15):
+        assert abs(cost.guidance(steps).gradients(steps) / cost.gradients - 1) <= 0.2
+    assert cost.guidance(1000).gradients(1000) == 4000  # a step is taken once at least
 
 
 def test_moves_and_recurrence_change_the_picture():
@@ -124,6 +132,9 @@ def test_what_is_not_finite_ends_with_the_setting_to_lower_and_the_last_finite_l
     with pytest.raises(NotFinite, match="the diffusion model's prediction in step 1 of 4") as raised:
         drawn(UniversalGuidance(), clean_of=lambda x, step: x * math.nan)
     assert raised.value.latents is None
+    with pytest.raises(NotFinite, match="a move in step 1 of 4") as raised:
+        drawn(UniversalGuidance(), clean_of=lambda x, step: x / 2, toward=lambda x: x * math.nan)
+    assert torch.isfinite(raised.value.latents).all()  # what the model predicted before any move
 
 
 @pytest.mark.parametrize(

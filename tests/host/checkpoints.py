@@ -65,7 +65,15 @@ KINDS = {
     "SDXL": (comfy.supported_models.SDXL, UNET | SDXL, 1280, "taesdxl"),
     "Flux": (comfy.supported_models.Flux, FLUX, 768, "taef1"),
 }
-SETTINGS = {"moves": 3, "step": 0.2, "recurrence": 2, "start_percent": 0.0, "end_percent": 1.0, "distance": "cosine"}
+SETTINGS = {
+    "cost": "own settings",
+    "moves": 3,
+    "step": 0.2,
+    "recurrence": 2,
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+    "distance": "cosine",
+}
 
 
 def part(name: str):

@@ -85,6 +85,7 @@ def test_the_guidance_sampler_draws_the_command_line_s_pictures_without_a_traine
     assert result["moved"] > result["plain"] + 0.1
     assert result["callbacks"] == [[step, 2, 3] for step in (0, 0, 1, 1)]
     assert result["masked"] == 0  # what a noise mask keeps is not moved
+    assert result["quick"] == 0  # about 60 gradients: in 2 steps, each is taken 8 times
 
 
 def test_the_guidance_sampler_guides_models_of_flows_and_refuses_what_adds_no_noise(measured):

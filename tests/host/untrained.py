@@ -13,7 +13,15 @@ from opening import SEED, World, error_of, relative, run
 from training.models.untrained import UntrainedSampling, load_untrained
 
 BATCH, STEPS = 3, 2  # which divides the timesteps: host and program round others differently
-SETTINGS = {"moves": 2, "step": 0.1, "recurrence": 2, "start_percent": 0.0, "end_percent": 1.0, "distance": "cosine"}
+SETTINGS = {
+    "cost": "own settings",
+    "moves": 2,
+    "step": 0.1,
+    "recurrence": 2,
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+    "distance": "cosine",
+}
 
 
 def drawn(world: World, model, callback=None, mask=None, **changes) -> torch.Tensor:
@@ -58,6 +66,7 @@ def untrained(world: World) -> dict:
         "noise matters": relative(ours, drawn(world, world.model, recurrence=1)),
         "distance matters": relative(ours, drawn(world, world.model, distance="squared")),
         "callbacks": seen,
+        "quick": relative(drawn(world, world.model, cost="quick"), drawn(world, world.model, moves=4, recurrence=8)),
         "plain": cosine(drawn(world, world.model, moves=0)),
         "moved": cosine(ours),
         "flow, plain": cosine(drawn(world, flow, moves=0)),

@@ -191,7 +191,7 @@ class Photo(World):
 
     def sized(self) -> str:
         return (
-            f"The latent of Load Tiny World sets the size of the picture, {self.side} x {self.side}; an Empty Latent"
+            f"The latent of Load World sets the size of the picture, {self.side} x {self.side}; an Empty Latent"
             " Image in its place sets another."
         )
 

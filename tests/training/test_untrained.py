@@ -165,6 +165,7 @@ def test_checkpointing_computes_the_decoder_again(stable_diffusion, features):
         (["--untrained", "--base", "owner/name"], "has no backbone of its own; name one with --backbone"),
         (["--moves", "2"], "--moves is a setting of --untrained"),
         (["--pooled"], "--pooled is a setting of --untrained"),
+        (["--cost", "good"], "--cost is a setting of --untrained"),
         (["--untrained", "--other-weights"], "--untrained opens none"),
         (["--untrained", "--model", "tiny_cnn_last"], "--model tiny_cnn_last: --untrained uses no inversion model"),
         (["--untrained", "--checkpointing"], "--checkpointing: the decoder of drawn is small"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSour
 from featinv_nodes.core.guidance import guidance_weights, leave_inference, toward_features
 from featinv_nodes.core.prediction import predicted_clean
 from featinv_nodes.core.sampling import Sampling, set_timesteps
-from featinv_nodes.core.universal_guidance import Level, NotFinite, UniversalGuidance, sample_toward
+from featinv_nodes.core.universal_guidance import COSTS, Level, NotFinite, UniversalGuidance, sample_toward
 from featinv_nodes.worlds import WORLDS, World, find_world, open_backbone
 
 from .base_model import BaseModel, load_base
@@ -30,12 +30,18 @@ class UntrainedSampling(UniversalGuidance):
     """How to draw: universal guidance and, of the solver DDIM, steps. guidance: classifier-free guidance scale of the
     prompt, 1 for none."""
 
-    steps: int = 8
+    steps: int = COSTS["quick"].steps
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Sampling(steps=self.steps, guidance=self.guidance)  # refuses what it cannot be
+
+    @classmethod
+    def at_cost(cls, name: str, **changes) -> UntrainedSampling:
+        """The settings of COSTS, with some of one's own."""
+        steps = changes.get("steps") or COSTS[name].steps
+        return cls(**{**asdict(COSTS[name].guidance(steps)), "steps": steps, **changes})
 
 
 @dataclass
