@@ -10,6 +10,7 @@ from functools import partial
 import comfy.model_management as management
 import comfy.sd
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBlock, Upsample
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.taesd.taesd import TAESD
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def _ask_on_the_way_back(module: nn.Module, inputs: tuple, output: Tensor) -> No
         output.register_hook(stop_if_cancelled)
 
 
-def check_vae(model: object, vae: comfy.sd.VAE) -> None:
+def check_vae(model: BaseModel, vae: comfy.sd.VAE) -> None:
     """Raises FeatInvError for an autoencoder whose latents cannot be those of a host's model: by their channels,
     dimensions and, where the host knows it, pixels per cell. Two of the same shape are not told apart, such as those of
     SD 1.x and SDXL: their weights do not say at which scale a model has its latents."""

@@ -168,9 +168,9 @@ def test_checkpointing_computes_the_decoder_again(stable_diffusion, features):
         (["--cost", "good"], "--cost is a setting of --untrained"),
         (["--untrained", "--other-weights"], "--untrained opens none"),
         (["--untrained", "--model", "tiny_cnn_last"], "--model tiny_cnn_last: --untrained uses no inversion model"),
-        (["--untrained", "--checkpointing"], "--checkpointing: the decoder of drawn is small"),
+        (["--untrained", "--checkpointing"], "--checkpointing: the decoder of tiny is small"),
         (["--small-decoder", "taesd"], "--small-decoder is a setting of --untrained"),
-        (["--untrained", "--small-decoder", "SD/taesd"], "4 channels with 8 pixels per cell; base model drawn has 24"),
+        (["--untrained", "--small-decoder", "SD/taesd"], "4 channels with 8 pixels per cell; base model tiny has 24"),
         (["--untrained", "--small-decoder", "SD/vae"], "is a AutoencoderKL; expected AutoencoderTiny"),
     ],
 )
