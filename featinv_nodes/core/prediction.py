@@ -93,6 +93,13 @@ def prediction_of(scheduler: Any, noisy: Tensor, clean: Tensor, t: Tensor) -> Te
     return (signal * noisy - clean) / spread if predicts_velocity(scheduler) else (noisy - signal * clean) / spread
 
 
+def noised(scheduler: Any, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401
+    """Clean latents [B, C, H, W] with as much noise as they have at timestep t (Ho et al. 2020, Eq. 4):
+    sqrt(a) x_0 + sqrt(1 - a) noise."""
+    signal, spread = _scales(scheduler, clean, t)
+    return signal * clean + spread * noise
+
+
 def predicts_velocity(scheduler: Any) -> bool:  # noqa: ANN401
     """Whether the base model predicts the velocity; else it predicts the noise. Raises FeatInvError if neither."""
     if (kind := scheduler.config.prediction_type) not in PREDICTIONS:

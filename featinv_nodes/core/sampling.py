@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import FeatInvError
 from .guidance import NEGATIVES, guidance_weights
-from .prediction import UNet, controlled_prediction, predicted_clean, prediction_of
+from .prediction import UNet, controlled_prediction, noised, predicted_clean, prediction_of
 
 #: Solvers, all at the base model's own timesteps. ComfyUI's KSampler gives the pictures of the first two with samplers
 #: "ddim" and "dpmpp_2m" and scheduler "simple": second order in the logarithm of the signal-to-noise ratio but for the
@@ -99,6 +99,33 @@ class Sampling:
         return self.gradient > 0 and step >= self.steps - self.gradient_steps
 
 
+@dataclass(frozen=True)
+class PartWay:
+    """Begins in the middle of the schedule, with noise on a picture instead of noise alone (SDEdit: Meng et al. 2022,
+    Sec. 3; diffusers' image-to-image pipelines call the share strength, ComfyUI's KSampler denoise).
+
+    clean: the picture's latents [B, C, H, W]. share: of the steps that are taken, the last ones, rounded to whole steps
+    and at least one; above 0 and up to 1, which takes them all from noise alone. Raises FeatInvError for another share.
+    """
+
+    clean: Tensor
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise FeatInvError(
+                f"share {self.share:g} of the steps to begin from a picture with; expected a number above 0 and up to 1"
+            )
+
+    def first(self, steps: int) -> int:
+        """The first of so many steps that is taken, counted from 0."""
+        return steps - max(1, round(self.share * steps))
+
+    def select(self, rows: slice) -> PartWay:
+        """Some of the batch."""
+        return PartWay(self.clean[rows], self.share)
+
+
 def starting_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """Standard normal noise on the CPU, the same numbers that ComfyUI draws for a batch of this shape with this
     seed."""
@@ -115,6 +142,7 @@ def sample_latents(
     text: Mapping[bool, Tensor],
     sampling: Sampling,
     toward: Callable[[Tensor], Tensor] | None = None,
+    part_way: PartWay | None = None,
 ) -> Tensor:
     """Latents [B, C, H, W] drawn from starting noise [B, C, H, W], without further noise: FeatInv(phi, seed) of
     Algorithm 1.
@@ -123,13 +151,17 @@ def sample_latents(
     encoded feature maps [B, C_d, H, W] under True, the encoded zeros under False; what no branch of the guidance uses
     may be missing. text: embeddings [1, T, D] of the prompt under True, of the empty prompt under False. solver: new,
     since multistep solvers remember earlier steps. toward: x0_hat -> x0_hat moved, in the steps that sampling.moves
-    names; see guidance.toward_features. Raises FeatInvError as set_timesteps does.
+    names; see guidance.toward_features. part_way: latents to begin from in the middle of the schedule; the numbers of
+    the steps stay those of the whole one. Raises FeatInvError as set_timesteps does.
     """
     x, weights = noise, sampling.weights(controlnet is not None)
     context = torch.cat([text[prompted].expand(len(x), -1, -1) for _, prompted in weights])
     hint = torch.cat([hints[cond] for cond, _ in weights]) if controlnet is not None else None
     set_timesteps(solver, sampling.steps)
-    for step, t in enumerate(solver.timesteps):
+    first = part_way.first(sampling.steps) if part_way else 0
+    if part_way and first:
+        x = noised(solver, part_way.clean, noise, solver.timesteps[first])
+    for step, t in list(enumerate(solver.timesteps))[first:]:
         branches = x.repeat(len(weights), 1, 1, 1)
         if controlnet is not None and hint is not None and sampling.controls(step):
             pred = controlled_prediction(unet, controlnet, branches, t, context, hint, sampling.strength)

@@ -65,13 +65,21 @@ class UniversalGuidance:
         """Whether a step of so many, counted from 0, is guided."""
         return self.moves > 0 and self.step > 0 and self.start * steps <= step < self.end * steps
 
-    def gradients(self, steps: int) -> int:
-        """Gradients taken for a picture of so many steps."""
-        return sum(self.acts(n, steps) for n in range(steps)) * self.moves * self.recurrence
+    def gradients(self, steps: int, first: int = 0) -> int:
+        """Gradients taken for a picture of so many steps, from the step `first` on."""
+        return sum(self.acts(n, steps) for n in range(first, steps)) * self.moves * self.recurrence
 
-    def evaluations(self, steps: int) -> int:
-        """Predictions of the diffusion model for a picture of so many steps."""
-        return sum(self.recurrence if self.acts(n, steps) else 1 for n in range(steps))
+    def evaluations(self, steps: int, first: int = 0) -> int:
+        """Predictions of the diffusion model for a picture of so many steps, from the step `first` on."""
+        return sum(self.recurrence if self.acts(n, steps) else 1 for n in range(first, steps))
+
+
+#: about how many gradients a picture may cost -> what is recommended then: steps, and fields of UniversalGuidance
+COSTS = {
+    60: {"steps": 4, "moves": 4, "step": 0.1, "recurrence": 4},
+    200: {"steps": 6, "moves": 4, "step": 0.1, "recurrence": 8},
+    600: {"steps": 10, "moves": 8, "step": 0.1, "recurrence": 8},
+}
 
 
 @dataclass(frozen=True)
@@ -102,16 +110,18 @@ def sample_toward(
     toward: Callable[[Tensor], Tensor],
     noise: Callable[[], Tensor],
     report: Callable[[int, Tensor, Tensor], object] = lambda step, x, clean: None,
+    first: int = 0,
 ) -> Tensor:
-    """Latents [B, C, H, W] at the last level, drawn from x [B, C, H, W] at the first by DDIM without further noise
-    (Song et al. 2021), which is Euler's method in any parameterisation: one for models of noise, velocity and flow.
+    """Latents [B, C, H, W] at the last level, drawn from x [B, C, H, W] at the level `first` by DDIM without further
+    noise (Song et al. 2021), which is Euler's method in any parameterisation: one for models of noise, velocity and
+    flow.
 
     clean_of: (x_t, number of its level) -> x0_hat that the diffusion model predicts. levels: one more than the steps.
     toward: x0_hat -> x0_hat moved once, see guidance.toward_features. noise: new standard normal noise [B, C, H, W].
     report: called with step, x_t and the clean latents after their moves. Raises NotFinite with the last clean latents.
     """
     kept, steps = None, len(levels) - 1
-    for step in range(steps):
+    for step in range(first, steps):
         acts = guidance.acts(step, steps)
         for time in range(guidance.recurrence if acts else 1):
             if time:

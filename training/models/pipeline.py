@@ -12,7 +12,7 @@ from torch import Tensor
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.metrics import cosine
-from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.sampling import PartWay, Sampling
 from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.worlds import World, find_world, model_file, open_backbone
 
@@ -95,15 +95,18 @@ class InversionPipeline(FeaturePipeline):
         start: Tensor,
         batch: int = 16,
         report: Callable[[int], object] = lambda n: None,
+        part_way: PartWay | None = None,
     ) -> Tensor:
         """Pictures [B, 3, h, w] in 0..1 from starting noise [B, ...] and a feature map per row, or from the base
-        model alone where features is None. `batch` bounds the memory; report is called with each batch's size."""
+        model alone where features is None. part_way: pictures' latents to begin from, a row each. `batch` bounds the
+        memory; report is called with each batch's size."""
         parts = []
         for first in range(0, len(start), batch):
             rows = slice(first, first + batch)
             model = self.model if features is not None else None
             own = features.select(rows) if features is not None else None
-            latents = sample(self.base, model, own, start[rows], sampling, self.info.prompt, self.backbone)
+            begin = part_way.select(rows) if part_way else None
+            latents = sample(self.base, model, own, start[rows], sampling, self.info.prompt, self.backbone, begin)
             parts.append(self.base.decode(latents).cpu())
             report(len(latents))
         return torch.cat(parts)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.guidance import leave_inference, toward_features
-from featinv_nodes.core.sampling import SOLVERS, SPACINGS, Sampling, sample_latents, starting_noise
+from featinv_nodes.core.sampling import SOLVERS, SPACINGS, PartWay, Sampling, sample_latents, starting_noise
 
 from .base_model import BaseModel
 from .controlnet import FeatureControlNet
@@ -50,16 +50,18 @@ def sample(
     sampling: Sampling,
     prompt: str,
     backbone: Backbone | None = None,
+    part_way: PartWay | None = None,
 ) -> Tensor:
     """Latents [B, C, H, W] drawn from starting noise, a feature map per row: core.sampling.sample_latents.
 
     Without a model the base model draws alone (the unconditional baseline of every table). backbone: where the features
-    come from, for sampling.gradient. Each call has a solver of its own. Raises FeatInvError if the features are not of
-    the model's source, or the backbone that the gradient needs is missing.
+    come from, for sampling.gradient. part_way: pictures' latents to begin from, see latents_of. Each call has a solver
+    of its own. Raises FeatInvError if the features are not of the model's source, or the backbone that the gradient
+    needs is missing.
     """
     x, text = start_noise.to(base.unet.device), {True: base.text[prompt], False: base.text[""]}
     if model is None:
-        return sample_latents(base.unet, None, {}, solver_of(base, sampling), x, text, sampling)
+        return sample_latents(base.unet, None, {}, solver_of(base, sampling), x, text, sampling, part_way=part_way)
     if sampling.gradient and backbone is None:
         raise FeatInvError(
             f"gradient {sampling.gradient:g}: guidance by the gradient needs the backbone of the features"
@@ -77,7 +79,9 @@ def sample(
     )
     if sampling.gradient:
         leave_inference(base.vae)
-    return sample_latents(base.unet, model.controlnet, hints, solver_of(base, sampling), x, text, sampling, toward)
+    return sample_latents(
+        base.unet, model.controlnet, hints, solver_of(base, sampling), x, text, sampling, toward, part_way
+    )
 
 
 def solver_of(base: BaseModel, sampling: Sampling) -> Solver:
@@ -94,7 +98,14 @@ def solver_of(base: BaseModel, sampling: Sampling) -> Solver:
 def round_trip(base: BaseModel, pictures: Tensor) -> Tensor:
     """The autoencoder's reconstruction at the base model's resolution: what every table sets beside the
     reconstructions."""
+    return base.decode(latents_of(base, pictures))
+
+
+@torch.inference_mode()
+def latents_of(base: BaseModel, pictures: Tensor) -> Tensor:
+    """Clean latents [B, C, H, W] of pictures [B, 3, h, w] in 0..1, scaled to the base model's resolution, on its
+    device: what PartWay begins from."""
     side = (base.resolution,) * 2
     if tuple(pictures.shape[2:]) != side:
         pictures = F.interpolate(pictures, side, mode="bilinear", antialias=True)
-    return base.decode(base.encode(pictures))
+    return base.encode(pictures.to(base.unet.device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ from torch import Tensor
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.guidance import guidance_weights, leave_inference, toward_features
-from featinv_nodes.core.prediction import predicted_clean
-from featinv_nodes.core.sampling import Sampling, set_timesteps
+from featinv_nodes.core.prediction import noised, predicted_clean
+from featinv_nodes.core.sampling import PartWay, Sampling, set_timesteps
 from featinv_nodes.core.universal_guidance import COSTS, Level, NotFinite, UniversalGuidance, sample_toward
 from featinv_nodes.worlds import WORLDS, World, find_world, open_backbone
 
@@ -116,12 +116,32 @@ class UntrainedPipeline(FeaturePipeline):
             report(len(finished[-1]))
         return torch.cat([self.base.decode(latents).cpu() for part in finished for latents in part.split(batch)])
 
+    @torch.inference_mode()
+    def draw_each(
+        self,
+        features: FeatureMap,
+        sampling: UntrainedSampling,
+        seeds: Sequence[int],
+        part_way: PartWay | None = None,
+    ) -> Tensor:
+        """Pictures [B, 3, h, w] in 0..1 of maps [B, ...] with a seed each, at once: row by row what draw gives of that
+        map alone. part_way: pictures' latents [B, C, H, W] to begin from. Raises NotFinite."""
+        start = torch.cat([noise(self.base, seed) for seed in seeds])
+        generators = [torch.Generator().manual_seed(seed + 1) for seed in seeds]
+
+        def again() -> Tensor:
+            new = [torch.randn((1, *start.shape[1:]), generator=generator) for generator in generators]
+            return torch.cat(new).to(self.base.unet.device)
+
+        return self.base.decode(self._latents(start, features, sampling, again, part_way)).cpu()
+
     def _latents(
         self,
         start: Tensor,
         features: FeatureMap,
         sampling: UntrainedSampling,
         again: Callable[[], Tensor],
+        part_way: PartWay | None = None,
     ) -> Tensor:
         """Latents [B, C, H, W] of starting noise [B, C, H, W] and a map per row."""
         base = self.base
@@ -146,7 +166,10 @@ class UntrainedPipeline(FeaturePipeline):
             step=sampling.step,
             distance=sampling.distance,
         )
-        return sample_toward(clean_of, x, levels, sampling, toward, again)
+        first = part_way.first(sampling.steps) if part_way else 0
+        if part_way and first:
+            x = noised(solver, part_way.clean, x, solver.timesteps[first])
+        return sample_toward(clean_of, x, levels, sampling, toward, again, first=first)
 
 
 def levels_of(base: BaseModel, steps: int) -> tuple[object, list[Level]]:
