@@ -7,7 +7,8 @@ trip.
 
 Suites: quality (Tables 1, 3), layers (Figs. 4, 14), cross-model (Table 2), sweep (Figs. 9 to 11), variability (Fig.
 12), mixing (Figs. 7, 8), baseline (Table 3), rcdm (Table 4), corruptions (Appendix C), natural-adversarial and ood
-(Sec. 4.2); and beyond the paper guidances (a scale each for features and text) and cost (solvers, steps, the gradient).
+(Sec. 4.2); and beyond the paper guidances (a scale each for features and text), cost (solvers, steps, the gradient) and
+methods (the trained model, guidance alone, a feature decoder, and its picture as the start, with what each costs).
 
 SOURCE: "drawn", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Pictures
 are taken in the order of their names; a picture's number in that order is its seed. Unconditional: what the base model

@@ -74,12 +74,21 @@ class UniversalGuidance:
         return sum(self.recurrence if self.acts(n, steps) else 1 for n in range(first, steps))
 
 
-#: about how many gradients a picture may cost -> what is recommended then: steps, and fields of UniversalGuidance
-COSTS = {
-    60: {"steps": 4, "moves": 4, "step": 0.1, "recurrence": 4},
-    200: {"steps": 6, "moves": 4, "step": 0.1, "recurrence": 8},
-    600: {"steps": 10, "moves": 8, "step": 0.1, "recurrence": 8},
-}
+@dataclass(frozen=True)
+class Cost:
+    """What a picture may cost. gradients: about how many are taken. steps: how many are best for it."""
+
+    gradients: int
+    steps: int
+
+    def guidance(self, steps: int) -> UniversalGuidance:
+        """The defaults, with as much recurrence as the gradients allow in so many steps."""
+        moves = UniversalGuidance().moves
+        return UniversalGuidance(recurrence=max(1, round(self.gradients / (steps * moves))))
+
+
+#: chosen by measurement, see docs/without-training.md
+COSTS = {"quick": Cost(60, 4), "good": Cost(200, 4), "best": Cost(600, 10)}
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,11 @@ def cell(figures: Figures, name: str, interval: bool = True) -> str:
     return text + (" biased" if entry.get("biased") else "")
 
 
+def rounded(value: float, digits: int) -> str:
+    """A number with so many digits that count: 1230, 0.0282."""
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
 def by_measure(title: str, figures: dict[str, Figures], columns: Sequence[str]) -> Grid:
     """A row per measure, a column per condition."""
     names = list(dict.fromkeys(name for condition in columns for name in figures[condition]))
@@ -152,8 +157,8 @@ def how_made(about: dict) -> list[Grid]:
     """Number of pictures, data, seeds, sampling, digests and command of a report, from the entries of its
     results.json: a table of what holds for all conditions, and of what differs between them."""
     sampling = about.get("sampling", {})
-    fields = list(next(iter(sampling.values()), {}))
-    differing = [name for name in fields if len({str(one[name]) for one in sampling.values()}) > 1]
+    fields = list(dict.fromkeys(name for one in sampling.values() for name in one))  # methods differ in what they have
+    differing = [name for name in fields if len({str(one.get(name, "")) for one in sampling.values()}) > 1]
     common = ", ".join(
         f"{name} {sampled[name]}" for sampled in list(sampling.values())[:1] for name in fields if name not in differing
     )
@@ -168,7 +173,7 @@ def how_made(about: dict) -> list[Grid]:
     }
     grids = [Grid("How the figures were made", ["", ""], [[name, str(value)] for name, value in rows.items() if value])]
     if differing:
-        own = [[condition, *(str(one[name]) for name in differing)] for condition, one in sampling.items()]
+        own = [[condition, *(str(one.get(name, "")) for name in differing)] for condition, one in sampling.items()]
         grids.append(Grid("Sampling that differs", ["condition", *differing], own))
     return grids
 

@@ -1,4 +1,4 @@
-"""Runs the worlds' evaluation and writes its tables into docs/evaluation.md and docs/photographs.md.
+"""Runs the worlds' evaluation and writes its tables into docs/evaluation.md, docs/photographs.md and docs/methods.md.
 
     python training/experiments/evaluation_page.py                        everything that is not done already
     python training/experiments/evaluation_page.py --only rcdm layers     some of it
@@ -59,6 +59,8 @@ class Run:
 
     @property
     def page(self) -> Path:
+        if self.suite == "methods":
+            return DOCS / "methods.md"
         return DOCS / "photographs.md" if self.photos else PAGE
 
 
@@ -83,6 +85,8 @@ RUNS = {
     "photo-gradient": Run(
         "layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0.06 --gradient-steps 5", "held-out"
     ),
+    "methods": Run("methods", 32, "--model tiny_vit_last"),
+    "photo-methods": Run("methods", 16, f"--model {MIDDLE} --costs quick good", "held-out"),
 }
 
 

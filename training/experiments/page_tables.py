@@ -1,4 +1,4 @@
-"""The tables of docs/evaluation.md and docs/photographs.md, each from the results.json of a run of
+"""The tables of docs/evaluation.md, docs/photographs.md and docs/methods.md, each from the results.json of a run of
 training/experiments/evaluation_page.py."""
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.photo import LITE2
 
 from ..evaluation.context import ROUND_TRIP, UNCONDITIONAL
-from ..evaluation.report import cell, set_measures
+from ..evaluation.report import cell, rounded, set_measures
 from ..evaluation.suites.base import INDEPENDENT
 from ..evaluation.suites.corruptions import CLEAN, CORRUPTIONS
-from ..evaluation.suites.guidances import PAPER, pair
+from ..evaluation.suites.guidances import PAPER, pair, paired_kids
 from ..evaluation.suites.rcdm import COMPETITOR, NATIVE
 
 #: measure -> its name in the page; of those with a longer name the beginning
@@ -273,6 +273,33 @@ def cost(results: dict) -> list[str]:
     ]
 
 
+def methods(results: dict) -> list[str]:
+    """What each method costs and gives."""
+    kids = {f"({results['independent']}," in name: name for name in paired_kids(results[UNCONDITIONAL])}
+    names = {
+        "cosine": "cosine",
+        "independent": f"{INDEPENDENT}cosine",
+        "top-1 match": "top1_match",
+        "top-5 match": "top5_match",
+        "independent: top-1": f"{INDEPENDENT}top1_match",
+        "paired KID": kids.get(False, ""),
+        "independent: paired KID": kids.get(True, ""),
+    }
+    names = {word: name for word, name in names.items() if name in results[UNCONDITIONAL]}
+    intervals = ("cosine", "independent", "paired KID", "independent: paired KID")
+    rows = [
+        [
+            condition,
+            str(cost["gradients"]),
+            rounded(cost["gmac"], 3),
+            rounded(cost["seconds"], 2),
+            *(text_of(results[condition], name, word in intervals) for word, name in names.items()),
+        ]
+        for condition, cost in results["costs"].items()
+    ]
+    return table(["method", "gradients", "GMAC", "seconds", *names], rows)[:-1]
+
+
 def photo_depths(results: dict) -> list[str]:
     """Each depth by its own layer's cosine, the match, and the independent backbone."""
     conditions, about = (
@@ -343,6 +370,8 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "corruptions": corruptions,
     "guidances": guidances,
     "cost": cost,
+    "methods": methods,
+    "photo-methods": methods,
     "photo-depths": photo_depths,
     "photo-gradient": photo_depths,
     "photo-sweep": sweep,

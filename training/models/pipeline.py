@@ -119,19 +119,20 @@ class InversionPipeline(FeaturePipeline):
         start_of: Callable[[int], Tensor],
         batch: int = 16,
         report: Callable[[int], object] = lambda n: None,
+        part_way: PartWay | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Best of N by the cosine: of sampling.best_of pictures of each map the one that score puts highest, the first
         among equals. Returns the pictures [B, 3, h, w] and which attempt each is [B].
 
         start_of: attempt, from 0 -> starting noise of all rows. Attempt 0 alone is what draw gives; only the best
-        pictures and one attempt are kept at a time.
+        pictures and one attempt are kept at a time. part_way: as in draw.
         """
-        pictures = self.draw(features, sampling, start_of(0), batch, report)
+        pictures = self.draw(features, sampling, start_of(0), batch, report, part_way)
         attempt = torch.zeros(len(pictures), dtype=torch.int64)
         if sampling.best_of > 1:
             highest = self.score(features, pictures)
         for number in range(1, sampling.best_of):
-            others = self.draw(features, sampling, start_of(number), batch, report)
+            others = self.draw(features, sampling, start_of(number), batch, report, part_way)
             scores = self.score(features, others)
             better = scores > highest
             highest = torch.where(better, scores, highest)

@@ -6,6 +6,7 @@ from .baseline import Baseline
 from .corruptions import Corruptions
 from .cost import Cost
 from .guidances import Guidances
+from .methods import Methods
 from .mixing import Mixing
 from .models import CrossModel, Layers
 from .quality import NaturalAdversarial, OutOfDistribution, Quality
@@ -29,5 +30,6 @@ SUITES = {
         BesideRCDM,
         Guidances,
         Cost,
+        Methods,
     )
 }
