@@ -7,6 +7,7 @@ picture whose map a linear map changed.
     python training/reconstruct.py --image inner.png outer.png --mask mask.png --out DIR
     python training/reconstruct.py --image top.png middle.png outer.png --mask top_mask.png middle_mask.png --out DIR
     python training/reconstruct.py --image a.png --linear-map FILE --map-strength 0 0.5 1 --out DIR
+    python training/reconstruct.py --image a.png --start-from decoder --start-share 0.5 --out DIR
     python training/reconstruct.py --untrained --base photo --layer blocks.4 --image photo.jpg --out DIR
     python training/reconstruct.py --decoder FOLDER --backbone FOLDER --image photo.jpg --out DIR
 
@@ -15,6 +16,7 @@ is the one of the highest cosine among N, which results.json says. Where the wei
 results.json says whether each map is inside what the model knows, and the panel where it is not. With --untrained no
 inversion model is used: universal guidance moves the base model's predictions towards the features while it draws.
 With --decoder neither is used: a feature decoder draws each map in one pass.
+With --start-from the picture of a feature decoder, with noise, is what the last steps begin from.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from featinv_nodes.core.scope import VERDICTS
 from featinv_nodes.worlds import model_file
 from training.cli import MODEL, model_parser, pipeline_from, run
 from training.cli_decoder import DecoderPipeline, add_decoder, decoder_from, with_decoder
+from training.cli_start import add_start, part_way_of, require_start
 from training.cli_untrained import add_untrained, require_trained, untrained_from, without_training
 from training.data.scope import scope_entries
 from training.files import make_folder, write_json
@@ -81,6 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--soft", action="store_true", help="blend the maps in cells on a mask's edge")
     add_decoder(parser)
+    add_start(parser)
     add_untrained(parser)
     return parser
 
@@ -129,8 +133,9 @@ def with_model(
     def start_of(attempt: int) -> Tensor:
         return noise(pipeline.base, args.seed + ATTEMPT * attempt, args.samples).repeat(maps, 1, 1, 1)
 
+    part_way = part_way_of(pipeline, args, target)
     with tqdm(total=len(target) * sampling.best_of, desc="drawing", unit="picture") as bar:
-        return pipeline.best(target, sampling, start_of, args.batch, bar.update)
+        return pipeline.best(target, sampling, start_of, args.batch, bar.update, part_way)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     if trained:
         require_trained(args)
         args.model = args.model or MODEL
+    require_start(args)
     make_folder(args.out)
     pictures = [read_image(file) for file in args.image]
     if args.decoder:
@@ -186,6 +192,8 @@ def main(argv: list[str] | None = None) -> None:
         chosen = ["Drawn without a trained inversion model, by universal guidance."]
     elif settings.best_of > 1:
         chosen = [f"Each picture is the one of the highest cosine among {settings.best_of}."]
+    if args.start_from:
+        chosen.append(f"Drawn from a feature decoder's picture on, with {args.start_share:g} of the steps.")
     outside = [pipeline.world.outside] if pipeline.world and pipeline.world.outside else []
     note = "\n".join([*outside, *pipeline.allowed, *chosen, *off])
     titles = ["original", *(name[:18] for name, _ in maps)]
@@ -199,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             "digests": pipeline.digests,
             "images": [str(f) for f in args.image],
             "sampling": asdict(settings) if settings else None,
+            "start": {"from": args.start_from, "share": args.start_share} if args.start_from else None,
             "note": note,
             "pictures": entries,
         },

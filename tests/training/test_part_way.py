@@ -1,16 +1,23 @@
 """Drawing that begins part way through the schedule, from a picture."""
 
+import json
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_methods import stand_in
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import SOLVERS, PartWay, Sampling
 from featinv_nodes.worlds.drawn.scenes import draw
+from training import reconstruct
+from training.models import decoders
 from training.models.pipeline import load_pipeline
 from training.models.sampling import latents_of, sample
 from training.models.untrained import UntrainedPipeline, UntrainedSampling
+from training.report import to_image
 
 SEEDS = [3, 8]
 
@@ -106,3 +113,47 @@ def test_a_seed_each_draws_what_each_seed_draws_alone(alone, features):
         single = alone.draw(features.select(row), sampling, seed)[0]
         assert (together[row] - single).abs().max() < 0.02  # ReLUs tip over by the size of a batch; another seed: > 0.3
     assert (together[1] - alone.draw(features.select(1), sampling, SEEDS[0])[0]).abs().max() > 0.3
+
+
+@pytest.fixture
+def picture(tmp_path, scenes):
+    to_image(scenes[0]).save(tmp_path / "scene.png")
+    return str(tmp_path / "scene.png")
+
+
+def test_reconstruct_begins_from_the_decoders_picture(pipeline, features, picture, tmp_path):
+    decoder, out = stand_in(pipeline.source), tmp_path / "out"
+    words = ["--image", picture, "--out", str(out), "--seed", "3", "--device", "cpu", "--start-from", "decoder"]
+    with (
+        patch.object(decoders, "DECODERS", ["embedded"]),
+        patch.object(decoders, "open_feature_decoder", lambda *_, **__: decoder),
+    ):
+        reconstruct.main([*words, "--start-share", "0.2"])
+    result = json.loads((out / "results.json").read_text())
+    assert result["start"] == {"from": "decoder", "share": 0.2}
+    assert "Drawn from a feature decoder's picture on, with 0.2 of the steps." in result["note"]
+    own = pipeline.features(pipeline.backbone.preprocess(torch.from_numpy(_pixels(picture))))
+    part_way = PartWay(latents_of(pipeline.base, decoder.decode(own)), 0.2)
+    expected = pipeline.draw(own, pipeline.recommended(), pipeline.noise([3]), part_way=part_way)
+    drawn = torch.from_numpy(_pixels(out / "000_scene_0.png"))
+    assert (drawn - expected).abs().max() < 0.02  # 8 bits, and ReLUs that tip over
+
+
+def _pixels(file):
+    with Image.open(file) as opened:
+        return np.asarray(opened.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)[None] / 255
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--start-from", "decoder", "--model", "tiny_cnn_pooled"], "no feature decoder of .* pooled is embedded"),
+        (["--start-from", "nowhere"], "no feature decoder 'nowhere'"),
+        (["--start-share", "0.5"], "--start-share goes with --start-from"),
+        (["--start-from", "decoder", "--untrained"], "--start-from begins what an inversion model draws"),
+    ],
+)
+def test_a_start_that_means_nothing_is_refused(picture, tmp_path, options, words):
+    with pytest.raises(FeatInvError, match=words):
+        reconstruct.main(["--image", picture, "--out", str(tmp_path / "out"), "--device", "cpu", *options])
+    assert not list((tmp_path / "out").glob("*"))
