@@ -90,23 +90,6 @@ class Cost:
 #: chosen by measurement, see docs/without-training.md
 COSTS = {"quick": Cost(60, 4), "good": Cost(200, 4), "best": Cost(600, 10)}
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What a picture may cost. gradients: about how many are taken. steps: how many are best for it."""
-
-    gradients: int
-    steps: int
-
-    def guidance(self, steps: int) -> UniversalGuidance:
-        """The defaults, with as much recurrence as the gradients allow in so many steps."""
-        moves = UniversalGuidance().moves
-        return UniversalGuidance(recurrence=max(1, round(self.gradients / (steps * moves))))
-
-
-#: chosen by measurement, see docs/without-training.md
-COSTS = {"quick": Cost(60, 4), "good": Cost(200, 4), "best": Cost(600, 10)}
-
 #: signal s and noise n of latents s x_0 + n e, e standard normal
 Level = tuple[float, float]
 
