@@ -55,8 +55,8 @@ def without_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> di
 
 
 def at_grid(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the position embedding at the input size that a vision transformer was built for, resampled as
-    timm does when it loads its own weights."""
+    """A state dict with the position embedding at the input size that a vision transformer was built for: made smaller
+    as timm and transformers do, larger as transformers does (timm's way is another bicubic)."""
     stored, own, patches = state.get(POSITIONS), getattr(model, POSITIONS, None), getattr(model, "patch_embed", None)
     grid = getattr(patches, "grid_size", None)
     tokens = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
@@ -66,7 +66,9 @@ def at_grid(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state  # misfits names it
     from timm.layers import resample_abs_pos_embed  # timm takes seconds to import
 
-    return state | {POSITIONS: resample_abs_pos_embed(stored, list(grid), num_prefix_tokens=tokens)}
+    smaller = own.shape[1] < stored.shape[1]
+    resampled = resample_abs_pos_embed(stored, list(grid), num_prefix_tokens=tokens, antialias=smaller)
+    return state | {POSITIONS: resampled}
 
 
 def is_square(count: int) -> bool:

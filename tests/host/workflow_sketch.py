@@ -12,6 +12,7 @@ WIRES = {
     "FEATINV_BACKBONE": "#f4e9cd",
     "FEATINV_FEATURES": "#00e5a8",
     "FEATINV_CONTROL_NET": "#3d7bff",
+    "FEATINV_FEATURE_DECODER": "#ff9f1c",
     "FEATINV_CONCEPTS": "#e040fb",
     "FEATINV_EDIT": "#c6ff00",
     "FEATINV_LINEAR_MAP": "#ff7043",

@@ -24,7 +24,7 @@ DEPTH = 1
 FAMILIES = {
     "dinov2": (384, 14, 224, "vit_small_patch14_reg4_dinov2.lvd142m"),
     "siglip2": (768, 16, 256, "vit_base_patch16_siglip_256.v2_webli"),
-    "mae": (768, 16, 224, "vit_base_patch16_224.mae"),
+    "mae": (768, 16, 256, "vit_base_patch16_224.mae"),
 }
 if not hasattr(SiglipVisionModel, "vision_model"):  # transformers 5 has none any more, and diffusers 0.42 asks for it
     SiglipVisionModel.vision_model = property(lambda model: model)
