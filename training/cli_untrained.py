@@ -26,11 +26,11 @@ OWN = ("moves", "step", "recurrence", "start", "end", "distance")
 def add_untrained(parser: argparse.ArgumentParser) -> None:
     """Adds the options to a model parser."""
     default = {field.name: field.default for field in fields(UntrainedSampling)}
-    costs = ", ".join(f"{name} about {cost.gradients} in {cost.steps} steps" for name, cost in COSTS.items())
+    costs = ", ".join(f"{name} {gradients}" for name, gradients in COSTS.items())
     group = parser.add_argument_group(
         "without a trained model",
-        f"with --base (default drawn; also {', '.join(WORLDS)} by name), --backbone, --steps (default by --cost) and"
-        f" --guidance (of the text, default {default['guidance']:g})",
+        f"with --base (default drawn; also {', '.join(WORLDS)} by name), --backbone, --steps (default"
+        f" {default['steps']}) and --guidance (of the text, default {default['guidance']:g})",
     )
     group.add_argument("--untrained", action="store_true", help="use no inversion model, but universal guidance")
     group.add_argument("--layer", help="the backbone's layer that is inverted (default last)")
@@ -39,7 +39,7 @@ def add_untrained(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cost",
         choices=list(COSTS),
-        help=f"gradients per picture: {costs} (default quick); the next six replace its own",
+        help=f"gradients per picture: {costs} (default quick); the next six replace its settings",
     )
     group.add_argument("--moves", type=int, help=f"moves in each step (default {default['moves']})")
     group.add_argument(

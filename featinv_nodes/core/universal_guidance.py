@@ -74,21 +74,15 @@ class UniversalGuidance:
         return sum(self.recurrence if self.acts(n, steps) else 1 for n in range(first, steps))
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a picture may cost. gradients: about how many are taken. steps: how many are best for it."""
-
-    gradients: int
-    steps: int
-
-    def guidance(self, steps: int) -> UniversalGuidance:
-        """The defaults, with as much recurrence as the gradients allow in so many steps."""
-        moves = UniversalGuidance().moves
-        return UniversalGuidance(recurrence=max(1, round(self.gradients / (steps * moves))))
+#: gradients per picture, and in how many steps they are best taken; by measurement, see docs/without-training.md
+COSTS, STEPS = {"quick": 64, "good": 192, "best": 592}, 4
 
 
-#: chosen by measurement, see docs/without-training.md
-COSTS = {"quick": Cost(60, 4), "good": Cost(200, 4), "best": Cost(600, 10)}
+def at_cost(name: str, steps: int) -> UniversalGuidance:
+    """The defaults, with as much recurrence as the gradients of COSTS allow in so many steps."""
+    moves = UniversalGuidance().moves
+    return UniversalGuidance(recurrence=max(1, round(COSTS[name] / (steps * moves))))
+
 
 #: signal s and noise n of latents s x_0 + n e, e standard normal
 Level = tuple[float, float]

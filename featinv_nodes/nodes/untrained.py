@@ -43,9 +43,9 @@ class GuidanceSampler(io.ComfyNode):
                     options=["quick", "good", "best", OWN],
                     default="quick",
                     tooltip=(
-                        "Gradients per picture: quick about 60 (4 steps in BasicScheduler), good about 200 (4 steps),"
-                        " best about 600 (10 steps). With other steps each is taken more or less often, for the same"
-                        " cost. All inputs below count with own settings only."
+                        "Gradients per picture: quick about 60, good about 200, best about 600. They are spent on"
+                        " taking each step again and again, best with 4 steps in BasicScheduler. All inputs below"
+                        " count with own settings only."
                     ),
                 ),
                 io.Int.Input(
@@ -102,12 +102,12 @@ class GuidanceSampler(io.ComfyNode):
     def execute(
         cls, vae, backbone, features, cost, moves, step, recurrence, start_percent, end_percent, distance
     ) -> io.NodeOutput:
-        from ..core.universal_guidance import COSTS, UniversalGuidance
+        from ..core.universal_guidance import UniversalGuidance, at_cost
         from ..host.universal_guidance import guidance_sampler
 
         own = UniversalGuidance(moves, step, recurrence, start_percent, end_percent, distance)
-        guidance = (lambda steps: own) if cost == OWN else COSTS[cost].guidance
-        return io.NodeOutput(guidance_sampler(vae, backbone, features, guidance))
+        guidance_of = (lambda steps: own) if cost == OWN else (lambda steps: at_cost(cost, steps))
+        return io.NodeOutput(guidance_sampler(vae, backbone, features, guidance_of))
 
 
 NODES = [GuidanceSampler]

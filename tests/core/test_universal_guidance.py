@@ -7,7 +7,15 @@ import torch
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.guidance import DISTANCES, squared_distance, toward_features
-from featinv_nodes.core.universal_guidance import COSTS, NotFinite, UniversalGuidance, noise_again, sample_toward
+from featinv_nodes.core.universal_guidance import (
+    COSTS,
+    STEPS,
+    NotFinite,
+    UniversalGuidance,
+    at_cost,
+    noise_again,
+    sample_toward,
+)
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
 
@@ -51,10 +59,10 @@ def test_moves_and_recurrence_cost_what_they_say_in_the_steps_that_they_are_give
 
 @pytest.mark.parametrize("name", COSTS)
 def test_a_cost_is_kept_whatever_the_steps(name):
-    cost = COSTS[name]
-    for steps in (1, 2, cost.steps, 15):
-        assert abs(cost.guidance(steps).gradients(steps) / cost.gradients - 1) <= 0.2
-    assert cost.guidance(1000).gradients(1000) == 4000  # a step is taken once at least
+    assert at_cost(name, STEPS).gradients(STEPS) == COSTS[name]
+    for steps in (1, 2, 8, 15):
+        assert abs(at_cost(name, steps).gradients(steps) / COSTS[name] - 1) <= 0.2
+    assert at_cost(name, 1000).recurrence == 1  # a step is taken once at least
 
 
 def test_moves_and_recurrence_change_the_picture():

@@ -27,6 +27,7 @@ LEAST = {
     "tiny_backbones": 0.6,
     "tiny_two_guidances": 0.95,
     "tiny_faithful": 0.98,
+    "tiny_untrained": 0.7,
     "photo_reconstruct": 0.55,
     "photo_seeds": 0.55,
     "photo_interpolate": 0.35,
@@ -34,6 +35,7 @@ LEAST = {
     "photo_viz": 0.35,
     "photo_depth": 0.25,
     "photo_concept": 0.35,
+    "photo_untrained": 0.4,
 }
 
 

@@ -3,6 +3,7 @@
 OMP_NUM_THREADS=1 python training/experiments/measure_untrained.py --first 16
 OMP_NUM_THREADS=1 python training/experiments/measure_untrained.py --world photo --scenes 12
 OMP_NUM_THREADS=1 python training/experiments/measure_untrained.py --rows 4,4,0.1,4 8,2,0.2,6,0,0.8,squared
+python training/experiments/measure_untrained.py --memory
 
 Settings are chosen on other scenes, with other noise, than those that the page reports: --first. The drawn world draws
 its scenes; for photographs these are parts of the two that scikit-learn brings.
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
@@ -25,12 +29,14 @@ from featinv_nodes.core.metrics import cosine
 from featinv_nodes.worlds import WORLDS, World, open_backbone
 from training.cli import run
 from training.models.pipeline import load_pipeline
+from training.models.stable_diffusion import VAE
 from training.models.untrained import UntrainedSampling, load_untrained
 from training.report import digests_text
+from training.speed.step_memory import Peak
 from training.worlds.demo_photo import sample_photographs
 
 #: steps, moves, length of a move, recurrence; then, where not all and cosine: start, end, distance
-ROWS = ("4,0,0,1", "4,4,0.1,4", "6,4,0.1,8")
+ROWS = ("4,0,0,1", "4,4,0.1,4", "4,4,0.1,12", "4,4,0.1,37")
 #: the inversion models that the settings are compared with
 TRAINED = {"drawn": "tiny_cnn_last", "photo": "photo_lite0_blocks4"}
 PARTS = (2, 3)  # of a photograph, down and across
@@ -44,7 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--world", choices=WORLDS, default="drawn")
     parser.add_argument("--scenes", type=int, default=16, help="held-out scenes")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them, and of the noise's seed")
+    parser.add_argument(
+        "--memory", action="store_true", help="count what a gradient through the decoder takes, no more"
+    )
     args = parser.parse_args(argv)
+    if args.memory:
+        print_memory()
+        return
     world, trained = WORLDS[args.world], load_pipeline(TRAINED[args.world])
     pipeline = load_untrained(world.base, layer=trained.source.layer)
     pictures = pictures_of(world, args.first, args.scenes)
@@ -65,6 +77,30 @@ def main(argv: list[str] | None = None) -> None:
     drawn = trained.draw(features, plain, trained.noise(range(args.first, args.first + len(pictures))))
     row("trained ControlNet, 10 steps, no gradient", 0, plain.evaluations, drawn)
     print(f"\n{digests_text(trained.digests)}")
+
+
+def print_memory() -> None:
+    """GB that the gradient of one picture takes at its peak in Stable Diffusion's decoder and in TAESD's, in float32
+    and beside the weights; counted on tensors without storage."""
+    print("| | 512 x 512 | 1024 x 1024 |\n|---|---|---|")
+    for name, make in (
+        ("all kept for the way back", lambda: AutoencoderKL(**VAE)),
+        ("`--checkpointing`", lambda: AutoencoderKL(**VAE)),
+        ("TAESD", AutoencoderTiny),
+    ):
+        print(f"| {name} |", *(f"{decoding_gigabytes(make, side, '--' in name):.2g} GB |" for side in (64, 128)))
+
+
+def decoding_gigabytes(make: Callable[[], AutoencoderKL | AutoencoderTiny], side: int, checkpointing: bool) -> float:
+    """GB at the peak of the gradient of latents [1, 4, side, side]. make: builds the autoencoder."""
+    with FakeTensorMode():
+        vae, latents = make().requires_grad_(False).eval(), torch.empty(1, 4, side, side)
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
+        with (peak := Peak()):
+            latents.requires_grad_(True)
+            torch.autograd.grad((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).mean(), latents)
+    return peak.peak / 1e9
 
 
 def pictures_of(world: World, first: int, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSour
 from featinv_nodes.core.guidance import guidance_weights, leave_inference, toward_features
 from featinv_nodes.core.prediction import noised, predicted_clean
 from featinv_nodes.core.sampling import PartWay, Sampling, set_timesteps
-from featinv_nodes.core.universal_guidance import COSTS, Level, NotFinite, UniversalGuidance, sample_toward
+from featinv_nodes.core.universal_guidance import STEPS, Level, NotFinite, UniversalGuidance, at_cost, sample_toward
 from featinv_nodes.worlds import WORLDS, World, find_world, open_backbone
 
 from .base_model import BaseModel, load_base
@@ -30,7 +30,7 @@ class UntrainedSampling(UniversalGuidance):
     """How to draw: universal guidance and, of the solver DDIM, steps. guidance: classifier-free guidance scale of the
     prompt, 1 for none."""
 
-    steps: int = COSTS["quick"].steps
+    steps: int = STEPS
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
@@ -40,8 +40,8 @@ class UntrainedSampling(UniversalGuidance):
     @classmethod
     def at_cost(cls, name: str, **changes) -> UntrainedSampling:
         """The settings of COSTS, with some of one's own."""
-        steps = changes.get("steps") or COSTS[name].steps
-        return cls(**{**asdict(COSTS[name].guidance(steps)), "steps": steps, **changes})
+        steps = max(changes.get("steps", STEPS), 1)  # fewer are refused below
+        return cls(**{**asdict(at_cost(name, steps)), **changes})
 
 
 @dataclass
