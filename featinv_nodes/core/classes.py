@@ -31,11 +31,14 @@ def _published_counts(architecture: str) -> frozenset[int]:
 
 
 def label_groups(names: Sequence[str] | None) -> dict[str, slice]:
-    """Label groups in the logits: those that the class names state as "group: name", else one of all."""
-    if not names:
-        return {"class": slice(None)}
-    groups = [name.split(":")[0] for name in names]
-    return {g: slice(groups.index(g), groups.index(g) + groups.count(g)) for g in dict.fromkeys(groups)}
+    """Label groups in the logits: those that the class names state as "group: name", two or more of each beside each
+    other; else one of all."""
+    groups = [name.partition(": ")[0] for name in names or () if ": " in name]
+    parts = {g: slice(groups.index(g), groups.index(g) + groups.count(g)) for g in dict.fromkeys(groups)}
+    stated = bool(parts) and len(groups) == len(names or ())
+    if stated and all(groups.count(g) > 1 and set(groups[part]) == {g} for g, part in parts.items()):
+        return parts
+    return {"class": slice(None)}
 
 
 def ranked(logits: Tensor, k: int, names: Sequence[str] | None) -> list[list[tuple[str, float]]]:

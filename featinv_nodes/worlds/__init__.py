@@ -43,16 +43,21 @@ def open_backbone(
 ) -> Backbone:
     """An embedded backbone by its short name or the name in a FeatureSource, any other one by load_backbone. run_code:
     whether name may be a module:FILE.py:NAME, which runs FILE.py."""
-    if weights is None:
-        for world in WORLDS.values():
-            for short, backbone in world.backbones.items():
-                if name in (short, backbone.name):
-                    return backbone.open(input_size)
+    embedded = next(
+        (one for world in WORLDS.values() for short, one in world.backbones.items() if name in (short, one.name)), None
+    )
+    if embedded and weights is None:
+        return embedded.open(input_size)
     from ..core.backbone_opening import load_backbone  # timm takes seconds to import
 
     try:
         return load_backbone(name, weights, input_size, run_code)
     except UnknownBackbone as error:
+        if embedded:
+            raise FeatInvError(
+                f"{name} is embedded with its own weights: leave out {weights}, or give a fine-tune as a timm-hub"
+                " folder (training/convert.py --to timm makes one)"
+            ) from error
         raise FeatInvError(f"{error}. Embedded backbones: {', '.join(BACKBONES)}") from error
 
 

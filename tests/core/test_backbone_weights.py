@@ -109,6 +109,12 @@ def test_a_misspelt_name_is_told_the_right_one(name, near):
     assert all(known in str(error.value) for known in BACKBONES)  # each in its one spelling
 
 
+def test_an_embedded_backbone_takes_no_other_weights(tmp_path):
+    for name in ("tiny-cnn", "resnet10t.tiny_world"):
+        with pytest.raises(FeatInvError, match=f"{name} is embedded with its own weights: leave out .*--to timm"):
+            open_backbone(name, tmp_path / "mine.safetensors")
+
+
 def test_an_old_timm_is_said_in_one_line(monkeypatch):
     assert not any(map(old_timm, ("1.0.12", "1.0.31", "1.1", "2.0.0.dev0")))
     requirement = ".".join(map(str, TIMM))
