@@ -23,7 +23,7 @@ from .loop import train_stage
 
 LR = 1.5e-3
 NOISE = 0.3  # largest standard deviation of the noise on the maps, in units of their own: RAE's decoders forgive so
-FEATURES = 1.0  # weight of the backbone's stages in the loss
+FEATURES = 0.2  # weight of the backbone's stages in the loss
 STATISTICS = 512  # pictures whose maps say what is standardised
 
 
