@@ -25,6 +25,7 @@ from hosts import PACK, Server, find_hosts
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from workflow_concepts import attenuate, concept, discover, viz
+from workflow_decoders import DECODED
 from workflow_parts import RESULT
 from workflow_pictures import backbones, compose, depth, faithful, interpolate, reconstruct, seeds, two_guidances
 from workflow_sketch import sketch
@@ -43,6 +44,7 @@ WORKFLOWS = {
     MiniSD: (*COMMON, attenuate, discover, backbones, two_guidances, faithful),
     StableDiffusion15: (untrained,),
     StableDiffusionXL: (untrained,),
+    **DECODED,
 }
 #: beginnings of the names of those that run without downloads
 EMBEDDED = tuple(kind.prefix for kind in WORKFLOWS if kind.embedded)

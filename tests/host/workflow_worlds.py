@@ -213,27 +213,31 @@ class Photo(World):
         }
 
     def concepts(self, backbone: Ref, picture: Node) -> Node:
-        """Found in the picture and its mirror image: twice the vectors, more than the layer has channels."""
-        mirrored = self.graph.add(
-            "ImageFlip",
-            title="Mirrored, for more vectors",
-            image=picture[0],
-            flip_method="y-axis: horizontally",
-        )
-        both = self.graph.add("ImageBatch", image1=picture[0], image2=mirrored[0])
-        return self.graph.add(
-            "FeatInv_DiscoverConcepts",
-            backbone=backbone,
-            images=both[0],
-            folder="",
-            layer=self.LAYERS[self.kind][0],
-            method="mcd",
-            concepts=4,
-            vectors=20_000,
-            seed=0,
-            fit="crop",
-            name="",
-        )
+        return mirrored_concepts(self.graph, backbone, picture, self.LAYERS[self.kind][0])
+
+
+def mirrored_concepts(graph: Graph, backbone: Ref, picture: Node, layer: str) -> Node:
+    """Concepts found in a picture and its mirror image: twice the vectors, more than the layer has channels."""
+    mirrored = graph.add(
+        "ImageFlip",
+        title="Mirrored, for more vectors",
+        image=picture[0],
+        flip_method="y-axis: horizontally",
+    )
+    both = graph.add("ImageBatch", image1=picture[0], image2=mirrored[0])
+    return graph.add(
+        "FeatInv_DiscoverConcepts",
+        backbone=backbone,
+        images=both[0],
+        folder="",
+        layer=layer,
+        method="mcd",
+        concepts=4,
+        vectors=20_000,
+        seed=0,
+        fit="crop",
+        name="",
+    )
 
 
 class MiniSD(World):

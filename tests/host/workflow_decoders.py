@@ -1,0 +1,127 @@
+"""The workflows that decode feature maps, with no diffusion model: with a published decoder, and their twins with the
+embedded one. Each function adds its nodes and returns its note."""
+
+from __future__ import annotations
+
+from graph import Graph, Node, Ref
+from layout import SEEN
+from workflow_parts import ORIGINAL, RESULT, SIMILARITY, compare, extract
+from workflow_worlds import EXAMPLE, HUB, Photo, World, mirrored_concepts
+
+
+class PhotoRAE(Photo):
+    """The world of photographs, drawn by its feature decoder."""
+
+    prefix, decoder = "photo_rae", "decoder_lite0_blocks4 (embedded)"
+    #: of its pictures in pixels: what the backbone reads
+    side = 160
+    note = (
+        "Runs at once, on a processor too: the decoder is part of the pack. Load a photograph of yours in place of the"
+        " example."
+    )
+
+    def __init__(self, graph: Graph, workflow: str) -> None:
+        self.graph, self.loaded = graph, 0  # and no diffusion model
+
+
+class RAE(World):
+    """A published decoder of a feature map of DINOv2, which anybody can download."""
+
+    name, prefix, side = "rae", "rae", 224
+    decoder = "RAE-dinov2-wReg-base-ViTXL-n08"
+    TIMM = "vit_base_patch14_reg4_dinov2.lvd142m"
+    second = "For want of a second picture b is the example too: load one of yours in the second Load Image."
+    note = (
+        "One command in the pack's folder fetches both models into ComfyUI's: `python3 run.py download"
+        " rae-dinov2-base`. They are\n"
+        f"- `{TIMM}`, the backbone, in `models/backbones` ([timm]({HUB}/timm/{TIMM}))\n"
+        f"- `{decoder}`, the decoder, in `models/featinv_decoders` ([its page]({HUB}/nyu-visionx/{decoder}))"
+    )
+
+    def backbone(self, kind: str) -> Ref:
+        weights = f"{self.TIMM}/model.safetensors"
+        return self.graph.add("FeatInv_LoadBackbone", weights=weights, timm_name="", input_size=self.side)[0]
+
+    def picture(self, number: int) -> Node:
+        return self.graph.add("LoadImage", image=EXAMPLE)
+
+    def concepts(self, backbone: Ref, picture: Node) -> Node:
+        return mirrored_concepts(self.graph, backbone, picture, "last")
+
+
+def decoder(world: World) -> tuple[Ref, Ref]:
+    """The backbone, and the decoder of its maps."""
+    backbone = world.backbone(world.kind)
+    loaded = world.graph.add("FeatInv_LoadFeatureDecoder", decoder=world.decoder, backbone=backbone)
+    return backbone, loaded[0]
+
+
+def decoded(graph: Graph, decoder: Ref, features: Ref) -> Ref:
+    return graph.add("FeatInv_DecodeFeatures", feature_decoder=decoder, features=features)[0]
+
+
+def reconstruct(world: World) -> str:
+    g = world.graph
+    backbone, decode = decoder(world)
+    _, features = extract(world, backbone, 0)
+    compare(world, features[0], backbone, decoded(g, decode, features[0]))
+    g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
+    return (
+        "**What is in the feature map?** A decoder turns the map into one picture, in one step and without a diffusion"
+        " model. It draws the mean of all pictures that have this map, so what the map does not say comes out blurred;"
+        " an inversion model draws one of them instead, sharp, and another one for each seed."
+    )
+
+
+def mix(world: World) -> str:
+    g = world.graph
+    backbone, decode = decoder(world)
+    a, b = (extract(world, backbone, i)[1] for i in (0, 1))
+    mixed = g.add(
+        "FeatInv_FeatureMix",
+        features_a=a[0],
+        features_b=b[0],
+        mode="sweep",
+        weight_a=0.5,
+        weight_b=0.5,
+        steps=5,
+        soft_edge=False,
+    )
+    compare(world, mixed[0], backbone, decoded(g, decode, mixed[0]))
+    for letter, features in (("a", a), ("b", b)):
+        g.add("PreviewImage", title=f"Original {letter}", images=world.as_seen(features))
+    g.needs = world.second
+    return (
+        "**What lies between two pictures?** Feature maps in equal steps from a to b, each decoded. The middle shows"
+        " both pictures at once where a mean of two maps is the map of no picture; an inversion model draws a picture"
+        " even there."
+    )
+
+
+def attenuate(world: World) -> str:
+    g = world.graph
+    backbone, decode = decoder(world)
+    picture, features = extract(world, backbone, 0)
+    concepts = world.concepts(backbone, picture)
+    g.add("PreviewAny", title="The concepts", stage=SEEN, source=concepts[1])
+    weaker = g.add(
+        "FeatInv_ConceptAttenuate",
+        features=features[0],
+        concepts=concepts[0],
+        names="1",
+        factor=0.25,
+        keep_length=True,
+    )
+    previews = g.add("FeatInv_ConceptMap", features=features[0], concepts=concepts[0])
+    g.add("PreviewImage", title="Where each concept is active", stage=SEEN, images=previews[0])
+    compare(world, weaker[0], backbone, decoded(g, decode, weaker[0]), number=f"{SIMILARITY} with the changed map")
+    g.add("PreviewImage", title=f"{RESULT} without the change", images=decoded(g, decode, features[0]))
+    return (
+        "**Turn a concept down.** Concepts, directions in feature space that belong together, are found in the picture"
+        " without any labels; one of them is multiplied by the factor, and both maps are decoded. Decoding has no"
+        " noise, so whatever differs between the two results comes from the concept. Put another number into Concept"
+        " Attenuate."
+    )
+
+
+DECODED = {world: (reconstruct, mix, attenuate) for world in (PhotoRAE, RAE)}
