@@ -33,8 +33,8 @@ class LinearMapFromPairs(io.ComfyNode):
                     options=list(KINDS),
                     default=KINDS[0],
                     tooltip=(
-                        "affine follows the change best. rotation keeps the length of every vector. direction adds one"
-                        " vector everywhere, and needs the fewest pictures."
+                        "affine follows the change best, with few pairs too. rotation keeps the length of every vector."
+                        " direction adds one vector everywhere."
                     ),
                 ),
                 io.String.Input(

@@ -121,7 +121,7 @@ def test_a_linear_map_is_fitted_measured_drawn_and_kept(tmp_path, capsys):
     assert linear.settings["change"] == "channels:bgr" and linear.settings["maps"] == 36
     assert linear.measured == about["kinds"]["affine"] and linear.measured["explained"]["n"] == 12
     assert linear.measured["cosine_mapped"]["value"] > linear.measured["cosine_before"]["value"] + 0.02
-    assert set(about["drawn"]) == {"unchanged map", "mapped", "changed picture's map"}
+    assert set(about["drawn"]) == {"unchanged map", "mapped map", "changed picture's map"}
     assert about["drawn"]["changed picture's map"]["cosine"]["value"] > 0.7
     page, printed = file.with_suffix(".html").read_text(), capsys.readouterr().out
     assert "data:image/png" in page and "share of the change" in page and "by tiny_cnn_last" in printed

@@ -111,7 +111,7 @@ def draw(model: str, linear: LinearMap, pictures: tuple[Tensor, Tensor], batch: 
     pipeline = load_pipeline(model, device=device)
     original, changed = pictures
     before, after = pipeline.features(original.to(device)), pipeline.features(changed.to(device))
-    maps = {"unchanged map": before, "mapped": linear.apply(before), "changed picture's map": after}
+    maps = {"unchanged map": before, "mapped map": linear.apply(before), "changed picture's map": after}
     start, sampling = pipeline.noise(range(len(original))), pipeline.recommended()
     drawn = {name: pipeline.draw(m, sampling, start, batch) for name, m in maps.items()}
     world = pipeline.world
