@@ -98,9 +98,10 @@ def extract(
 
 
 def compare(
-    world: World, features: Ref, backbone: Ref, pictures: Ref, title: str = RESULT, number: bool = True
+    world: World, features: Ref, backbone: Ref, pictures: Ref, title: str = RESULT, number: str | None = SIMILARITY
 ) -> None:
-    """The pictures with their cosine similarity; number: also as a number, which the node shows itself as text."""
+    """The pictures with their cosine similarity. number: title of the node that shows it as a number, too; None for
+    none, as Feature Similarity shows it itself."""
     similar = world.graph.add(
         "FeatInv_FeatureSimilarity",
         title=None if number else title.replace(RESULT, SIMILARITY),
@@ -110,7 +111,7 @@ def compare(
     )
     world.graph.add("PreviewImage", title=title, images=similar[0])
     if number:
-        world.graph.add("PreviewAny", title=SIMILARITY, source=similar[2])
+        world.graph.add("PreviewAny", title=number, source=similar[2])
 
 
 def closed_loop(world: World, edited: Node, backbone: Ref, steered: Node, settings: dict, latent: Ref) -> Node:

@@ -186,7 +186,7 @@ def depth(world: World) -> str:
             backbone,
             draw(world, features[0], control, kind=kind, model=model)[0],
             f"{RESULT}: {title}",
-            number=False,
+            number=None,
         )
     return (
         "**What is lost on the way up?** One photograph, drawn again from what four depths of one network hold of it,"
