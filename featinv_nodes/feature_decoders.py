@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core.errors import FeatInvError
-from .worlds import decoder_folder
+from .worlds import DECODERS, decoder_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -105,6 +105,19 @@ def open_feature_decoder(
     mean, std = _colours(files)
     norm = None if files.config.featinv_source or backbone is None else _last_norm(backbone)
     return FeatureDecoder(decoder, source, mean, std, norm).eval()
+
+
+def decoder_of(
+    source: FeatureSource, backbone: Backbone, name: str | None = None, other_weights: bool = False
+) -> FeatureDecoder | None:
+    """The named feature decoder (a folder, or an embedded one), or the embedded one of maps of this source; None where
+    there is none. backbone: that makes the maps. Raises FeatInvError for a named one of other maps."""
+    if name:
+        decoder = open_feature_decoder(name, backbone, other_weights)
+        decoder.source.require(source, f"the feature decoder {name}", "the inversion model")
+        return decoder
+    embedded = (open_feature_decoder(one, other_weights=other_weights) for one in DECODERS)
+    return next((decoder for decoder in embedded if decoder.source.fits(source)), None)
 
 
 def _last_norm(backbone: Backbone) -> tuple[Tensor, Tensor]:

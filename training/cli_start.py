@@ -8,8 +8,8 @@ import torch
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.sampling import PartWay
+from featinv_nodes.feature_decoders import decoder_of
 
-from .models.decoders import decoder_of
 from .models.pipeline import InversionPipeline
 from .models.sampling import latents_of
 

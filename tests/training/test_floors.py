@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FLOORS = 7
 #: files of training/ that are libraries; all others there, and those in experiments/, are programs
-LIBRARIES = ("checksum", "cli", "cli_decoder", "cli_untrained", "config", "files", "plots", "report")
+LIBRARIES = ("checksum", "cli", "cli_decoder", "cli_start", "cli_untrained", "config", "files", "plots", "report")
 
 
 def modules():

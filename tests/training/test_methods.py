@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from featinv_nodes import feature_decoders as decoders
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.prediction import controlled_prediction
 from featinv_nodes.core.sampling import Sampling
@@ -17,7 +18,6 @@ from training.evaluation.context import EvalContext, ModelSpec
 from training.evaluation.methods import MethodsOfModel
 from training.evaluation.sources import open_source
 from training.experiments.page_tables import TABLES
-from training.models import decoders
 from training.models.flops import gmac_of
 from training.models.pipeline import load_pipeline
 from training.models.untrained import UntrainedPipeline, UntrainedSampling

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from test_methods import stand_in
 
+from featinv_nodes import feature_decoders as decoders
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import SOLVERS, PartWay, Sampling
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import reconstruct
-from training.models import decoders
 from training.models.pipeline import load_pipeline
 from training.models.sampling import latents_of, sample
 from training.models.untrained import UntrainedPipeline, UntrainedSampling

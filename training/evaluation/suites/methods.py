@@ -11,8 +11,8 @@ from PIL import Image
 
 from featinv_nodes.core.digests import digest
 from featinv_nodes.core.universal_guidance import COSTS
+from featinv_nodes.feature_decoders import decoder_of
 
-from ...models.decoders import decoder_of
 from ...models.untrained import UntrainedSampling
 from ...report import panel
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
