@@ -169,7 +169,9 @@ def in_little_memory(checkpoint: Checkpoint) -> dict:
     row = checkpoint.vae.memory_used_decode((1, checkpoint.channels, CELLS, CELLS), torch.float32)
     try:
         for name, rows in (("plenty", 100.0), ("a row", 5.0), ("too little for a row", 2.0)):
-            module.management = SimpleNamespace(get_free_memory=lambda device, rows=rows: rows * row)
+            module.management = SimpleNamespace(
+                get_free_memory=lambda device, rows=rows: rows * row, get_total_memory=management.get_total_memory
+            )
             counts.clear()
             latents = checkpoint.draw(batch=2)
             result[name] = {"latents": latents, "rows": max(counts), "runs": sum(counts)}
