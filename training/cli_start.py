@@ -1,4 +1,4 @@
-"""Beginning from a feature decoder's picture: what comes before the last steps of an inversion model."""
+"""Beginning from a feature decoder's picture, with noise, instead of from noise alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from featinv_nodes.feature_decoders import decoder_of
 
 from .models.pipeline import InversionPipeline
 from .models.sampling import latents_of
+from .models.untrained import UntrainedPipeline
 
 START_SHARE = 0.5
 
@@ -23,7 +24,7 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         metavar="DECODER",
         help=(
             "begin from a feature decoder's picture of the map: the decoder's folder or name, or \"decoder\" for the"
-            " embedded one of the model's maps"
+            " embedded one of these maps; also with --untrained"
         ),
     )
     parser.add_argument(
@@ -33,7 +34,9 @@ def add_start(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def part_way_of(pipeline: InversionPipeline, args: argparse.Namespace, target: FeatureMap) -> PartWay | None:
+def part_way_of(
+    pipeline: InversionPipeline | UntrainedPipeline, args: argparse.Namespace, target: FeatureMap
+) -> PartWay | None:
     """The latents of a feature decoder's pictures of the target maps, where the arguments name a decoder."""
     if args.start_from is None:
         return None
@@ -52,9 +55,9 @@ def part_way_of(pipeline: InversionPipeline, args: argparse.Namespace, target: F
 
 def require_start(args: argparse.Namespace) -> None:
     """Fills in --start-share. Raises FeatInvError where it, or --start-from, means nothing."""
-    if args.start_from and (args.untrained or args.decoder):
+    if args.start_from and args.decoder:
         raise FeatInvError(
-            "--start-from begins what an inversion model draws; leave it out, or --untrained and --decoder"
+            "--start-from begins from a decoder's picture, --decoder draws no other; leave one of them out"
         )
     if args.start_share is not None and not args.start_from:
         raise FeatInvError("--start-share goes with --start-from, which says from what; add it, or leave both out")

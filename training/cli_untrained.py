@@ -15,6 +15,7 @@ from featinv_nodes.core.universal_guidance import COSTS, NotFinite
 from featinv_nodes.worlds import WORLDS
 
 from .cli import SAMPLING, require_device
+from .cli_start import part_way_of
 from .models.untrained import UntrainedPipeline, UntrainedSampling, load_untrained
 from .report import save_image, to_image
 
@@ -109,9 +110,10 @@ def without_training(
 ) -> tuple[Tensor, Tensor]:
     """Pictures [B, 3, h, w] of the target maps [B, ...], and attempt 0 for each [B]. Where latents become not finite,
     the last finite pictures are written before it raises."""
+    part_way = part_way_of(pipeline, args, target)
     try:
         with tqdm(total=len(target), desc="drawing", unit="picture") as bar:
-            drawn = pipeline.draw(target, sampling, args.seed, args.samples, args.batch, bar.update)
+            drawn = pipeline.draw(target, sampling, args.seed, args.samples, args.batch, bar.update, part_way)
     except NotFinite as error:
         if error.latents is None:
             raise

@@ -7,7 +7,7 @@ picture whose map a linear map changed.
     python training/reconstruct.py --image inner.png outer.png --mask mask.png --out DIR
     python training/reconstruct.py --image top.png middle.png outer.png --mask top_mask.png middle_mask.png --out DIR
     python training/reconstruct.py --image a.png --linear-map FILE --map-strength 0 0.5 1 --out DIR
-    python training/reconstruct.py --image a.png --start-from decoder --start-share 0.5 --out DIR
+    python training/reconstruct.py --model tiny_vit_last --image a.png --start-from decoder --start-share 0.5 --out DIR
     python training/reconstruct.py --untrained --base photo --layer blocks.4 --image photo.jpg --out DIR
     python training/reconstruct.py --decoder FOLDER --backbone FOLDER --image photo.jpg --out DIR
 

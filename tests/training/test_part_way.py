@@ -12,11 +12,12 @@ from test_methods import stand_in
 from featinv_nodes import feature_decoders as decoders
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import SOLVERS, PartWay, Sampling
+from featinv_nodes.feature_decoders import open_feature_decoder
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import reconstruct
 from training.models.pipeline import load_pipeline
 from training.models.sampling import latents_of, sample
-from training.models.untrained import UntrainedPipeline, UntrainedSampling
+from training.models.untrained import UntrainedPipeline, UntrainedSampling, load_untrained
 from training.report import to_image
 
 SEEDS = [3, 8]
@@ -139,6 +140,32 @@ def test_reconstruct_begins_from_the_decoders_picture(pipeline, features, pictur
     assert (drawn - expected).abs().max() < 0.02  # 8 bits, and ReLUs that tip over
 
 
+def test_reconstruct_begins_there_without_an_inversion_model_too(picture, tmp_path):
+    """With the embedded decoder, on the maps of its own backbone."""
+    out, decoder = tmp_path / "out", open_feature_decoder("decoder_tiny_vit_last")
+    words = [
+        "--untrained",
+        "--backbone",
+        "tiny-vit",
+        "--steps",
+        "4",
+        "--moves",
+        "1",
+        "--recurrence",
+        "1",
+        "--seed",
+        "3",
+    ]
+    reconstruct.main(["--image", picture, "--out", str(out), "--device", "cpu", *words, "--start-from", "decoder"])
+    pipeline = load_untrained("drawn", "tiny-vit")
+    own = pipeline.features(pipeline.backbone.preprocess(torch.from_numpy(_pixels(picture))))
+    part_way = PartWay(latents_of(pipeline.base, decoder.decode(own)), 0.5)
+    expected = pipeline.draw_each(own, UntrainedSampling(1, 0.1, 1, steps=4), [3], part_way)
+    drawn = torch.from_numpy(_pixels(out / "000_scene_0.png"))
+    assert (drawn - expected).abs().max() < 0.02  # 8 bits, and ReLUs that tip over
+    assert json.loads((out / "results.json").read_text())["start"] == {"from": "decoder", "share": 0.5}
+
+
 def _pixels(file):
     with Image.open(file) as opened:
         return np.asarray(opened.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)[None] / 255
@@ -150,7 +177,7 @@ def _pixels(file):
         (["--start-from", "decoder", "--model", "tiny_cnn_pooled"], "no feature decoder of .* pooled is embedded"),
         (["--start-from", "nowhere"], "no feature decoder 'nowhere'"),
         (["--start-share", "0.5"], "--start-share goes with --start-from"),
-        (["--start-from", "decoder", "--untrained"], "--start-from begins what an inversion model draws"),
+        (["--start-from", "decoder", "--decoder", "decoder_tiny_vit_last"], "--decoder draws no other"),
     ],
 )
 def test_a_start_that_means_nothing_is_refused(picture, tmp_path, options, words):

@@ -91,11 +91,12 @@ class UntrainedPipeline(FeaturePipeline):
         samples: int | None = None,
         batch: int = 16,
         report: Callable[[int], object] = lambda n: None,
+        part_way: PartWay | None = None,
     ) -> Tensor:
         """Pictures [B, 3, h, w] in 0..1, one of each map [B, ...]. samples: the noise of so many rows is drawn and
         repeated (B is a multiple of it), B where None. batch bounds the memory and changes nothing else. report is
-        called with each batch's size. Raises NotFinite, whose `latents` are the finished rows and then the last finite
-        ones."""
+        called with each batch's size. part_way: pictures' latents [B, C, H, W] to begin from. Raises NotFinite, whose
+        `latents` are the finished rows and then the last finite ones."""
         samples, finished = samples or len(features), []
         times = len(features) // samples
         start = noise(self.base, seed, samples).repeat(times, 1, 1, 1)
@@ -108,8 +109,9 @@ class UntrainedPipeline(FeaturePipeline):
                 new = torch.randn((samples, *start.shape[1:]), generator=generator)
                 return new.repeat(times, 1, 1, 1)[rows].to(self.base.unet.device)
 
+            begin = part_way.select(rows) if part_way else None
             try:
-                finished.append(self._latents(start[rows], features.select(rows), sampling, again))
+                finished.append(self._latents(start[rows], features.select(rows), sampling, again, begin))
             except NotFinite as error:
                 kept = [*finished, *([error.latents] if error.latents is not None else [])]
                 raise NotFinite(str(error), torch.cat(kept) if kept else None) from error
