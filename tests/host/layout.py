@@ -21,7 +21,7 @@ STAGES = {
     SEEN: "FeatInv_ExtractFeatures FeatInv_PreviewFeatures FeatInv_DiscoverConcepts FeatInv_ConceptMap"
     " FeatInv_ConceptAttenuate FeatInv_FeatureMix FeatInv_PairedLatents MaskToImage",
     DRAWN: "FeatInv_FeatureGuidance FeatInv_GuidanceSampler FeatInvControlNet FeatInv_ClosedLoop"
-    " FeatInv_DecodeFeatures EmptyLatentImage"
+    " FeatInv_DecodeFeatures VAEEncode EmptyLatentImage"
     " RepeatLatentBatch KSampler KSamplerSelect CFGGuider DualCFGGuider BasicScheduler RandomNoise"
     " SamplerCustomAdvanced",
 }

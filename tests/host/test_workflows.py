@@ -39,6 +39,7 @@ LEAST = {
     "photo_rae_reconstruct": 0.45,
     "photo_rae_mix": 0.25,
     "photo_rae_attenuate": 0.25,
+    "photo_rae_guide": 0.5,
 }
 
 
