@@ -24,7 +24,9 @@ PLACEHOLDERS = {
         "resnet50.tv_in1k.safetensors",
         "convnext_base.fb_in22k_ft_in1k.safetensors",
         "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k.safetensors",
+        "vit_base_patch14_reg4_dinov2.lvd142m/model.safetensors",
     ],
+    "models/featinv_decoders": ["RAE-dinov2-wReg-base-ViTXL-n08/config.json"],
     "models/featinv": ["convnext_last.safetensors", "swinv2_last.safetensors"],
     "models/featinv_concepts": ["convnext_last_concepts.safetensors"],
 }
@@ -41,8 +43,8 @@ def seen(host, tmp_path_factory):
 
     base = tmp_path_factory.mktemp(f"browser-{host.version}")
     for folder, names in PLACEHOLDERS.items():
-        (base / folder).mkdir(parents=True, exist_ok=True)
         for name in names:
+            (base / folder / name).parent.mkdir(parents=True, exist_ok=True)
             (base / folder / name).touch()
     server = Server(host, base)
     try:
@@ -133,7 +135,7 @@ def test_wires_have_colours_of_their_own(seen):
     colors = {kind: pair for state in seen.values() for kind, pair in state["colors"].items()}
     ours = {kind: pair for kind, pair in colors.items() if kind.startswith("FEATINV")}
     hosts_own = {color.lower() for kind, pair in colors.items() if kind not in ours for color in pair}
-    assert len(ours) == 5
+    assert len(ours) == 6
     for kind, (wire, socket) in ours.items():
         assert wire and wire == socket and wire.lower() not in hosts_own, (kind, wire, socket)
-    assert len({wire for wire, _ in ours.values()}) == 5
+    assert len({wire for wire, _ in ours.values()}) == 6

@@ -36,7 +36,7 @@ LEAST = {
     "photo_depth": 0.25,
     "photo_concept": 0.35,
     "photo_untrained": 0.4,
-    "photo_rae_reconstruct": 0.45,
+    "photo_rae_reconstruct": 0.3,
     "photo_rae_mix": 0.25,
     "photo_rae_attenuate": 0.25,
     "photo_rae_guide": 0.5,
