@@ -116,8 +116,10 @@ def decoder_of(
         decoder = open_feature_decoder(name, backbone, other_weights)
         decoder.source.require(source, f"the feature decoder {name}", "the inversion model")
         return decoder
-    embedded = (open_feature_decoder(one, other_weights=other_weights) for one in DECODERS)
-    return next((decoder for decoder in embedded if decoder.source.fits(source)), None)
+    for files in map(find_decoder, DECODERS):  # their sources, before any weights
+        if _source(files, None, other_weights).fits(source):
+            return open_feature_decoder(files, other_weights=other_weights)
+    return None
 
 
 def _last_norm(backbone: Backbone) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from graph import Graph, Node, Ref
 from layout import DRAWN, SEEN
-from workflow_parts import ORIGINAL, RESULT, SIMILARITY, compare, extract
+from workflow_parts import ORIGINAL, RESULT, SIMILARITY, compare, extract, sweep
 from workflow_worlds import EXAMPLE, HUB, Photo, World, mirrored_concepts
 
 
@@ -77,16 +77,7 @@ def mix(world: World) -> str:
     g = world.graph
     backbone, decode = decoder(world)
     a, b = (extract(world, backbone, i)[1] for i in (0, 1))
-    mixed = g.add(
-        "FeatInv_FeatureMix",
-        features_a=a[0],
-        features_b=b[0],
-        mode="sweep",
-        weight_a=0.5,
-        weight_b=0.5,
-        steps=5,
-        soft_edge=False,
-    )
+    mixed = sweep(world, a, b)
     compare(world, mixed[0], backbone, decoded(g, decode, mixed[0]))
     for letter, features in (("a", a), ("b", b)):
         g.add("PreviewImage", title=f"Original {letter}", images=world.as_seen(features))

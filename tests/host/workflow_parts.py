@@ -146,3 +146,17 @@ def turned_down(world: World, features: Node, concepts: Node, control: Ref, name
     )
     world.graph.add("PreviewAny", title="Scope", stage=SEEN, source=weaker[2])
     return weaker
+
+
+def sweep(world: World, a: Node, b: Node) -> Node:
+    """Feature maps in five equal steps from a to b."""
+    return world.graph.add(
+        "FeatInv_FeatureMix",
+        features_a=a[0],
+        features_b=b[0],
+        mode="sweep",
+        weight_a=0.5,
+        weight_b=0.5,
+        steps=5,
+        soft_edge=False,
+    )

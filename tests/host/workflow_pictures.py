@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workflow_parts import ORIGINAL, RESULT, add_control, compare, draw, extract, guided, start
+from workflow_parts import ORIGINAL, RESULT, add_control, compare, draw, extract, guided, start, sweep
 from workflow_worlds import Photo, World
 
 
@@ -45,16 +45,7 @@ def seeds(world: World) -> str:
 def interpolate(world: World) -> str:
     backbone, control = start(world)
     a, b = (extract(world, backbone, i)[1] for i in (0, 1))
-    mixed = world.graph.add(
-        "FeatInv_FeatureMix",
-        features_a=a[0],
-        features_b=b[0],
-        mode="sweep",
-        weight_a=0.5,
-        weight_b=0.5,
-        steps=5,
-        soft_edge=False,
-    )
+    mixed = sweep(world, a, b)
     compare(world, mixed[0], backbone, draw(world, mixed[0], control, batch=5)[0])
     for letter, features in (("a", a), ("b", b)):
         world.graph.add("PreviewImage", title=f"Original {letter}", images=world.as_seen(features))

@@ -88,7 +88,11 @@ def test_every_method_draws_the_same_maps_and_says_what_it_costs(tmp_path, decod
 
 
 def test_the_embedded_decoder_of_the_models_maps_is_the_default(pipeline, decoder):
-    with patch.object(decoders, "DECODERS", ["embedded"]):
+    with (
+        patch.object(decoders, "DECODERS", ["embedded"]),
+        patch.object(decoders, "find_decoder", lambda name: name),
+        patch.object(decoders, "_source", lambda *_: decoder.source),
+    ):
         assert decoders.decoder_of(pipeline.source, pipeline.backbone) is decoder
         assert decoders.decoder_of(pipeline.backbone.source("layer2"), pipeline.backbone) is None
 

@@ -127,6 +127,8 @@ def test_reconstruct_begins_from_the_decoders_picture(pipeline, features, pictur
     words = ["--image", picture, "--out", str(out), "--seed", "3", "--device", "cpu", "--start-from", "decoder"]
     with (
         patch.object(decoders, "DECODERS", ["embedded"]),
+        patch.object(decoders, "find_decoder", lambda name: name),
+        patch.object(decoders, "_source", lambda *_: decoder.source),
         patch.object(decoders, "open_feature_decoder", lambda *_, **__: decoder),
     ):
         reconstruct.main([*words, "--start-share", "0.2"])

@@ -3,7 +3,6 @@ arXiv 2510.11690), with the frozen backbone as its encoder."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.files import write_weights
+from training.files import write_json
 
 from .autoencoder import cosine_distance
 from .loop import train_stage
@@ -122,7 +122,7 @@ def train_feature_decoder(
     **stage,  # noqa: ANN003 - of train_stage
 ) -> Decoder:
     """Trains on pixels and on the backbone's own stages. pictures: image numbers [B] -> [B, 3, h, w] in 0..1, as the
-    backbone reads them. later: images seen on pixels alone, at a third of the cost, before the stages join."""
+    backbone reads them. later: images seen on pixels alone, at less cost, before the stages join."""
     torch.manual_seed(0)
     source = backbone.source(layer)
     decoder = Decoder(source, sizes)
@@ -172,4 +172,4 @@ def write_feature_decoder(folder: Path, decoder: Decoder) -> None:
         "featinv_source": decoder.source.to_dict(),
     }
     write_weights(folder / "diffusion_pytorch_model.safetensors", decoder.folded(), torch.int8)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)

@@ -17,6 +17,7 @@ from torch import Tensor
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import cosine
+from featinv_nodes.feature_decoders import open_feature_decoder
 from featinv_nodes.worlds import drawing_world, open_backbone
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="images seen with the loss on pixels alone, at a third of the cost, before the backbone's own stages join",
+        help="images seen with the loss on pixels alone, at less cost, before the backbone's own stages join",
     )
     parser.add_argument("--backbone", help="an embedded one, or a timm name or timm-hub folder (default: the world's)")
     parser.add_argument("--backbone-weights", help="its .safetensors file")
@@ -71,7 +72,7 @@ def make(args: argparse.Namespace) -> None:
     work = args.work or args.out / "work"
     backbone = backbone.to(args.device, memory_format=torch.channels_last)
     pictures, held_out = source_of(args.data, backbone, args.device)
-    decoder = train_feature_decoder(
+    train_feature_decoder(
         work,
         NAME,
         backbone,
@@ -85,7 +86,7 @@ def make(args: argparse.Namespace) -> None:
         minutes=args.minutes,
         keep=partial(write_feature_decoder, args.out),
     )
-    show(work / f"panel_{NAME}.png", decoder, backbone, args.layer, held_out)
+    show(work / f"panel_{NAME}.png", args.out, backbone, args.layer, held_out)
     print(f"wrote {args.out}")
 
 
@@ -98,12 +99,12 @@ def source_of(data: list[str], backbone: Backbone, device: str) -> tuple[Callabl
     return lambda numbers: photographs.random(len(numbers)), photographs.held_out(SHOWN)
 
 
-@torch.no_grad()
-def show(file: Path, decoder: Decoder, backbone: Backbone, layer: str, originals: Tensor) -> None:
-    """A panel of originals and what the decoder makes of their maps, with the cosine of its pictures' maps."""
+def show(file: Path, folder: Path, backbone: Backbone, layer: str, originals: Tensor) -> None:
+    """A panel of originals and what the folder's decoder makes of their maps, with the cosine of its pictures' maps."""
+    decoder = open_feature_decoder(folder).to(originals.device)
     features = backbone.extract(originals, layer)
-    drawn = (decoder(features.values) / 2 + 0.5).clamp(0, 1)
+    drawn = decoder.decode(features)
     scores = cosine(features, backbone.extract(drawn, layer)).tolist()
     rows = [[(p, "") for p in originals.cpu()], [(p, f"cos {s:.2f}") for p, s in zip(drawn.cpu(), scores)]]
-    save_image(panel(rows, ["original", "decoded"], decoder.source.describe()), file)
+    save_image(panel(rows, ["original", "decoded"], features.source.describe()), file)
     print(f"see {file}")
