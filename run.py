@@ -110,7 +110,7 @@ def main() -> int:
     python = environment(REQUIREMENTS[args.command], args.no_venv)
     program = {
         "demo": [str(ROOT / "training" / "demo.py")],
-        "test": ["-m", "pytest", "-n", "2", "--dist", "loadfile"],  # a later -n wins
+        "test": ["-m", "pytest", "-n", "2"],  # a later -n wins
         "download": [str(ROOT / "training" / "download.py"), "--to", str(models_folder())],  # a later --to wins
     }[args.command]
     if args.command == "test":

@@ -51,9 +51,7 @@ const boxes = () => page.evaluate(() => (window.app.graph._nodes ?? window.app.g
   const [width, height] = n.flags?.collapsed ? [n._collapsed_width ?? 0, 0] : n.size;
   return { node: n.type, box: [n.pos[0], n.pos[1] - 30, n.pos[0] + width, n.pos[1] + height] };
 }));
-const found = {};
-for (const file of files) {
-  const name = basename(file).replace(/\.\w+$/, "");
+const open = async (file) => {
   trouble.length = 0;
   if (file.endsWith(".png")) {
     // as a dropped picture: the frontend reads the workflow out of it
@@ -67,52 +65,62 @@ for (const file of files) {
     await page.evaluate((data) => window.app.loadGraphData(data), workflow);
   }
   await settled();
-  // the newest host says for some seconds that the job before is done, on top of a corner
-  await page.waitForFunction(() => !document.body.innerText.includes("Job completed"));
-  const opened = await boxes();
-  const state = await page.evaluate(() => {
-    const nodes = window.app.graph._nodes ?? window.app.graph.nodes;
-    const dialog = [...document.querySelectorAll('[role="dialog"]')].map((d) => d.innerText.slice(0, 200));
-    // the corners of all groups on the page: what covers them
-    const { ds, canvas } = window.app.canvas, rect = canvas.getBoundingClientRect();
-    const bounds = window.app.graph._groups.map((g) => [g.pos[0], g.pos[1], g.pos[0] + g.size[0], g.pos[1] + g.size[1]]);
-    const on = (x, y) => [(x + ds.offset[0]) * ds.scale + rect.left, (y + ds.offset[1]) * ds.scale + rect.top];
-    const [left, top] = on(...[0, 1].map((i) => Math.min(...bounds.map((b) => b[i]))));
-    const [right, bottom] = on(...[2, 3].map((i) => Math.max(...bounds.map((b) => b[i]))));
-    const corners = [[left, top], [right, top], [left, bottom], [right, bottom]];
-    const colors = Object.fromEntries([...new Set(nodes.flatMap((n) => (n.outputs ?? []).map((o) => o.type)))].map((type) => [
-      type, [window.LGraphCanvas.link_type_colors[type], window.app.canvas.default_connection_color_byType[type]],
-    ]));
-    return {
-      colors,
-      covered: corners.filter(([x, y]) => document.elementFromPoint(x, y) !== canvas).map((c) => [...c, document.elementFromPoint(...c)?.className ?? "outside"]),
-      scale: ds.scale,
-      nodes: nodes.length,
-      unknown: nodes.filter((n) => n.has_errors || !(n.type in window.LiteGraph.registered_node_types)).map((n) => n.type),
-      dialogs: dialog,
-      unlinked: nodes.flatMap((n) => (n.inputs ?? []).filter((i) => i.link != null && !window.app.graph.links.get?.(i.link) && !window.app.graph.links[i.link]).map((i) => `${n.type}.${i.name}`)),
-    };
-  });
-  const ran = /^(tiny|photo)_.*\.json$/.test(basename(file)) ? await page.evaluate((limit) => new Promise((done) => {
-    const api = window.app.api, seen = { progress: 0, pictures: 0, error: null };
-    const progress = () => (seen.progress += 1);
-    const executed = (event) => (seen.pictures += event.detail?.output?.images?.length ?? 0);
-    const end = (error) => {
-      seen.error = error;
-      for (const [type, listener] of Object.entries(listeners)) api.removeEventListener(type, listener);
-      done(seen);
-    };
-    const listeners = { progress, executed, execution_error: (e) => end(e.detail.exception_message), execution_success: () => end(null) };
-    for (const [type, listener] of Object.entries(listeners)) api.addEventListener(type, listener);
-    window.app.queuePrompt(0);
-    setTimeout(() => end("it hangs"), limit);
-  }), HANG) : null;
+};
+// what a newly opened graph looks like
+const look = () => page.evaluate(() => {
+  const nodes = window.app.graph._nodes ?? window.app.graph.nodes;
+  const dialog = [...document.querySelectorAll('[role="dialog"]')].map((d) => d.innerText.slice(0, 200));
+  // the corners of all groups on the page: what covers them
+  const { ds, canvas } = window.app.canvas, rect = canvas.getBoundingClientRect();
+  const bounds = window.app.graph._groups.map((g) => [g.pos[0], g.pos[1], g.pos[0] + g.size[0], g.pos[1] + g.size[1]]);
+  const on = (x, y) => [(x + ds.offset[0]) * ds.scale + rect.left, (y + ds.offset[1]) * ds.scale + rect.top];
+  const [left, top] = on(...[0, 1].map((i) => Math.min(...bounds.map((b) => b[i]))));
+  const [right, bottom] = on(...[2, 3].map((i) => Math.max(...bounds.map((b) => b[i]))));
+  const corners = [[left, top], [right, top], [left, bottom], [right, bottom]];
+  const colors = Object.fromEntries([...new Set(nodes.flatMap((n) => (n.outputs ?? []).map((o) => o.type)))].map((type) => [
+    type, [window.LGraphCanvas.link_type_colors[type], window.app.canvas.default_connection_color_byType[type]],
+  ]));
+  return {
+    colors,
+    covered: corners.filter(([x, y]) => document.elementFromPoint(x, y) !== canvas).map((c) => [...c, document.elementFromPoint(...c)?.className ?? "outside"]),
+    scale: ds.scale,
+    nodes: nodes.length,
+    unknown: nodes.filter((n) => n.has_errors || !(n.type in window.LiteGraph.registered_node_types)).map((n) => n.type),
+    dialogs: dialog,
+    unlinked: nodes.flatMap((n) => (n.inputs ?? []).filter((i) => i.link != null && !window.app.graph.links.get?.(i.link) && !window.app.graph.links[i.link]).map((i) => `${n.type}.${i.name}`)),
+  };
+});
+// runs the graph that is open
+const queue = () => page.evaluate((limit) => new Promise((done) => {
+  const api = window.app.api, seen = { progress: 0, pictures: 0 };
+  const progress = () => (seen.progress += 1);
+  const executed = (event) => (seen.pictures += event.detail?.output?.images?.length ?? 0);
+  const end = (error, event) => {
+    for (const [type, listener] of Object.entries(listeners)) api.removeEventListener(type, listener);
+    done({ ...seen, error, prompt: event?.detail.prompt_id });
+  };
+  const listeners = { progress, executed, execution_error: (e) => end(e.detail.exception_message, e), execution_success: (e) => end(null, e) };
+  for (const [type, listener] of Object.entries(listeners)) api.addEventListener(type, listener);
+  window.app.queuePrompt(0);
+  setTimeout(() => end("it hangs"), limit);
+}), HANG);
+const picture = (file) => page.screenshot({ path: join(out, `${basename(file).replace(/\.\w+$/, "")}.png`) });
+const found = {};
+for (const file of files) {
+  await open(file);
+  found[basename(file)] = { ...(await look()), opened: await boxes(), trouble: [...trouble] };
+  await picture(file);
+}
+// all are run after all were opened: the newest host covers a corner for some seconds with its word that a job is done
+for (const file of files.filter((f) => /^(tiny|photo)_.*\.json$/.test(basename(f)))) {
+  await open(file);
+  const ran = await queue(), state = found[basename(file)];
   await settled();
-  await page.screenshot({ path: join(out, `${name}.png`) });
+  await picture(file);
   const widgets = await page.evaluate(() => (window.app.graph._nodes ?? window.app.graph.nodes).flatMap((n) => (n.widgets ?? []).map((w) => ({
     node: n.type, name: w.name, value: w.value, list: w.type === "combo" ? w.options.values : null, kept: w.serialize !== false,
   }))));
-  found[basename(file)] = { ...state, ran, opened, ended: await boxes(), widgets, trouble: [...trouble] };
+  Object.assign(state, { ran, widgets, ended: await boxes(), trouble: [...state.trouble, ...trouble] });
 }
 if (process.env.NODE_PICTURES) {
   // each kind of node of the pack, alone, for the help pages

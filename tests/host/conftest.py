@@ -1,5 +1,6 @@
 """Every test here runs against each ComfyUI checkout that find_hosts finds, and is skipped where there is none."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests
 
+import browser
 import hosts
+from graph import to_prompt
+from make_workflows import EMBEDDED
 
 FOUND = hosts.find_hosts()
 
@@ -36,3 +40,21 @@ def server(host, tmp_path_factory):
     running = hosts.Server(host, tmp_path_factory.mktemp(f"base-{host.version}"))
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def seen(host, tmp_path_factory):
+    """What the browser reports of every workflow."""
+    return browser.look(host, tmp_path_factory.mktemp(f"browser-{host.version}"))
+
+
+@pytest.fixture(scope="session")
+def outputs(host, request):
+    """name -> what each node of a workflow that needs no download gave, by its number."""
+    if browser.AVAILABLE:
+        seen = request.getfixturevalue("seen")
+        return {Path(file).stem: state["outputs"] for file, state in seen.items() if "outputs" in state}
+    server = request.getfixturevalue("server")
+    info = server.get("/object_info")
+    files = [file for file in browser.FOLDER.glob("*.json") if file.stem.startswith(EMBEDDED)]
+    return {file.stem: server.run(to_prompt(json.loads(file.read_text()), info)) for file in files}

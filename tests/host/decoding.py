@@ -1,16 +1,13 @@
-"""Feature decoders inside a host: the nodes against the program's decoder, what else reads such maps, mistakes. Run as
-opening.py says."""
+"""In a host's process: feature decoders by the nodes against the program's decoder, what else reads such maps,
+mistakes."""
 
-import json
 import sys
 from pathlib import Path
 
-from opening import BASE, NODES, PACK, World, error_of, pack, relative, run  # before anything else of the host
-
-sys.path[1:1] = [PACK, str(Path(PACK, "tests", "training"))]
 import comfy.model_management as management
 import torch
 from closing import stopped
+from opening import BASE, NODES, World, error_of, pack, relative, run
 from rae import backbone_of, own_decoder, trained
 from safetensors.torch import save_file
 
@@ -126,35 +123,29 @@ def mistakes(world: World, decoder, folder: Path) -> dict[str, str]:
     }
 
 
-def main() -> None:
-    with torch.inference_mode():
-        world, empty = World(), listed()
-        folder = DECODERS / "mine"
-        own_decoder(folder, world.features.source)
-        decoder = run(LOAD, decoder="mine")
-        stamp = NODES[LOAD].fingerprint_inputs("mine")
-        program = open_feature_decoder(folder)
-        image = run(DECODE, feature_decoder=decoder, features=world.features)
-        loaded = any(m.model is decoder.patcher for m in management.current_loaded_models)
-        management.unload_all_models()
-        shown = NODES[LOAD].execute(decoder="mine").ui.as_dict()["text"]
-        result = {
-            "empty": empty,
-            "listed": listed(),
-            "says": list(shown),
-            "size": list(image.shape),
-            "difference": relative(image.movedim(-1, 1), program.decode(world.features)),
-            "managed": loaded,
-            "again": relative(run(DECODE, feature_decoder=decoder, features=world.features), image),
-            "cancelled": stopped(lambda: run(DECODE, feature_decoder=decoder, features=world.features)),
-            "edited": edited(world, decoder),
-            "released": released(world),
-            "mistakes": mistakes(world, decoder, folder),
-        }
-        (folder / "config.json").touch()
-        result["follows the file"] = NODES[LOAD].fingerprint_inputs("mine") != stamp
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+def decoding(world: World) -> dict:
+    empty, folder = listed(), DECODERS / "mine"
+    own_decoder(folder, world.features.source)
+    decoder = run(LOAD, decoder="mine")
+    stamp = NODES[LOAD].fingerprint_inputs("mine")
+    program = open_feature_decoder(folder)
+    image = run(DECODE, feature_decoder=decoder, features=world.features)
+    loaded = any(m.model is decoder.patcher for m in management.current_loaded_models)
+    management.unload_all_models()
+    shown = NODES[LOAD].execute(decoder="mine").ui.as_dict()["text"]
+    result = {
+        "empty": empty,
+        "listed": listed(),
+        "says": list(shown),
+        "size": list(image.shape),
+        "difference": relative(image.movedim(-1, 1), program.decode(world.features)),
+        "managed": loaded,
+        "again": relative(run(DECODE, feature_decoder=decoder, features=world.features), image),
+        "cancelled": stopped(lambda: run(DECODE, feature_decoder=decoder, features=world.features)),
+        "edited": edited(world, decoder),
+        "released": released(world),
+        "mistakes": mistakes(world, decoder, folder),
+    }
+    (folder / "config.json").touch()
+    result["follows the file"] = NODES[LOAD].fingerprint_inputs("mine") != stamp
+    return result

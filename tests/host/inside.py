@@ -23,16 +23,20 @@ from opening import (
     run,
 )  # before anything else of the host
 
-sys.path.append(PACK)
+sys.path[1:1] = [PACK, str(Path(PACK, "tests", "training"))]
 import checkpoints
 import closing
 import comfy.model_management as management
 import controlling
+import decoding
 import guiding
 import managing
 import mapping
 import pairs
 import parity
+import photo
+import provenance
+import raw
 import torch
 import untrained
 from PIL import Image
@@ -243,6 +247,10 @@ def main() -> None:
             "low_memory": managing.low_memory(world),
             "features_nodes": features_nodes(world),
             "bad_inputs": bad_inputs(world, folder),
+            "photo": photo.photo(world),
+            "decoding": decoding.decoding(world),
+            "provenance": provenance.provenance(world),
+            "raw": raw.raw(),
         }
     result["real_size"] = parity.real_size(folder)
     print(json.dumps(result))

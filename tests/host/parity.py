@@ -134,36 +134,33 @@ def batches(world: World) -> dict:
 
 def real_size(folder: Path) -> dict:
     """A file of SD 1.x size with random weights: every tensor finds its place and the residuals equal diffusers'."""
-    from diffusers import ControlNetModel, UNet2DConditionModel
+    from diffusers import ControlNetModel
 
+    from featinv_nodes.core.encoders import build_encoder
     from featinv_nodes.core.feature_map import FeatureSource
     from featinv_nodes.core.weights import InversionInfo
 
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        cross_attention_dim=768,
-        block_out_channels=(320, 640, 1280, 1280),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=8,
-    )
     described = {"name": "MiniSD", "width": 320, "context": 768, "latent_channels": 4, "heads": 8}
     source = FeatureSource(
         "convnext_base.fb_in22k_ft_in1k", "last", False, 1024, (9, 9), (288, 288), (0.5,) * 3, (0.5,) * 3
     )
-    from featinv_nodes.core.encoders import build_encoder
-
     settings = {"kind": "conv", "channels": 1024, "out_channels": 320, "width": 512}
-    model = (
-        FeatureControlNet(ControlNetModel.from_unet(unet), build_encoder(settings), source).eval().requires_grad_(False)
-    )
-    del unet
-    for name, p in model.named_parameters():
-        if p.abs().max() == 0 and "norm" not in name:
-            torch.nn.init.normal_(p, std=0.02)
+    with torch.device("meta"):
+        controlnet = ControlNetModel(
+            cross_attention_dim=768,
+            block_out_channels=(320, 640, 1280, 1280),
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            attention_head_dim=8,
+        )
+    model = FeatureControlNet(controlnet.to_empty(device="cpu"), build_encoder(settings), source)
+    model.eval().requires_grad_(False)
+    numbers = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    for place, (name, p) in enumerate(controlnet.named_parameters()):  # other numbers in each, in less time than randn
+        own = numbers.roll(place).repeat(p.numel() // len(numbers) + 1)[: p.numel()].view_as(p)
+        p.copy_(torch.ones_like(p) if "norm" in name else own)
+    model.half().float()  # as the file has them
     file = folder / "real.safetensors"
-    model.save(file, InversionInfo(source, settings, described, "p"))
+    model.save(file, InversionInfo(source, settings, described, "p"), torch.float16)
     load = sys.modules["pack of any name.featinv_nodes.host.controlnet"].load_feature_control
     with torch.inference_mode():
         control = load(file)

@@ -1,20 +1,11 @@
-"""Runs in a host's environment, in the host's process: the world of photographs, latents of both worlds, weights in 8
-bits.
+"""In a host's process: the world of photographs, latents of both worlds, weights in 8 bits."""
 
-python photo.py HOST_ROOT PACK BASE_DIRECTORY
-"""
-
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from opening import BASE, PACK, SEED, STEPS, World, relative, run  # before anything else of the host
-
-sys.path.append(PACK)
 import nodes
 import torch
+from opening import BASE, SEED, World, relative, run
 from sklearn.datasets import load_sample_image
 
 from featinv_nodes.core.files import is_in_8_bits
@@ -25,6 +16,7 @@ from training.models.sampling import noise, sample
 
 FOLDER = Path(BASE, "models", "featinv")
 COUNT = 2  # pictures
+STEPS = 4
 
 
 def with_control(name: str) -> InversionPipeline:
@@ -105,10 +97,10 @@ def latents(world: str) -> dict:
     }
 
 
-def eight_bits() -> dict:
+def eight_bits(world: World) -> dict:
     """The drawn world's model as shipped and stored in 8 bits: how alike their pictures are to the features asked
     for."""
-    pipeline, world = load_pipeline("tiny_cnn_last"), World()
+    pipeline = load_pipeline("tiny_cnn_last")
     shipped, file = model_file("tiny_cnn_last"), FOLDER / "eight.safetensors"
     leading = pipeline.info.recommended | {"timestep_spacing": "leading"}  # as convert.py records it
     pipeline.model.save(file, replace(pipeline.info, recommended=leading), torch.int8)
@@ -129,16 +121,10 @@ def eight_bits() -> dict:
     }
 
 
-def main() -> None:
+def photo(world: World) -> dict:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode():
-        result = {
-            "parity": {name: parity(name) for name in WORLDS["photo"].models},
-            "latents": {world: latents(world) for world in WORLDS},
-            "eight_bits": eight_bits(),
-        }
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "parity": {name: parity(name) for name in WORLDS["photo"].models},
+        "latents": {name: latents(name) for name in WORLDS},
+        "eight_bits": eight_bits(world),
+    }

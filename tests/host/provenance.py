@@ -1,14 +1,12 @@
-"""What is refused, and what goes on, with other weights of the same name. Run as opening.py says."""
+"""In a host's process: what is refused, and what goes on, with other weights of the same name."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from opening import BASE, PACK, World, error_of, run
 
-sys.path.insert(0, PACK)
 from featinv_nodes.core.files import read_metadata, read_tensors, write_safetensors
 
 LOAD, NAME = "FeatInv_LoadFeatInvControlNet", "tiny_cnn_last (embedded)"
@@ -34,40 +32,33 @@ def changed(world: World) -> World:
     return other
 
 
-def main() -> None:
-    with torch.inference_mode():
-        world = World()
-        (known, about), (free, about_free) = run(LOAD, weights=NAME), run(LOAD, weights=NAME, other_weights=True)
-        older, _ = run(LOAD, weights=older_file())
-        foreign = replace(world.features, source=replace(world.features.source, weights="another"))
-        other = changed(world)
-        patched = World()
-        key = next(k for k in patched.model.model.state_dict() if k.endswith("input_blocks.0.0.weight"))
-        patched.model.add_patches({key: (torch.ones_like(patched.model.model.state_dict()[key]),)})
+def provenance(world: World) -> dict[str, str]:
+    (known, about), (free, about_free) = run(LOAD, weights=NAME), run(LOAD, weights=NAME, other_weights=True)
+    older, _ = run(LOAD, weights=older_file())
+    foreign = replace(world.features, source=replace(world.features.source, weights="another"))
+    other = changed(world)
+    patched = World()
+    key = next(k for k in patched.model.model.state_dict() if k.endswith("input_blocks.0.0.weight"))
+    patched.model.add_patches({key: (torch.ones_like(patched.model.model.state_dict()[key]),)})
 
-        def picture(opened: World, control, features=world.features) -> str:  # noqa: ANN001
-            return error_of(lambda: opened.draw(opened.apply(control_net=control, features=features), steps=1))
+    def picture(opened: World, control, features=world.features) -> str:  # noqa: ANN001
+        return error_of(lambda: opened.draw(opened.apply(control_net=control, features=features), steps=1))
 
-        result = {
-            "same": picture(world, known),
-            "features": picture(world, known, foreign),
-            "features allowed": picture(world, free, foreign),
-            "base": picture(other, known),
-            "base allowed": picture(other, free),
-            "base of an older file": picture(other, older),
-            "patched": picture(patched, known),
-            "similarity": error_of(
-                run,
-                "FeatInv_FeatureSimilarity",
-                features=foreign,
-                backbone=world.backbone,
-                image=torch.rand(3, 64, 64, 3),
-            ),
-            "about": about,
-            "about allowed": about_free,
-        }
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "same": picture(world, known),
+        "features": picture(world, known, foreign),
+        "features allowed": picture(world, free, foreign),
+        "base": picture(other, known),
+        "base allowed": picture(other, free),
+        "base of an older file": picture(other, older),
+        "patched": picture(patched, known),
+        "similarity": error_of(
+            run,
+            "FeatInv_FeatureSimilarity",
+            features=foreign,
+            backbone=world.backbone,
+            image=torch.rand(3, 64, 64, 3),
+        ),
+        "about": about,
+        "about allowed": about_free,
+    }

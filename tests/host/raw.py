@@ -1,7 +1,4 @@
-"""Runs in a host's environment, in the host's process: damaged and foreign files through the nodes.
-
-python raw.py HOST_ROOT PACK BASE_DIRECTORY
-"""
+"""In a host's process: damaged and foreign files through the nodes."""
 
 import asyncio
 import json
@@ -9,12 +6,9 @@ import logging
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from opening import BASE, NODES, PACK, error_of, pack, run  # before anything else of the host
-
-sys.path.append(PACK)
 import folder_paths
 import torch
+from opening import BASE, NODES, PACK, error_of, pack, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +22,7 @@ def damaged(folder: str, shipped: str, key: str, changes: dict, drop: tuple[str,
         metadata = opened.metadata()
     about = {k: v for k, v in (json.loads(metadata[key]) | changes).items() if k not in drop}
     (MODELS / folder).mkdir(parents=True, exist_ok=True)
-    name = f"{len(list((MODELS / folder).iterdir()))}.safetensors"
+    name = f"damaged {len(list((MODELS / folder).glob('damaged *')))}.safetensors"
     save_file(load_file(DRAWN / shipped), MODELS / folder / name, metadata | {key: json.dumps(about)})
     return name
 
@@ -131,10 +125,5 @@ def pictures() -> dict:
     }
 
 
-def main() -> None:
-    with torch.inference_mode():
-        print(json.dumps({"start": start(), "models": models(), "backbones": backbones(), "pictures": pictures()}))
-
-
-if __name__ == "__main__":
-    main()
+def raw() -> dict:
+    return {"start": start(), "models": models(), "backbones": backbones(), "pictures": pictures()}

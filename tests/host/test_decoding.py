@@ -1,15 +1,12 @@
 """Feature decoders in a real ComfyUI's process: what decoding.py measured there."""
 
-from pathlib import Path
-
 import pytest
-from hosts import PACK
 from test_inside import CLOSE
 
 
-@pytest.fixture(scope="session")
-def seen(host, tmp_path_factory):
-    return host.run_inside(Path(__file__).with_name("decoding.py"), PACK, tmp_path_factory.mktemp("decoding"))
+@pytest.fixture
+def seen(measured):
+    return measured["decoding"]
 
 
 def test_a_decoder_s_folder_is_listed_and_draws_what_the_program_draws(seen):

@@ -1,15 +1,12 @@
 """The world of photographs inside a real ComfyUI's process: what photo.py measured there."""
 
-from pathlib import Path
-
 import pytest
-from hosts import PACK
 from test_inside import CLOSE
 
 
-@pytest.fixture(scope="session")
-def seen(host, tmp_path_factory):
-    return host.run_inside(Path(__file__).with_name("photo.py"), PACK, tmp_path_factory.mktemp("photo"))
+@pytest.fixture
+def seen(measured):
+    return measured["photo"]
 
 
 def test_the_same_photograph_as_the_command_line(seen):

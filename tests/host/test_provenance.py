@@ -1,14 +1,11 @@
 """Weights of the same name and other content in a real ComfyUI's process: what provenance.py was told there."""
 
-from pathlib import Path
-
 import pytest
-from hosts import PACK
 
 
-@pytest.fixture(scope="session")
-def told(host, tmp_path_factory):
-    return host.run_inside(Path(__file__).with_name("provenance.py"), PACK, tmp_path_factory.mktemp("provenance"))
+@pytest.fixture
+def told(measured):
+    return measured["provenance"]
 
 
 def test_a_backbone_of_other_weights_is_refused_or_allowed(told):

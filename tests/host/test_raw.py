@@ -1,15 +1,13 @@
 """Damaged and foreign files in a real ComfyUI's process: what raw.py was told there."""
 
 import re
-from pathlib import Path
 
 import pytest
-from hosts import PACK
 
 
-@pytest.fixture(scope="session")
-def told(host, tmp_path_factory):
-    return host.run_inside(Path(__file__).with_name("raw.py"), PACK, tmp_path_factory.mktemp("raw"))
+@pytest.fixture
+def told(measured):
+    return measured["raw"]
 
 
 def test_an_old_timm_is_one_line_at_the_start(told):
@@ -20,13 +18,13 @@ def test_an_old_timm_is_one_line_at_the_start(told):
 def test_fields_are_named_and_a_bad_scope_is_left_out(told):
     said = told["models"]
     for case, words in {
-        "a list for a source": "FeatInvError: .*0.safetensors: the FeatInv weights file cannot be read: field source",
+        "a list for a source": "FeatInvError: .*damaged 0.*: the FeatInv weights file cannot be read: field source",
         "a later version": "FeatInvError: .*format version 2, which a later release wrote",
         "concepts without a source": "FeatInvError: .*concept file cannot be read: field source is missing",
     }.items():
         assert re.search(words, said[case]), said[case]
     assert said["without steps"] == said["bad scope"] == "no error" and said["opened"] == 2
-    assert "steps 50" in said["steps"] and "3.safetensors is opened without its scope statistics" in said["log"]
+    assert "steps 50" in said["steps"] and "damaged 3.safetensors is opened without its scope statistics" in said["log"]
 
 
 def test_backbones_open_from_any_kind_of_file_and_names_are_explained(told):

@@ -1,4 +1,4 @@
-"""Every shipped workflow: its two forms agree, it runs on a fresh host, and the result is what it promises."""
+"""Every shipped workflow: its two forms agree, its graph is laid out well, and what it needs is named."""
 
 import json
 from pathlib import Path
@@ -9,38 +9,12 @@ from layout import IN, OUT, READABLE, SEEN, TITLE, grows_with, takes
 from make_workflows import EMBEDDED as NAMES
 from make_workflows import graphs
 from PIL import Image
-from workflow_parts import REPORT, RESULT, SIMILARITY
+from workflow_parts import RESULT
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
 EMBEDDED = [f for f in FILES if f.name.startswith(NAMES)]
 PICTURED = [f for f in EMBEDDED if f.with_suffix(".png").is_file()]
-#: least cosine similarity that each shows: of the map asked for, or of the mixed one, which no picture may have
-LEAST = {
-    "tiny_reconstruct": 0.9,
-    "tiny_seeds": 0.9,
-    "tiny_interpolate": 0.8,
-    "tiny_compose": 0.65,
-    "tiny_attenuate": 0.7,
-    "tiny_viz": 0.7,
-    "tiny_discover": 0.65,
-    "tiny_backbones": 0.6,
-    "tiny_two_guidances": 0.95,
-    "tiny_faithful": 0.98,
-    "tiny_untrained": 0.7,
-    "photo_reconstruct": 0.55,
-    "photo_seeds": 0.55,
-    "photo_interpolate": 0.35,
-    "photo_compose": 0.35,
-    "photo_viz": 0.35,
-    "photo_depth": 0.25,
-    "photo_concept": 0.35,
-    "photo_untrained": 0.4,
-    "photo_rae_reconstruct": 0.3,
-    "photo_rae_mix": 0.25,
-    "photo_rae_attenuate": 0.25,
-    "photo_rae_guide": 0.5,
-}
 
 
 def id_of(path):
@@ -60,46 +34,6 @@ def test_is_what_its_source_builds(server, file):
             assert result[number]["inputs"][name] == value, (node["class_type"], name)
     notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
     assert len(notes) == 2 and all(len(note["widgets_values"][0]) > 60 for note in notes)
-
-
-@pytest.mark.parametrize("file", EMBEDDED, ids=id_of)
-def test_runs_and_shows_what_it_promises(server, file):
-    workflow = json.loads(file.read_text())
-    outputs = server.run(to_prompt(workflow, server.get("/object_info")))
-    numbers = [
-        float(outputs[str(n["id"])]["text"][0].split()[-1])
-        for n in workflow["nodes"]
-        if n.get("title", "").startswith(SIMILARITY)
-    ]
-    assert numbers and min(numbers) >= LEAST[file.stem], numbers
-    results = [n for n in workflow["nodes"] if n.get("title", "").startswith(RESULT)]
-    assert results and all(outputs[str(n["id"])]["images"] for n in results)
-
-
-@pytest.mark.parametrize("file", ["tiny_attenuate", "tiny_viz"])
-def test_the_closed_loop_reaches_what_was_asked(server, file):
-    """It says so on the node, and in the report behind it."""
-    workflow = json.loads((FOLDER / f"{file}.json").read_text())
-    outputs = server.run(to_prompt(workflow, server.get("/object_info")))
-    (node,) = [n for n in workflow["nodes"] if n["type"] == "FeatInv_ClosedLoop"]
-    shown = outputs[str(node["id"])]
-    said = shown["text"][0]
-    assert shown["images"] and said.count("(as asked)") == len(said.splitlines()) == len(shown["images"])
-    assert said in [outputs[str(n["id"])]["text"][0] for n in workflow["nodes"] if n["type"] == "PreviewAny"]
-
-
-def test_the_shown_concepts_were_turned_down_as_asked(server):
-    """FeatInv-Viz says so itself, a line per variant; and the scope of the changed maps is shown."""
-    workflow = json.loads((FOLDER / "tiny_viz.json").read_text())
-    outputs = server.run(to_prompt(workflow, server.get("/object_info")))
-    report, scope = (
-        outputs[str(n["id"])]["text"][0]
-        for title in (REPORT, "Scope")
-        for n in workflow["nodes"]
-        if n.get("title") == title
-    )
-    assert [line.split(":")[0] for line in report.splitlines()] == ["object", "sky"] and report.count("(as asked)") == 2
-    assert "of 2 maps inside" in scope
 
 
 @pytest.mark.parametrize("file", PICTURED, ids=id_of)

@@ -109,10 +109,10 @@ MOMENTS = (
 )
 
 
-def run(folder, moment, changes):
+def run(folder, moment):
     torch.set_num_threads(1)  # sums are added in one order
     moment(folder)
-    train(read_config(DEFAULT, SMALL | changes), Path(folder))
+    train(read_config(DEFAULT, SMALL), Path(folder))
 
 
 def run_as(rank, processes, port, folder, values):

@@ -3,16 +3,15 @@ report."""
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 
 import killed
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import exit_codes, free_port
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -21,8 +20,6 @@ from training.evaluation import shards
 from training.evaluation.run import evaluate_in_memory, load_pictures
 from training.models.pipeline import InversionPipeline
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["killed", "training.evaluate"])
 SMALL = ["--count", "8", "--steps", "1", "--batch", "2", "--device", "cpu"]
 
 
@@ -106,18 +103,8 @@ def test_a_full_disk_keeps_what_is_done_and_the_rerun_goes_on(whole, tmp_path, m
 
 
 def test_two_processes_find_what_one_does(whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = [
-        PROCESSES.Process(target=killed.evaluate_as, args=(number, port, str(tmp_path / "out"), SMALL))
-        for number in range(2)
-    ]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
+    port, out = free_port(), str(tmp_path / "out")
+    assert exit_codes(killed.evaluate_as, *((rank, port, out, SMALL) for rank in range(2))) == [0, 0]
     assert results(tmp_path / "out") == results(whole)
     done = [(tmp_path / f"out-{number}").read_text().splitlines() for number in range(2)]
     assert len(done[0]) == len(done[1]) == 8 and len({*done[0], *done[1]}) == 16  # 4 conditions, 4 shards, none twice

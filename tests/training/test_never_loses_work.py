@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import exit_codes
 from safetensors.torch import load_file
 
 from featinv_nodes.core.feature_map import FeatInvError
@@ -23,16 +24,11 @@ from training.loop import run as running
 from training.loop.folder import check_room, only_run_in
 from training.loop.training import train
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["killed"])
 
-
-def process(folder, moment=killed.never, **changes):
+def process(folder, moment=killed.never):
     """A run in its own process; the exit code."""
-    made = PROCESSES.Process(target=killed.run, args=(str(folder), moment, changes))
-    made.start()
-    made.join()
-    return made.exitcode
+    (code,) = exit_codes(killed.run, (str(folder), moment))
+    return code
 
 
 def here(folder, **changes):

@@ -2,8 +2,6 @@
 choice."""
 
 import json
-import multiprocessing
-import socket
 import sys
 
 import killed
@@ -12,6 +10,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from processes import exit_codes, free_port
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,8 +25,6 @@ from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
 
 SMALL = killed.SMALL | {"max_images": "40", "save_every": "1000"}
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["killed"])
 
 
 def here(folder, **changes):
@@ -36,12 +33,6 @@ def here(folder, **changes):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +52,8 @@ def close(result, expected):
 
 
 def test_two_processes_follow_the_loss_curve_of_one(whole, tmp_path):
-    port, own = free_port(), []
-    for rank in range(2):
-        own.append(PROCESSES.Process(target=killed.run_as, args=(rank, 2, port, str(tmp_path), SMALL | {"batch": "1"})))
-        own[-1].start()
-    for process in own:
-        process.join()
-    assert [p.exitcode for p in own] == [0, 0]
+    port, values = free_port(), SMALL | {"batch": "1"}
+    assert exit_codes(killed.run_as, *((rank, 2, port, str(tmp_path), values) for rank in range(2))) == [0, 0]
     first, second = lines(whole[0]), lines(tmp_path)
     assert [(a["images"], a["lr"]) for a in first] == [(b["images"], b["lr"]) for b in second]
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in zip(first, second))
@@ -237,13 +223,8 @@ def test_shipped_launch_configurations_are_read():
 @pytest.mark.parametrize("changes", [{}, {"ema": "0", "standardise": "false", "checkpointing": "true"}])
 def test_processes_that_share_out_the_weights_train_as_one(whole, tmp_path, changes):
     """FSDP through accelerate, with a panel, an average and a checkpoint from which one process goes on."""
-    port, own, values = free_port(), [], SMALL | {"batch": "1", "panel_every": "40"} | changes
-    for rank in range(2):
-        own.append(PROCESSES.Process(target=killed.run_shared_out, args=(rank, port, str(tmp_path), values)))
-        own[-1].start()
-    for process in own:
-        process.join()
-    assert [p.exitcode for p in own] == [0, 0]
+    port, values = free_port(), SMALL | {"batch": "1", "panel_every": "40"} | changes
+    assert exit_codes(killed.run_shared_out, *((rank, port, str(tmp_path), values) for rank in range(2))) == [0, 0]
     alone = load_file(here(tmp_path / "alone", **changes)) if changes else whole[1]
     assert close(load_file(tmp_path / "tiny_cnn_last.safetensors"), alone) and list(tmp_path.glob("panel_*.png"))
     here(tmp_path, max_images="44", **changes)
@@ -252,13 +233,8 @@ def test_processes_that_share_out_the_weights_train_as_one(whole, tmp_path, chan
 
 def test_weights_that_processes_share_out_are_saved_whole(tmp_path):
     """FSDP: what one process has, two that share out the weights save, restore and average alike."""
-    port, own = free_port(), []
-    for rank in range(2):
-        own.append(PROCESSES.Process(target=killed.shared_out, args=(rank, port, str(tmp_path))))
-        own[-1].start()
-    for process in own:
-        process.join()
-    assert [p.exitcode for p in own] == [0, 0]
+    port = free_port()
+    assert exit_codes(killed.shared_out, *((rank, port, str(tmp_path)) for rank in range(2))) == [0, 0]
     alone, shared = killed.learned(lambda module: module), torch.load(tmp_path / "state.pt")
     for part in ("model", "average"):
         assert all(torch.allclose(shared[part][k], alone[part][k]) for k in alone[part])
