@@ -134,8 +134,9 @@ def small_webp(image: Image.Image) -> bytes:
     with loss, best for photographs."""
     few = image.quantize(128, dither=Image.Dither.NONE).convert("RGB")
     files = []
-    for picture, settings in ((few, {"lossless": True, "quality": 100}), (image, {"quality": 75})):
+    # without loss, method 6 takes twenty times as long as 4 and saves at most one percent
+    for picture, settings in ((few, {"lossless": True, "quality": 100, "method": 4}), (image, {"method": 6})):
         buffer = io.BytesIO()
-        picture.save(buffer, "WEBP", method=6, **settings)
+        picture.save(buffer, "WEBP", **{"quality": 75} | settings)
         files.append(buffer.getvalue())
     return min(files, key=len)

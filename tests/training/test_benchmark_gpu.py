@@ -15,6 +15,11 @@ from training.speed import gpu
 from training.speed.page import Page
 
 
+@pytest.fixture(autouse=True)
+def nothing_to_free(monkeypatch):
+    monkeypatch.setattr(gpu.gc, "collect", lambda: None)  # dozens of times, for the sake of a GPU
+
+
 def measure(folder, parts=None, minutes=5.0):
     config = read_config(CONFIGS / "convnext_last.yaml", {"precision": "bf16"})
     gpu.gpu(Namespace(config=config, device="cpu", small=True, minutes=minutes, out=folder, parts=parts))
