@@ -1,11 +1,11 @@
-"""Imports run one way: from room to room at most seven floors deep, and no program imports a program."""
+"""Imports run one way: packages on at most seven levels, and no program imports a program."""
 
 import ast
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FLOORS = 7
+LEVELS = 7
 #: files of training/ that are libraries; all others there, and those in experiments/, are programs
 LIBRARIES = ("checksum", "cli", "cli_decoder", "cli_start", "cli_untrained", "config", "files", "plots", "report")
 
@@ -37,8 +37,8 @@ def imports(name, file, known):
             yield from (alias.name for alias in node.names if alias.name in known)
 
 
-def room(name):
-    """The folder that a module lies in; a library of training/ is a room of its own, all programs are one."""
+def package_of(name):
+    """The folder that a module lies in; a library file of training/ is a package of its own, and all programs are one."""
     top, *rest = name.split(".")
     if top == "featinv_nodes":
         return f"featinv_nodes.{rest[0]}"
@@ -48,25 +48,27 @@ def room(name):
     return f"training.{rest[0]}" if (inside and rest[0] != "experiments") or rest[0] in LIBRARIES else "programs"
 
 
-def test_rooms_import_one_way_and_seven_floors_deep():
+def test_packages_import_one_way_on_seven_levels():
     known = modules()
     below = {}
     for name, file in known.items():
-        below.setdefault(room(name), set()).update(
-            room(other) for other in imports(name, file, known) if room(other) not in (room(name), None)
+        below.setdefault(package_of(name), set()).update(
+            package_of(other)
+            for other in imports(name, file, known)
+            if package_of(other) not in (package_of(name), None)
         )
 
     @cache
-    def floor(place):
-        return 1 + max(map(floor, below[place]), default=0)  # recursion without end where rooms import each other
+    def level(package):
+        return 1 + max(map(level, below[package]), default=0)  # recursion without end where packages import each other
 
-    assert floor("programs") == FLOORS == max(map(floor, below)) and floor("featinv_nodes.core") == 1
+    assert level("programs") == LEVELS == max(map(level, below)) and level("featinv_nodes.core") == 1
 
 
 def test_programs_import_no_program():
     known = modules()
     programs = {name for name, file in known.items() if '__name__ == "__main__"' in file.read_text()}
-    assert len(programs) > 15 and all(room(name) == "programs" for name in programs)
+    assert len(programs) > 15 and all(package_of(name) == "programs" for name in programs)
     assert not [
         f"{name} imports {other}"
         for name, file in known.items()
