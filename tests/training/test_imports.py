@@ -38,7 +38,7 @@ def imports(name, file, known):
 
 
 def package_of(name):
-    """The folder that a module lies in; a library file of training/ is a package of its own, and all programs are one."""
+    """The folder that a module lies in. A library file of training/ is a package of its own; the programs are one."""
     top, *rest = name.split(".")
     if top == "featinv_nodes":
         return f"featinv_nodes.{rest[0]}"
