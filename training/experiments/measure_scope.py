@@ -242,30 +242,29 @@ def to_markdown(results: dict) -> str:
     }
     return f"""# What the scope statistics see: {results["model"]}
 
-A weights file can say what held-out feature maps are like (`python training/fit_scope.py` adds that). A manipulated map
-is then judged before it is drawn: *inside*; *at the edge*, more unusual than 95 % of held-out maps; *outside*, more
-unusual than 99 %. Four statistics take part: the **direction** of each feature vector (distance to the nearest of a
-bank), its **magnitude**, its **distance** from the mean vector (Mahalanobis; too near counts as well as too far), and
-how well its eight **neighbours** predict it. The score is that of the most unusual one.
+A weights file can hold statistics of held-out feature maps (`python training/fit_scope.py` adds them). They rate an
+edited map before it is drawn: *inside*; *at the edge*, more unusual than 95 % of held-out maps; *outside*, more unusual
+than 99 %. There are four statistics: the **direction** of each feature vector (distance to the nearest of a bank), its
+**magnitude**, its **distance** from the mean vector (Mahalanobis; both too near and too far count), and how well its
+eight **neighbours** predict it. The score is that of the most unusual statistic.
 
-`python training/experiments/measure_scope.py --model {results["model"]}` on {results["count"]} held-out maps of
-{results["features"]}, none of which made the statistics. AUROC is the chance that an edited map scores higher than an
-unedited one; at 0.5 the two cannot be told apart. The score's and the cycle cosine's have 95 % bootstrap intervals. The
-cycle cosine compares the reconstruction's features with the map asked for, after rendering, with one seed, on
-{results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.
+`python training/experiments/measure_scope.py --model {results["model"]}` evaluates {results["count"]} held-out maps of
+{results["features"]}. None of them was used to fit the statistics. The AUROC is the probability that an edited map
+scores higher than an unedited one; at 0.5 the two cannot be told apart. 95 % bootstrap intervals are given for the
+score and the cycle cosine. The cycle cosine compares the features of the reconstruction with the map that was drawn:
+one seed, {results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.
 {digests_text(results["digests"])}
 
 {chr(10).join(lines)}
 
-Score below an AUROC of 0.9: {", ".join(missed) or "none"}.
-Where the reconstructions differ, the cycle cosine finds these after rendering.
+Edits that the score misses (AUROC below 0.9): {", ".join(missed) or "none"}.
+If their reconstructions differ from the map, the cycle cosine finds them after rendering.
 
-Told apart, yet drawn about as well as unedited maps (AUROC of the cycle cosine below 0.6):
-{", ".join(harmless) or "none"}.
-A cosine does not see the length of vectors.
+Edits that the score finds, but whose maps are drawn about as well as unedited ones (AUROC of the cycle cosine below
+0.6): {", ".join(harmless) or "none"}.
+The cosine ignores the length of vectors.
 
-Spearman's rank correlation of the score with the cycle cosine; negative where a high score predicts a bad
-reconstruction:
+Spearman's rank correlation of the score with the cycle cosine (negative: a high score predicts a bad reconstruction):
 
 {chr(10).join(f"- {name}: {text}" for name, text in r.items())}
 
