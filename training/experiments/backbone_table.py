@@ -123,16 +123,16 @@ TRIED: list[tuple[str, str, dict]] = [
 
 PROSE = """# Backbones that were tried
 
-Each row is a timm model at random weights with two random pictures. Three columns give the largest difference,
+Each row tries a timm model with random weights on two random pictures. Three columns give the largest difference,
 relative to the largest value:
 
-- *head*: of the model's head on the extracted last map and the model's own output;
-- *pictures*: of the model's outputs for the two pictures;
-- *map*: of the extracted map and the last of timm's `forward_intermediates`. It is "-" where the two have different
-  sizes, and not 0 where the head reads what comes after the last named layer.
+- *head*: between the head's output for the extracted last map and the model's own output;
+- *pictures*: between the model's outputs for the two pictures;
+- *map*: between the extracted map and the last one of timm's `forward_intermediates`. It is "-" if their sizes differ,
+  and not 0 if further modules follow the last named layer.
 
-*Equal* means that head is at most 1e-5 and at most a thousandth of pictures.
-`python training/experiments/backbone_table.py` writes this page; with a timm name it prints the row of that model.
+*Equal* means that *head* is at most 1e-5 and at most a thousandth of *pictures*.
+`python training/experiments/backbone_table.py` writes this page. With a timm name it prints that model's row.
 timm {timm}, torch {torch}, float32 on the CPU.
 
 """
