@@ -21,13 +21,12 @@ BASE_SEEN = 14_000_128
 DECODER_SEEN = 144_000
 #: what no measurement of the files can tell
 HISTORY = """
-The transformer also learned from the CNN's feature vectors, and the autoencoder's loss includes the CNN's features.
+The transformer was trained on the CNN's feature vectors too, and the autoencoder's loss includes the CNN's features.
 
-The inversion models' loss includes the cycle consistency (`cycle` in `training/configs/`), so they were trained towards
-the cosine that is reported, and the guidance by the gradient that the files recommend aims at it, too: the columns
-"other backbone" ask the embedded backbone that took no part in either, and the rows without the gradient say what it
-changes. Guidance scales were chosen on 150 held-out scenes other than those reported, the gradient's steps on 256
-others, from number 20,000 on.
+The inversion models' loss includes cycle consistency (`cycle` in `training/configs/`), and the files recommend guidance
+by the gradient. Both optimise the cosine that is reported. So the columns "other backbone" evaluate by the embedded
+backbone that took no part in either, and some rows are without the gradient. Guidance scales were chosen on 150
+held-out scenes other than those reported, the gradient's steps on 256 others, from number 20,000 on.
 
 The backbones and the autoencoder were trained on two processor cores, the rest on one NVIDIA H100:
 
@@ -36,10 +35,10 @@ The backbones and the autoencoder were trained on two processor cores, the rest 
     python training/make_world.py drawn --stage tiny_cnn_stage --further --images 5263616 --batch 256 \\
         --lr 1e-3 --graph                                                                                       5 min
 
-The second line for the three models of spatial maps, side by side with tiny_cnn_pooled (529,664 pictures).
+The second line trained the three models of spatial maps, at the same time as tiny_cnn_pooled (529,664 pictures).
 
-Minutes that the stages took on two processor cores at their default counts, two or three side by side: cnn 19, vit 112,
-autoencoder 7, decoder 23, base 120 (1,000,000 pictures), and about 20 for 100,000 pictures of an inversion model.
+Minutes on two processor cores at the default counts, two or three stages at a time: cnn 19, vit 112, autoencoder 7,
+decoder 23, base 120 (1,000,000 pictures), and about 20 per 100,000 pictures of an inversion model.
 
 The feature decoder, on one core:
 
@@ -47,7 +46,7 @@ The feature decoder, on one core:
         --out featinv_nodes/worlds/drawn/decoder_tiny_vit_last --work out/worlds/decoder
 
 The concept file is fitted to the true masks of 4,000 training scenes (stage concepts), each model's scope statistics to
-4,000 held-out scenes from number 100,000 on, 1,000 of them reconstructed (stage scope): a minute each, or little more.
+4,000 held-out scenes from number 100,000 on, 1,000 of them reconstructed (stage scope). Each takes about a minute.
 """
 
 
@@ -126,14 +125,14 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         "# The drawn world: card",
         "",
         (
-            "Weights of a complete FeatInv set-up at 64 pixels, made from nothing by `python training/make_world.py"
+            "Weights of a complete FeatInv set-up at 64 pixels, trained from scratch by `python training/make_world.py"
             " drawn` and"
         ),
         (
             "measured by `python training/make_world.py drawn --stage card`. Licence: GPL-3.0, like the code; the"
             " pictures are"
         ),
-        "drawn by the code, no foreign data took part. All files are safetensors, in fp16, the decoder in 8 bits.",
+        "drawn by the code, without other data. All files are safetensors, in fp16, the decoder in 8 bits.",
         "",
         "## Parts",
         "",
@@ -172,12 +171,12 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         f"## Reconstruction of {COUNT} held-out scenes",
         "",
         (
-            "At each file's recommended setting, picture number as seed; 95 % bootstrap intervals. Unconditional: the"
-            " base model without"
+            "At each file's recommended setting, with the picture's number as seed and 95 % bootstrap intervals."
+            " Unconditional: the base model without"
         ),
         (
-            "features. Round trip: the autoencoder alone; guidance by the gradient searches for latents, and can come"
-            " nearer than"
+            "features. Round trip: the autoencoder alone; guidance by the gradient searches for latents, and can be"
+            " better than"
         ),
         "that. Matches: the backbone's own top-1 class on scenes of one object.",
         "",
