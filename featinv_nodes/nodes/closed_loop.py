@@ -18,26 +18,27 @@ class ClosedLoop(io.ComfyNode):
             aliases=("attenuate", "steer", "slope"),
             says=True,
             description=(
-                "Draws, lets the backbone read the picture again, and commands another factor until the picture shows"
-                " the one that was asked of the concept. It draws with the guider, sampler and noise that it is given."
+                "Searches for the factor that gives the requested strength of a concept in the picture: draws, lets"
+                " the backbone read the picture again, and tries another factor. It draws with the connected guider,"
+                " sampler and noise."
             ),
             inputs=[
-                Change.Input("edit", tooltip="From Concept Attenuate, of a single feature map: what is asked."),
+                Change.Input("edit", tooltip="From Concept Attenuate, for a single feature map: the requested change."),
                 Backbone.Input("backbone", tooltip="The backbone of the features; it reads the pictures again."),
                 io.Vae.Input("vae", tooltip="The model's autoencoder."),
                 io.Noise.Input("noise", tooltip="From RandomNoise. Every round begins with the same noise."),
                 io.Guider.Input(
                     "guider",
                     tooltip=(
-                        "From CFG Guider or another, with the conditionings of FeatInv ControlNet. Each round puts its"
-                        " own feature maps in place of that node's."
+                        "From CFG Guider or another guider, with the conditionings of FeatInv ControlNet. Each round"
+                        " replaces that node's feature maps by its own."
                     ),
                 ),
                 io.Sampler.Input(
                     "sampler",
                     tooltip=(
-                        "From KSamplerSelect. Use a sampler that adds no noise of its own, such as ddim or euler, so"
-                        " that rounds differ by their factor alone."
+                        "From KSamplerSelect. Use a sampler that adds no noise, such as ddim or euler, so that rounds"
+                        " differ only by their factor."
                     ),
                 ),
                 io.Sigmas.Input("sigmas", tooltip="From Basic Scheduler."),
@@ -45,7 +46,7 @@ class ClosedLoop(io.ComfyNode):
                     "latent_image",
                     tooltip=(
                         "Empty latents, one per seed: from Empty Latent Image, or Load World's latent through Repeat"
-                        " Latent Batch. What is reached is the mean over the seeds."
+                        " Latent Batch. The result is the mean over the seeds."
                     ),
                 ),
                 io.Int.Input(
@@ -54,8 +55,8 @@ class ClosedLoop(io.ComfyNode):
                     min=1,
                     max=32,
                     tooltip=(
-                        "How many factors to try at most for each variant, the asked one first. The search ends early"
-                        " with the first that passes. 1 draws what was asked and measures it."
+                        "How many factors to try at most for each variant, beginning with the requested one. The"
+                        " search ends with the first that passes. 1 draws and measures the requested factor alone."
                     ),
                 ),
             ],
@@ -63,27 +64,27 @@ class ClosedLoop(io.ComfyNode):
                 io.Image.Output(
                     "image",
                     display_name="image",
-                    tooltip="The pictures of the changed map, one per seed; of several variants one after the other.",
+                    tooltip="The pictures of the changed map, one per seed. Several variants follow each other.",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
                     tooltip=(
-                        "A line per variant: the factor asked, the one commanded, the one reached, and whether that is"
-                        " as asked. The node shows it."
+                        "A line per variant: the factor asked for, the one commanded to get it, the one reached, and"
+                        " the verdict. The node shows it."
                     ),
                 ),
                 io.Float.Output(
                     "commanded",
                     display_name="commanded",
-                    tooltip="The factor that was commanded; of several variants the mean.",
+                    tooltip="The factor that was used in the map. The mean of several variants.",
                 ),
                 io.Float.Output(
                     "reached",
                     display_name="reached",
                     tooltip=(
-                        "The slope: the share of the concept that the backbone finds again in the pictures; of several"
-                        " variants the mean."
+                        "The slope: the share of the concept that the backbone finds again in the pictures. The mean"
+                        " of several variants."
                     ),
                 ),
                 io.Image.Output(
@@ -92,12 +93,12 @@ class ClosedLoop(io.ComfyNode):
                     tooltip="The original once per seed, then each variant once per seed, for FeatInv-Viz.",
                 ),
                 Features.Output(
-                    "features", display_name="features", tooltip="The map of each of these pictures, as commanded."
+                    "features", display_name="features", tooltip="The map that each of these pictures was drawn from."
                 ),
                 Change.Output(
                     "commanded_edit",
                     display_name="edit",
-                    tooltip="The edit with the maps as commanded and the factor as asked, for FeatInv-Viz.",
+                    tooltip="The edit with the drawn maps and the requested factor, for FeatInv-Viz.",
                 ),
             ],
             is_output_node=True,

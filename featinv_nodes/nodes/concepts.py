@@ -21,9 +21,7 @@ class LoadConcepts(io.ComfyNode):
             category=Menu.CONCEPTS,
             aliases=("open concepts",),
             says=True,
-            description=(
-                "Opens a concept file: directions in the feature space of one backbone and layer that belong together."
-            ),
+            description=("Opens a concept file: groups of directions in the feature space of one backbone and layer."),
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -40,8 +38,8 @@ class LoadConcepts(io.ComfyNode):
                     "names",
                     display_name="names",
                     tooltip=(
-                        "Their numbers and names, one per line; the last is the rest that no concept explains. The"
-                        " node shows them."
+                        "Their numbers and names, one per line. The last is the rest of the features, which no"
+                        " concept explains. The node shows them."
                     ),
                 ),
             ],
@@ -70,7 +68,7 @@ class ConceptAttenuate(io.ComfyNode):
             aliases=("steer", "suppress", "ablate"),
             says=True,
             description=(
-                "Turns concepts in a feature map down or up. Invert the result and see what the concept is to the"
+                "Turns concepts in a feature map down or up. Draw the result to see what the concept means to the"
                 " model."
             ),
             inputs=[
@@ -80,8 +78,8 @@ class ConceptAttenuate(io.ComfyNode):
                     "names",
                     default="0",
                     tooltip=(
-                        "Which concepts, by number or name. Commas join concepts that are turned down together."
-                        " Semicolons separate variants, each with a feature map of its own."
+                        "Which concepts to change, by number or name. Commas join concepts that change together."
+                        " Semicolons separate variants, each with its own feature map."
                     ),
                 ),
                 io.Float.Input(
@@ -92,28 +90,28 @@ class ConceptAttenuate(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "What the concept is multiplied by: 0.25 as in the paper, 0 removes it, 1 changes nothing."
-                        " Above 1 the map may leave what the inversion model knows."
+                        " Above 1 the map may no longer be like that of any picture."
                     ),
                 ),
                 io.Boolean.Input(
                     "keep_length",
                     default=True,
                     tooltip=(
-                        "Above factor 1: scales feature vectors that grow back to their old length. The map stays"
-                        " nearer to what the inversion model knows, and the concept grows by less than the factor."
+                        "For factors above 1: scales feature vectors that grow back to their old length. The map"
+                        " stays more like those of real pictures, and the concept grows by less than the factor."
                     ),
                 ),
                 Control.Input(
                     "control_net",
                     optional=True,
-                    tooltip="The inversion model, to judge whether the changed map is inside what it knows.",
+                    tooltip="The inversion model. Its scope statistics then rate the changed map.",
                 ),
             ],
             outputs=[
                 Features.Output(
                     "attenuated",
                     display_name="features",
-                    tooltip="The changed feature map, or a batch of the variants one after the other.",
+                    tooltip="The changed feature map, or a batch of the variants in turn.",
                 ),
                 Change.Output(
                     "edit",
@@ -124,7 +122,7 @@ class ConceptAttenuate(io.ComfyNode):
                     "scope",
                     display_name="scope",
                     tooltip=(
-                        "Whether the changed map is inside what the inversion model knows, and if not, what is unusual"
+                        "Whether the changed map is like those of held-out pictures, and if not, what is unusual"
                         " about it. The node shows it."
                     ),
                 ),
@@ -147,11 +145,11 @@ class ConceptMap(io.ComfyNode):
             category=Menu.CONCEPTS,
             aliases=("heatmap", "heat map", "saliency"),
             description=(
-                "Where each concept is active in a feature map, and how strongly: a heat map per concept, its name and"
+                "Shows where each concept is active in a feature map: a heat map per concept, with its name and"
                 " largest share below."
             ),
             inputs=[
-                Features.Input("features", tooltip="The feature map; of a batch the first is shown."),
+                Features.Input("features", tooltip="The feature map. The first one of a batch is shown."),
                 ConceptSet.Input("concepts", tooltip="From Load Concepts or Discover Concepts."),
             ],
             outputs=[
@@ -159,8 +157,8 @@ class ConceptMap(io.ComfyNode):
                     "maps",
                     display_name="maps",
                     tooltip=(
-                        "A picture per concept, the rest last; dark 0, bright 1 (the length of the picture's longest"
-                        " feature vector)."
+                        "A heat map per concept, and last the rest. Dark is 0, bright is 1, the length of the"
+                        " picture's longest feature vector."
                     ),
                 )
             ],

@@ -22,7 +22,8 @@ class FeatInvControlNet(io.ComfyNode):
             ),
             inputs=[
                 io.Conditioning.Input(
-                    "positive", tooltip="The positive prompt: the one in the weights file's 'about', or your own."
+                    "positive",
+                    tooltip="The positive prompt: the one that 'about' of the weights file names, or your own.",
                 ),
                 io.Conditioning.Input("negative", tooltip="The negative prompt: the empty text."),
                 Control.Input("control_net", tooltip="The inversion model, from Load FeatInv ControlNet."),
@@ -30,8 +31,8 @@ class FeatInvControlNet(io.ComfyNode):
                     "features",
                     tooltip=(
                         "The feature map to draw, from the backbone and layer of the inversion model. A batch gives"
-                        " each latent its own map. One map serves all latents, fewer maps than latents are repeated in"
-                        " turn, and extra maps are not drawn; the node says so."
+                        " each latent its own map. One map serves all latents. Fewer maps than latents are repeated"
+                        " in turn, and extra maps are not drawn; the node says so."
                     ),
                 ),
                 io.Float.Input(
@@ -40,7 +41,7 @@ class FeatInvControlNet(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Control strength: how much the feature map decides. 0 leaves the sampler alone.",
+                    tooltip="Control strength: how strongly the feature map steers the sampler. 0 turns control off.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -56,8 +57,9 @@ class FeatInvControlNet(io.ComfyNode):
                     options=["text and features", "text"],
                     default="text and features",
                     tooltip=(
-                        "What guidance (cfg) pushes away from: no text and no features (the combination that training"
-                        " saw, more faithful), or the negative text with the same features (the paper)."
+                        "What guidance (cfg) pushes away from. 'text and features': the prediction without either, as"
+                        " trained; more faithful. 'text': the prediction with the negative text and the same"
+                        " features, as in the paper."
                     ),
                 ),
                 io.Combo.Input(
@@ -66,8 +68,8 @@ class FeatInvControlNet(io.ComfyNode):
                     default="whole map in each area",
                     optional=True,
                     tooltip=(
-                        "What an area gets where the conditioning has areas: the whole feature map, as with any"
-                        " ControlNet, or the part of it that lies there, when the map is of the whole picture."
+                        "For conditionings with areas: give each area the whole feature map, as any ControlNet does,"
+                        " or only the part of the map that lies in the area."
                     ),
                 ),
                 io.String.Input(
@@ -75,16 +77,16 @@ class FeatInvControlNet(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip=(
-                        "Factors of the strength, evenly spaced from start to end, with straight lines between them:"
-                        " '1, 0' fades out, '0, 1, 0' rises and falls. Empty: the same strength throughout."
+                        "Factors of the strength, evenly spaced from start to end and interpolated linearly: '1, 0'"
+                        " fades out, '0, 1, 0' rises and falls. Empty: the same strength throughout."
                     ),
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip=(
-                        "Where control acts: fully where the mask is white, not at all where it is black. It lies over"
-                        " the whole picture, at any size. A batch gives each latent its own mask."
+                        "Where control acts: fully where the mask is white, not at all where it is black. A mask of"
+                        " any size covers the whole picture. A batch gives each latent its own mask."
                     ),
                 ),
             ],
@@ -95,7 +97,7 @@ class FeatInvControlNet(io.ComfyNode):
                     "scope",
                     display_name="scope",
                     tooltip=(
-                        "Whether the feature map is inside what the inversion model knows, and if not, what is unusual"
+                        "Whether the feature map is like those of held-out pictures, and if not, what is unusual"
                         " about it. The node shows it."
                     ),
                 ),
@@ -103,8 +105,8 @@ class FeatInvControlNet(io.ComfyNode):
                     "features_only",
                     display_name="features only",
                     tooltip=(
-                        "The negative prompt's text with the features: cond2 of Dual CFG Guider, where the features"
-                        " (cfg_cond2_negative) and the prompt (cfg_conds) have a guidance scale each."
+                        "The negative prompt with the features: for cond2 of Dual CFG Guider, which has separate"
+                        " guidance scales for features (cfg_cond2_negative) and prompt (cfg_conds)."
                     ),
                 ),
             ],
@@ -163,8 +165,8 @@ class EmptyLatent(io.ComfyNode):
             category=Menu.CONTROL,
             aliases=("empty latent image",),
             description=(
-                "Empty latents of the size that an inversion model was trained at. It draws others less faithfully, and"
-                " larger ones slowly."
+                "Makes empty latents of the size that an inversion model was trained with. The model draws other"
+                " sizes less faithfully, and larger ones slowly."
             ),
             inputs=[
                 Control.Input("control_net", tooltip="The inversion model, from Load FeatInv ControlNet."),

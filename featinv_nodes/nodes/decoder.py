@@ -21,8 +21,8 @@ class LoadFeatureDecoder(io.ComfyNode):
             aliases=ALIASES,
             says=True,
             description=(
-                "Opens a decoder that draws feature maps of one backbone in a single pass: a released one of DINOv2,"
-                " SigLIP2 or MAE (AutoencoderRAE of diffusers), or an embedded one. Local files only."
+                "Opens a decoder that draws feature maps of one backbone in a single pass: a released one for DINOv2,"
+                " SigLIP2 or MAE (diffusers' AutoencoderRAE), or an embedded one. Local files only."
             ),
             inputs=[
                 io.Combo.Input(
@@ -43,8 +43,8 @@ class LoadFeatureDecoder(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip=(
-                        "Go on with a backbone whose weights are not those that the decoder was trained with, such as a"
-                        " fine-tune of the same name. Pictures may be less faithful."
+                        "Allows a backbone with other weights than the decoder was trained with, such as a fine-tune"
+                        " of the same name. Pictures may be less faithful."
                     ),
                 ),
             ],
@@ -84,8 +84,8 @@ class DecodeFeatures(io.ComfyNode):
                 Features.Input(
                     "features",
                     tooltip=(
-                        "Feature maps of the decoder's backbone and layer: as they were read, mixed, or with concepts"
-                        " turned down."
+                        "Feature maps of the decoder's backbone and layer: extracted, mixed, or with concepts turned"
+                        " down."
                     ),
                 ),
             ],

@@ -24,8 +24,8 @@ class DiscoverConcepts(io.ComfyNode):
             category=Menu.CONCEPTS,
             aliases=("MCD", "PCA", "NMF", "sparse autoencoder", "clustering"),
             description=(
-                "Finds concepts in what a backbone sees in many pictures: directions in its feature space that belong"
-                " together, to be turned down by Concept Attenuate."
+                "Finds concepts in the features of many pictures: groups of directions in the backbone's feature"
+                " space, for Concept Attenuate."
             ),
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
@@ -33,25 +33,23 @@ class DiscoverConcepts(io.ComfyNode):
                     "folder",
                     default="",
                     tooltip=(
-                        "A folder of pictures: below ComfyUI's input folder, or an absolute path. One class, or a"
-                        " folder per class. Empty if images are connected."
+                        "A folder of pictures below ComfyUI's input folder, or an absolute path. It holds one class,"
+                        " or a folder per class. Empty if images are connected."
                     ),
                 ),
                 io.String.Input(
                     "layer",
                     default="last",
-                    tooltip=(
-                        "The layer to find concepts in, as in Extract Features; relevance is known for 'last' only."
-                    ),
+                    tooltip="The layer to find concepts in, as in Extract Features. Only 'last' gives relevance.",
                 ),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default="mcd",
                     tooltip=(
-                        "mcd finds subspaces (multi-dimensional concept discovery). mcd-elastic-net does the same with"
-                        " the published clustering, which takes minutes for thousands of vectors. pca, nmf and kmeans"
-                        " find single directions, sae a sparse autoencoder's dictionary."
+                        "mcd finds subspaces (multi-dimensional concept discovery). mcd-elastic-net does the same"
+                        " with the published clustering, which takes minutes for thousands of vectors. pca, nmf and"
+                        " kmeans find single directions. sae finds the dictionary of a sparse autoencoder."
                     ),
                 ),
                 io.Int.Input(
@@ -60,8 +58,8 @@ class DiscoverConcepts(io.ComfyNode):
                     min=0,
                     max=4096,
                     tooltip=(
-                        "How many clusters, directions or atoms to look for. 0 (mcd, layer 'last'): as many clusters as"
-                        " the concepts need to hold half of what the classes read."
+                        "How many clusters, directions or atoms to look for. 0 (mcd, layer 'last'): as many clusters"
+                        " as the concepts need to explain half of the class weights."
                     ),
                 ),
                 io.Int.Input(
@@ -70,8 +68,8 @@ class DiscoverConcepts(io.ComfyNode):
                     min=1,
                     max=1_000_000,
                     tooltip=(
-                        "The most feature vectors to use, drawn evenly from the pictures. Must be at least the layer's"
-                        " number of channels. 20,000 vectors of 1,024 channels take about 1 GB."
+                        "How many feature vectors to use at most, taken evenly from the pictures. Must be at least"
+                        " the layer's number of channels. 20,000 vectors of 1,024 channels take about 1 GB."
                     ),
                 ),
                 io.Int.Input(
@@ -86,14 +84,14 @@ class DiscoverConcepts(io.ComfyNode):
                     "fit",
                     options=["crop", "stretch"],
                     default="crop",
-                    tooltip="How a picture comes to the model's input size, as in Extract Features.",
+                    tooltip="How a picture is brought to the model's input size, as in Extract Features.",
                 ),
                 io.String.Input(
                     "name",
                     default="",
                     tooltip=(
-                        "Saved under this name in models/featinv_concepts, for Load Concepts; a file of that name is"
-                        " replaced. Empty: not saved."
+                        "Saves the concepts under this name in models/featinv_concepts, for Load Concepts, and"
+                        " replaces a file of that name. Empty: not saved."
                     ),
                 ),
                 io.Image.Input("images", optional=True, tooltip="A batch of pictures instead of a folder."),
@@ -106,8 +104,8 @@ class DiscoverConcepts(io.ComfyNode):
                     "names",
                     display_name="names",
                     tooltip=(
-                        "Number, name, dimension, share of the feature norm, relevance and classes of each, and what"
-                        " was rejected. The node shows it."
+                        "Number, name, dimension, share of the feature norm, relevance and classes of each concept,"
+                        " and what was rejected. The node shows it."
                     ),
                 ),
             ],

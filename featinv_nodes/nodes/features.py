@@ -19,10 +19,7 @@ class ExtractFeatures(io.ComfyNode):
             category=Menu.FEATURES,
             aliases=("resnet", "activations", "embedding", "encode image"),
             says=True,
-            description=(
-                "Reads a picture with a backbone and gives its feature map at a layer: what the model sees, ready to be"
-                " mixed and inverted."
-            ),
+            description=("Computes the feature map of a picture at a layer of the backbone: what the model sees."),
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone or FeatInv Loader."),
                 io.Image.Input("image", tooltip="One picture or a batch, any size."),
@@ -30,16 +27,16 @@ class ExtractFeatures(io.ComfyNode):
                     "layer",
                     default="last",
                     tooltip=(
-                        "'last' is the map that the model's own classifier reads. The list follows the backbone once"
-                        " one is connected."
+                        "'last' is the map that the model's own classifier reads. Connect a backbone to see the list"
+                        " of its layers."
                     ),
                 ),
                 io.Boolean.Input(
                     "pooled",
                     default=False,
                     tooltip=(
-                        "Average over all locations: what is in the picture, but not where. Needs an inversion model"
-                        " trained on pooled features."
+                        "Averages over all locations: keeps what is in the picture, but not where. Needs an inversion"
+                        " model trained on pooled features."
                     ),
                 ),
                 io.Combo.Input(
@@ -47,16 +44,15 @@ class ExtractFeatures(io.ComfyNode):
                     options=["crop", "stretch"],
                     default="crop",
                     tooltip=(
-                        "How the picture comes to the model's input size: centre crop as in the model's own evaluation,"
-                        " or the whole picture stretched."
+                        "How the picture is brought to the model's input size: centre crop as in the model's own"
+                        " evaluation, or the whole picture stretched."
                     ),
                 ),
                 Control.Input(
                     "control_net",
                     optional=True,
                     tooltip=(
-                        "The inversion model that shall draw the features: its layer and pooling are used instead of"
-                        " the two above."
+                        "The inversion model that draws the features. Its layer and pooling replace the two above."
                     ),
                 ),
             ],

@@ -16,8 +16,8 @@ class FeatureGuidance(io.ComfyNode):
             category=Menu.CONTROL,
             aliases=("gradient guidance", "faithful", "cosine"),
             description=(
-                "Makes the sampler look: in the last steps the picture so far is decoded, the backbone reads it, and"
-                " the latents move towards the feature map asked for. Slower, and more faithful."
+                "Guides the sampler by the backbone: in the last steps the predicted picture is decoded, the backbone"
+                " reads it, and the latents move towards the feature map. Slower and more faithful."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The base model, on its way to the sampler."),
@@ -26,8 +26,8 @@ class FeatureGuidance(io.ComfyNode):
                 Features.Input(
                     "features",
                     tooltip=(
-                        "The feature map to move towards, the same as FeatInv ControlNet's. One map serves all latents."
-                        " Fewer maps than latents are repeated in turn; extra maps are ignored."
+                        "The feature map to move towards: the same as for FeatInv ControlNet. One map serves all"
+                        " latents. Fewer maps than latents are repeated in turn; extra maps are ignored."
                     ),
                 ),
                 io.Float.Input(
@@ -37,8 +37,7 @@ class FeatureGuidance(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "How far the latents move at each step, as a share of their own length. 0 leaves the sampler"
-                        " alone."
+                        "How far the latents move at each step, as a share of their own length. 0 turns guidance off."
                     ),
                 ),
                 io.Float.Input(
@@ -47,7 +46,7 @@ class FeatureGuidance(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="The share of the sampler's steps, counted from the end, in which they move.",
+                    tooltip="The share of the sampler's steps, counted from the end, in which guidance acts.",
                 ),
             ],
             outputs=[io.Model.Output("guided", display_name="model", tooltip="For the sampler.")],
@@ -69,32 +68,31 @@ class KeepMostSimilar(io.ComfyNode):
             category=Menu.LOOK,
             aliases=("best of many", "cosine", "rank"),
             says=True,
-            description=(
-                "The best of many: the backbone reads the pictures, and those whose feature maps are most like the one"
-                " asked for are kept."
-            ),
+            description=("Keeps the best of several pictures: those whose feature maps are most like the target."),
             inputs=[
-                io.Image.Input("image", tooltip="What was drawn of the features, a batch from different noise."),
+                io.Image.Input(
+                    "image", tooltip="A batch of pictures that were drawn from the features with different noise."
+                ),
                 Features.Input(
                     "features",
                     tooltip=(
-                        "The feature map asked for. With several maps each is compared with its own pictures, in the"
-                        " order in which FeatInv ControlNet gives maps to latents."
+                        "The target feature map. Each of several maps is compared with its own pictures, in the order"
+                        " in which FeatInv ControlNet gives maps to latents."
                     ),
                 ),
-                Backbone.Input("backbone", tooltip="The backbone that made them."),
+                Backbone.Input("backbone", tooltip="The backbone that made the features."),
                 io.Int.Input(
                     "keep", default=1, min=1, max=4096, tooltip="How many pictures to keep of each feature map."
                 ),
             ],
             outputs=[
-                io.Image.Output("kept", display_name="image", tooltip="The pictures kept, map by map, the best first."),
+                io.Image.Output("kept", display_name="image", tooltip="The kept pictures, map by map, the best first."),
                 io.String.Output(
                     "cosines",
                     display_name="cosines",
                     tooltip=(
-                        "A line per picture kept with its number in the batch (from 0) and its cosine similarity, then"
-                        " the range of all. The node shows it."
+                        "A line per kept picture, with its number in the batch (from 0) and its cosine similarity,"
+                        " and then the range of all. The node shows it."
                     ),
                 ),
             ],

@@ -22,27 +22,27 @@ class LinearMapFromPairs(io.ComfyNode):
             aliases=("rotation", "direction", "style", "Procrustes", "fit linear map"),
             says=True,
             description=(
-                "Learns what a change of the picture, of its colours or its style, does to feature vectors: from maps"
-                " of some pictures before the change and after it. Apply Linear Map then changes other maps alike."
+                "Learns how a change of the picture, such as of its colours or style, changes feature vectors, from"
+                " maps of pictures before and after it. Apply Linear Map applies the same change to other maps."
             ),
             inputs=[
-                Features.Input("before", tooltip="Feature maps of pictures as they are, a batch; eight are a start."),
+                Features.Input("before", tooltip="Feature maps of unchanged pictures, as a batch. Begin with eight."),
                 Features.Input("after", tooltip="Feature maps of the same pictures, changed, in the same order."),
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
                     default=KINDS[0],
                     tooltip=(
-                        "affine follows the change best, with few pairs too. rotation keeps the length of every vector."
-                        " direction adds one vector everywhere."
+                        "affine follows the change best, even with few pairs. rotation keeps the length of every"
+                        " vector. direction adds one vector everywhere."
                     ),
                 ),
                 io.String.Input(
                     "name",
                     default="",
                     tooltip=(
-                        "Saved under this name in models/featinv_linear_maps, for Load Linear Map; a file of that name"
-                        " is replaced. Empty: not saved."
+                        "Saves the map under this name in models/featinv_linear_maps, for Load Linear Map, and"
+                        " replaces a file of that name. Empty: not saved."
                     ),
                 ),
             ],
@@ -51,7 +51,7 @@ class LinearMapFromPairs(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="How near it comes to the maps after the change, on pairs left out. The node shows it.",
+                    tooltip="How well the map predicts the changed features, on held-out pairs. The node shows it.",
                 ),
             ],
             is_output_node=True,
@@ -91,7 +91,7 @@ class LoadLinearMap(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="What the map changes, and how well it did on held-out pictures. The node shows it.",
+                    tooltip="What the map changes, and how well it does so on held-out pictures. The node shows it.",
                 ),
             ],
         )
@@ -121,7 +121,7 @@ class ApplyLinearMap(io.ComfyNode):
             category=Menu.FEATURES,
             aliases=("rotate features", "steer", "style"),
             says=True,
-            description="Changes every vector of a feature map by a linear map. Invert the result and see the change.",
+            description="Changes every vector of a feature map by a linear map. Draw the result to see the change.",
             inputs=[
                 Features.Input("features", tooltip="The feature map, from the backbone and layer of the linear map."),
                 Linear.Input("linear_map", tooltip="From Linear Map from Pairs or Load Linear Map."),
@@ -132,14 +132,14 @@ class ApplyLinearMap(io.ComfyNode):
                     max=2.0,
                     step=0.01,
                     tooltip=(
-                        "How much of the change: 0 none, 1 all, -1 the opposite. A rotation turns by that share of its"
-                        " angles; the others move that share of the way."
+                        "How much of the change to apply: 0 none, 1 all, -1 the opposite. A rotation turns by this"
+                        " share of its angles; the other kinds move this share of the way."
                     ),
                 ),
                 Control.Input(
                     "control_net",
                     optional=True,
-                    tooltip="The inversion model, to judge whether the changed map is inside what it knows.",
+                    tooltip="The inversion model. Its scope statistics then rate the changed map.",
                 ),
             ],
             outputs=[
@@ -147,7 +147,7 @@ class ApplyLinearMap(io.ComfyNode):
                 io.String.Output(
                     "scope",
                     display_name="scope",
-                    tooltip="Whether the changed map is inside what the inversion model knows. The node shows it.",
+                    tooltip="Whether the changed map is like those of held-out pictures. The node shows it.",
                 ),
             ],
         )
@@ -170,20 +170,20 @@ class FeatureArithmetic(io.ComfyNode):
             description="Adds a direction to a feature map: features + strength x (mean of plus - mean of minus).",
             inputs=[
                 Features.Input("features", tooltip="The feature maps to change."),
-                Features.Input("plus", tooltip="Maps of what to add, one or a batch, of the same backbone and layer."),
-                Features.Input("minus", tooltip="Maps of what to take away, one or a batch."),
+                Features.Input("plus", tooltip="Maps of what to add: one or a batch, of the same backbone and layer."),
+                Features.Input("minus", tooltip="Maps of what to take away: one or a batch."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="In units of the difference itself: 1 adds all of it, -1 takes it away.",
+                    tooltip="1 adds the whole difference, -1 takes it away.",
                 ),
                 io.Boolean.Input(
                     "per_location",
                     default=False,
-                    tooltip="On: the difference at each location, for pictures that match. Off: its mean, everywhere.",
+                    tooltip="On: the difference at each location, for matching pictures. Off: its mean everywhere.",
                 ),
             ],
             outputs=[Features.Output("sum", display_name="features", tooltip="The changed feature maps.")],

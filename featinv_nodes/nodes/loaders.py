@@ -37,8 +37,8 @@ class LoadBackbone(io.ComfyNode):
                     "timm_name",
                     default="",
                     tooltip=(
-                        "The timm name, architecture.tag, such as convnext_base.fb_in22k_ft_in1k. Empty: the file's"
-                        " name, or the folder's own configuration. Ignored for embedded models."
+                        "The timm name, architecture.tag, such as convnext_base.fb_in22k_ft_in1k. If empty, the"
+                        " file's name or the folder's configuration is used. Ignored for embedded models."
                     ),
                 ),
                 io.Int.Input(
@@ -47,8 +47,8 @@ class LoadBackbone(io.ComfyNode):
                     min=0,
                     max=4096,
                     tooltip=(
-                        "Side in pixels of the pictures the model reads; 0 for the model's own. The paper's ConvNeXt"
-                        " reads 288. Must be the one that the inversion model was trained with."
+                        "Side of the model's input in pixels; 0 for the model's own. The paper's ConvNeXt uses 288."
+                        " Must be the size that the inversion model was trained with."
                     ),
                 ),
             ],
@@ -61,7 +61,7 @@ class LoadBackbone(io.ComfyNode):
                 io.String.Output(
                     "layers",
                     display_name="layers",
-                    tooltip=("The names of the layers that Extract Features can read, one per line."),
+                    tooltip="The names of the layers that Extract Features can read, one per line.",
                 ),
             ],
         )
@@ -107,8 +107,8 @@ class LoadFeatInvControlNet(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip=(
-                        "Go on with a backbone or a base model whose weights are not those that it was trained with,"
-                        " such as a fine-tune of the same name. Pictures may be less faithful."
+                        "Allows a backbone or a base model with other weights than the inversion model was trained"
+                        " with, such as a fine-tune of the same name. Pictures may be less faithful."
                     ),
                 ),
             ],
@@ -120,8 +120,9 @@ class LoadFeatInvControlNet(io.ComfyNode):
                     "about",
                     display_name="about",
                     tooltip=(
-                        "What it inverts, its base model and prompt, the recommended settings of FeatInv ControlNet,"
-                        " KSampler and Feature Guidance, and the size that it was trained at. The node shows it."
+                        "What the model inverts, its base model and prompt, the recommended settings of FeatInv"
+                        " ControlNet, KSampler and Feature Guidance, and the size it was trained with. The node shows"
+                        " it."
                     ),
                 ),
             ],

@@ -20,12 +20,12 @@ class FeatureMix(io.ComfyNode):
             category=Menu.FEATURES,
             aliases=("interpolate", "blend features", "compose"),
             description=(
-                "Mixes feature maps of one backbone and layer: a weighted mean of up to four, a sweep from a to b as a"
-                " batch, or up to three, each inside a mask, and a outside."
+                "Mixes feature maps of one backbone and layer: a weighted mean of up to four, a sweep from a to b, or"
+                " up to three maps inside masks with a around them."
             ),
             inputs=[
                 Features.Input("features_a", tooltip="The first feature map."),
-                Features.Input("features_b", tooltip="The second one, from the same backbone and layer."),
+                Features.Input("features_b", tooltip="The second feature map, from the same backbone and layer."),
                 io.Combo.Input(
                     "mode",
                     options=list(MIXES),
@@ -52,20 +52,21 @@ class FeatureMix(io.ComfyNode):
                     min=2,
                     max=64,
                     tooltip=(
-                        "Maps in the sweep, a and b included. Set the batch size of Empty Latent Image, or the amount"
-                        " of Repeat Latent Batch, to the same number (times the maps, where a or b is a batch)."
+                        "Maps in the sweep, including a and b. Set the batch size of Empty Latent Image, or the"
+                        " amount of Repeat Latent Batch, to the same number (times the number of maps if a or b is a"
+                        " batch)."
                     ),
                 ),
                 io.Boolean.Input(
                     "soft_edge",
                     default=False,
-                    tooltip="compose: mixes cells that the mask covers in part, instead of giving them to one side.",
+                    tooltip="compose: mixes the maps in cells that the mask covers in part, instead of choosing one.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip=(
-                        "compose: where b goes. The mask is cropped like the pictures if the backbone is connected,"
+                        "compose: where b goes. If the backbone is connected, the mask is cropped like the pictures,"
                         " else stretched over the map."
                     ),
                 ),
@@ -102,7 +103,7 @@ class FeatureMix(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "compose: crops the masks as Extract Features crops a picture, for masks that were painted on"
-                        " one. Without it they are stretched over the map."
+                        " it. Without a backbone they are stretched over the map."
                     ),
                 ),
                 io.Mask.Input(

@@ -18,8 +18,8 @@ class FeatInvLoader(io.ComfyNode):
             options=list(dict.fromkeys(layer for layers in models.values() for layer in layers)),
             default="last",
             tooltip=(
-                "How deep to look: early layers keep the picture, 'last' is what the model's own classifier reads,"
-                " 'pooled' forgets where things are. The list has the layers that an inversion model is there for."
+                "The layer to invert: early layers keep the picture, 'last' is what the model's own classifier reads,"
+                " 'pooled' loses where things are. The list has the layers with an inversion model."
             ),
         )
         layer.extra_dict = {"layers_of": {backbone: list(layers) for backbone, layers in models.items()}}
@@ -30,8 +30,8 @@ class FeatInvLoader(io.ComfyNode):
             aliases=("resnet", "efficientnet", "convnext", "load backbone", "inversion model", "start here"),
             says=True,
             description=(
-                "Opens a vision model and the inversion model of one of its layers, a pair that fits. Shows which base"
-                " model and settings to use."
+                "Opens a vision model together with the inversion model of one of its layers. Shows which base model"
+                " and settings to use."
             ),
             inputs=[
                 io.Combo.Input(
@@ -40,7 +40,7 @@ class FeatInvLoader(io.ComfyNode):
                     default="tf_efficientnet_lite0.in1k",
                     tooltip=(
                         "The vision model, by its timm name: embedded, or a file in models/backbones. The list has"
-                        " those that an inversion model is there for."
+                        " those with an inversion model."
                     ),
                 ),
                 layer,
@@ -52,14 +52,15 @@ class FeatInvLoader(io.ComfyNode):
                 Control.Output(
                     "control_net",
                     display_name="control_net",
-                    tooltip="The inversion model, for FeatInv ControlNet, and for Extract Features to read its layer.",
+                    tooltip="The inversion model, for FeatInv ControlNet and Extract Features.",
                 ),
                 io.String.Output(
                     "about",
                     display_name="about",
                     tooltip=(
-                        "What it inverts, its base model and prompt, the recommended settings of FeatInv ControlNet,"
-                        " KSampler and Feature Guidance, and the size that it was trained at. The node shows it."
+                        "What the model inverts, its base model and prompt, the recommended settings of FeatInv"
+                        " ControlNet, KSampler and Feature Guidance, and the size it was trained with. The node shows"
+                        " it."
                     ),
                 ),
             ],

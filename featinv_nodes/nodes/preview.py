@@ -17,18 +17,18 @@ class FeatureSimilarity(io.ComfyNode):
             aliases=("cosine", "compare", "fidelity"),
             says=True,
             description=(
-                "How faithful a reconstruction is: the backbone reads it again, and the cosine similarity with the"
-                " feature map asked for is written under the picture."
+                "Measures how faithful a reconstruction is: writes the cosine similarity between its features and the"
+                " target feature map under the picture."
             ),
             inputs=[
                 Features.Input(
                     "features",
                     tooltip=(
-                        "The feature map asked for: one for all pictures, or one per picture. Fewer maps are repeated"
-                        " in turn."
+                        "The target feature map: one for all pictures, or one per picture. Fewer maps are repeated in"
+                        " turn."
                     ),
                 ),
-                Backbone.Input("backbone", tooltip="The backbone that made it."),
+                Backbone.Input("backbone", tooltip="The backbone that made the features."),
                 io.Image.Input("image", tooltip="The reconstruction, one picture or a batch."),
             ],
             outputs=[
@@ -79,8 +79,9 @@ class PreviewFeatures(io.ComfyNode):
             category=Menu.LOOK,
             aliases=("PCA", "false colours", "heatmap"),
             description=(
-                "Shows feature maps: their three principal components as red, green and blue. Like colours are like"
-                " features. Pooled features, which have no locations, are shown as bars, a channel beside the other."
+                "Shows feature maps in false colours: their three principal components as red, green and blue."
+                " Similar colours mean similar features. Pooled features, which have no locations, are shown as bars,"
+                " one per channel."
             ),
             inputs=[Features.Input("features", tooltip="One feature map or a batch; a batch shares its colours.")],
             outputs=[io.Image.Output("image", display_name="image", tooltip="The maps in false colours, or as bars.")],
@@ -104,7 +105,7 @@ class ClassifyImage(io.ComfyNode):
             category=Menu.LOOK,
             aliases=("resnet", "imagenet", "predict", "labels"),
             says=True,
-            description="What the backbone takes a picture for: its most probable classes.",
+            description="Names the most probable classes of a picture, by the backbone's own classifier.",
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
                 io.Image.Input("image", tooltip="One picture or a batch."),

@@ -18,16 +18,16 @@ class GuidanceSampler(io.ComfyNode):
             category=Menu.CONTROL,
             aliases=("universal guidance", "training-free", "without ControlNet", "recurrence"),
             description=(
-                "Inverts features with no trained inversion model: a sampler for SamplerCustomAdvanced that moves what"
-                " any diffusion or flow model predicts towards the features, and takes each step several times. Slow;"
-                " a trained model is faster and more faithful."
+                "Draws a feature map without a trained inversion model: a sampler for SamplerCustomAdvanced that"
+                " moves the prediction of any diffusion or flow model towards the features, and takes each step"
+                " several times. A trained model is faster and more faithful."
             ),
             inputs=[
                 io.Vae.Input(
                     "vae",
                     tooltip=(
-                        "The autoencoder of the model that the guider has, or a small one for the same latents (Load"
-                        " VAE: taesd, taesdxl, taesd3, taef1), with which guidance takes less time and memory."
+                        "The autoencoder of the guider's model, or a small one for the same latents (Load VAE: taesd,"
+                        " taesdxl, taesd3, taef1), which saves time and memory."
                     ),
                 ),
                 Backbone.Input("backbone", tooltip="The backbone that made the features."),
@@ -43,9 +43,9 @@ class GuidanceSampler(io.ComfyNode):
                     options=["quick", "good", "best", OWN],
                     default="quick",
                     tooltip=(
-                        "Gradients per picture: quick about 60, good about 200, best about 600. They are spent on"
-                        " taking each step again and again, best with 4 steps in BasicScheduler. All inputs below"
-                        " count with own settings only."
+                        "Gradients per picture: quick about 60, good about 200, best about 600. Each step is repeated"
+                        " as often as they allow; 4 steps in BasicScheduler are best. The inputs below are used only"
+                        " with 'own settings'."
                     ),
                 ),
                 io.Int.Input(
@@ -65,8 +65,8 @@ class GuidanceSampler(io.ComfyNode):
                     min=1,
                     max=100,
                     tooltip=(
-                        "How often each step is taken: noise is added back in between. 1 takes it once; each further"
-                        " time costs as much again."
+                        "How often each step is taken, with noise added back in between. Each further time costs as"
+                        " much as the first."
                     ),
                 ),
                 io.Float.Input(
@@ -90,8 +90,8 @@ class GuidanceSampler(io.ComfyNode):
                     options=["cosine", "squared"],
                     default="cosine",
                     tooltip=(
-                        "What a move lowers: the cosine distance at each location, or the squared distance, for which"
-                        " the length of the features counts too."
+                        "What a move lowers: the cosine distance at each location, or the squared distance, which"
+                        " also compares the length of the features."
                     ),
                 ),
             ],

@@ -19,16 +19,16 @@ class PairedLatents(io.ComfyNode):
             category=Menu.CONCEPTS,
             aliases=("same noise", "same seed"),
             description=(
-                "Prepares one sampler run that draws the original and every changed feature map from the same noise,"
-                " for FeatInv-Viz."
+                "Prepares FeatInv-Viz: one sampler run draws the original and every changed feature map from the same"
+                " noise."
             ),
             inputs=[
-                Change.Input("edit", tooltip="From Concept Attenuate, of a single feature map."),
+                Change.Input("edit", tooltip="From Concept Attenuate, for a single feature map."),
                 io.Latent.Input(
                     "latent",
                     tooltip=(
-                        "Empty latents, one per seed (5 in the paper), from Empty Latent for FeatInv or another node"
-                        " that gives the size of the inversion model."
+                        "Empty latents of the inversion model's size, one per seed (5 in the paper), for instance"
+                        " from Empty Latent for FeatInv."
                     ),
                 ),
             ],
@@ -43,7 +43,7 @@ class PairedLatents(io.ComfyNode):
                     display_name="latent",
                     tooltip=(
                         "One latent for each of these maps, with the same noise for equal seeds, for KSampler. Use a"
-                        " sampler that adds no noise of its own, such as ddim or euler."
+                        " sampler that adds no noise, such as ddim or euler."
                     ),
                 ),
             ],
@@ -66,19 +66,19 @@ class FeatInvViz(io.ComfyNode):
             aliases=("heatmap", "heat map", "attribution", "saliency"),
             says=True,
             description=(
-                "Which pixels change when a concept is turned down: the median over seeds of the distance between"
-                " reconstructions of the original and the changed feature map (the paper's Algorithm 1), and whether"
-                " the pictures show what was asked."
+                "Shows which pixels change when a concept is turned down: the median over seeds of the distance"
+                " between reconstructions of the original and the changed feature map (the paper's Algorithm 1). Also"
+                " says whether the concept changed as much as requested."
             ),
             inputs=[
                 io.Image.Input(
                     "pictures",
                     tooltip=(
-                        "What the sampler drew from Paired Latents: the original once per seed, then each variant once"
-                        " per seed."
+                        "All pictures that were drawn from Paired Latents: the original once per seed, then each"
+                        " variant once per seed."
                     ),
                 ),
-                Change.Input("edit", tooltip="From Concept Attenuate, the same that went into Paired Latents."),
+                Change.Input("edit", tooltip="From Concept Attenuate: the same edit that went into Paired Latents."),
                 Backbone.Input("backbone", tooltip="The backbone of the features; it reads the pictures again."),
                 io.Float.Input(
                     "threshold",
@@ -86,14 +86,12 @@ class FeatInvViz(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the largest difference below which a pixel counts as unaffected.",
+                    tooltip="Pixels below this share of the largest difference count as unaffected.",
                 ),
                 Features.Input(
                     "features",
                     optional=True,
-                    tooltip=(
-                        "From Paired Latents, optional: pictures that are not one for each of its maps are refused."
-                    ),
+                    tooltip="From Paired Latents, optional: checks that there is one picture for each map.",
                 ),
             ],
             outputs=[
@@ -101,38 +99,38 @@ class FeatInvViz(io.ComfyNode):
                     "overlay",
                     display_name="overlay",
                     tooltip=(
-                        "Per variant the first reconstruction of the original, unaffected pixels darkened; below it the"
-                        " concept and its slope."
+                        "For each variant, the first reconstruction of the original with unaffected pixels darkened,"
+                        " and below it the concept and its slope."
                     ),
                 ),
                 io.Image.Output(
                     "difference",
                     display_name="difference",
-                    tooltip="Per variant the normalised difference as a heat map.",
+                    tooltip="For each variant, the normalised difference as a heat map.",
                 ),
                 io.Image.Output(
                     "signed",
                     display_name="signed",
                     tooltip=(
-                        "Per variant how much darker (blue) or brighter (red) each pixel becomes; full colour is the"
-                        " largest change."
+                        "For each variant, how much darker (blue) or brighter (red) each pixel becomes. Full colour"
+                        " is the largest change."
                     ),
                 ),
-                io.Mask.Output("mask", display_name="mask", tooltip="Per variant the affected pixels."),
+                io.Mask.Output("mask", display_name="mask", tooltip="For each variant, the affected pixels."),
                 io.String.Output(
                     "report",
                     display_name="report",
                     tooltip=(
                         "A line per variant: the slope (how much of the concept the backbone still finds in the"
-                        " pictures), and whether that is what was asked. The node shows it."
+                        " pictures), and whether it is as requested. The node shows it."
                     ),
                 ),
                 io.Float.Output(
                     "slope",
                     display_name="slope",
                     tooltip=(
-                        "The mean slope of the variants. It equals the factor if the pictures show what was asked, and"
-                        " 1 if they show no change."
+                        "The mean slope of the variants: the factor if the pictures changed as requested, and 1 if"
+                        " they did not change."
                     ),
                 ),
             ],

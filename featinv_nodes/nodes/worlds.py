@@ -19,8 +19,8 @@ class LoadTinyWorld(io.ComfyNode):
             category=Menu.LOAD,
             aliases=("tiny model", "demo"),
             description=(
-                "An embedded diffusion model, of photographs (128 x 128 pixels) or drawn scenes (64 x 64): everything"
-                " works with it at once, without a download or a GPU."
+                "Opens an embedded diffusion model for photographs (128 x 128 pixels) or drawn scenes (64 x 64),"
+                " which needs no download and no GPU."
             ),
             inputs=[
                 io.Combo.Input(
@@ -29,7 +29,7 @@ class LoadTinyWorld(io.ComfyNode):
                     default="drawn",
                     optional=True,
                     tooltip=(
-                        "photo knows photographs, drawn the scenes of Drawn World Scenes. Use the world of the"
+                        "photo draws photographs, drawn the scenes of Drawn World Scenes. Use the world of the"
                         " inversion model."
                     ),
                 ),
@@ -79,7 +79,7 @@ class TinyWorldScenes(io.ComfyNode):
             display_name="Drawn World Scenes",
             category=Menu.LOAD,
             aliases=("demo pictures",),
-            description="Draws scenes of the drawn world that no model has seen in training: pictures to invert.",
+            description="Draws scenes of the drawn world that no model saw in training, to invert them.",
             inputs=[
                 io.Int.Input(
                     "first",
