@@ -204,7 +204,7 @@ def test_a_failed_slope_says_so():
     ):
         said = Slope(asked, own, 0.97, 1.0, 3.04)
         assert verdict in said.describe() and said.passed == ("NOT" not in verdict)
-        assert said.describe().startswith(f"slope {own:.2f} for {asked:g} asked") and said.describe().endswith(
+        assert said.describe().startswith(f"slope {own:.2f} for factor {asked:g} (") and said.describe().endswith(
             "other concepts 0.97; 3.0 times the difference between seeds"
         )
     assert "seeds" not in Slope(0.25, 0.25, 1.0, 1.0, None).describe()

@@ -114,7 +114,7 @@ def verdicts(kind: str, located: dict, true: dict, asked: float) -> list[str]:
     for method, row in true.items():
         value = row["slope"]["value"]
         lines.append(
-            f"{kind}, {method}: mean slope {value:.2f} for {asked:g} asked,"
+            f"{kind}, {method}: mean slope {value:.2f} for factor {asked:g},"
             f" {'inside' if low <= value <= high else 'OUTSIDE'} {low:.2f} to {high:.2f};"
             f" {row['within range']['value']:.0%} of the pictures inside."
         )
