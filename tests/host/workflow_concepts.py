@@ -38,11 +38,11 @@ def attenuate(world: World) -> str:
     g.add("PreviewImage", title="Where each concept is active", stage=SEEN, images=previews[0])
     g.add("PreviewAny", title="The concepts", stage=SEEN, source=concepts[1])
     return (
-        f"**Turn a concept down.** The feature map is taken apart into concepts; one of them ({name}) is multiplied by"
-        " the factor, and the result is drawn. Names and numbers of the concepts are listed; try another. *Scope* says"
-        " whether the changed map is like one that a picture has; where it is not, the sampler draws the nearest"
-        " that is, and the concept may still be there. So Concept Closed Loop draws, lets the backbone read the"
-        " picture, and commands another factor, until the picture shows what was asked or the rounds are used up."
+        f"**Turn a concept down.** The feature map is decomposed into concepts. One of them ({name}) is multiplied by"
+        " the factor, and the result is drawn. The list shows all concepts; try another. *Scope* says whether the"
+        " changed map is like that of a picture. If it is not, the sampler draws the nearest picture, and the concept"
+        " may still be there. So Concept Closed Loop measures this in the picture, and tries other factors until the"
+        " concept has the requested strength or the rounds are used up."
     )
 
 
@@ -64,14 +64,12 @@ def viz(world: World) -> str:
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     compare(world, found[5], backbone, found[4], "All reconstructions")
     return (
-        "**Where does a concept live?** FeatInv-Viz (the paper's Algorithm 1): five pictures of the map, and five of"
-        " each map with a concept turned down, seed by seed from the same noise; the pixels that change are the"
-        " concept's. The *slope* says whether the pictures show what was asked: the backbone reads them again, and"
-        " finds the concept at that share of what it was. Where the factor asked does not do that, Concept Closed Loop"
-        " commands others, up to its number of rounds; with 1 it draws what was asked. Semicolons part variants, as in"
-        f" {names!r}; commas would turn concepts down together. The paper's factor is 0.25; 0 removes the concept."
-        " Change the number of seeds in"
-        f" {world.batch[1]}, and keep to samplers without noise of their own (ddim, euler)."
+        "**Where is a concept?** FeatInv-Viz (the paper's Algorithm 1) draws five pictures of the map, and five of each"
+        " map with a concept turned down, from the same noise. The pixels that change belong to the concept. The"
+        " backbone then reads the pictures again; the *slope* is the share of the concept that it still finds. If it"
+        " differs from the factor, Concept Closed Loop tries other factors, as often as its rounds allow. The paper's"
+        f" factor is 0.25; 0 removes the concept. Semicolons separate variants, as in {names!r}; commas turn concepts"
+        f" down together. {world.batch[1]} sets the number of seeds. Use a sampler that adds no noise (ddim, euler)."
     )
 
 
@@ -101,10 +99,10 @@ def discover(world: World) -> str:
         else "the pictures of one class, in the folder `my_class` of ComfyUI's input folder"
     )
     return (
-        f"**Which concepts does the model have?** Directions in feature space that belong together, found in {where}"
-        " without any labels (multi-dimensional concept discovery). Then: where each is active in one picture, and"
-        " what is drawn when one is turned down. The list says how much of the features each is, and which classes it"
-        " speaks for; put another number into Concept Attenuate."
+        f"**Which concepts does the model have?** Concepts are groups of directions in feature space, found in {where}"
+        " without labels (multi-dimensional concept discovery). The pictures show where each is active, and what is"
+        " drawn when one is turned down. The list says how much of the features each explains, and which classes it"
+        " supports. Try other numbers in Concept Attenuate."
     )
 
 
@@ -121,8 +119,8 @@ def concept(world: World) -> str:
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     g.add("PreviewImage", title=f"{RESULT}: where each concept is active", images=previews[0])
     return (
-        "**What is the picture made of, to the model?** Concepts, directions in feature space that belong together,"
-        " found in this one picture without any labels (multi-dimensional concept discovery). Then two pictures from"
-        " the same noise: of the feature map as it is, and with concept 1 at a quarter. See where each concept is"
-        " active, and put another number into Concept Attenuate."
+        "**Which parts does the model see in a picture?** Concepts are groups of directions in feature space, found in"
+        " this one picture without labels (multi-dimensional concept discovery). Two pictures are drawn from the same"
+        " noise: of the unchanged feature map, and with concept 1 at a quarter. See where each concept is active, and"
+        " try other numbers in Concept Attenuate."
     )

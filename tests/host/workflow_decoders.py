@@ -16,7 +16,7 @@ class PhotoRAE(Photo):
     #: of its pictures in pixels: what the backbone reads
     side = 160
     note = (
-        "Runs at once, on a processor too: the decoder is part of the pack. Load a photograph of yours in place of the"
+        "Runs at once, even without a GPU: the pack contains the decoder. Load your own photograph in place of the"
         " example."
     )
 
@@ -30,10 +30,10 @@ class RAE(World):
     name, prefix, side = "rae", "rae", 224
     decoder = "RAE-dinov2-wReg-base-ViTXL-n08"
     TIMM = "vit_base_patch14_reg4_dinov2.lvd142m"
-    second = "For want of a second picture b is the example too: load one of yours in the second Load Image."
+    second = "Picture b is the example too. Load your own in the second Load Image."
     note = (
-        "One command in the pack's folder fetches both models into ComfyUI's: `python3 run.py download"
-        " rae-dinov2-base`. They are\n"
+        "Run `python3 run.py download rae-dinov2-base` in the pack's folder. It fetches two models into ComfyUI's"
+        " folders:\n"
         f"- `{TIMM}`, the backbone, in `models/backbones` ([timm]({HUB}/timm/{TIMM}))\n"
         f"- `{decoder}`, the decoder, in `models/featinv_decoders` ([its page]({HUB}/nyu-visionx/{decoder}))"
     )
@@ -68,8 +68,8 @@ def reconstruct(world: World) -> str:
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
         "**What is in the feature map?** A decoder turns the map into one picture, in one step and without a diffusion"
-        " model. It draws the mean of all pictures that have this map, so what the map does not say comes out blurred;"
-        " an inversion model draws one of them instead, sharp, and another one for each seed."
+        " model. This is the mean of all pictures with this map, so details that the map does not contain are blurred."
+        " An inversion model draws sharp pictures instead, a different one for each seed."
     )
 
 
@@ -83,8 +83,8 @@ def mix(world: World) -> str:
         g.add("PreviewImage", title=f"Original {letter}", images=world.as_seen(features))
     g.needs = world.second
     return (
-        "**What lies between two pictures?** Feature maps in equal steps from a to b, each decoded. The middle shows"
-        " both pictures at once where a mean of two maps is the map of no picture; an inversion model draws a picture"
+        "**What lies between two pictures?** Feature maps in equal steps from a to b, each decoded. Often no picture"
+        " has the mean of two maps, and the middle shows both pictures at once. An inversion model draws one picture"
         " even there."
     )
 
@@ -108,10 +108,9 @@ def attenuate(world: World) -> str:
     compare(world, weaker[0], backbone, decoded(g, decode, weaker[0]), number=f"{SIMILARITY} with the changed map")
     g.add("PreviewImage", title=f"{RESULT} without the change", images=decoded(g, decode, features[0]))
     return (
-        "**Turn a concept down.** Concepts, directions in feature space that belong together, are found in the picture"
-        " without any labels; one of them is multiplied by the factor, and both maps are decoded. Decoding has no"
-        " noise, so whatever differs between the two results comes from the concept. Put another number into Concept"
-        " Attenuate."
+        "**Turn a concept down.** Concepts are groups of directions in feature space, found in the picture without"
+        " labels. One of them is multiplied by the factor, and both maps are decoded. Decoding has no noise, so every"
+        " difference between the two results comes from the concept. Try other numbers in Concept Attenuate."
     )
 
 
@@ -145,13 +144,13 @@ def guide(world: World) -> str:
     compare(world, features[0], backbone, g.add("VAEDecode", samples=sampled[0], vae=vae)[0])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     g.needs = (
-        "With Load Checkpoint, the decoder of DINOv2 and its backbone in place of the embedded ones it draws at the"
-        " checkpoint's size: set that in *At the base model's size*."
+        "To draw with your own checkpoint, use Load Checkpoint, and the decoder of DINOv2 with its backbone, instead of"
+        " the embedded ones. Set the checkpoint's size in *At the base model's size*."
     )
     return (
-        "**No inversion model, and yet a picture.** The decoder's picture says what is where; noise on it (*denoise*)"
-        " and two guided steps of a diffusion model make it sharp. On photographs this was nearly as faithful as the"
-        " trained model without its gradient (docs/methods.md)."
+        "**A sharp picture without an inversion model.** The decoder's picture says what is where. Noise is added"
+        " (*denoise*), and two guided steps of a diffusion model make it sharp. On photographs this was about as"
+        " faithful as the trained model without the gradient (docs/methods.md)."
     )
 
 

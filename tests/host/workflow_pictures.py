@@ -15,12 +15,11 @@ def reconstruct(world: World) -> str:
     compare(world, features[0], backbone, draw(world, features[0], control, model=model)[0])
     world.graph.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     text = (
-        "**What did the model see?** The picture on the left becomes a feature map; the sampler draws a new picture"
-        " that has the same map. The number below it, the cosine similarity, says how alike the two maps are: 1 is the"
-        " same."
+        "**What did the model see?** The picture on the left becomes a feature map, and the sampler draws a new picture"
+        " from this map alone. The number below is the cosine similarity of the two pictures' maps: 1 means the same."
     )
     return text + (
-        " Feature Guidance lets the sampler look at what it draws; bypass it to see what it is worth."
+        " Feature Guidance makes the picture more faithful; bypass it to see the difference."
         if "gradient" in settings
         else ""
     )
@@ -37,8 +36,8 @@ def seeds(world: World) -> str:
     world.graph.add("PreviewImage", title="What the model takes them for", images=classes[0])
     world.graph.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
-        "**What does the model not care about?** Four pictures of one feature map, each from other noise. What stays"
-        " the same is what the model sees; what varies is what it ignores."
+        "**What does the model not see?** Four pictures of one feature map, each from other noise. The model sees what"
+        " stays the same, and ignores what varies."
     )
 
 
@@ -52,8 +51,8 @@ def interpolate(world: World) -> str:
     world.graph.needs = world.second
     return (
         "**What lies between two pictures?** Feature maps in equal steps from a to b, each drawn (the paper's Fig. 7)."
-        " The similarity is usually lowest in the middle: a mean of two maps is not always a map that some picture"
-        f" has. Steps in Feature Mix and {' in '.join(world.batch)} belong together."
+        " The similarity is usually lowest in the middle, since often no picture has the mean of two maps. Set steps"
+        f" in Feature Mix and {' in '.join(world.batch)} to the same number."
     )
 
 
@@ -80,7 +79,7 @@ def compose(world: World) -> str:
     g.add("PreviewImage", title="Mask", images=previews[0])
     g.needs = f"{world.paint} {world.second}"
     return (
-        "**Put one picture's object into another.** The feature map of b inside the mask, of a outside (the paper's"
+        "**Put one picture's object into another.** The feature map is b's inside the mask and a's outside (the paper's"
         " Fig. 8)."
     )
 
@@ -97,8 +96,8 @@ def backbones(world: World) -> str:
         model = guided(world, features[0], backbone, world.settings(kind))
         compare(world, features[0], backbone, draw(world, features[0], control, 2, kind, model=model)[0], title)
     return (
-        "**Do two models see the same?** One picture, inverted from the feature map of a convolutional network and from"
-        " that of a transformer, with the same noise. What one keeps and the other loses tells them apart."
+        "**Do two models see the same?** One picture, drawn from the feature map of a convolutional network and from"
+        " that of a transformer, with the same noise. Look for what one keeps and the other loses."
     )
 
 
@@ -132,7 +131,7 @@ def two_guidances(world: World) -> str:
     compare(world, features[0], backbone, g.add("VAEDecode", samples=sampled[0], vae=world.vae)[0])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
-        "**How much features, how much prompt?** Guidance in two parts, each with a scale of its own:"
+        "**How much features, how much prompt?** Guidance has two parts, each with its own scale:"
         " `cfg_cond2_negative` towards the features, from no features at all; `cfg_conds` from there towards the"
         " prompt. With equal scales the picture is KSampler's. Raise the first for a picture more like the feature map,"
         " the second for one more like the prompt; 0 for the second leaves the prompt out."
@@ -153,11 +152,10 @@ def faithful(world: World) -> str:
     g.add("PreviewAny", title="The best, and the range of all", source=kept[1])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
-        "**As faithful as it gets.** Two ways to a higher cosine similarity, for more time: in the last steps Feature"
-        " Guidance decodes the picture so far, lets the backbone read it, and moves the latents towards the feature"
-        " map; and of several pictures from different noise, Keep Most Similar keeps the best. Bypass Feature Guidance"
-        " to see what each is worth. The backbone is asked for what it is then judged by: another backbone may like the"
-        " picture less."
+        "**The most faithful picture.** Two ways to a higher cosine similarity, for more time. In the last steps,"
+        " Feature Guidance decodes the picture so far, lets the backbone read it, and moves the latents towards the"
+        " feature map. Keep Most Similar keeps the best of several pictures from different noise. Bypass Feature"
+        " Guidance to compare. Both raise the very cosine that is shown; that of another backbone may rise less."
     )
 
 
@@ -180,8 +178,8 @@ def depth(world: World) -> str:
             number=None,
         )
     return (
-        "**What is lost on the way up?** One photograph, drawn again from what four depths of one network hold of it,"
-        " with the same noise: early layers keep the picture, later ones what is where, and the mean over all places"
-        " (pooled) only what there is. Each cosine similarity is measured at its own layer, so the numbers do not"
-        " compare."
+        "**What does each depth keep?** One photograph, drawn from the feature maps of four depths of one network, with"
+        " the same noise. Early layers keep the picture, later ones what is where, and the mean over all locations"
+        " (pooled) only what there is. Each cosine similarity is measured at its own layer: do not compare the"
+        " numbers."
     )

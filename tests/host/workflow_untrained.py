@@ -27,7 +27,7 @@ def untrained(world: World) -> str:
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     g.needs = world.sized()
     return (
-        "**A first picture, with nothing trained.** While the model draws, its picture so far is decoded, the backbone"
-        " reads it, and the latents move towards the feature map. More gradients (*cost*) cost time and bring the"
-        " picture closer; a trained inversion model comes closer still, in less time."
+        "**A first picture without training.** While the model draws, its picture so far is decoded, the backbone reads"
+        " it, and the latents move towards the feature map. More gradients (*cost*) take longer and bring the picture"
+        " closer. A trained inversion model is faster and more faithful."
     )

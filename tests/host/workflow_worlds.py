@@ -25,8 +25,8 @@ class World:
     batch = ("batch size", "Empty Latent Image")
     second, note, scaled = "", "", "bicubic"
     paint = (
-        "Paint your own mask on a loaded picture with the mask editor; it is cropped as the picture is and brought to"
-        " the feature map's resolution."
+        "Paint your own mask on a loaded picture with the mask editor. It is cropped like the picture, and resized to"
+        " the feature map."
     )
 
     def __init__(self, graph: Graph, workflow: str) -> None:
@@ -84,7 +84,7 @@ class Drawn(World):
     """The world of drawn scenes: nothing to download."""
 
     name, prefix, side, scaled, embedded = "drawn", "tiny", 64, "nearest-exact", True
-    note = "Runs at once, on a processor too: models and pictures are part of the pack."
+    note = "Runs at once, even without a GPU: the pack contains models and pictures."
 
     def __init__(self, graph: Graph, workflow: str) -> None:
         super().__init__(graph, workflow)
@@ -127,18 +127,18 @@ class Photo(World):
     name, prefix, kind, side, embedded = "photo", "photo", "blocks4", 128, True
     batch = ("amount", "Repeat Latent Batch")
     note = (
-        "Runs at once, on a processor too: the models are part of the pack. Load a photograph of yours in place of the"
-        " example. From blocks.2 nearly the photograph comes back, from blocks.4 things, places and colours, from the"
-        " last layer the kind of thing."
+        "Runs at once, even without a GPU: the pack contains the models. Load your own photograph in place of the"
+        " example. blocks.2 gives back nearly the photograph; blocks.4 things, places and colours; the last layer the"
+        " kind of thing."
     )
     second = (
-        "For want of a second picture b is the example mirrored: load one of yours in the second Load Image, and"
-        " bypass the node behind it."
+        "Picture b is the example, mirrored. Load your own in the second Load Image, and bypass the node that mirrors"
+        " it."
     )
     paint = (
-        "The mask is a rectangle, in pixels of a picture of 128 x 128: *Where the rectangle is* moves it. Or paint one"
-        " on the loaded picture with the mask editor, and connect that and the backbone to Feature Mix, so that it is"
-        " cropped as the picture is."
+        "The mask is a rectangle in pixels of a 128 x 128 picture: *Where the rectangle is* moves it. Or paint a mask"
+        " on the loaded picture with the mask editor, and connect it and the backbone to Feature Mix, which then crops"
+        " it like the picture."
     )
     #: from which depth a workflow draws, where that is not `kind`
     KINDS: dict[str, str] = {}
@@ -191,8 +191,8 @@ class Photo(World):
 
     def sized(self) -> str:
         return (
-            f"The latent of Load World sets the size of the picture, {self.side} x {self.side}; an Empty Latent"
-            " Image in its place sets another."
+            f"The latent of Load World sets the size of the picture, {self.side} x {self.side}. Use an Empty Latent"
+            " Image for another size."
         )
 
     def mask(self, inner: Node, backbone: Ref) -> dict:
@@ -277,7 +277,7 @@ class MiniSD(World):
     def control(self, kind: str) -> Ref:
         config = self.CONFIGS[kind]
         self.files.append(
-            f"`{config}.safetensors`, the inversion model, in `models/featinv`: you train it, with `accelerate launch"
+            f"`{config}.safetensors`, the inversion model, in `models/featinv`: train it with `accelerate launch"
             f" training/train.py --config training/configs/{config}.yaml --data IMAGENET/train`"
         )
         return self.graph.add("FeatInv_LoadFeatInvControlNet", weights=f"{config}.safetensors")[0]
@@ -288,8 +288,8 @@ class MiniSD(World):
     def concepts(self, backbone: Ref, picture: Node) -> Node:
         name = "convnext_last_concepts.safetensors"
         self.files.append(
-            f"`{name}`, the concepts, in `models/featinv_concepts`: `training/discover_concepts.py` or the node"
-            " Discover Concepts finds them"
+            f"`{name}`, the concepts, in `models/featinv_concepts`: find them with `training/discover_concepts.py` or"
+            " the node Discover Concepts"
         )
         return self.graph.add("FeatInv_LoadConcepts", file=name)
 
@@ -323,9 +323,9 @@ class StableDiffusion15(World):
         return (
             f"Files that it needs:\n- a checkpoint in `models/checkpoints`: choose yours in Load Checkpoint, or fetch"
             f" `{name}` ([its page]({HUB}/{repository}))\n- `{self.BACKBONE}.safetensors`, the backbone, in"
-            f" `models/backbones` ([timm]({HUB}/timm/{self.BACKBONE})); `python3 run.py download {self.CONFIG}` fetches"
-            f" it too, into a folder of its name\n\nToo slow, or too little memory: add Load VAE with `{self.SMALL}`"
-            f" (files `{small}` in `models/vae_approx`) and connect it to the *vae* of Feature Guidance Sampler alone."
+            f" `models/backbones` ([timm]({HUB}/timm/{self.BACKBONE})); `python3 run.py download {self.CONFIG}` also"
+            f" fetches it, into a folder of its name\n\nTo save time and memory, add Load VAE with `{self.SMALL}`"
+            f" (files `{small}` in `models/vae_approx`) and connect it to the *vae* of Feature Guidance Sampler only."
         )
 
     def settings(self, kind: str) -> dict:
