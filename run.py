@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""One door to the project on a fresh machine; needs Python 3.10 or newer and nothing else.
+"""Sets up and starts the project on a fresh computer. Needs Python 3.10 or newer and nothing else.
 
-    python3 run.py demo [--image FILE ...]    set up, then invert, mix and compose photographs; results in out/demo
+    python3 run.py demo [--image FILE ...]    set up, then invert, mix and compose photographs; writes to out/demo
     python3 run.py test [PYTEST ARGUMENTS]    set up, then run every test in two processes (-n N for more)
     python3 run.py comfy [HOST ARGUMENTS]     start ComfyUI (COMFYUI_PATH, or ~/comfy/ComfyUI) with the pack linked in
     python3 run.py download CONFIG [--to DIR] set up, then fetch the backbone and base model of a training configuration
-                                              into DIR: the models folder of that ComfyUI, or models/ where there is
-                                              none; or a feature decoder with its backbone, such as rae-dinov2-base
+                                              into DIR (default: the models folder of that ComfyUI, else models/); or
+                                              a feature decoder with its backbone, such as rae-dinov2-base
 
-All but comfy make .venv beside this file and use it again the next time. --no-venv uses the running Python instead.
-comfy runs the checkout with its own environment and installs nothing.
+All commands but comfy create .venv beside this file and reuse it the next time; with --no-venv they use the running
+Python. comfy runs the checkout with its own environment and installs nothing.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Writes the latents of a configuration's pictures, and with --cache_features true their features, to disk once.
+"""Writes the latents of a configuration's pictures to disk, and with --cache-features true also their features.
 
     python training/cache.py --config FILE --data FOLDER --base ... --cache DIR --views 1
-    accelerate launch training/cache.py --config FILE ...                  over several devices
+    accelerate launch training/cache.py --config FILE ...                  on several devices
 
-The options are those of train.py, which then reads the cache instead of running the autoencoder. Each view of a picture
-is a crop with its flips, a function of (seed, picture, view), the same in the cache and in training. Stopped at any
-moment, the same command goes on; what is there already is read back first, and what is damaged is made again.
+The options are those of train.py, which then reads the cache instead of running the autoencoder. A view of a picture is
+a crop with its flips. Seed, picture and view number determine it, in the cache as in training. The same command
+continues a stopped cache. It first reads back the files that exist, and makes damaged ones again.
 """
 
 from __future__ import annotations

@@ -43,14 +43,14 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     parser.add_argument("--model", default=MODEL, help=f"weights file, or one of {', '.join(MODELS)}")
     other = "".join(f", but --{name} {value:g}" for name, value in defaults.items())
     parser.add_argument(
-        "--steps", type=int, help=f"solver's steps (default for this and the next nine: the weights file's own{other})"
+        "--steps", type=int, help=f"number of steps (default for this and the next nine: the weights file's own{other})"
     )
     parser.add_argument("--strength", type=float, help="control strength")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none")
     parser.add_argument(
         "--negative",
         choices=NEGATIVES,
-        help="what guidance pushes away from: the empty text with the same features, or neither text nor features",
+        help="what guidance pushes away from: text (the empty text with the same features) or features (neither)",
     )
     parser.add_argument("--solver", choices=SOLVERS, help="solver that takes the steps")
     parser.add_argument(
@@ -70,20 +70,20 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     parser.add_argument(
         "--timestep-spacing",
         choices=SPACINGS,
-        help="timesteps that the solver takes: trailing from the last one on, leading as the paper's code does",
+        help="timesteps of the solver: trailing (from the last one on) or leading (as in the paper's code)",
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
-    parser.add_argument("--base", help="base model folder, where it is not the one named in the weights file")
+    parser.add_argument("--base", help="base model folder (default: the one that the weights file names)")
     parser.add_argument(
-        "--backbone", help="the backbone's timm-hub folder or name, where it is not the one named in the weights file"
+        "--backbone", help="the backbone's timm-hub folder or name (default: the one that the weights file names)"
     )
     parser.add_argument("--backbone-weights", help="the backbone's .safetensors file")
     parser.add_argument(
         "--other-weights",
         action="store_true",
         help=(
-            "go on where the backbone or the base model has other weights than those that a file was made with, such as"
-            " a fine-tune of the same name; the results say so"
+            "allow a backbone or a base model with other weights than a file was made with, such as a fine-tune of the"
+            " same name; the results say so"
         ),
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

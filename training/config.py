@@ -103,58 +103,54 @@ class TrainConfig:
     )
     data: str = option(
         'pictures: "drawn", a folder of images or of plain tar files (webdataset), hf:NAME[:SPLIT[:COLUMN]] for a'
-        " Hugging Face data set on this computer (a folder of save_to_disk, or a name; COLUMN chooses among several of"
-        " pictures), or stream:NAME[:SPLIT[:COLUMN]] for one that is read as it comes"
+        " downloaded Hugging Face data set (a name, or a folder of save_to_disk; COLUMN chooses among several columns"
+        " of pictures), or stream:NAME[:SPLIT[:COLUMN]] for one that is read as a stream"
     )
     prompt: str = option("text of the positive prompt")
     max_images: int = option("images after which the run ends")
     backbone_weights: str | None = option("the backbone's .safetensors file", None)
-    input_size: int | None = option(
-        "side in pixels of the pictures that the backbone reads, where that is not timm's default", None
-    )
-    layer: str = option("layer that is inverted: last, or a name from timm's feature_info", "last")
+    input_size: int | None = option("side of the backbone's input in pixels, if not timm's default", None)
+    layer: str = option("layer to invert: last, or a name from timm's feature_info", "last")
     pooled: bool = option("invert the mean over the layer's locations", False)
-    encoder: str = option("conditional encoder: conv (the paper), conv_at_map (it upsamples last) or perceiver", "conv")
+    encoder: str = option("conditional encoder: conv (the paper), conv_at_map (upsamples last) or perceiver", "conv")
     encoder_width: int = option("hidden channels of the encoder (the paper: 512)", 512)
-    standardise: bool = option("take out each channel's mean and standard deviation, of the first 256 pictures", False)
+    standardise: bool = option("standardise each channel by its mean and deviation over the first 256 pictures", False)
     dropout: float = option("share of the samples that lose features and text together", 0.15)
     cycle: float = option(
-        "weight of the cycle consistency, 1 - cos of the features of the predicted picture; 0 for none (the paper)", 0.0
+        "weight of cycle consistency, 1 - cos of the features of the predicted picture; 0 for none (the paper)", 0.0
     )
-    cycle_below: int = option("timesteps, of the base model's 1000, below which the cycle consistency counts", 1000)
-    cycle_after: int = option(
-        "images before the cycle consistency counts and costs anything: fine-tuning at the end, as in ControlNet++", 0
-    )
+    cycle_below: int = option("cycle consistency acts below this timestep of the base model's 1000", 1000)
+    cycle_after: int = option("cycle consistency acts (and costs time) after this many images, as in ControlNet++", 0)
     batch: int = option("images per process and pass", 8)
     lr: float = option("learning rate of AdamW", 1e-5)
     schedule: str = option("learning rate after the warm-up: constant (the paper), or cosine to zero", "constant")
     warmup: int = option("images in which the learning rate grows from zero", 1000)
     weight_decay: float = option("weight decay of AdamW", 0.01)
-    ema: float = option("decay per step of the moving average that is saved, 0 for none", 0.0)
+    ema: float = option("decay per step of the moving average of the weights, which is then saved; 0 for none", 0.0)
     min_snr: float = option(
         "gamma of the min-SNR weighting of timesteps (Hang et al. 2023: 5), 0 for none (the paper)", 0.0
     )
-    accumulate: int = option("passes per step, so that a step counts batch x accumulate x processes images", 1)
-    checkpointing: bool = option("compute activations again for the gradient, which saves memory and costs time", False)
+    accumulate: int = option("passes per step: a step takes batch x accumulate x processes images", 1)
+    checkpointing: bool = option("compute activations again for the gradient: saves memory, costs time", False)
     optimizer: str = option(
-        "adamw, or adamw8bit whose moments take a quarter of the memory (needs bitsandbytes)", "adamw"
+        "adamw, or adamw8bit, whose moments take a quarter of the memory (needs bitsandbytes)", "adamw"
     )
-    nan: str = option("what happens to a step whose loss or gradients are not finite: stop or skip", "stop")
+    nan: str = option("what to do at a step whose loss or gradients are not finite: stop or skip", "stop")
     precision: str = option(
-        "fp32, bf16 (also for the frozen weights), fp16, or auto: bf16 where the device computes in it, else fp32",
+        "fp32, bf16 (also for the frozen weights), fp16, or auto: bf16 if the device computes in it, else fp32",
         "auto",
     )
-    compile: bool = option("use torch.compile, worth its minute on long runs", False)
+    compile: bool = option("use torch.compile: takes a minute, pays off in long runs", False)
     graph: bool = option("run the whole step as one CUDA graph, for small models on one GPU", False)
     init_from: str | None = option(
-        "weights file to start from: its ControlNet, and its encoder too where that inverts the same features", None
+        "weights file to start from: its ControlNet, and its encoder if it inverts the same features", None
     )
-    encoder_first: int = option("images during which the encoder alone learns", 0)
+    encoder_first: int = option("train only the encoder for this many images", 0)
     workers: int = option("data loading processes", 0)
-    images: int | None = option("only so many of the data's pictures, evenly spread", None)
-    views: int = option("crops and flips of each picture, one per epoch in turn; 0 for new ones without end", 0)
+    images: int | None = option("use only this many of the pictures, evenly spread", None)
+    views: int = option("crops and flips of each picture, used in turn, one per epoch; 0 for a new one each time", 0)
     cache: str | None = option("folder of latents that training/cache.py wrote for these views", None)
-    cache_features: bool = option("the cache holds the features too", False)
+    cache_features: bool = option("also cache the features", False)
     flips: str = option("random flips of the crops: none, horizontal or both", "none")
     seed: int = option("seed of all random numbers", 0)
     panel_every: int = option("images between sample panels", 20_000)
@@ -166,7 +162,7 @@ class TrainConfig:
         {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50},
     )
     scope: int = option(
-        "pictures from which the file's scope statistics are fitted at the end (see fit_scope.py), 0 for none", 0
+        "pictures for the scope statistics that are fitted at the end (see fit_scope.py), 0 for none", 0
     )
     scope_data: str | None = option("folder of these pictures, which training does not see", None)
 

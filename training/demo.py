@@ -1,5 +1,4 @@
-"""The whole method on an embedded world: invert pictures and the user's own, mix two, and look at the network's
-classes.
+"""Shows the method on an embedded world: inverts its pictures and yours, mixes two, and names the network's classes.
 
     python training/demo.py [--image FILE ...] [--out DIR]     photographs, at four depths of an ImageNet network
     python training/demo.py --world drawn [--image FILE ...]   drawn scenes, with figures of held-out ones

@@ -1,8 +1,8 @@
-"""Finds concepts in a backbone's feature maps of a folder of pictures and writes one concept file and a page about it.
+"""Finds concepts in a backbone's feature maps of a folder of pictures. Writes a concept file and a page about it.
 
     python training/discover_concepts.py --data FOLDER --backbone resnet50.a1_in1k --backbone-weights FILE --out FILE
     python training/discover_concepts.py                 (drawn scenes and their CNN)
-    python training/discover_concepts.py --concepts auto        (as many clusters as completeness asks for)
+    python training/discover_concepts.py --concepts auto        (as many clusters as completeness needs)
     python training/discover_concepts.py --method sae --concepts 256 --active 8
     python training/discover_concepts.py --directions FILE      (your own directions or sparse autoencoder)
 

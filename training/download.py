@@ -1,4 +1,4 @@
-"""Brings what a training configuration or a feature decoder needs from the Hugging Face hub into ComfyUI's model
+"""Downloads what a training configuration or a feature decoder needs from the Hugging Face hub into ComfyUI's model
 folders.
 
     python training/download.py CONFIG [--to DIR] [--base REPOSITORY]
@@ -6,9 +6,9 @@ folders.
 
 CONFIG: a YAML file, or the name of one in training/configs. Its backbone (a timm name) goes to DIR/backbones/NAME, its
 base model (owner/name of a Stable Diffusion 1.x repository in diffusers' layout) to DIR/diffusers/NAME; a single file
-(owner/name/FILE.safetensors or .ckpt), ComfyUI's usual form, to DIR/checkpoints. What is embedded or local already
-needs nothing. A feature decoder (one of the names in DECODERS) goes to DIR/featinv_decoders/NAME, with its backbone.
-Interrupted, the same command goes on where it stopped. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count.
+(owner/name/FILE.safetensors or .ckpt), ComfyUI's usual form, to DIR/checkpoints. Embedded and local models need no
+download. A feature decoder goes to DIR/featinv_decoders/NAME, with its backbone. The same command continues an
+interrupted download. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.
 """
 
 from __future__ import annotations

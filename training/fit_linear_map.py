@@ -1,14 +1,15 @@
-"""Fits a linear map of feature space to what a change of the picture does, and writes one file and a page about it.
+"""Fits a linear map of feature space to a change of pictures. Writes a file and a page about it.
 
     python training/fit_linear_map.py --change hue:120 --out FILE               (drawn scenes and their CNN)
     python training/fit_linear_map.py --data FOLDER --backbone tf_efficientnet_lite0.in1k --layer blocks.4 \\
         --change grayscale --out FILE
     python training/fit_linear_map.py --data FOLDER --changed FOLDER --backbone ... --out FILE   (any change, by names)
 
-The map changes the vector at every location alike: affine (ridge regression), a rotation (orthogonal Procrustes) or a
-direction. All three are measured on pictures that the fit did not see; --kind says which is written. Where a shipped
-inversion model knows the layer, or --model names one, pictures are drawn from the mapped maps. FILE is for the node
-Load Linear Map and for reconstruct.py --linear-map; the page is NAME.html beside it, the figures are NAME.json.
+The map changes the vector at every location in the same way. It is affine (ridge regression), a rotation (orthogonal
+Procrustes) or a direction. All three are measured on held-out pictures; --kind chooses the one to write. If an
+embedded inversion model inverts the layer, or --model names one, pictures are drawn from the mapped maps. FILE is for
+the node Load Linear Map and for reconstruct.py --linear-map. Beside it, NAME.html is the page and NAME.json has the
+figures.
 """
 
 from __future__ import annotations

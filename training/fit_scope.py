@@ -1,5 +1,4 @@
-"""Fits the scope statistics of a weights file: what held-out feature maps are like, by which a manipulated one is
-judged.
+"""Fits the scope statistics of a weights file: statistics of held-out feature maps, which rate edited maps.
 
     python training/fit_scope.py --model FILE --data FOLDER                    in place
     python training/fit_scope.py --model FILE --data FOLDER --count 10000 --out FILE
@@ -7,8 +6,8 @@ judged.
     python training/fit_scope.py --model photo_lite0_blocks4 --data FOLDER --kept-back --count 1400 --centres 512
 
 FOLDER holds pictures, or tar files of them, that training did not see; "drawn" stands for held-out scenes of the drawn
-world. Half of the pictures make the statistics, the other half their quantiles; the first of all are drawn for the
-quantiles of the cycle cosine. Everything else in the file stays as it is.
+world. The statistics are fitted to half of the pictures, their quantiles to the other half. The first pictures are
+reconstructed for the quantiles of the cycle cosine. Nothing else in the file changes.
 """
 
 from __future__ import annotations

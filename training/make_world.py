@@ -1,4 +1,4 @@
-"""Makes a world: autoencoder, base model, inversion models and feature decoders, from nothing, stage by stage.
+"""Trains a world from scratch, stage by stage: autoencoder, base model, inversion models; or a feature decoder.
 
     python training/make_world.py photo --data FOLDER [FOLDER ...] --minutes 300    from folders of photographs
     python training/make_world.py photo --data FOLDER --backbone resnet18.a1_in1k --backbone-weights FILE --out DIR
@@ -6,7 +6,7 @@
     python training/make_world.py photo --data FOLDER --stage base                  one stage alone
     python training/make_world.py decoder --data FOLDER --layer blocks.4 --minutes 60        a decoder of feature maps
 
-Each stage writes its result at least every minute and when it ends. Stopped at any moment, the same command goes on.
+Each stage writes its result at least every minute and when it ends. The same command continues a stopped one.
 """
 
 from __future__ import annotations

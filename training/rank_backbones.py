@@ -4,9 +4,9 @@
     python training/rank_backbones.py --backbones NAME NAME@LAYER,LAYER --data FOLDER --held-out FOLDER --out DIR
     python training/rank_backbones.py --models tiny_cnn_last tiny_vit_last --out DIR
 
-A linear probe, the same for all, predicts the pixels of a map's cells from its vectors; report.md, index.html and
-results.json say how well on held-out pictures, beside what the map costs and how large it is. Shrunk copies of the
-pictures are ranked along with the maps. With --models, the cosines of pictures that inversion models draw stand beside.
+The same linear probe predicts the pixels of each map's cells from its vectors. report.md, index.html and results.json
+say how well it does so on held-out pictures, and how large and expensive the map is. Shrunk copies of the pictures are
+ranked too. --models adds the cosines of pictures that inversion models draw.
 """
 
 from __future__ import annotations

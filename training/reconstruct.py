@@ -1,5 +1,5 @@
-"""Draws pictures that have the feature map of a picture, of a mixture of several, of several composed by masks, or of a
-picture whose map a linear map changed.
+"""Draws pictures from a feature map: that of a picture, a mixture of several, several composed by masks, or one that a
+linear map changed.
 
     python training/reconstruct.py --model tiny_cnn_last --image photo.jpg --out DIR
     python training/reconstruct.py --image a.png b.png --mix 0 0.25 0.5 0.75 1 --out DIR
@@ -12,11 +12,10 @@ picture whose map a linear map changed.
     python training/reconstruct.py --decoder FOLDER --backbone FOLDER --image photo.jpg --out DIR
 
 Writes every picture, panel.png with the cosine similarity under each, and results.json. With --best-of N each picture
-is the one of the highest cosine among N, which results.json says. Where the weights file has scope statistics,
-results.json says whether each map is inside what the model knows, and the panel where it is not. With --untrained no
-inversion model is used: universal guidance moves the base model's predictions towards the features while it draws.
-With --decoder neither is used: a feature decoder draws each map in one pass.
-With --start-from the picture of a feature decoder, with noise, is what the last steps begin from.
+is the best of N by cosine. If the weights file has scope statistics, results.json says whether each map is in scope,
+and the panel names those that are not. With --untrained, universal guidance moves the base model's predictions towards
+the features, without an inversion model. With --decoder, a feature decoder draws each map in one pass. With
+--start-from, noise is added to a feature decoder's picture, and sampling starts from there.
 """
 
 from __future__ import annotations

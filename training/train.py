@@ -2,10 +2,10 @@
 
     accelerate launch training/train.py                                    the drawn world's CNN
     accelerate launch training/train.py --config FILE --lr 1e-4 --output DIR
-    accelerate launch training/train.py --config FILE --check              what a run finds and takes, without one
+    accelerate launch training/train.py --config FILE --check              test the set-up and estimate the time
 
-Stopped at any moment, the same command goes on where it was; SIGTERM and Ctrl-C save first and end with status 143 or
-130. --help lists every field of the configuration, training/README.md tells the rest.
+The same command continues a stopped run. SIGTERM and Ctrl-C save first and end with status 143 or 130. --help lists
+every field of the configuration; training/README.md is the guide.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@
     python training/visualize_concepts.py --model FILE --concepts FILE --image photo.jpg --names "0; 1; 2" --out DIR
     python training/visualize_concepts.py --image a.png --names object --factor 2 --keep-length --out DIR
 
---names: numbers or names; commas join concepts that are turned down together, semicolons part the variants of a row.
-Writes grid.png (a row per picture, a column per variant), details.png (both reconstructions, the difference and its
-sign), each map as a PNG, and results.json. Every variant carries its slope: what the backbone, reading the
-reconstructions again, finds of the concept, against what was asked; and its scope, whether the edited map is inside
-what the model knows.
+--names: numbers or names. Commas join concepts that are turned down together; semicolons separate the variants of a
+row. Writes grid.png (a row per picture, a column per variant), details.png (both reconstructions, the difference and
+its sign), each map as a PNG, and results.json. Every variant has a slope, the share of the concept that the backbone
+finds again in the reconstructions, and a scope, which says whether the edited map is like those of real pictures.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--closed-loop",
         action="store_true",
-        help="search for the factor that gives the slope asked for, at the cost of a drawing per factor tried",
+        help="search for a factor whose slope is --factor, and draw again for each factor that is tried",
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="factors that the closed loop tries at most")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="reconstructions of each map")

@@ -1,4 +1,4 @@
-"""What each departure from the paper's recipe is worth: one change at a time.
+"""Measures what each change to the paper's recipe is worth, one change at a time.
 
     python training/experiments/ablation.py                          train what is missing, measure, write the report
     python training/experiments/ablation.py --rows ema standardise   these rows only
@@ -7,10 +7,10 @@
 
 The first takes hours.
 
-All rows are trained on the same pictures, as many of them, with one seed, and evaluated on the same held-out ones with
-the same noise: by the backbone that is inverted, and by an independent backbone, which took no part, neither in
-training nor in sampling. Stopped at any moment, the same command goes on where it was. Writes DIR/ROW (the runs),
-DIR/measured (the records), results.json, report.md, index.html and panel.png.
+All rows are trained on equally many of the same pictures with one seed, and evaluated on the same held-out pictures
+with the same noise: by the inverted backbone, and by an independent backbone that took no part in training or sampling.
+The same command continues a stopped run. Writes DIR/ROW (the runs), DIR/measured (the records), results.json,
+report.md, index.html and panel.png.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Tries backbones of many timm families at random weights, and writes what came out as a table.
+"""Tries backbones of many timm families with random weights, and writes a table of the results.
 
     python training/experiments/backbone_table.py                     writes docs/backbones.md
     python training/experiments/backbone_table.py NAME [NAME ...]     prints the rows of these timm models
 
-A row compares the model's own head on the extracted last map with the model's own forward, and the map with the one
-that timm's forward_intermediates gives.
+A row compares the head's output for the extracted last map with the model's own output, and the map with that of timm's
+forward_intermediates.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Runs the worlds' evaluation and writes its tables into docs/evaluation.md, docs/photographs.md and docs/methods.md.
 
-    python training/experiments/evaluation_page.py                        everything that is not done already
+    python training/experiments/evaluation_page.py                        everything that is not yet done
     python training/experiments/evaluation_page.py --only rcdm layers     some of it
     python training/experiments/evaluation_page.py --only photo-depths --photos FOLDER      held-out photographs
     python training/experiments/evaluation_page.py --count 8 --out out/trial --page out/trial/page.md     a trial
 
-A run is one call of training/evaluate.py with its records in OUT/NAME. The page's tables stand between the lines <!--
-NAME --> and <!-- end NAME -->; all other lines are left alone. What is concluded from the tables is written by hand:
-read it again when figures have changed.
+A run is one call of training/evaluate.py with its records in OUT/NAME. The program replaces the tables between the
+lines <!-- NAME --> and <!-- end NAME -->, and no other lines. The conclusions are written by hand: check them when
+figures change.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Whether a run that is killed again and again ends as one that never was.
+"""Tests that a run that is killed many times ends like an undisturbed one.
 
     python training/experiments/kill_test.py --kills 20                       the drawn world's CNN at a small size
     python training/experiments/kill_test.py --kills 20 --layer layer2 ...    any field of the configuration
 
-Trains once undisturbed, then again with SIGKILL at random moments, saving a checkpoint at every step, and compares the
-weights and the log bit by bit. A time that falls into the writing of a checkpoint is chosen for every second kill.
+Trains once undisturbed, then again with SIGKILL at random moments and a checkpoint at every step, and compares weights
+and log bit by bit. Every second kill falls into the writing of a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Is a concept picture true? FeatInv-Viz against the true masks of the drawn world, beside other heat maps.
+"""Compares FeatInv-Viz and other heat maps with the true masks of the drawn world.
 
     python training/experiments/measure_concepts.py                      200 held-out scenes, as in docs/concepts.md
     python training/experiments/measure_concepts.py --count 20 --out DIR
 
-Two tracks: concepts fitted to the true masks (what FeatInv-Viz makes of good concepts), and concepts discovered without
-them, by MCD and by k-means (each object and background gets the one that fits its cells best on training scenes). In
-each scene the object and the background are attenuated in turn. Localisation: does the heat map find the pixels?
-Faithfulness: read again by the backbone, is the concept as strong as asked, are the others unchanged, do the logits
-move as predicted? Writes results.json, report.md, index.html and panel.webp.
+Uses two kinds of concepts: fitted to the true masks (so that FeatInv-Viz has good concepts), and discovered without
+them by MCD and k-means (each object and background gets the one that fits its cells best on training scenes). In each
+scene the object and the background are attenuated in turn. Localisation: does the heat map find the pixels?
+Faithfulness: when the backbone reads the pictures again, does the concept have the requested strength, are the others
+unchanged, and do the logits move as predicted? Writes results.json, report.md, index.html and panel.webp.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Prints tables of docs/feature-spaces.md: how many pairs a linear map needs, and what the floor of a ReLU is worth.
+"""Prints a table of docs/feature-spaces.md: how many pairs a linear map needs, with and without negative values.
 
     OMP_NUM_THREADS=1 python training/experiments/measure_linear_maps.py
 
-Drawn scenes, tiny-cnn, last layer. 64 scenes measure maps that were fitted to others.
+Drawn scenes, tiny-cnn, last layer. The maps are measured on 64 scenes that they were not fitted to.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -37,6 +38,7 @@ def row(name: str, cells: Iterable[str]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     backbone = open_backbone("tiny-cnn")
     pictures = backbone.preprocess(draw(0, torch.arange(HELD_OUT + max(PAIRS)), "held-out").image)
     before, after = (backbone.extract(x) for x in (pictures, change_of(CHANGE)(pictures).clamp(0, 1)))

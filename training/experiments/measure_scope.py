@@ -1,5 +1,5 @@
-"""Measures what a weights file's scope statistics see: do they tell edited feature maps from held-out ones, and do they
-predict how well a map can be drawn?
+"""Measures scope statistics: do they tell edited feature maps from held-out ones, and do they predict how well a map
+can be drawn?
 
     python training/experiments/measure_scope.py                                      the embedded model
     python training/experiments/measure_scope.py --model FILE --data FOLDER --out DIR

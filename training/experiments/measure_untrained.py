@@ -5,8 +5,8 @@ OMP_NUM_THREADS=1 python training/experiments/measure_untrained.py --world photo
 OMP_NUM_THREADS=1 python training/experiments/measure_untrained.py --rows 4,4,0.1,4 8,2,0.2,6,0,0.8,squared
 python training/experiments/measure_untrained.py --memory
 
-Settings are chosen on other scenes, with other noise, than those that the page reports: --first. The drawn world draws
-its scenes; for photographs these are parts of the two that scikit-learn brings.
+--first chooses other scenes and other noise, so that settings are not chosen on the reported scenes. The photographs
+are crops of scikit-learn's two.
 """
 
 from __future__ import annotations

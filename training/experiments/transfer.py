@@ -1,13 +1,13 @@
-"""Images that an inversion model needs from scratch, and from another model's weights file.
+"""Counts the images that an inversion model needs from scratch, and from another model's weights file.
 
     python training/experiments/transfer.py                     tiny_vit_last, from the shipped tiny_cnn_last
     python training/experiments/transfer.py --config FILE --from FILE --images 25600 --every 3200 \\
         --encoder-first 1600 --out DIR
 
-Trains the configuration twice, at a constant rate, and measures the cosine similarity of 64 held-out scenes every so
-many images. Writes transfer.json: both curves, and after how many images each reaches 95 % of what training from
-scratch ends with (linear between measurements). Stopped, the same command goes on. Not compiled: a run starts anew
-after each measurement.
+Trains the configuration twice at a constant rate, and measures the cosine similarity of 64 held-out scenes after every
+--every images. Writes transfer.json: both curves, and the images after which each reaches 95 % of the final cosine from
+scratch (interpolated linearly). The same command continues a stopped run. Without torch.compile, since a run starts
+again after each measurement.
 """
 
 from __future__ import annotations
