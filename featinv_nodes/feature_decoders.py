@@ -223,8 +223,8 @@ def _source(files: DecoderFiles, backbone: Backbone | None, other_weights: bool)
         )
     if backbone is None:
         raise FeatInvError(
-            f"{files.folder} decodes maps of {files.backbone} and needs that backbone, whose last normalisation it"
-            f" takes back; open it at {about.encoder_input_size} pixels and give it too"
+            f"{files.folder} decodes maps of {files.backbone} and needs that backbone, to undo its last"
+            f" normalisation; open it at {about.encoder_input_size} pixels and give it too"
         )
     _require_name(files, backbone)
     _require_sizes(files, backbone)

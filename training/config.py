@@ -183,31 +183,31 @@ class TrainConfig:
             raise FeatInvError(f"recommended {self.recommended}: {error}") from error
         if self.data.startswith(STREAM) and (self.cache or self.views or self.images):
             raise FeatInvError(
-                f"data {self.data}: what comes by in a stream cannot be counted or cached; leave --cache, --views and"
-                " --images out"
+                f"data {self.data}: the pictures of a stream cannot be counted or cached; leave out --cache, --views"
+                " and --images"
             )
         if self.cache and not self.views and not drawing_world(self.data):
-            raise FeatInvError("a cache holds a number of views of each picture: say how many with --views")
+            raise FeatInvError("a cache holds a fixed number of views of each picture; state it with --views")
         if self.cache_features and not self.cache:
-            raise FeatInvError("cache_features: say where with --cache DIR")
+            raise FeatInvError("cache_features: name the folder of the cache with --cache DIR")
         if self.cycle_after and not self.cycle:
             raise FeatInvError(
-                f"cycle_after {self.cycle_after}: there is no cycle consistency to wait for; give --cycle too"
+                f"cycle_after {self.cycle_after}: without --cycle there is no cycle consistency; give --cycle too"
             )
         if self.cycle_after and self.graph:
             raise FeatInvError(
-                f"cycle_after {self.cycle_after}: one CUDA graph cannot change what a step computes; leave --graph or"
-                " --cycle_after out"
+                f"cycle_after {self.cycle_after}: with one CUDA graph every step computes the same; leave out --graph"
+                " or --cycle-after"
             )
         if self.encoder_first and not self.init_from:
             raise FeatInvError(
-                f"encoder_first {self.encoder_first}: without --init-from the ControlNet starts at nothing, through"
-                " which no encoder learns"
+                f"encoder_first {self.encoder_first}: without --init-from the ControlNet starts with zero output, so"
+                " that the encoder alone learns nothing; give --init-from, or leave out --encoder-first"
             )
         if self.scope and self.scope < 2 * FEWEST:
             raise FeatInvError(f"scope {self.scope}: expected 0 or at least {2 * FEWEST}")
         if self.scope and not self.scope_data and not drawing_world(self.data):
-            raise FeatInvError(f"scope {self.scope}: name pictures that training does not see with --scope_data FOLDER")
+            raise FeatInvError(f"scope {self.scope}: name pictures that training does not see with --scope-data FOLDER")
 
     @property
     def mixed_precision(self) -> str:

@@ -1,4 +1,4 @@
-"""What every part of the house raises for bad input; importing it costs nothing."""
+"""The error for bad input; importing it costs nothing."""
 
 
 class FeatInvError(ValueError):

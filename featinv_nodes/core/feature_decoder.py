@@ -60,8 +60,8 @@ class FeatureDecoder(nn.Module):
         weight, bias = norm or (torch.ones(source.channels), torch.zeros(source.channels))
         if (lowest := weight.abs().min().item()) < SMALLEST:
             raise FeatInvError(
-                f"the last normalisation of {source.backbone} has a weight of {lowest:.1e}; at least {SMALLEST:g} is"
-                " needed to take it back, as this decoder asks for. Use another backbone and its decoder"
+                f"the last normalisation of {source.backbone} has a weight of {lowest:.1e}; this decoder"
+                f" needs at least {SMALLEST:g}, to undo it. Use another backbone and its decoder"
             )
         for name, value in {"_weight": weight, "_bias": bias, "_mean": mean.view(3), "_std": std.view(3)}.items():
             self.register_buffer(name, value.detach().float().cpu().clone()[:, None, None], persistent=False)

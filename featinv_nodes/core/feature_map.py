@@ -1,4 +1,4 @@
-"""What flows through the house: a feature map and where it comes from."""
+"""A feature map and its source."""
 
 from __future__ import annotations
 

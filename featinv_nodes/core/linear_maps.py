@@ -74,7 +74,7 @@ class LinearMap:
                 reason = (
                     f"times its transpose it differs from the identity by {off:.2g}" if off > TURNING else "it flips"
                 )
-                raise FeatInvError(f"a linear map of kind rotation whose matrix is none: {reason}")
+                raise FeatInvError(f"a linear map of kind rotation, whose matrix is not a rotation: {reason}")
 
     def describe(self) -> str:
         """One line for messages and reports: kind, what it was fitted to, source."""

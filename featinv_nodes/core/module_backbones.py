@@ -154,8 +154,9 @@ class ModuleBackbone(Backbone):
         grid = where.grid or (math.isqrt(max(count, 0)),) * 2
         if grid[0] * grid[1] != count:
             raise FeatInvError(
-                f"{self.name}: {where.module} gave {out.shape[1]} tokens, of which {where.prefix} are no places; the"
-                f" others make no grid of {grid[0]} x {grid[1]}. State prefix and grid in its Layer"
+                f"{self.name}: {where.module} gave {out.shape[1]} tokens, of which the first"
+                f" {where.prefix} have no location; the others do not form a grid of {grid[0]} x {grid[1]}. State"
+                " prefix and grid in its Layer"
             )
         return out[:, where.prefix :].transpose(1, 2).unflatten(2, grid)
 
@@ -174,8 +175,8 @@ def load_module_backbone(
     file, _, attribute = name.removeprefix(MODULE).rpartition(":")
     if not run_code:
         raise FeatInvError(
-            f"{name} names a Python file, which is not run on a file's or a workflow's word; give it to a program of"
-            " training/ with --backbone, if you trust it"
+            f"{name} names a Python file, which is never run because a file or a workflow names it. If you trust it,"
+            " give it to a program of training/ with --backbone"
         )
     if not attribute or Path(file).suffix != ".py" or not Path(file).is_file():
         raise FeatInvError(f"{name}: expected {MODULE}FILE.py:NAME, with a FILE.py that exists")

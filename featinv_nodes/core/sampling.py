@@ -67,8 +67,8 @@ class Sampling:
             )
         if self.text_guidance is not None and self.negative == "text":
             raise FeatInvError(
-                f"text guidance {self.text_guidance} beside negative 'text': two guidances apart start from neither"
-                " text nor features; set negative to 'features', or leave the text guidance out"
+                f"text guidance {self.text_guidance} with negative 'text': separate guidance scales start from"
+                " neither text nor features; set negative to 'features', or leave out the text guidance"
             )
         if self.gradient < 0 or self.gradient_steps < 0 or self.best_of < 1:
             raise FeatInvError(f"{self}: expected gradient >= 0, gradient_steps >= 0 and best_of >= 1")

@@ -327,8 +327,7 @@ def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled:
     scale = x.norm(dim=1).square().mean().sqrt().item()
     if scale == 0 or x.var(0).sum() == 0:
         raise FeatInvError(
-            "constant features: all vectors are equal, so that nothing tells inside from outside; check the pictures"
-            " and the layer"
+            "constant features: all vectors are equal, so there is nothing to fit; check the pictures and the layer"
         )
     u, scaled = F.normalize(x, dim=1), (x / scale).double()
     means = (

@@ -196,7 +196,9 @@ class Slope:
     def describe(self) -> str:
         """One line for captions and messages."""
         null = "" if self.null is None else f"; {self.null:.1f} times the difference between seeds"
-        return f"slope {self.own:.2f} for factor {self.asked:g} ({self.verdict}), other concepts {self.others:.2f}{null}"
+        return (
+            f"slope {self.own:.2f} for factor {self.asked:g} ({self.verdict}), other concepts {self.others:.2f}{null}"
+        )
 
 
 def measure_slope(

@@ -144,7 +144,7 @@ def test_what_cannot_be_streamed_is_explained(data, tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "texts" / "0.parquet")
     with pytest.raises(FeatInvError, match="no column of pictures; it has text"):
         stream.Stream(f"stream:{tmp_path / 'texts'}", {}, "none", 0)
-    with pytest.raises(FeatInvError, match="cannot be counted or cached; leave --cache, --views and --images out"):
+    with pytest.raises(FeatInvError, match="cannot be counted or cached; leave out --cache, --views and --images"):
         read_config(DEFAULT, {"data": data, "images": "8"})
     with pytest.raises(FeatInvError, match="can be trained on, not evaluated"):
         open_listing(data, None)

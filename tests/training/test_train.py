@@ -206,10 +206,10 @@ def test_a_run_can_end_with_scope_statistics(tmp_path, monkeypatch):
 
 def test_fields_that_do_not_go_together_are_refused():
     wrong = {
-        "leave --graph": {"cycle_after": "8", "graph": "true"},
+        "leave out --graph": {"cycle_after": "8", "graph": "true"},
         "give --cycle": {"cycle_after": "8", "cycle": "0"},
         "at least 200": {"scope": "100"},
-        "--scope_data FOLDER": {"scope": "4000", "data": "photos"},
+        "--scope-data FOLDER": {"scope": "4000", "data": "photos"},
         "without --init-from": {"encoder_first": "100"},
     }
     for message, changes in wrong.items():

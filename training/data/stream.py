@@ -171,7 +171,7 @@ class Readers(IterableDataset):
             raise FeatInvError(
                 f"data {stream.data} has {stream.files} files, of which each of {self.all} readers ({processes}"
                 f" processes with {self.count} workers) needs one of its own: give fewer --workers or processes, or"
-                " download the set and write hf:"
+                " download the data set and write hf: instead of stream:"
             )
         self.turn, self.positions = 0, [Position()] * self.count
 

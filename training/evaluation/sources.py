@@ -120,7 +120,7 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
             raise FeatInvError("--per-class: the drawn world has no class folders; use --count")
         if kept_back:
             raise FeatInvError(
-                "--kept-back: nothing is kept back of the drawn world, whose held-out scenes are many; leave it out"
+                "--kept-back: the drawn world keeps nothing back, as it has enough held-out scenes; leave it out"
             )
         return Scenes(count or 500)
     file = Path(data)

@@ -85,9 +85,8 @@ class FaultTracker:
             )
         return FeatInvError(
             f"the loss or its gradients are not finite in the step from image {first} on{more} (its pictures and the"
-            f" configuration: {file}). The last checkpoint is from before: a lower"
-            f" --lr{'' if more else ', --nan skip, which leaves such steps out,'} or --precision fp32 may take the run"
-            " past it"
+            f" configuration: {file}). The last checkpoint is from before it. Continue"
+            f" with a lower --lr{'' if more else ', with --nan skip, which skips such steps,'} or with --precision fp32"
         )
 
     def state(self) -> dict:

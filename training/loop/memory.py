@@ -52,6 +52,6 @@ def explain(error: torch.OutOfMemoryError, batch: int, device: torch.device, *pa
     """What to do when a step did not fit. parts: as needed takes them."""
     return FeatInvError(
         f"{device} ran out of its {available(device):.1f} GB at batch {batch}: weights and optimizer take"
-        f" {needed(*parts):.1f} GB, the rest is for the batch; lower --batch and raise --accumulate in turn, or take"
-        f" --checkpointing true or --optimizer adamw8bit. What was saved is kept ({str(error).splitlines()[0]})"
+        f" {needed(*parts):.1f} GB, the batch the rest; lower --batch and raise --accumulate, or use --checkpointing"
+        f" true or --optimizer adamw8bit. Checkpoints are kept ({str(error).splitlines()[0]})"
     )

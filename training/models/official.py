@@ -182,9 +182,7 @@ def to_official(
     and for an encoder of another kind than the paper's.
     """
     if (kind := encoder.settings["kind"]) != "conv":
-        raise FeatInvError(
-            f"{file} has the conditional encoder {kind!r}; other programs know the paper's, 'conv', alone"
-        )
+        raise FeatInvError(f"{file} has the conditional encoder {kind!r}; other programs read only the paper's, 'conv'")
     layers = len({key.split(".")[3] for key in tensors if key.startswith("down_blocks.0.resnets.")})
     ours = {**tensors, **{ENCODER_PREFIX + k: v for k, v in encoder.state_dict().items()}}
     official = {}

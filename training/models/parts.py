@@ -234,7 +234,7 @@ def load_tokenizer(folder: Path, known: int) -> CLIPTokenizer:
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
-                raise FeatInvError(f"{folder / name} is missing: without its vocabulary a tokenizer reads no text")
+                raise FeatInvError(f"{folder / name} is missing: a tokenizer needs its vocabulary")
     with told_in_a_line(str(folder)):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         size = len(tokenizer.get_vocab())
@@ -251,15 +251,15 @@ def load_scheduler(folder: Path) -> DDIMScheduler:
     if name not in SCHEDULERS or config.get("use_flow_sigmas"):
         flow = " with flow sigmas" if config.get("use_flow_sigmas") else ""
         raise FeatInvError(
-            f"{file}: the base model's scheduler is {name}{flow}; expected a model of noise or velocity on a schedule"
-            " by betas, as DDIMScheduler has it"
+            f"{file}: the base model's scheduler is {name}{flow}; expected noise or velocity prediction on a schedule"
+            " of betas, as with DDIMScheduler"
         )
     if predicts not in PREDICTIONS:
         raise FeatInvError(
             f"{file}: the base model has prediction_type {predicts!r}; expected {' or '.join(PREDICTIONS)}"
         )
     if predicts == "epsilon" and config.get("rescale_betas_zero_snr"):
-        raise FeatInvError(f"{file}: rescale_betas_zero_snr leaves pure noise, of which no noise can be predicted")
+        raise FeatInvError(f"{file}: rescale_betas_zero_snr needs the prediction_type v_prediction, not epsilon")
     with told_in_a_line(str(file)):
         return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
 

@@ -161,8 +161,8 @@ def load_pipeline(
     side = height if height == width else None  # what it reads where that is not its own default
     if info.source.definition and not backbone:
         raise FeatInvError(
-            f"{file.name} inverts {info.source.backbone}, a backbone of its maker's own ({info.source.definition});"
-            " give its adapter with --backbone module:FILE.py:NAME"
+            f"{file.name} inverts {info.source.backbone}, which is not a timm model ({info.source.definition}); give"
+            " its adapter with --backbone module:FILE.py:NAME"
         )
     source = open_backbone(backbone or info.source.backbone, backbone_weights, side, bool(backbone)).to(
         device, memory_format=torch.channels_last

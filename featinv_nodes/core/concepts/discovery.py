@@ -125,7 +125,7 @@ def _checked(
     if active is not None and (method != "sae" or not 1 <= active <= concepts):
         raise FeatInvError(f"{active} active atoms by {method}; expected 1 to {concepts}, by sae")
     if (vectors - vectors.mean(0)).norm() <= 1e-5 * vectors.norm():
-        raise FeatInvError("all feature vectors are alike; give pictures that differ, and a layer that sees it")
+        raise FeatInvError("all feature vectors are alike; give more varied pictures, or another layer")
     if method == "nmf" and (vectors < 0).any():
         raise FeatInvError(
             "NMF needs features without negative values, as after a ReLU; choose another layer or method"

@@ -147,8 +147,8 @@ def _require_affine(backbone: Backbone, total: Tensor, logits: Tensor) -> None:
     off = (total - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
     if off > TOLERANCE:
         raise FeatInvError(
-            f"the head of {backbone.name} is not pool, norm and a linear layer: contributions miss the logits by"
-            f" {off:.1%}; relevance can be had for heads without an activation or attention"
+            f"the head of {backbone.name} is not pool, norm and a linear layer: contributions differ from the logits by"
+            f" {off:.1%}; relevance needs a head without activation or attention"
         )
 
 

@@ -41,8 +41,8 @@ class Baseline(Suite):
         self.base = args.base or context.info(self.spec).base["name"]
         if find_world(self.base):
             raise FeatInvError(
-                "suite baseline needs a base model that reads text; those of the worlds read none. The nearest to it is"
-                " the unconditional baseline of suite quality"
+                "suite baseline needs a base model that reads text, which the embedded ones do not. Use the"
+                " unconditional baseline of suite quality instead"
             )
         self.require_imagenet()
         if reason := without_match(context.backbone(self.spec)):
