@@ -139,8 +139,8 @@ def test_the_page_tells_the_kid_of_the_independent_backbone_from_the_other():
     def entry(value):
         return {"value": value, "low": value, "high": value, "n": 32}
 
-    kids = {"kid_paired (a.x, pooled)": entry(0.1), "kid_paired (b.y, pooled)": entry(0.2)}
-    own = {"cosine": entry(0.9), "independent: cosine": entry(0.8), **kids}
+    paired = {"kid_paired (a.x, pooled)": entry(0.1), "kid_paired (b.y, pooled)": entry(0.2)}
+    own = {"cosine": entry(0.9), "independent: cosine": entry(0.8), **paired}
     costs = {"unconditional": {"gradients": 0, "gmac": 1234.5, "seconds": 0.0123}}
     lines = {
         name: TABLES["methods"]({"unconditional": own, "costs": costs, "independent": name}) for name in ("a.x", "")

@@ -275,15 +275,15 @@ def cost(results: dict) -> list[str]:
 
 def methods(results: dict) -> list[str]:
     """What each method costs and gives."""
-    kids = {f"({results['independent']}," in name: name for name in paired_kids(results[UNCONDITIONAL])}
+    paired = {f"({results['independent']}," in name: name for name in paired_kids(results[UNCONDITIONAL])}
     names = {
         "cosine": "cosine",
         "independent": f"{INDEPENDENT}cosine",
         "top-1 match": "top1_match",
         "top-5 match": "top5_match",
         "independent: top-1": f"{INDEPENDENT}top1_match",
-        "paired KID": kids.get(False, ""),
-        "independent: paired KID": kids.get(True, ""),
+        "paired KID": paired.get(False, ""),
+        "independent: paired KID": paired.get(True, ""),
     }
     names = {word: name for word, name in names.items() if name in results[UNCONDITIONAL]}
     intervals = ("cosine", "independent", "paired KID", "independent: paired KID")

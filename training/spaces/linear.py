@@ -116,13 +116,13 @@ def draw(model: str, linear: LinearMap, pictures: tuple[Tensor, Tensor], batch: 
     drawn = {name: pipeline.draw(m, sampling, start, batch) for name, m in maps.items()}
     world = pipeline.world
     name = world.independent.get(pipeline.backbone.name) if world else None
-    judge = open_backbone(name) if name else None
+    independent = open_backbone(name) if name else None
     scope = load_scope(model_file(model))
     columns = {}
     for name, x in drawn.items():
         values = {"cosine": cosine(after, pipeline.extract(x)).cpu()}
-        if judge:
-            values["cosine by the independent backbone"] = cosine(_seen(judge, changed), _seen(judge, x))
+        if independent:
+            values["cosine by the independent backbone"] = cosine(_seen(independent, changed), _seen(independent, x))
         values["colour distance"] = (_coarse(x) - _coarse(changed)).square().mean((1, 2, 3)).sqrt()
         columns[name] = {measure: bootstrap(v) for measure, v in values.items()}
         if scope:

@@ -181,9 +181,10 @@ def add_models(ranked: list[Ranked], models: Sequence[str], part: Part, count: i
         found[0].figures["cosine"] = bootstrap(pipeline.score(target, drawn).cpu())
         name = pipeline.world.independent.get(source.backbone) if pipeline.world else None
         if name:
-            judge = open_backbone(name)
-            seen = [judge.extract(judge.preprocess(x.cpu(), "stretch"), deepest(judge)) for x in (originals, drawn)]
-            found[0].figures["independent"] = bootstrap(cosine(*seen))
+            independent = open_backbone(name)
+            layer = deepest(independent)
+            maps = [independent.extract(independent.preprocess(x.cpu(), "stretch"), layer) for x in (originals, drawn)]
+            found[0].figures["independent"] = bootstrap(cosine(*maps))
 
 
 HEADER = ("map", "C x H x W", "values / pixels", "GMAC", "M parameters", "R2", "PSNR", "SSIM")
