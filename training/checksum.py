@@ -1,4 +1,4 @@
-"""Files that say whether they are whole: the name ends with the SHA-256 of what is inside."""
+"""Files whose names end with the SHA-256 of their contents, which shows whether they are complete."""
 
 from __future__ import annotations
 

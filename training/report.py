@@ -1,4 +1,4 @@
-"""Pictures that people look at: panels with the cosine similarity under each reconstruction, as in the paper."""
+"""Panels and pages of pictures, with the cosine similarity under each reconstruction, as in the paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backbones by their names, from local files alone."""
+"""Opens backbones by name, from local files only."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def require_timm() -> None:
 def load_backbone(
     name: str, weights: str | Path | None = None, input_size: int | None = None, run_code: bool = False
 ) -> Backbone:
-    """A backbone from local files alone; the network is never asked.
+    """A backbone from local files only; nothing is downloaded.
 
     name: timm architecture[.tag], with weights a file of its state dict (.safetensors, or a PyTorch checkpoint, opened
     without running code from it); or a timm-hub folder (config.json, and model.safetensors or pytorch_model.bin), whose

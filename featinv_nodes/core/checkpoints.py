@@ -1,4 +1,4 @@
-"""Foreign PyTorch checkpoints (.ckpt, .pth, .pt, .bin): opened with weights_only, so that nothing in them is run."""
+"""Opens PyTorch checkpoints of other programs (.ckpt, .pth, .pt, .bin) with weights_only: no code in them runs."""
 
 from __future__ import annotations
 

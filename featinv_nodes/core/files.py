@@ -1,4 +1,4 @@
-"""safetensors files with a JSON text about themselves in their metadata: weights, concepts, feature maps."""
+"""safetensors files with JSON metadata: weights, concepts, feature maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What files say of themselves: the fields of the JSON texts in their metadata, checked by pydantic.
+"""The fields of the files' JSON metadata, checked by pydantic.
 
 Fields that are not listed here are ignored, so that a later release can add some; what older releases must not ignore
 raises the format version. Imported where a file is read, because pydantic takes tenths of a second.

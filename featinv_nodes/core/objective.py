@@ -1,4 +1,4 @@
-"""What an inversion model is trained on: the base model's own objective, given features (paper Sec. 2).
+"""The training objective: the base model's own loss, conditioned on features (paper Sec. 2).
 
 A scheduler is what core.prediction takes, with diffusers' `add_noise(latents, noise, t)` and, for velocity,
 `get_velocity(latents, noise, t)`.

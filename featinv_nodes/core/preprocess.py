@@ -1,4 +1,4 @@
-"""Pictures as a backbone's own evaluation reads them: timm's create_transform on tensors, with gradients."""
+"""Preprocessing as in a backbone's own evaluation: timm's create_transform on tensors, with gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oldest timm that has all that is used here; importing this costs nothing."""
+"""The oldest timm that works; importing this costs nothing."""
 
 from __future__ import annotations
 

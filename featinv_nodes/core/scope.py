@@ -1,4 +1,4 @@
-"""Is a manipulated feature map still inside what an inversion model knows (paper Sec. 4.5)?
+"""Scope: is an edited feature map like those that an inversion model was trained on (paper Sec. 4.5)?
 
 Four statistics of a map, each turned into a share of held-out maps by stored quantiles:
 

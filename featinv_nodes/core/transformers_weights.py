@@ -1,4 +1,4 @@
-"""Weights of vision transformers as the library transformers names them, under timm's names.
+"""Renames weights of vision transformers from the library transformers' names to timm's.
 
 DINOv2 with and without registers (Dinov2WithRegistersModel, Dinov2Model), the vision tower of SigLIP
 (SiglipVisionModel) and ViT with MAE's (ViTModel, ViTMAEModel), in the names of transformers 4 and 5. timm has one

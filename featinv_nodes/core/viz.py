@@ -1,5 +1,5 @@
-"""FeatInv-Viz: what changes in the picture when a concept is turned down (paper Sec. 4.3, Algorithm 1), and whether the
-picture shows what was asked."""
+"""FeatInv-Viz: which pixels change when a concept is turned down (paper Sec. 4.3, Algorithm 1), and whether the concept
+changed as much as requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long work that a caller can end: it calls a function of the caller's now and then, which raises to stop it."""
+"""Runs long work that the caller can stop: it calls the function of the caller, which raises to stop it."""
 
 from __future__ import annotations
 

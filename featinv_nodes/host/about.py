@@ -1,4 +1,4 @@
-"""What an inversion model says of itself, in the words of the host's nodes and widgets."""
+"""Describes an inversion model in the words of the host's nodes and widgets."""
 
 from __future__ import annotations
 

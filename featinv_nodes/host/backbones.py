@@ -1,4 +1,4 @@
-"""Backbones by what a node's widgets say: opened, listed by layer, found by the name in a weights file."""
+"""Opens the backbones that widgets name, lists their layers, and finds them by the name in a weights file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said while the sampler runs: on the node that it is about, and in the log."""
+"""Messages while the sampler runs, on the node and in the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inversion models by what they invert: backbone, and layer."""
+"""Lists inversion models by the backbone and layer that they invert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of the sampler's latents a ControlNet is asked about: a context window, an area of the picture.
+"""Finds the part of the sampler's latents that a ControlNet call is for: a context window, or an area of the picture.
 
 The host hands a ControlNet a cut-out and does not say of what. Wrappers around its prediction and its batching write
 that down in the options that reach the ControlNet.
@@ -67,7 +67,7 @@ class Part:
 
 
 def find_part(rows: int, size: tuple[int, int], options: dict, shared: bool) -> Part:
-    """The part that a ControlNet is asked about.
+    """The part that a ControlNet call is for.
 
     rows, size: how many latents a conditioning has there, and their (H, W). options: the host's transformer_options.
     shared: whether all latents have the same map, so that their numbers do not matter. Raises FeatInvError where the

@@ -1,4 +1,4 @@
-"""What the pack's page scripts ask the host."""
+"""The HTTP route for the pack's page scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a feature ControlNet is told: which maps, how strongly, where and when."""
+"""The settings of a feature ControlNet: which maps, how strongly, where and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node that looks for the factor with which a picture shows what was asked of a concept."""
+"""The node that searches for the factor that gives a concept the requested strength in the picture."""
 
 from __future__ import annotations
 

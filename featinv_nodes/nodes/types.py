@@ -1,4 +1,4 @@
-"""What flows along the pack's own wires, and what all nodes' schemas share.
+"""The types of the pack's own wires, and what all nodes' schemas share.
 
 FEATINV_BACKBONE: host.models.ManagedBackbone, a timm model that the host loads and unloads.
 FEATINV_FEATURES: core.feature_map.FeatureMap, values float32 [B, C, H, W] (H = W = 1 if pooled) and their source.
@@ -28,7 +28,7 @@ ConceptSet = io.Custom("FEATINV_CONCEPTS")
 Change = io.Custom("FEATINV_EDIT")
 Linear = io.Custom("FEATINV_LINEAR_MAP")
 
-#: said of a changed map where nothing judges it
+#: the scope of a changed map without an inversion model
 WITHOUT_MODEL = "connect the inversion model to see whether the map is still in scope"
 #: what people type who know the idea, not the node's name
 ALIASES = ("FeatInv", "feature inversion", "what the model sees", "interpret", "timm", "vision model")

@@ -1,5 +1,4 @@
-"""FeatInv-Viz (the paper's Algorithm 1) around one run of the stock sampler: what goes in, and what is made of the
-pictures."""
+"""FeatInv-Viz (Algorithm 1) around one run of the stock sampler: prepares its inputs and compares its pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an embedded world is: the description that programs and nodes ask, and its two kinds of backbones."""
+"""The description of an embedded world, for programs and nodes, and its two kinds of backbones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step is handed: batches of crops, and the crops themselves."""
+"""Batches of crops for a training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether pictures are still those that they were: by their names, sizes, modification times and sampled contents."""
+"""Detects changed pictures by their names, sizes, modification times and sampled contents."""
 
 from __future__ import annotations
 

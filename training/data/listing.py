@@ -1,4 +1,4 @@
-"""Where the pictures for training are: each is addressed by its index in a list, and read when it is asked for."""
+"""The list of pictures for training. Each is addressed by its index and read when needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scope statistics with an inversion model: fitted to pictures that training did not see, and asked about maps."""
+"""Scope statistics of an inversion model: fits them to pictures that training did not see, and evaluates maps."""
 
 from __future__ import annotations
 

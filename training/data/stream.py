@@ -1,4 +1,4 @@
-"""Pictures that are read as they come: a Hugging Face data set that is not downloaded first.
+"""Streams pictures of a Hugging Face data set without downloading it first.
 
 A set is a number of files (parquet, tar shards and others). Each belongs to one reader, a worker of a process, so that
 nothing is read twice in an epoch. A reader takes its files in a new order each epoch and shuffles BLOCK pictures at a

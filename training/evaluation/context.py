@@ -1,4 +1,4 @@
-"""What every suite works with: models, evaluators and feature spaces, and the conditions that every report carries."""
+"""What all suites share: models, evaluators, feature spaces, and the conditions that are in every report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, nothing half written, and room for what is to come."""
+"""The folder of a run: one run at a time, complete files, and enough space for the checkpoints."""
 
 from __future__ import annotations
 

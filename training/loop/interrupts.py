@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, noted until the training loop looks at them between two steps."""
+"""Records SIGTERM and Ctrl-C until the training loop handles them between two steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a training run fits a device's memory, said before it starts."""
+"""Checks before a training run whether it fits the device's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says before its first step, and `train.py --check`, which says it without a run."""
+"""The lines that a run prints before its first step, and `train.py --check`, which prints them without a run."""
 
 from __future__ import annotations
 

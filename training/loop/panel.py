@@ -1,4 +1,4 @@
-"""The sample panel of a run: held-out pictures and what the model makes of their features."""
+"""The sample panel of a run: held-out pictures and their reconstructions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training run: its models, data, optimizer and files, and what is done with them in a step and between steps."""
+"""A training run: its models, data, optimizer and files, the step, and the work between steps."""
 
 from __future__ import annotations
 

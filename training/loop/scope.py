@@ -1,4 +1,4 @@
-"""What a run ends with where its configuration asks for it: scope statistics in the weights file."""
+"""Adds scope statistics to the weights file at the end of a run, if the configuration says so."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class BaseModel:
 
 
 def load_base(path: str | Path, prompt: str) -> BaseModel:
-    """Reads a base model from local files; the network is never asked.
+    """Reads a base model from local files; nothing is downloaded.
 
     path: an embedded world's base model, by its name; a diffusers folder (unet/, vae/, scheduler/ and either
     text_encoder/ and tokenizer/ or prompts.safetensors, which holds an embedding per prompt), in any variant; a single

@@ -1,4 +1,4 @@
-"""What there is to know of a GPU at hand, the most important first; see benchmark.py gpu."""
+"""Measures a GPU, the most important figures first; see benchmark.py gpu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measurements in parts, against a clock: a page and a JSON file that are written after every row."""
+"""Measurements in parts within a time limit; the page and a JSON file are written after every row."""
 
 from __future__ import annotations
 

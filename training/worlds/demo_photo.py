@@ -1,4 +1,4 @@
-"""The demo on photographs: what four depths of a network still know of them, two mixed, and one concept turned down."""
+"""The demo on photographs: reconstructions from four depths of a network, two mixed, and one concept turned down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of photographs in memory, and random crops of them: what the stages of a world of photographs are shown."""
+"""Folders of photographs in memory, and random crops of them for the stages of a world of photographs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small RCDM for the drawn world, trained from scratch: what Table 4 compares with, at the same compute."""
+"""Trains a small RCDM for the drawn world from scratch, to compare as in Table 4 at the same compute."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What concepts are worth on a few feature maps: their share of the norm, their relevance, and the classes they speak
-for."""
+"""Statistics of concepts on a few feature maps: share of the norm, relevance, and the classes they support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guidance of the features and that of the text apart, beside the paper's one scale."""
+"""Separate guidance scales for features and text, compared with the paper's single scale."""
 
 from __future__ import annotations
 
