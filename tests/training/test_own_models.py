@@ -104,6 +104,6 @@ def test_both_train_and_draw_and_no_weights_file_runs_code(page, base, tmp_path)
     about["featinv"] = about["featinv"].replace(source.backbone, f"module:{tmp_path / 'evil.py'}:make")
     about["featinv"] = about["featinv"].replace(source.definition, "")
     save_file(load_file(file), with_code, about)
-    with pytest.raises(FeatInvError, match="is not run"):
+    with pytest.raises(FeatInvError, match="is never run"):
         load_pipeline(str(with_code))
     assert not (tmp_path / "ran").exists()
