@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_keeps_its_precision_and_says_where_seed_or_pictures_
     said = capsys.readouterr().out
     assert "precision: fp32, as the run began" in said
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["precision"] == "fp32"
-    assert "began with seed 0 and goes on with seed 5" in said
+    assert "began with seed 0 and continues with seed 5" in said
     assert "holds other pictures than before, by their" in said and "contents" in said
 
 

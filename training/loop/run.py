@@ -183,12 +183,12 @@ class Run:
             before = self._identity | {next(iter(self._identity)): before}
         if changed := what_changed(before, self._identity):
             self.say(
-                f"{config.data} holds other pictures than before, by their {changed}: the run goes on, but not as if"
+                f"{config.data} holds other pictures than before, by their {changed}: the run continues, but not as if"
                 " it had never stopped"
             )
         if (seed := state.get("seed", self._began.get("seed", config.seed))) != config.seed:
             self.say(
-                f"the run began with seed {seed} and goes on with seed {config.seed}: not as if it had never stopped"
+                f"the run began with seed {seed} and continues with seed {config.seed}: not as if it had never stopped"
             )
 
     def _open_step(self, stack: ExitStack) -> None:
