@@ -35,7 +35,7 @@ Entry = tuple[int, int]  # index, view
 
 
 class Entries(Dataset):
-    """A source asked for (index, view) instead of image numbers."""
+    """A source that is indexed by (index, view) instead of image numbers."""
 
     def __init__(self, source: Scenes | Photographs) -> None:
         self.source = source
@@ -66,8 +66,8 @@ def batches(shards: list[Entry], pictures: int, size: int) -> Iterator[list[Entr
 
 
 def fill(config: TrainConfig) -> None:
-    """Makes what is missing of the cache that the configuration asks for. Raises FeatInvError if it asks for none, or
-    the folder holds another."""
+    """Makes the missing files of the configuration's cache. Raises FeatInvError if it names no cache, or the
+    folder holds another one."""
     if not config.cache:
         raise FeatInvError("say where with --cache DIR")
     config, precision = with_precision(config, own_device())

@@ -111,7 +111,7 @@ def pipeline_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Inve
 
 
 def require_device(name: str) -> None:
-    """Raises FeatInvError for what is no device, or one that this computer does not have."""
+    """Raises FeatInvError for an unknown device, or one that this computer does not have."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

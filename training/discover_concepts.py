@@ -82,8 +82,8 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
-    """The feature vectors and what the concepts are evaluated on, with progress; says what was read and what could not
-    be."""
+    """The feature vectors, and the pictures that concepts are evaluated on, with progress. Prints what was read
+    and what could not be read."""
     if drawing_world(args.data):
         pictures = Pictures(draw(args.seed, torch.arange(SCENES)).image, backbone, name="scene")
     elif Path(args.data).is_dir():
@@ -99,7 +99,7 @@ def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
 
 
 def find(backbone: Backbone, args: argparse.Namespace, collected: Collected, number: int) -> Concepts:
-    """The concepts by the method asked for, with progress. number: 0 for as many as completeness asks for."""
+    """The concepts by the chosen method, with progress. number: 0 for as many as completeness needs."""
     vectors, maps = collected.vectors, collected.maps
     weights = None if number else top_weights(backbone, maps)
     with tqdm(total=len(vectors), desc=args.method, unit="step") as bar:

@@ -178,7 +178,7 @@ def choose_decoder(names: Collection[str]) -> dict[str, str]:
 
 
 def bring(need: Need) -> None:
-    """Fetches what is not there yet, and says so file by file. Never replaces a file that is there."""
+    """Fetches the missing files, and prints a line for each. Never replaces an existing file."""
     print(f"{need.repository} -> {need.folder}", flush=True)
     try:
         repository = Repository(need.repository)

@@ -239,12 +239,12 @@ def measure_slopes(change: Edit, pictures: Tensor, reread: FeatureMap, check: Ch
 
 
 def arrived(asked: float, own: float) -> float:
-    """Share of the asked change that is there: (1 - own) / (1 - asked); 1 if none was asked for."""
+    """Share of the requested change that arrived: (1 - own) / (1 - asked); 1 if no change was requested."""
     return (1 - own) / (1 - asked) if asked != 1 else 1.0
 
 
 def passes(asked: float, own: float) -> bool:
-    """Whether enough of the asked change arrived, and not too much."""
+    """Whether enough of the requested change arrived, and not too much."""
     return LEAST <= arrived(asked, own) <= MOST
 
 

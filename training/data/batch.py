@@ -20,8 +20,8 @@ TRIES = 100  # pictures in a row that cannot be read before the data itself is i
 
 
 class Batch(NamedTuple):
-    """tensors: what the loader was asked for, "pictures" [B, 3, side, side] in 0..1 and others alike, a row per image
-    number. skipped: name and reason of pictures that could not be read and were replaced by the next in the order."""
+    """tensors: "pictures" [B, 3, side, side] in 0..1 and others alike, a row per image number. skipped: name and
+    reason of pictures that could not be read and were replaced by the next in the order."""
 
     tensors: dict[str, Tensor]
     skipped: list[tuple[str, str]]
@@ -35,8 +35,8 @@ def leave_signals(_: int) -> None:
 
 
 def plainly(loader: DataLoader) -> Generator:
-    """What a loader gives; bad input that a worker met is told as if no worker had been between. To be closed: workers
-    that leave signals alone would keep the process from ending."""
+    """The loader's batches; errors of a worker are raised as if they had happened in this process. Close it:
+    workers that ignore signals would keep the process from ending."""
     batches = iter(loader)
     try:
         yield from batches

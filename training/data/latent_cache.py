@@ -153,7 +153,7 @@ def digest(module: nn.Module) -> str:
 
 
 class Cached(Dataset):
-    """A source whose rows are in a cache; what is not there is rendered from the pictures as before."""
+    """A source whose rows are in a cache. Other entries are rendered from the pictures."""
 
     def __init__(self, source: Scenes | Photographs, parts: list[Part]) -> None:
         self.source, self.parts = source, parts

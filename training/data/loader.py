@@ -88,7 +88,7 @@ class Photographs(Dataset):
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """See identity.identity; of the pictures as they are when it is first asked for."""
+        """See identity.identity; computed when it is first needed."""
         return identity(self.listing)
 
     def describe(self) -> str:
@@ -165,8 +165,7 @@ class Batches(Sampler):
 
 
 def sides(base: BaseModel, backbone: Backbone) -> dict[str, int]:
-    """Which crops a step looks at, in pixels a side: what the backbone reads, and the base model's resolution where
-    that is another."""
+    """Sides of a step's crops in pixels: the backbone's input, and the base model's resolution if it differs."""
     side = max(backbone.input_size)
     return {"pictures": side} if side == base.resolution else {"pictures": side, "target": base.resolution}
 

@@ -41,7 +41,7 @@ class ModelSpec:
 
 @dataclass
 class EvalContext:
-    """Opens what the suites ask for. One inversion model is in memory at a time, the backbones stay.
+    """Opens models and pictures for the suites. One inversion model is in memory at a time, the backbones stay.
 
     changes: sampling settings that replace a weights file's own, None leaves one alone. seed: added to a picture's
     number. side: of the pictures that are compared as sets, None for the base model's own. papers: everything as in the
@@ -198,7 +198,7 @@ class ModelUnderTest:
         return columns
 
     def original(self, originals: Originals) -> Columns:
-        """The originals themselves: their vectors, and what the centres are made of."""
+        """The originals themselves: their vectors, and the sums for the centres."""
         pixel_values = originals.preprocess(self.backbone)
         columns: Columns = {"pictures": pixel_values} | self.vectors(pixel_values, True)
         for prefix, evaluator in self.evaluators.items():

@@ -103,7 +103,7 @@ class RCDM(nn.Module):
 
     @torch.inference_mode()
     def vectors(self, backbone: Backbone, pixel_values: Tensor) -> Tensor:
-        """[B, C] what it is conditioned on: the backbone's averaged last map of preprocessed pictures in 0..1."""
+        """[B, C] its conditioning: the backbone's averaged last map of preprocessed pictures in 0..1."""
         own, used = ([torch.tensor(v)[:, None, None] for v in (m.mean, m.std)] for m in (backbone, self))
         return backbone.values((pixel_values.cpu() - used[0]) / used[1] * own[1] + own[0], LAST, True).flatten(1)
 

@@ -160,7 +160,7 @@ def command_of(args: argparse.Namespace) -> str:
 
 
 def run_suite(args: argparse.Namespace) -> None:
-    """Makes what is missing of a suite's records, and its report. args: of arguments()."""
+    """Makes a suite's missing records, and its report. args: of arguments()."""
     for name in ("batch", "count", "per_class", "set_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
@@ -228,7 +228,7 @@ def run_suite(args: argparse.Namespace) -> None:
 
 
 def finish(store: Store, source: Source, suite: Suite, conditions: list[str], settings: dict) -> None:
-    """Makes the report of what is recorded and prints it."""
+    """Writes the report of the records and prints it."""
     tables: dict[str, Table] = aligned({name: store.table(name) for name in conditions})
     skipped = tables[conditions[0]].skipped
     notes = [*suite.allowed(), *source.notes, *suite.no_match()]

@@ -78,7 +78,7 @@ MARKS = "<!-- ablation: begin -->", "<!-- ablation: end -->"
 
 
 def trained(config: TrainConfig, folder: Path) -> Path:
-    """The weights file of a run, which is made, or goes on, where there is none. Raises FeatInvError if the folder
+    """The weights file of a run. Starts or continues the run if there is none. Raises FeatInvError if the folder
     holds another run."""
     file, noted = folder / f"{config.name}.safetensors", folder / "config.yaml"
     if noted.is_file():

@@ -50,8 +50,8 @@ def held_out_cosine(file: Path) -> float:
 
 
 def curve(config: TrainConfig, folder: Path, images: int, every: int) -> list[tuple[int, float]]:
-    """(images, cosine) of a run, which is stopped to be measured: it goes on exactly. What was measured is kept beside
-    it; raises FeatInvError if that was of another configuration."""
+    """(images, cosine) of a run, which is stopped for each measurement and continues exactly. The measurements
+    are kept beside it. Raises FeatInvError if they belong to another configuration."""
     make_folder(folder)
     points_file, about = folder / "points.json", json.loads(json.dumps(asdict(config) | {"max_images": None}))
     saved = json.loads(points_file.read_text()) if points_file.is_file() else {"config": about, "points": []}

@@ -17,9 +17,8 @@ from ..files import make_folder
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other runs out of it, until the process ends in whatever way; the processes of one run
-    count as one. Clears away what a killed run left half written. Raises FeatInvError if another run is at work there.
-    """
+    """Makes the folder and locks it against other runs until the process ends; the processes of one run share the
+    lock. Removes files that a killed run left unfinished. Raises FeatInvError if another run is at work there."""
     if int(os.environ.get("RANK", 0)):
         yield
         return

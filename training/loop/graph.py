@@ -31,7 +31,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, groups: int | None = Non
 
 
 def make_plain(optimizer: torch.optim.Optimizer) -> None:
-    """Takes out what a captured run leaves in a checkpoint, so that the run goes on in either way."""
+    """Removes the traces of a CUDA graph from a checkpoint, so that the run continues with or without one."""
     for group in optimizer.param_groups:
         group["capturable"], group["lr"] = False, float(group["lr"])
 

@@ -27,8 +27,8 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 1
 
 
 def open_log(file: Path, images_seen: int) -> IO[str]:
-    """stats.jsonl for appending, without the lines after `images_seen` and one that was cut off: a run that goes on
-    from a checkpoint writes them again."""
+    """stats.jsonl for appending, without lines after `images_seen` and without a line that was cut off: a
+    continued run writes them again."""
     if file.exists():
         write_text(
             file,

@@ -113,8 +113,8 @@ def time_left(run: Run, rate: float) -> str:
 
 
 def check(config: TrainConfig, output: Path) -> None:
-    """Opens everything that a run opens, takes two steps and times the second, and says what a run would say.
-    Nothing is written. Raises FeatInvError for what cannot be trained so."""
+    """Opens everything that a run opens, takes two steps, times the second, and prints a run's first lines.
+    Writes nothing. Raises FeatInvError if the configuration cannot be trained."""
     from .run import Run
 
     with ExitStack() as stack:

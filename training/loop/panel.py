@@ -60,8 +60,8 @@ def _square(picture: Image.Image) -> Tensor:
 def sample_panel(
     base: BaseModel, backbone: Backbone, model: FeatureControlNet, config: TrainConfig
 ) -> tuple[Image.Image, float]:
-    """Draws held-out pictures from their features with fixed noise; the panel and the mean cosine. Without guidance by
-    the gradient, whatever is recommended: it would hide what the weights have learned."""
+    """Draws held-out pictures from their features with fixed noise; the panel and the mean cosine. Always without
+    guidance by the gradient, which would hide how well the weights are trained."""
     learning = model.training
     model.eval()
     pixel_values = backbone.preprocess(held_out(config).to(base.unet.device))

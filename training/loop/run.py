@@ -244,7 +244,7 @@ class Run:
         return total
 
     def step(self) -> None:
-        """Gradients and update on the batch at hand; random numbers depend on the seed and the images seen alone."""
+        """Gradients and update on the current batch. Random numbers depend only on the seed and the images seen."""
         config = self.config
         torch.manual_seed(step_seed(config.seed, self.images_seen))
         set_lr(
@@ -296,7 +296,7 @@ class Run:
         return stop
 
     def draw_panel(self) -> None:
-        """The sample panel of the weights as they are; without one the run goes on."""
+        """The sample panel of the current weights. If it fails, the run continues."""
         with self.pace.elsewhere():
             latest, file = self._latest(), self.output / f"panel_{self.images_seen:09d}.png"
             if not self.main:

@@ -64,8 +64,8 @@ def own_device() -> torch.device:
 
 
 def with_precision(config: TrainConfig, device: torch.device, began: str | None = None) -> tuple[TrainConfig, str]:
-    """(the configuration with `auto` settled for a device, what to say of it). began: the precision of the run that
-    goes on, which `auto` keeps."""
+    """(the configuration with `auto` replaced for a device, a line about it). began: the precision of a continued
+    run, which `auto` keeps."""
     native, asked = computes_in_bf16(device), config.precision
     if asked == "auto":
         precision = began if began in ("fp32", "bf16", "fp16") else "bf16" if native else "fp32"

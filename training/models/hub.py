@@ -25,7 +25,7 @@ ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 
 class Unreachable(FeatInvError):
-    """The hub was not asked (offline mode) or gave no answer."""
+    """The hub gave no answer, or offline mode is on."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class HubFile:
 
 
 class Repository:
-    """The main branch of a model repository as it is now; `files` by name.
+    """The current main branch of a model repository; `files` by name.
 
     Raises Unreachable without an answer, and FeatInvError for a repository that is unknown or may not be read.
     """

@@ -80,7 +80,7 @@ class WeightsFile(NamedTuple):
 
 @contextmanager
 def told_in_a_line(what: str) -> Iterator[None]:
-    """Turns whatever a foreign reader raises into a FeatInvError of one line, and keeps back what it prints."""
+    """Turns any exception of a library's reader into a FeatInvError of one line, and suppresses its output."""
     loggers, bars = (diffusers.utils.logging, transformers.utils.logging), transformers.utils.logging
     verbosity, has_bar = [logger.get_verbosity() for logger in loggers], bars.is_progress_bar_enabled()
     for logger in loggers:
@@ -244,8 +244,8 @@ def load_tokenizer(folder: Path, known: int) -> CLIPTokenizer:
 
 
 def load_scheduler(folder: Path) -> DDIMScheduler:
-    """The noise schedule of a base model's folder as a scheduler of ours. Raises FeatInvError, by its name, for what is
-    no prediction of noise or velocity on a schedule by betas."""
+    """The scheduler of a base model's folder, for our sampling. Raises FeatInvError, which names it, for other
+    predictions than noise or velocity and other schedules than betas."""
     file, config = folder / "scheduler_config.json", read_config(folder, "scheduler_config.json")
     name, predicts = config.get("_class_name", "DDIMScheduler"), config.get("prediction_type", PREDICTIONS[0])
     if name not in SCHEDULERS or config.get("use_flow_sigmas"):

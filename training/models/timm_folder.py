@@ -27,7 +27,8 @@ NAMES = ("class_names", "classes", "label_names", "class_to_idx")
 def write_timm_folder(
     folder: Path, file: Path, name: str | None, classes: Path | None, tag: str | None, side: int | None
 ) -> str:
-    """Writes a timm-hub folder whole or not at all, and says what was taken from the file and what was left.
+    """Writes a timm-hub folder whole or not at all, and returns a text on what was used of the file and what was
+    left out.
 
     name: the timm model that the weights were trained from; None for the one in timm's own training checkpoints.
     classes: file with the classes' names. tag: that of the new backbone's name; None for the folder's. side: pixels,

@@ -85,7 +85,7 @@ class GpuBenchmark:
         return self.build()
 
     def free(self) -> None:
-        """Lets go of what a step left on the device."""
+        """Frees the device memory of a step."""
         if "parts" in self.__dict__:
             self.parts.model.zero_grad()
         gc.collect()

@@ -120,9 +120,8 @@ def write_base(
     prompt: str,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """A folder in diffusers' layout, its weights as write_weights stores them; prompts.safetensors in place of a text
-    encoder.
-    unet: None leaves it as it is, or out."""
+    """A folder in diffusers' layout, its weights as write_weights stores them; prompts.safetensors in place of a
+    text encoder. unet: None keeps an existing one."""
     for part, module in (("unet", unet), ("vae", vae)):
         if module is None:
             continue

@@ -57,7 +57,7 @@ def fresh(photographs: Photographs, base: BaseModel, backbone: Backbone, depth: 
 
 class StageCache:
     """`views` crops of each photograph, their latents and the features of all depths computed once and kept in a
-    folder: for a processor, where a backbone costs as much as a training step. Stopped at any moment, it goes on."""
+    folder: for a processor, where a backbone costs as much as a training step. A stopped cache continues."""
 
     def __init__(
         self, folder: Path, photographs: Photographs, base: BaseModel, backbone: Backbone, depths: list[str], views: int
@@ -118,7 +118,7 @@ class StageCache:
                 write_json(file, manifest | {"done": min(first + PART, count)})
 
     def draw(self, depth: str, device: str) -> Draw:
-        """Random ones of what is kept, for one depth."""
+        """Random cached rows for one depth."""
         layer, pooled = layer_of(depth)
 
         def rows(count: int) -> tuple[Tensor, Tensor]:

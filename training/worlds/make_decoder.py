@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Trains, or goes on. Raises FeatInvError before anything runs for what cannot work."""
+    """Trains, or continues training. Raises FeatInvError for bad arguments before any work."""
     if args.images is not None and args.images < args.batch:
         raise FeatInvError(f"--images {args.images}: less than one batch of {args.batch}")
     drawn = drawing_world(args.data[0]) if len(args.data) == 1 else None

@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make(args: argparse.Namespace) -> None:
-    """All stages in order, or the one asked for."""
+    """Runs all stages in order, or the chosen one."""
     scale = {k: v for k, v in {"images": args.images, "batch": args.batch, "lr": args.lr}.items() if v is not None}
     scale |= {"graph": True, "compile": False} if args.graph else {}
     if args.graph:

@@ -129,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make(args: argparse.Namespace) -> None:
-    """All stages in order, or the one asked for. Raises FeatInvError before anything runs for what cannot work."""
+    """Runs all stages in order, or the chosen one. Raises FeatInvError for bad arguments before any work."""
     stages = ["autoencoder", "base", *args.depths]
     chosen = [args.stage] if args.stage else stages
     if args.stage and args.stage not in stages:
@@ -184,7 +184,7 @@ def checked(sizes: Sizes) -> Sizes:
 
 
 def require_same(folder: Path, sizes: Sizes) -> None:
-    """Raises FeatInvError for a base model of other sizes in the folder, as far as it is made."""
+    """Raises FeatInvError if the folder holds a base model, finished or not, of other sizes."""
     configs = {
         part: json.loads(file.read_text())
         for part in ("vae", "unet")
@@ -348,7 +348,7 @@ class Maker:
         return self.args.out / f"{self.args.name}_{depth.replace('.', '')}.safetensors"
 
     def opened(self) -> BaseModel:
-        """The base model as it is so far. Raises FeatInvError where its stage has not run."""
+        """The current base model. Raises FeatInvError if its stage has not run."""
         if not (self.folder / "unet" / "config.json").exists():
             raise FeatInvError(f"{self.folder} has no base model yet; run the stages autoencoder and base first")
         base = load_base(self.folder, PHOTO.prompt).to(self.device)

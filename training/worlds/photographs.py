@@ -44,7 +44,7 @@ class Photographs:
 
     def crops(self, rows: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
         """[B, 3, crop, crop] in 0..1: of the pictures `rows` [B], from the pixel (top, left) on, mirrored where
-        asked."""
+        `mirrored` says so."""
         along = torch.arange(self.crop, device=rows.device)
         y = (top[:, None] + along)[:, None, :, None]
         x = left[:, None] + torch.where(mirrored[:, None], along.flip(0), along)

@@ -28,7 +28,7 @@ ACTIVE = 16  # atoms of a sparse dictionary in each vector, if not said otherwis
 
 
 class Request(TypedDict):
-    """What was asked for. vectors: N. concepts: clusters, directions or atoms; 0 for as many as are complete."""
+    """What to discover. vectors: N. concepts: clusters, directions or atoms; 0 for as many as are complete."""
 
     vectors: int
     concepts: int
