@@ -43,7 +43,7 @@ class TimmModel(Protocol):
     num_classes: int
 
     def forward_features(self, x: Tensor, /) -> Any:  # noqa: ANN401
-        """Normalised pictures to what the head reads: a tensor, of some models several."""
+        """Normalised pictures to the input of the head: a tensor, in some models several."""
 
     def forward_head(self, x: Tensor, /) -> Tensor:
         """What forward_features gives to logits [B, num_classes]."""
@@ -123,10 +123,10 @@ class Backbone(nn.Module):
         return ""  # timm's names say it all
 
     def preprocess(self, images: Tensor, resize_mode: str = "crop") -> Tensor:
-        """Cuts and scales pictures [B, 3, h, w] in 0..1 to what the backbone reads, [B, 3, *input_size] in 0..1.
+        """Crops and resizes pictures [B, 3, h, w] in 0..1 to the backbone's input, [B, 3, *input_size] in 0..1.
 
         resize_mode "crop": as the model's own evaluation, by timm's crop_mode, crop_pct and interpolation; "stretch":
-        the whole picture, whatever its aspect. Gradients reach the pictures if they ask.
+        the whole picture, whatever its aspect. Gradients reach pictures that require them.
         """
         if resize_mode not in RESIZE_MODES:
             raise FeatInvError(f"resize_mode {resize_mode!r}: expected one of {RESIZE_MODES}")
@@ -135,8 +135,8 @@ class Backbone(nn.Module):
         return evaluation_view(images, self.input_size, self.crop_pct, self.crop_mode, self.interpolation, self.mean)
 
     def forward(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
-        """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1. Gradients reach the pictures if they
-        ask."""
+        """Feature maps of preprocessed pictures [B, 3, *input_size] in 0..1. Gradients reach pictures that
+        require them."""
         values, prefix = self._spatial(self._normalised(pixel_values), layer)
         features = FeatureMap(values.float(), self.source(layer), prefix)
         return features.pool() if pooled else features

@@ -12,8 +12,8 @@ from .resize import resize_bilinear
 
 
 class Encoder(nn.Module):
-    """What every encoder has: `mean` and `deviation` [C], which standardise each channel first; 0 and 1 (the paper)
-    leave it as it is."""
+    """The base of every encoder: `mean` and `deviation` [C] standardise each channel first; 0 and 1 (the paper)
+    change nothing."""
 
     mean: Tensor
     deviation: Tensor

@@ -73,8 +73,8 @@ class FeatureDecoder(nn.Module):
         return side, side
 
     def forward(self, values: Tensor) -> Tensor:
-        """Pictures [B, 3, *picture_size], not cut to 0..1, of maps [B, C, H, W]. Gradients reach the maps if they
-        ask."""
+        """Pictures [B, 3, *picture_size], not cut to 0..1, of maps [B, C, H, W]. Gradients reach maps that
+        require them."""
         tokens = ((values - self._bias) / self._weight).flatten(2).transpose(1, 2)  # [B, N, C], row by row
         decoder = cast(TokenDecoder, self.decoder)
         return decoder.unpatchify(decoder(tokens).logits) * self._std + self._mean

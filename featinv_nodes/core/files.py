@@ -51,7 +51,7 @@ def write_safetensors(file: str | Path, tensors: dict[str, Tensor], metadata: di
 
 @contextmanager
 def opened(file: str | Path, kind: str = "file") -> Iterator[safe_open]:
-    """A safetensors file. kind: what it is called in messages. Raises FeatInvError if it is missing or damaged."""
+    """A safetensors file. kind: its name in messages. Raises FeatInvError if it is missing or damaged."""
     try:
         with safe_open(file, "pt") as handle:
             yield handle

@@ -77,12 +77,12 @@ class LinearMap:
                 raise FeatInvError(f"a linear map of kind rotation, whose matrix is not a rotation: {reason}")
 
     def describe(self) -> str:
-        """One line for messages and reports: kind, what it was fitted to, source."""
+        """One line for messages and reports: kind, change, source."""
         change = self.settings.get("change")
         return f"{self.kind}{f', {change}' if change else ''}, of {self.source.describe()}"
 
     def report(self) -> str:
-        """Lines about the fit and what was measured: what nodes and programs show."""
+        """Lines about the fit and its measurements, which nodes and programs show."""
         lines = [self.describe(), f"fitted to {self.settings.get('maps', '?')} pairs of feature maps"]
         if not {"cosine_before", "cosine_mapped", "explained"} <= self.measured.keys():
             return "\n".join([*lines, f"not measured: give at least {HELD_OUT} pairs to see what the map is worth"])

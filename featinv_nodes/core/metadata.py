@@ -166,7 +166,7 @@ class ConceptFile(Fields):
 
 
 class ModelType(Fields):
-    """What the config.json of a transformers folder is told by; "" for any other."""
+    """The field that identifies the config.json of a transformers folder; "" for others."""
 
     model_type: str = ""
 

@@ -38,7 +38,7 @@ def at_grid(mask: Tensor, grid: tuple[int, int], soft: bool = False) -> Tensor:
 
 
 def require_mask(mask: Tensor) -> None:
-    """Raises FeatInvError for what is no mask [B, h, w] of finite numbers."""
+    """Raises FeatInvError unless it is a mask [B, h, w] of finite numbers."""
     if mask.ndim != 3 or not mask.isfinite().all():
         wrong = "has NaN or infinite values" if mask.ndim == 3 else f"has the shape {tuple(mask.shape)}"
         raise FeatInvError(f"the mask {wrong}; expected numbers in 0..1 of the shape [masks, height, width]")

@@ -28,8 +28,8 @@ class LeftOut:
         self.examples[reason] = min(name, self.examples.get(reason, name))
 
     def told(self) -> str:
-        """Such as "; left out: 3 of kind .gif (a.gif), 1 as a link that leads nowhere (b.png)", to put behind what
-        was found; empty where nothing is left out."""
+        """Such as "; left out: 3 of kind .gif (a.gif), 1 as a link that leads nowhere (b.png)", to append to a
+        description; empty if nothing is left out."""
         parts = ", ".join(f"{n:,} {reason} ({self.examples[reason]})" for reason, n in sorted(self.counts.items()))
         return parts and f"; left out: {parts}"
 

@@ -73,7 +73,7 @@ class ScopeReport:
 
     @property
     def off(self) -> list[list[str]]:
-        """Per map what is off, in the words of STATISTICS; nothing for a map inside."""
+        """For each map, what is unusual, in the words of STATISTICS; empty for a map inside."""
         names = []
         for i, verdict in enumerate(self.verdict):
             least = min(less_unusual(self.score[i]).item(), EDGE)  # the most unusual statistic is always named
@@ -82,11 +82,11 @@ class ScopeReport:
         return names
 
     def captions(self) -> list[str]:
-        """Per map the verdict and what is off: "outside: direction, neighbours"."""
+        """For each map, the verdict and what is unusual: "outside: direction, neighbours"."""
         return [f"{verdict}: {', '.join(off)}" if off else verdict for verdict, off in zip(self.verdict, self.off)]
 
     def lines(self) -> list[str]:
-        """Per map the caption and the figures behind it."""
+        """For each map, the caption and its figures."""
         shares = self.share
         figures = [
             ", ".join(f"{name} {per_cent(share[i].item())}" for name, share in shares.items())
@@ -107,7 +107,7 @@ class ScopeReport:
 
 @dataclass(frozen=True)
 class Scope:
-    """What held-out feature maps of one source are like.
+    """Statistics of held-out feature maps of one source.
 
     scale: the vectors' root mean square length, by which magnitudes are divided. bank: [K, C] fp16 unit vectors.
     mean: [C] fp32 and whiten: [C, C] fp16, of the scaled vectors. centre: [C], axes: [d, C], predict: [d, d] and
@@ -166,9 +166,9 @@ class Scope:
         return ScopeReport(surprise, combined, low, {name: less_unusual(x) for name, x in at.items()}, where)
 
     def evaluate_cycle(self, cosine: Tensor) -> tuple[Tensor, list[str]]:
-        """The third number, after rendering: (per cent of held-out reconstructions with a higher cycle cosine [B],
-        verdicts). cosine: [B] of the reconstructions with the maps asked for, drawn as the weights file recommends.
-        Raises FeatInvError where the held-out reconstructions were not measured."""
+        """The third number, after rendering: (per cent of held-out reconstructions with a higher cycle cosine
+        [B], verdicts). cosine: [B] between the reconstructions' maps and the maps that they were drawn from, as
+        the weights file recommends. Raises FeatInvError where the held-out reconstructions were not measured."""
         if "cycle" not in self.quantiles:
             raise FeatInvError(
                 "these scope statistics hold no cycle cosines; fit them with training/fit_scope.py --drawn 256"

@@ -35,8 +35,8 @@ class Edit:
     """A feature map and what it becomes when concepts are scaled.
 
     original: B maps. changed: for each group in turn the B maps in which that group's concepts, and no others, are
-    scaled: by the factor, or after a closed loop by what was commanded to reach it. concepts: the decomposition that
-    the names in groups belong to. keep_length: see edit.
+    scaled: by the factor, or after a closed loop by the commanded one. concepts: the decomposition that the names in
+    groups belong to. keep_length: see edit.
     """
 
     original: FeatureMap
@@ -169,7 +169,7 @@ def affected(distance: Tensor, threshold: float = THRESHOLD) -> Tensor:
 
 @dataclass(frozen=True)
 class Slope:
-    """How the edited concepts' part came back when the backbone read the reconstructions again.
+    """How much of the edited concepts the backbone finds again in the reconstructions.
 
     asked: the factor. own: slope of the re-read part on the original one, through the origin, over locations, seeds and
     channels. others: the same for all other concepts together, 1 if they are unchanged (1 where there are none).
@@ -189,7 +189,7 @@ class Slope:
 
     @property
     def verdict(self) -> str:
-        """As asked, or not and why."""
+        """Whether the slope is as asked, and if not, why."""
         little = arrived(self.asked, self.own) < LEAST
         return "as asked" if self.passed else f"NOT as asked: too {'little' if little else 'much'} changed"
 
@@ -267,8 +267,8 @@ def slope(
 
 
 def closed_loop(slope_at: Callable[[float], float], asked: float, rounds: int = ROUNDS) -> tuple[float, float]:
-    """(factor to command, slope it gives): the factor whose re-read slope passes or, if none does, comes nearest to the
-    one asked for.
+    """(factor to command, slope it gives): the factor whose re-read slope passes or, if none does, comes nearest to
+    the requested one.
 
     Attenuated maps are seldom maps that a picture has; the inversion model draws the nearest picture, in which the
     concept is often whole. slope_at draws with a commanded factor and measures; it is called `rounds` times at most,
@@ -292,9 +292,9 @@ def closed_loop(slope_at: Callable[[float], float], asked: float, rounds: int = 
 class VizSettings:
     """What to do to each group of concepts.
 
-    factor: what their part is multiplied by. seeds, seed: reconstructions of each map, and the seed of their noise.
-    keep_length: see edit. rounds: where the asked factor gives another slope, draw with up to this many factors in all
-    to find one that gives it, at that many times the cost (closed_loop); 1 takes the asked factor as it is.
+    factor: multiplies their part. seeds, seed: reconstructions of each map, and the seed of their noise. keep_length:
+    see edit. rounds: how many factors to try at most until the slope is the requested factor, each at the cost of a
+    drawing (closed_loop); 1 tries only the requested one.
     """
 
     factor: float = FACTOR
@@ -320,7 +320,7 @@ class Visualization:
     rounds: int = 1
 
     def describe(self) -> str:
-        """One line: what was asked, commanded and reached."""
+        """One line: the factor asked for, the one commanded and the one reached."""
         rounds = f"{self.rounds} round{'s' * (self.rounds != 1)}"
         return (
             f"{self.change.titles()[0]}: asked {self.slope.asked:g}, commanded {self.commanded:.2f},"
@@ -383,8 +383,8 @@ def _closed(one: Visualization, draw_at: Callable[[float], Visualization], asked
 
 
 def as_commanded(found: Sequence[Visualization]) -> tuple[Edit, Tensor]:
-    """What the groups of one `visualize` were drawn with: the edit of them all, its maps as commanded and its factor as
-    asked, and all pictures [(1 + groups) * seeds, 3, h, w] in the order of Edit.paired."""
+    """The result of one `visualize` as one edit, with the commanded maps and the requested factor, and all
+    pictures [(1 + groups) * seeds, 3, h, w] in the order of Edit.paired."""
     changes = [one.change for one in found]
     change = replace(
         changes[0],

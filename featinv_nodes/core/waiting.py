@@ -17,7 +17,7 @@ EVERY = 0.1  # seconds
 
 
 def unchecked(*_: int) -> None:
-    """The check, and the progress, of a caller that does not ask."""
+    """The check and the progress of a caller that gives none."""
 
 
 def attended(call: Callable[[], Result], check: Check) -> Result:

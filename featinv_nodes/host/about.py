@@ -34,7 +34,7 @@ def about(info: InversionInfo, other_weights: bool = False) -> str:
 
 
 def settings(recommended: dict) -> list[str]:
-    """Lines "node: widget value, ..." of what a weights file recommends."""
+    """The settings that a weights file recommends, as lines "node: widget value, ..."."""
     away, steps = recommended.get("negative"), recommended.get("steps")
     step, last = recommended.get("gradient", 0.0), recommended.get("gradient_steps", GRADIENT_STEPS)
     nodes = {

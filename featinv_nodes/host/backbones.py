@@ -26,7 +26,7 @@ def open_file(weights: str, timm_name: str = "", input_size: int = 0) -> Backbon
 def open_for(source: FeatureSource) -> Backbone:
     """The backbone that made features, embedded or from models/backbones, at their input size.
 
-    Raises FeatInvError if it is not there, or if what is there reads pictures in another way.
+    Raises FeatInvError if it is missing, or if it preprocesses pictures differently.
     """
     weights, side = find_weights(source.backbone), source.input_size[0]
     backbone = open_file(weights)

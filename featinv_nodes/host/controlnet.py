@@ -74,7 +74,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
 
     @property
     def steering(self) -> Steering:
-        """What it was told. Raises FeatInvError before it was told anything."""
+        """Its settings. Raises FeatInvError if there are none yet."""
         if self._steering is None:
             raise FeatInvError(
                 "a FeatInv ControlNet without features cannot steer; connect it to the sampler through FeatInv"
@@ -87,7 +87,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         self._steering = steering
 
     def applied(self, steering: Steering) -> FeatureControl:
-        """A copy that steers as it is told. Raises FeatInvError for features of another source than the weights'."""
+        """A copy with these settings. Raises FeatInvError for features of another source than the weights'."""
         steering.features.source.require(self.info.source, "the feature map", "the inversion model", WAY)
         control = self.copy()
         control.steering = steering
@@ -96,8 +96,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         return control
 
     def evaluate(self, features: FeatureMap) -> str:
-        """One line: whether the map is inside what the inversion model knows. Raises FeatInvError for another
-        source."""
+        """One line about the scope of the map. Raises FeatInvError for another source."""
         features.source.require(self.info.source, "the feature map", "the inversion model", WAY)
         return self.scope.evaluate(features).describe() if self.scope else "no scope statistics in this weights file"
 
@@ -180,7 +179,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
 
     def start(self, latents: Tensor, sigma: float) -> None:
-        """At a run's first step: refuses latents that the features were not made for, and says what else is amiss."""
+        """At a run's first step: refuses latents that do not belong to the features, and shows other problems."""
         self.started = True
         steering, (number, _, *cells) = self.steering, latents.shape
         steering.require_pairs(latents, sigma >= 0.99 * float(self.model_sampling_current.sigma_max))

@@ -24,7 +24,8 @@ def find(
     vectors: int,
     seed: int,
 ) -> tuple[Concepts, Statistics, Collected]:
-    """Concepts of a managed backbone's features, what they are worth, and what was read. concepts: 0 to grow."""
+    """Concepts of a managed backbone's features, their statistics, and the vectors that were read. concepts: 0
+    for as many as completeness needs."""
     bar = comfy.utils.ProgressBar(STEPS)
 
     def extract(pixel_values: Tensor) -> FeatureMap:

@@ -69,7 +69,7 @@ def stamp(file: Path) -> str:
 
 
 def path(folder: str, name: str) -> Path:
-    """The file behind a name. Raises FeatInvError that says where it was looked for."""
+    """The file behind a name. Raises FeatInvError, which says where it should be."""
     full = folder_paths.get_full_path(folder, name)
     if full is None:
         page = f"{HUB}/timm/{Path(name).parent if Path(name).name in HUB_FILES else Path(name).stem}"
@@ -86,7 +86,7 @@ def located(folder: str, name: str, embedded: Callable[[str], Path]) -> Path:
 
 
 def modified(folder: str, name: str) -> str:
-    """Changes when the file behind a widget's name does. What is missing is said when it is opened."""
+    """Changes when the file behind a widget's name changes. Missing files are reported when they are opened."""
     try:
         return name if name.endswith(EMBEDDED) else f"{name} {stamp(path(folder, name))}"
     except (FeatInvError, OSError):
@@ -102,8 +102,8 @@ def decoders(embedded: Collection[str]) -> list[str]:
 
 
 def decoder(name: str, embedded: Callable[[str], Path]) -> Path:
-    """The folder behind a name of decoders; `embedded` finds those of the pack. Raises FeatInvError that says where it
-    was looked for."""
+    """The folder behind a name of decoders; `embedded` finds those of the pack. Raises FeatInvError, which says
+    where it should be."""
     if name.endswith(EMBEDDED):
         return embedded(name.removesuffix(EMBEDDED))
     file = folder_paths.get_full_path(DECODERS, f"{name}/{CONFIG}")
@@ -117,7 +117,7 @@ def decoder(name: str, embedded: Callable[[str], Path]) -> Path:
 
 
 def decoder_modified(name: str, embedded: Callable[[str], Path]) -> str:
-    """Changes when a file of a decoder's folder does. What is missing is said when it is opened."""
+    """Changes when a file of a decoder's folder changes. Missing files are reported when they are opened."""
     try:
         folder = decoder(name, embedded)
         return " ".join([name, *(f"{file.name} {stamp(file)}" for file in sorted(folder.iterdir()) if file.is_file())])

@@ -17,9 +17,9 @@ def executing_node() -> str | None:
 
 
 def tell(node: str | None, wrong: list[str], notes: list[str], fits: str) -> None:
-    """Shows what is amiss, and what there is to note besides, on a node in the browser that queued the prompt, and
-    writes it to the log, as a warning where something is amiss. With nothing to say, `fits` takes the place of what the
-    node said in a run before. Without a node or a server there is the log alone."""
+    """Shows problems and notes on a node, in the browser that queued the prompt, and logs them; problems as
+    warnings. Without either, `fits` replaces the text of an earlier run. Without a node or a server they are only
+    logged."""
     text = "\n".join([*wrong, *notes])
     if not text and node not in _standing:
         return
@@ -33,8 +33,8 @@ def tell(node: str | None, wrong: list[str], notes: list[str], fits: str) -> Non
 
 
 def tell_counts(node: str | None, latents: int, batches: list[tuple[int, str]], wrong: list[str] | None = None) -> None:
-    """Says how batches fit a number of latents. batches: of each how many and what they are, "feature map" first.
-    wrong: what else is amiss."""
+    """Shows how batches fit a number of latents. batches: the size and the name of each, "feature map" first.
+    wrong: other problems."""
     amiss = filter(None, (uneven(given, latents, name) for given, name in batches))
     notes = filter(None, (repeated(given, latents, name) for given, name in batches))
     tell(node, [*amiss, *(wrong or [])], list(notes), f"{count(*batches[0])} for {count(latents, 'latent')}")
@@ -46,8 +46,8 @@ def count(number: int, name: str) -> str:
 
 
 def uneven(given: int, latents: int, name: str = "feature map") -> str:
-    """What is amiss with a batch of maps for another number of latents; empty where nothing is: each has its own, or
-    each map serves as many."""
+    """The problem of a batch of maps with another number of latents; empty if each latent has its own map, or
+    each map serves equally many."""
     if latents % given == 0:
         return ""
     said = f"{count(given, name)} for {count(latents, 'latent')}: "

@@ -15,8 +15,8 @@ from . import folders
 def listed() -> dict[str, dict[str, str]]:
     """Backbone -> layer as the loader lists it -> name of the inversion model, embedded ones first.
 
-    A layer is listed as "blocks.4" or "last, pooled". Files in models/featinv carry their name behind it, so that a
-    choice means the same file whatever else is there. Unreadable and foreign files are left out.
+    A layer is listed as "blocks.4" or "last, pooled". Files in models/featinv have their name appended, so that a
+    choice always means the same file. Unreadable and other files are left out.
     """
     result: dict[str, dict[str, str]] = {}
     for name in [*(name + folders.EMBEDDED for name in MODELS), *folders.names(folders.CONTROLS)]:

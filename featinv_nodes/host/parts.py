@@ -109,5 +109,5 @@ def _window(window: ContextWindow | None) -> tuple[int, list[int]] | None:
 
 
 def in_turn(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """Row number `row` of a batch [M, ...] for each of the rows; a batch with fewer rows begins anew."""
+    """Row number `row` of a batch [M, ...] for each of the rows; a batch with fewer rows is repeated."""
     return x[[row % len(x) for row in rows]]

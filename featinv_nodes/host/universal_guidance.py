@@ -112,7 +112,8 @@ class Bar:
         self.again()
 
     def again(self) -> None:
-        """A new bar on the node, which tells how far it is at once: after the host's own has said something else."""
+        """A new progress bar on the node, which shows its state at once, after the host's own bar has shown
+        another."""
         self.shown = comfy.utils.ProgressBar(self.total)
 
     def advance(self) -> None:

@@ -20,7 +20,7 @@ ROWS = 1024  # vectors encoded at once by a sparse encoder
 
 @dataclass(frozen=True)
 class Concepts:
-    """Concepts of feature space and what is left: phi = sum of z_i U_i and a rest, with coefficients z_i of phi - mean.
+    """Concepts of feature space and a rest: phi = sum of z_i U_i + rest, with coefficients z_i of phi - mean.
 
     bases: U, one [d_i, C] per concept, rows of unit length (a user's own dictionary: of any). Without an encoder the
     sum of the subspaces is direct, z = (phi - mean) E with E the pseudo-inverse of all bases, and the rest is

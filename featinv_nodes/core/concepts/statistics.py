@@ -103,7 +103,8 @@ def table(concepts: Concepts, stats: Statistics) -> str:
 
 
 def dimensions(concepts: Concepts) -> list[int]:
-    """Of each concept, and of what a linear decomposition leaves; of what a sparse code leaves, all channels."""
+    """Dimensions of each concept and, last, of the rest: of a linear decomposition the missing ones, of a sparse
+    code all channels."""
     sizes = [len(b) for b in concepts.bases]
     channels = concepts.source.channels
     return [*sizes, channels if concepts.encoder is not None else channels - sum(sizes)]
