@@ -12,7 +12,7 @@ from ..core.waiting import Progress, attended
 from ..feature_decoders import find_decoder, open_feature_decoder
 from ..worlds import DECODERS, decoder_folder
 from . import folders
-from .models import ManagedBackbone, managed, require_memory, shown, stop_if_cancelled
+from .models import ManagedBackbone, ask_after_layers, managed, require_memory, shown, stop_if_cancelled
 
 ACTIVATIONS = 12  # of the decoder's width, that a token has at once in its widest layer; an estimate
 
@@ -20,15 +20,14 @@ ALLOW = "To go on with other weights, switch on other_weights in Load Feature De
 
 
 class ManagedDecoder:
-    """A feature decoder and its patcher. Where the user cancels, it stops before its next layer."""
+    """A feature decoder and its patcher. Where the user cancels, it stops after the layer that it is in."""
 
     BATCH = 16
 
     def __init__(self, decoder: FeatureDecoder) -> None:
         self.decoder = decoder
         self.patcher = managed(decoder)
-        for module in decoder.modules():
-            module.register_forward_pre_hook(stop_if_cancelled)
+        ask_after_layers(decoder)
 
     @property
     def source(self) -> FeatureSource:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import FeatInvError
 from ..core.guidance import leave_inference
-from .models import in_gb, stop_if_cancelled
+from .models import cancellable, in_gb
 
 #: Memory of a decoding whose gradient is taken, in units of the host's memory_used_decode, with a reserve: the peak is
 #: 2.8 for the decoder of Stable Diffusion and Flux, 1.0 where its blocks are computed again, 0.31 for TAESD.
@@ -77,27 +77,17 @@ class Decoding:
 
     @contextmanager
     def ready(self, again: bool) -> Iterator[None]:
-        """The decoder ready for gradients; it asks before each of its layers, on both ways, whether the user has
-        cancelled. again: computes blocks again on the way back."""
-        model = self.patcher.model
-        leave_inference(model)
-        hooks = [m.register_forward_pre_hook(stop_if_cancelled) for m in model.modules()]
-        hooks += [m.register_forward_hook(_ask_on_the_way_back) for m in model.modules()]
+        """The decoder ready for gradients, and cancellable. again: computes blocks again on the way back."""
+        leave_inference(self.patcher.model)
         blocks = self.blocks if again else []
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         try:
-            yield
+            with cancellable(self.patcher.model):
+                yield
         finally:
             for block in blocks:
                 del block.forward
-            for hook in hooks:
-                hook.remove()
-
-
-def _ask_on_the_way_back(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-    if isinstance(output, Tensor) and output.requires_grad:
-        output.register_hook(stop_if_cancelled)
 
 
 def check_vae(model: BaseModel, vae: comfy.sd.VAE) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.feature_map import FeatureMap
 from ..core.guidance import toward_features
 from .decoding import Decoding, check_vae
-from .models import ManagedBackbone
+from .models import ManagedBackbone, cancellable
 from .notices import executing_node, tell_counts
 
 KEY = "featinv_guidance"
@@ -35,12 +35,14 @@ def guided(
     decoding, node = Decoding(vae), executing_node()
 
     def predict(executor, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None) -> Tensor:  # noqa: ANN001
-        clean, sigmas = executor(x, sigma, model_options, seed), model_options["transformer_options"]["sample_sigmas"]
+        base, sigmas = executor.class_obj.inner_model, model_options["transformer_options"]["sample_sigmas"]
+        with cancellable(base):
+            clean = executor(x, sigma, model_options, seed)
         if float(sigma.max()) >= float(sigmas[0]) * (1 - 1e-4):  # the first step
             tell_counts(node, len(clean), [(len(target), "feature map")])
         if not among_last(sigma, sigmas, last):
             return clean
-        return moved(clean, executor.class_obj.inner_model, decoding, backbone, target, step)
+        return moved(clean, base, decoding, backbone, target, step)
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)

@@ -2,7 +2,9 @@
 inversion model, with their own autoencoders and with TAESD, in little memory, cancelled on the way."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,27 +184,98 @@ def in_little_memory(checkpoint: Checkpoint) -> dict:
     return result | {"difference": relative(again, kept)}
 
 
-def cancelled_on_the_way_back(checkpoint: Checkpoint) -> dict:
-    """Cancelled while the gradient goes through the decoder: what ends it, and how many layers are still passed."""
-    decoder, seen = checkpoint.vae.first_stage_model.decoder, []
+def cancelled(checkpoint: Checkpoint) -> dict:
+    """Cancelled in the middle of each model, forth and back, with blocks kept and computed again: what ends it, how
+    many layers are still passed, what is left behind, and whether the same picture comes afterwards."""
+    backbone, decoding = checkpoint.world.backbone.backbone, part("decoding").Decoding
+    unet, decoder = checkpoint.model.model.diffusion_model, checkpoint.vae.first_stage_model.decoder
+    places = {
+        "model": (unet, unet.middle_block[0].out_layers),
+        "decoder": (decoder, decoder.mid.block_2.conv1),
+        "backbone": (backbone, backbone.model.layer3),
+    }
+    draw, plan, result = partial(checkpoint.draw, moves=1, recurrence=1), decoding.plan, {}
+    try:
+        for again in (False, True):
+            decoding.plan = lambda self, latents, again=again: (1, again)
+            expected, before = draw(), state(unet, checkpoint.vae.first_stage_model, backbone)
+            for name, way in (("model", 0), ("decoder", 0), ("decoder", 1), ("backbone", 0), ("backbone", 1)):
+                message, later = cancelled_at(draw, *places[name], back=way)
+                left = state(unet, checkpoint.vae.first_stage_model, backbone) != before
+                result[f"{name}, {('forth', 'back')[way]}, {again}"] = {
+                    "message": message,
+                    "later": later,
+                    "left": left,
+                    "same": torch.equal(draw(), expected),
+                }
+    finally:
+        decoding.plan = plan
+    return result
 
-    def on_the_way_back(gradient: torch.Tensor) -> None:
-        if not seen:
+
+def cancelled_at(draw: Callable, module: torch.nn.Module, layer: torch.nn.Module, back: bool) -> tuple[str, int]:
+    """What ends a drawing that is cancelled when a module's layer has run, or its gradient has come, and how many of
+    the module's layers, or their gradients, follow."""
+    seen = []
+
+    def passed(where: torch.nn.Module, now: bool) -> None:
+        if seen:
+            seen.append(where)
+        elif where is layer and now == back:
+            seen.append(where)
             management.interrupt_current_processing()
 
-    def passed(gradient: torch.Tensor) -> None:
-        seen.append(1)
+    def forth(where: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        passed(where, False)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: passed(where, True))
 
-    hooks = [decoder.conv_out.register_forward_hook(lambda m, i, out: out.register_hook(on_the_way_back) and None)]
-    hooks += [
-        layer.register_forward_hook(lambda m, i, out: out.register_hook(passed) and None)
-        for layer in (decoder.mid.block_1, decoder.conv_in)
-    ]
+    hooks = [m.register_forward_hook(forth) for m in module.modules() if not list(m.children()) or m is layer]
     try:
-        return {"message": error_of(checkpoint.draw), "layers": len(seen)}
+        return error_of(draw), len(seen) - 1
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def state(*modules: torch.nn.Module) -> list:
+    """What a drawing could leave changed."""
+    parts = [p for module in modules for p in module.modules()]
+    return [
+        [len(p._forward_hooks) + len(p._forward_pre_hooks) for p in parts],
+        ["forward" in vars(p) for p in parts],
+        [value.requires_grad for module in modules for value in module.parameters()],
+        [torch.is_inference_mode_enabled(), torch.is_grad_enabled()],
+    ]
+
+
+def ahead(checkpoint: Checkpoint) -> int:
+    """The most layers and gradients that a device is told to compute before it is waited for."""
+    backbone, decoder = checkpoint.world.backbone.backbone, checkpoint.vae.first_stage_model.decoder
+    counts, item = [0], torch.Tensor.item
+
+    def waits(values: torch.Tensor) -> float:
+        counts.append(0)
+        return item(values)
+
+    def more(*_: object) -> None:
+        counts[-1] += 1
+
+    def forth(where: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        more()
+        if output.requires_grad:
+            output.register_hook(more)
+
+    modules = [*backbone.modules(), *decoder.modules(), *checkpoint.model.model.diffusion_model.modules()]
+    hooks = [m.register_forward_hook(forth) for m in modules]
+    torch.Tensor.item = waits
+    try:
+        checkpoint.draw(moves=2, recurrence=1)
+    finally:
+        torch.Tensor.item = item
+        for hook in hooks:
+            hook.remove()
+    return max(counts)
 
 
 def runs_away(checkpoint: Checkpoint) -> dict:
@@ -262,7 +335,8 @@ def checkpoints(world: World) -> dict:
     return {
         "cosines": result,
         "memory": in_little_memory(xl),
-        "cancelled": cancelled_on_the_way_back(xl),
+        "cancelled": cancelled(xl),
+        "ahead": ahead(xl),
         "runs away": runs_away(made["Flux"]),
         "progress": progress(made["SD 1.x"]),
         "short": short_of_memory(xl),

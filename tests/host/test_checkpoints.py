@@ -20,10 +20,18 @@ def test_blocks_are_computed_again_where_memory_is_short_and_nothing_changes(mea
     assert result["difference"] <= 1e-5
 
 
-def test_a_gradient_on_its_way_through_the_decoder_ends_when_cancelled(measured):
-    """Before the next of its layers: one decoding takes seconds on a processor."""
+def test_guidance_ends_at_the_next_layer_when_cancelled_and_leaves_nothing_behind(measured):
+    """In the diffusion model, and in decoder and backbone forth and back: each takes seconds on a processor."""
     result = measured["checkpoints"]["cancelled"]
-    assert result["message"].startswith("InterruptProcessingException") and result["layers"] == 0
+    assert len(result) == 10
+    for where, seen in result.items():
+        assert seen.pop("message").startswith("InterruptProcessingException"), where
+        assert seen == {"later": 0, "left": False, "same": True}, where
+
+
+def test_a_device_is_not_told_to_compute_much_before_it_is_waited_for(measured):
+    """It cannot be cancelled in what it was told. The models count their layers apart."""
+    assert measured["checkpoints"]["ahead"] <= 3 * 8
 
 
 def test_what_runs_away_gives_the_last_finite_picture_and_says_what_to_lower(measured):
