@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from itertools import count
 from threading import Thread
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Check = Callable[[], object]  # may raise
 Progress = Callable[[int, int], object]  # steps done, of how many; may raise, and is called again where nothing moved
 Result = TypeVar("Result")
 
 EVERY = 0.1  # seconds
+#: layers that a graphics card may be told to compute before it is waited for: of a real decoder's some hundredths of a
+#: second, and work enough for waiting to cost nothing
+AHEAD = 8
 
 
 def unchecked(*_: int) -> None:
@@ -43,3 +50,37 @@ def attended(call: Callable[[], Result], check: Check) -> Result:
     while not wait([outcome], EVERY).done:
         check()
     return outcome.result()
+
+
+def ask_after_layers(module: nn.Module, check: Check) -> list[RemovableHandle]:
+    """Hooks that call check() after each of a module's layers, and on the way back before each layer's gradient.
+
+    A graphics card takes orders for whole passes in advance and cannot be made to drop them: so every AHEAD layers they
+    wait until it has computed what it was told. They also let a program notice Ctrl-C, which a whole gradient would
+    otherwise hold up.
+    """
+    passed = count(1)
+
+    def ask(values: Tensor) -> None:
+        if next(passed) % AHEAD == 0 and values.numel():
+            values.detach()[(0,) * values.ndim].item()  # waits, on any kind of device
+        check()
+
+    def after(layer: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and not torch.compiler.is_compiling():
+            ask(output)
+            if output.requires_grad:
+                output.register_hook(ask)
+
+    return [layer.register_forward_hook(after) for layer in module.modules()]
+
+
+@contextmanager
+def cancellable(check: Check, *modules: nn.Module) -> Iterator[None]:
+    """ask_after_layers of each module while this is open."""
+    hooks = [hook for module in modules for hook in ask_after_layers(module, check)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ..core.feature_decoder import FeatureDecoder
 from ..core.feature_map import FeatureMap, FeatureSource
-from ..core.waiting import Progress, attended
+from ..core.waiting import Progress, ask_after_layers, attended
 from ..feature_decoders import find_decoder, open_feature_decoder
 from ..worlds import DECODERS, decoder_folder
 from . import folders
-from .models import ManagedBackbone, ask_after_layers, managed, require_memory, shown, stop_if_cancelled
+from .models import ManagedBackbone, managed, require_memory, shown, stop_if_cancelled
 
 ACTIVATIONS = 12  # of the decoder's width, that a token has at once in its widest layer; an estimate
 
@@ -27,7 +27,7 @@ class ManagedDecoder:
     def __init__(self, decoder: FeatureDecoder) -> None:
         self.decoder = decoder
         self.patcher = managed(decoder)
-        ask_after_layers(decoder)
+        ask_after_layers(decoder, stop_if_cancelled)
 
     @property
     def source(self) -> FeatureSource:

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import FeatInvError
 from ..core.guidance import leave_inference
-from .models import cancellable, in_gb
+from ..core.waiting import cancellable
+from .models import in_gb, stop_if_cancelled
 
 #: Memory of a decoding whose gradient is taken, in units of the host's memory_used_decode, with a reserve: the peak is
 #: 2.8 for the decoder of Stable Diffusion and Flux, 1.0 where its blocks are computed again, 0.31 for TAESD.
@@ -83,7 +84,7 @@ class Decoding:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         try:
-            with cancellable(self.patcher.model):
+            with cancellable(stop_if_cancelled, self.patcher.model):
                 yield
         finally:
             for block in blocks:

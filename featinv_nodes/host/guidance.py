@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..core.feature_map import FeatureMap
 from ..core.guidance import toward_features
+from ..core.waiting import cancellable
 from .decoding import Decoding, check_vae
-from .models import ManagedBackbone, cancellable
+from .models import ManagedBackbone, stop_if_cancelled
 from .notices import executing_node, tell_counts
 
 KEY = "featinv_guidance"
@@ -36,7 +37,7 @@ def guided(
 
     def predict(executor, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None) -> Tensor:  # noqa: ANN001
         base, sigmas = executor.class_obj.inner_model, model_options["transformer_options"]["sample_sigmas"]
-        with cancellable(base):
+        with cancellable(stop_if_cancelled, base):
             clean = executor(x, sigma, model_options, seed)
         if float(sigma.max()) >= float(sigmas[0]) * (1 - 1e-4):  # the first step
             tell_counts(node, len(clean), [(len(target), "feature map")])

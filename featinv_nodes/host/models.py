@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import count
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +12,6 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..core.backbone_opening import load_backbone, smaller_backbone
 from ..core.backbone_weights import HUB_FILES
@@ -22,15 +19,12 @@ from ..core.backbones import LAST, Backbone
 from ..core.errors import FeatInvError, UnknownBackbone
 from ..core.feature_map import FeatureMap, FeatureSource, concatenate
 from ..core.model_folder import stored_shapes
-from ..core.waiting import Progress
+from ..core.waiting import Progress, ask_after_layers
 from ..worlds import BACKBONES
 
 Result = TypeVar("Result", Tensor, FeatureMap)
 #: newer hosts have a patcher for models that take part in their own memory scheme
 Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-#: layers that a device may be told to compute before it is waited for: a few hundredths of a second of a slow card, and
-#: too many to keep a fast one waiting
-AHEAD = 8
 
 
 class Whole(comfy.model_patcher.ModelPatcher):
@@ -105,40 +99,9 @@ def in_gb(size: float) -> str:
     return f"{size / 1e9:.2g} GB" if size < 1e10 else f"{size / 1e9:,.0f} GB"
 
 
-def stop_if_cancelled(*_: object) -> None:
-    """Raises what ends a node that the user has cancelled. Serves as a check of core's."""
+def stop_if_cancelled(*_: int) -> None:
+    """Raises what ends a node that the user has cancelled. Serves as a check and as a progress of core's."""
     management.throw_exception_if_processing_interrupted()
-
-
-def ask_after_layers(module: nn.Module) -> list[RemovableHandle]:
-    """Hooks that ask after each of a module's layers, and on the way back before each of their gradients, whether the
-    user has cancelled. A graphics card takes orders for whole passes in advance and cannot take them back: so every
-    AHEAD layers they wait until it has computed what it was told."""
-    passed = count(1)
-
-    def ask(values: Tensor) -> None:
-        if next(passed) % AHEAD == 0 and values.numel():
-            values.detach()[(0,) * values.ndim].item()  # which waits on any kind of device
-        stop_if_cancelled()
-
-    def after(layer: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor) and not torch.compiler.is_compiling():
-            ask(output)
-            if output.requires_grad:
-                output.register_hook(ask)
-
-    return [layer.register_forward_hook(after) for layer in module.modules()]
-
-
-@contextmanager
-def cancellable(module: nn.Module) -> Iterator[None]:
-    """ask_after_layers while the module is used."""
-    hooks = ask_after_layers(module)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def shown(bar: comfy.utils.ProgressBar, start: int = 0, end: int | None = None) -> Progress:
@@ -163,7 +126,7 @@ class ManagedBackbone:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.patcher = managed(backbone)
-        ask_after_layers(backbone)
+        ask_after_layers(backbone, stop_if_cancelled)
 
     @property
     def name(self) -> str:

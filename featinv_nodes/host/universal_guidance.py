@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from ..core.feature_map import FeatInvError, FeatureMap
 from ..core.universal_guidance import Level, NotFinite, UniversalGuidance, sample_toward
+from ..core.waiting import cancellable
 from .decoding import Decoding
 from .guidance import check, moved
-from .models import ManagedBackbone, cancellable, stop_if_cancelled
+from .models import ManagedBackbone, stop_if_cancelled
 from .notices import executing_node, tell, tell_counts
 
 
@@ -93,7 +94,7 @@ def guidance_sampler(
             bar.advance()
 
         try:
-            with bar.printed, cancellable(base):
+            with bar.printed, cancellable(stop_if_cancelled, base):
                 return sample_toward(clean_of, x, levels, guidance, toward, noise, report)
         except NotFinite as error:
             if error.latents is None:

@@ -1,5 +1,6 @@
 """Features without a trained model: reconstruct.py --untrained."""
 
+import ctypes
 import json
 import math
 import shutil
@@ -142,6 +143,24 @@ def test_stable_diffusion_is_guided_through_its_own_decoder_or_a_small_one(stabl
         again = load_untrained(stable_diffusion, "tiny-cnn", small_decoder=small, checkpointing=True)
         again.base.decode = pipeline.base.decode
         assert torch.equal(again.draw(one, sampling), moved)
+
+
+def test_ctrl_c_ends_a_gradient_on_its_way(stable_diffusion, features):
+    """At the next layer: a real decoder's gradient takes half a minute on a processor."""
+    pipeline, later = load_untrained(stable_diffusion, "tiny-cnn"), []
+    decoder, ctrl_c = pipeline.base.vae.decoder, ctypes.pythonapi.PyErr_SetInterrupt
+    ctrl_c.argtypes, ctrl_c.restype = [ctypes.py_object], None  # of C, as list.append is: nothing notices it in them
+
+    def forth(layer, inputs, output):
+        if output.requires_grad:
+            output.register_hook(ctrl_c if layer is decoder.conv_out else later.append)
+
+    for layer in decoder.modules():
+        if layer is not decoder:
+            layer.register_forward_hook(forth)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.draw(features.select(slice(0, 1)), UntrainedSampling(1, 0.2, 1, steps=1))
+    assert len(later) == 0
 
 
 def test_checkpointing_computes_the_decoder_again(stable_diffusion, features):

@@ -13,6 +13,7 @@ from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.guidance import leave_inference, toward_features
 from featinv_nodes.core.sampling import SOLVERS, SPACINGS, PartWay, Sampling, sample_latents, starting_noise
+from featinv_nodes.core.waiting import cancellable, unchecked
 
 from .base_model import BaseModel
 from .controlnet import FeatureControlNet
@@ -72,16 +73,17 @@ def sample(
     hints = {
         cond: model.hint(given[cond], x.shape[2:]) for cond in dict.fromkeys(cond for cond, _ in sampling.weights())
     }
-    toward = (
-        partial(toward_features, picture_of=base.decode, backbone=backbone, target=features, step=sampling.gradient)
-        if sampling.gradient
-        else None
-    )
+    toward, differentiated = None, []
     if sampling.gradient:
+        toward = partial(
+            toward_features, picture_of=base.decode, backbone=backbone, target=features, step=sampling.gradient
+        )
+        differentiated = [base.vae, backbone]
         leave_inference(base.vae)
-    return sample_latents(
-        base.unet, model.controlnet, hints, solver_of(base, sampling), x, text, sampling, toward, part_way
-    )
+    with cancellable(unchecked, *differentiated):
+        return sample_latents(
+            base.unet, model.controlnet, hints, solver_of(base, sampling), x, text, sampling, toward, part_way
+        )
 
 
 def solver_of(base: BaseModel, sampling: Sampling) -> Solver:

@@ -17,6 +17,7 @@ from featinv_nodes.core.guidance import guidance_weights, leave_inference, towar
 from featinv_nodes.core.prediction import noised, predicted_clean
 from featinv_nodes.core.sampling import PartWay, Sampling, set_timesteps
 from featinv_nodes.core.universal_guidance import STEPS, Level, NotFinite, UniversalGuidance, at_cost, sample_toward
+from featinv_nodes.core.waiting import cancellable, unchecked
 from featinv_nodes.worlds import WORLDS, World, find_world, open_backbone
 
 from .base_model import BaseModel, load_base
@@ -171,7 +172,8 @@ class UntrainedPipeline(FeaturePipeline):
         first = part_way.first(sampling.steps) if part_way else 0
         if part_way and first:
             x = noised(solver, part_way.clean, x, solver.timesteps[first])
-        return sample_toward(clean_of, x, levels, sampling, toward, again, first=first)
+        with cancellable(unchecked, self.small or base.vae, self.backbone):
+            return sample_toward(clean_of, x, levels, sampling, toward, again, first=first)
 
 
 def levels_of(base: BaseModel, steps: int) -> tuple[object, list[Level]]:
