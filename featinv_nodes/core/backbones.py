@@ -22,6 +22,8 @@ LAST = "last"
 RESIZE_MODES = ("crop", "stretch")
 #: begins the name of a backbone of one's own, module:FILE.py:NAME
 MODULE = "module:"
+#: what models raise that cannot read what they get; not all exceptions, of which one says that the user has cancelled
+STUMBLES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class LastMap(NamedTuple):
@@ -285,7 +287,7 @@ class Backbone(nn.Module):
             return run(self._blank())
         except FeatInvError:
             raise
-        except Exception as error:  # models raise whatever they stumble over
+        except STUMBLES as error:
             size = "3 x {} x {}".format(*self.input_size)
             reason = " ".join(str(error).split())[:300]
             raise FeatInvError(f"{self.name} cannot read pictures of {size} ({reason})") from error

@@ -91,9 +91,14 @@ def cancelled(world: World) -> dict:
         "extract": lambda: run("FeatInv_ExtractFeatures", image=images, pooled=False, **inputs),
         "viz": lambda: run("FeatInv_Viz", pictures=pictures, edit=change, backbone=world.backbone, threshold=0.33),
         "closed loop": lambda: loop(world, change, rounds=2),
+        "a backbone's first map": lambda: opened_anew().source("last"),
         "guidance sampler": lambda: untrained.drawn(world, world.model),
     }
     return {name: stopped(function) for name, function in work.items()}
+
+
+def opened_anew():
+    return run("FeatInv_LoadBackbone", weights="tiny-cnn (embedded)", timm_name="", input_size=0)[0].backbone
 
 
 def stopped(function) -> dict:
