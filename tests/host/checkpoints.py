@@ -195,10 +195,11 @@ def cancelled(checkpoint: Checkpoint) -> dict:
         "backbone": (backbone, backbone.model.layer3),
     }
     draw, plan, result = partial(checkpoint.draw, moves=1, recurrence=1), decoding.plan, {}
+    before = state(unet, checkpoint.vae.first_stage_model, backbone)
     try:
         for again in (False, True):
             decoding.plan = lambda self, latents, again=again: (1, again)
-            expected, before = draw(), state(unet, checkpoint.vae.first_stage_model, backbone)
+            expected = draw()
             for name, way in (("model", 0), ("decoder", 0), ("decoder", 1), ("backbone", 0), ("backbone", 1)):
                 message, later = cancelled_at(draw, *places[name], back=way)
                 left = state(unet, checkpoint.vae.first_stage_model, backbone) != before
