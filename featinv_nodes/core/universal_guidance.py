@@ -134,8 +134,8 @@ def noise_again(x: Tensor, here: Level, there: Level, noise: Tensor) -> Tensor:
 def _finite(latents: Tensor, kept: Tensor | None, what: str) -> Tensor:
     if torch.isfinite(latents).all():
         return latents
-    raise NotFinite(
-        f"{what} gave values that are not finite; lower step (the length of a move) or moves, or compute in float32"
-        " where a half precision is in use",
-        kept,
-    )
+    if kept is None:  # nothing has moved yet
+        way = "compute in float32 where a half precision is in use, or choose another checkpoint"
+    else:
+        way = "lower step (the length of a move) or moves, or compute in float32 where a half precision is in use"
+    raise NotFinite(f"{what} gave values that are not finite; {way}", kept)

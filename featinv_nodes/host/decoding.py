@@ -32,9 +32,12 @@ HELP = (
 
 
 class Decoding:
-    """An autoencoder that decodes latents of a model's. patcher: loads its weights, whole."""
+    """An autoencoder that decodes latents of a model's. patcher: loads its weights, whole. Raises FeatInvError for that
+    of a checkpoint which has none: the host's loader gives an empty one."""
 
     def __init__(self, vae: comfy.sd.VAE) -> None:
+        if getattr(vae, "first_stage_model", None) is None:
+            raise FeatInvError("the checkpoint has no autoencoder; connect the VAE that belongs to it (Load VAE)")
         self.vae, self.patcher = vae, whole(vae.patcher)
 
     @property

@@ -32,8 +32,8 @@ def guided(
     autoencoder and the backbone are loaded with the model, so that none pushes another out between steps. Raises
     FeatInvError if the map is not the backbone's or the autoencoder not the model's.
     """
-    check(model.model, vae, backbone, target)
     decoding, node = Decoding(vae), executing_node()
+    check(model.model, vae, backbone, target)
 
     def predict(executor, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None) -> Tensor:  # noqa: ANN001
         base, sigmas = executor.class_obj.inner_model, model_options["transformer_options"]["sample_sigmas"]

@@ -341,6 +341,7 @@ def checkpoints(world: World) -> dict:
         "runs away": runs_away(made["Flux"]),
         "progress": progress(made["SD 1.x"]),
         "short": short_of_memory(xl),
+        "empty": error_of(xl.draw, vae=comfy.sd.VAE(sd={})),
         "channels": error_of(xl.draw, vae=made["Flux"].vae),
         "downscale": error_of(xl.draw, vae=vae_of(4, levels=3)),
     }

@@ -57,8 +57,9 @@ def test_a_decoding_that_is_larger_than_the_memory_is_refused_with_what_is_not(m
 
 
 def test_an_autoencoder_of_another_model_is_refused(measured, host):
-    """By its channels; by its pixels per cell in hosts that know the model's."""
+    """By its channels; by its pixels per cell in hosts that know the model's; that of a checkpoint without one."""
     result = measured["checkpoints"]
+    assert result["empty"].startswith("FeatInvError: the checkpoint has no autoencoder; connect")
     assert "16 latent channels, the model 4; connect the VAE that belongs to the model" in result["channels"]
     if not host.version.startswith("0.3."):
         assert "4 pixels per latent cell, the model 8" in result["downscale"]
