@@ -99,6 +99,28 @@ def squared_distance(pictures: Tensor, backbone: Backbone, values: Tensor, layer
 DISTANCES = {"cosine": feature_distance, "squared": squared_distance}
 
 
+def kept_bytes(backbone: Backbone, layer: str) -> int:
+    """Bytes that a backbone keeps of one picture until the gradient of a layer's map has come back through it, beside
+    its weights: counted in a pass of a black picture."""
+    leave_inference(backbone)
+    weights = {value.untyped_storage().data_ptr() for value in (*backbone.parameters(), *backbone.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    device = next(backbone.buffers()).device
+    with torch.inference_mode(False), torch.enable_grad():
+        picture = torch.zeros(1, 3, *backbone.input_size, device=device, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            values = backbone.values(picture, layer)  # holds all that is kept, so that no two have one address
+    del values
+    return sum(kept.values())
+
+
 def rms(values: Tensor) -> Tensor:
     """[B, 1, 1, 1] root mean square of each sample."""
     return values.float().square().mean((1, 2, 3), keepdim=True).sqrt()

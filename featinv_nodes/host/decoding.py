@@ -22,12 +22,13 @@ from ..core.waiting import cancellable
 from .models import in_gb, stop_if_cancelled
 
 #: Memory of a decoding whose gradient is taken, in units of the host's memory_used_decode, with a reserve: the peak is
-#: 2.8 for the decoder of Stable Diffusion and Flux, 1.0 where its blocks are computed again, 0.31 for TAESD.
+#: 2.8 for the decoder of Stable Diffusion and Flux, 1.0 where its blocks are computed again, 0.31 for TAESD. What the
+#: backbone keeps comes to it.
 KEPT, AGAIN, SMALL = 4.0, 1.5, 0.5
 BLOCKS = (ResnetBlock, AttnBlock, Upsample)
 HELP = (
     "Use a small decoder (Load VAE: taesd for SD 1.x, taesdxl for SDXL, taesd3 or taef1, with its files in"
-    " models/vae_approx) for the guidance, or smaller latents"
+    " models/vae_approx) for the guidance, smaller latents, or a smaller backbone"
 )
 
 
@@ -46,33 +47,34 @@ class Decoding:
         decoders = (m for m in self.patcher.model.modules() if isinstance(m, Decoder))
         return [m for decoder in decoders for m in decoder.modules() if isinstance(m, BLOCKS)]
 
-    def need(self, latents: Tensor, again: bool) -> float:
-        """Bytes that decoding one of the latents [B, C, H, W] takes with its gradient. again: blocks computed again."""
+    def need(self, latents: Tensor, again: bool, read: int) -> float:
+        """Bytes that decoding one of the latents [B, C, H, W] and reading the picture takes with the gradient. again:
+        blocks computed again. read: ManagedBackbone.kept_bytes."""
         factor = SMALL if isinstance(self.patcher.model, TAESD) else AGAIN if again else KEPT
-        return factor * self.vae.memory_used_decode((1, *latents.shape[1:]), self.vae.vae_dtype)
+        return factor * self.vae.memory_used_decode((1, *latents.shape[1:]), self.vae.vae_dtype) + read
 
-    def least(self, latents: Tensor) -> float:
-        """Bytes that decoding one of the latents takes at least."""
-        return self.need(latents, bool(self.blocks))
+    def least(self, latents: Tensor, read: int) -> float:
+        """Bytes that this takes at least for one of the latents."""
+        return self.need(latents, bool(self.blocks), read)
 
-    def require_room(self, latents: Tensor, *others: ModelPatcher) -> None:
-        """Raises FeatInvError where the device has too little memory for this and the weights of `others`, with
-        nothing else on it."""
-        weights = sum(patcher.model_size() for patcher in (self.patcher, *others))
+    def require_room(self, latents: Tensor, reader: ModelPatcher, read: int) -> None:
+        """Raises FeatInvError where the device has too little memory for this, with nothing else on it. reader: the
+        backbone's patcher."""
+        weights = self.patcher.model_size() + reader.model_size()
         height, width = (side * self.vae.spacial_compression_decode() for side in latents.shape[2:])
-        need, there = self.least(latents) + weights, management.get_total_memory(self.vae.device)
+        need, there = self.least(latents, read) + weights, management.get_total_memory(self.vae.device)
         if need > there:
             raise FeatInvError(
                 f"the gradient of a decoded picture of {width} x {height} pixels needs {in_gb(need)} of memory, and"
                 f" {self.vae.device} has {in_gb(there)}. {HELP}"
             )
 
-    def plan(self, latents: Tensor) -> tuple[int, bool]:
+    def plan(self, latents: Tensor, read: int) -> tuple[int, bool]:
         """How many of the latents are decoded at once, and whether blocks are computed again on the way back: where
         there is too little free memory for keeping all of one row."""
         free = management.get_free_memory(self.vae.device)
-        again = bool(self.blocks) and free < self.need(latents, False)
-        return max(1, int(free / self.need(latents, again))), again
+        again = bool(self.blocks) and free < self.need(latents, False, read)
+        return max(1, int(free / self.need(latents, again, read))), again
 
     def picture_of(self, latents: Tensor, process_out: Callable[[Tensor], Tensor]) -> Tensor:
         """Latents of the sampler's -> pictures [B, 3, h, w] in 0..1. process_out: of the model's latent format."""

@@ -70,8 +70,9 @@ def moved(
 ) -> Tensor:
     """toward_features for the host's clean latents [B, C, H, W], as many rows at a time as memory has room for. Maps
     are repeated in turn. Raises FeatInvError where one row is too much for the device."""
-    decoding.require_room(clean, backbone.patcher)
-    maps, (rows, again) = target.in_turn(len(clean)), decoding.plan(clean)
+    read = backbone.kept_bytes(target.source.layer)
+    decoding.require_room(clean, backbone.patcher, read)
+    maps, (rows, again) = target.in_turn(len(clean)), decoding.plan(clean, read)
     picture_of = partial(decoding.picture_of, process_out=model.process_latent_out)
     parts = (slice(i, i + rows) for i in range(0, len(clean), rows))
     with decoding.ready(again):

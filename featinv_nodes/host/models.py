@@ -18,6 +18,7 @@ from ..core.backbone_weights import HUB_FILES
 from ..core.backbones import LAST, Backbone
 from ..core.errors import FeatInvError, UnknownBackbone
 from ..core.feature_map import FeatureMap, FeatureSource, concatenate
+from ..core.guidance import kept_bytes
 from ..core.model_folder import stored_shapes
 from ..core.waiting import Progress, ask_after_layers
 from ..worlds import BACKBONES
@@ -128,9 +129,17 @@ class ManagedBackbone:
         self.patcher = managed(backbone)
         ask_after_layers(backbone, stop_if_cancelled)
 
+        self._kept: dict[str, int] = {}
+
     @property
     def name(self) -> str:
         return self.backbone.name
+
+    def kept_bytes(self, layer: str) -> int:
+        """core.guidance.kept_bytes, counted once, on the device where the backbone is."""
+        if layer not in self._kept:
+            self._kept[layer] = kept_bytes(self.backbone, layer)
+        return self._kept[layer]
 
     def preprocess(self, images: Tensor, fit: str) -> Tensor:
         """Backbone.preprocess for any number of pictures [B, 3, h, w] in 0..1, one after the other."""

@@ -64,10 +64,12 @@ def guidance_sampler(
                 " height, width]. Use it with a model of single pictures"
             )
         levels = levels_of(base.model_sampling, sigmas)
-        decoding.require_room(x, backbone.patcher)
+        management.load_models_gpu([backbone.patcher])  # which counts on its device what it keeps
+        read = backbone.kept_bytes(target.source.layer)
+        decoding.require_room(x, backbone.patcher, read)
         tell_counts(node, len(x), [(len(target), "feature map")])
         models = [guider.model_patcher, decoding.patcher, backbone.patcher]
-        management.load_models_gpu(models, memory_required=decoding.least(x))
+        management.load_models_gpu(models, memory_required=decoding.least(x, read))
         mask, steps = extra_args.get("denoise_mask"), len(levels) - 1
         guidance = guidance_of(steps)
         bar = Bar(guidance.gradients(steps) + guidance.evaluations(steps), disable)

@@ -169,8 +169,11 @@ def in_little_memory(checkpoint: Checkpoint) -> dict:
     block = checkpoint.vae.first_stage_model.decoder.mid.block_1.conv1
     hook = block.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
     row = checkpoint.vae.memory_used_decode((1, checkpoint.channels, CELLS, CELLS), torch.float32)
+    backbone = checkpoint.world.backbone
+    kept = backbone.kept_bytes("last")
     try:
-        for name, rows in (("plenty", 100.0), ("a row", 5.0), ("too little for a row", 2.0)):
+        for name, rows in (("plenty", 100.0), ("a row", 5.0), ("large backbone", 5.0), ("too little for a row", 2.0)):
+            backbone._kept["last"] = int(3 * row) if name == "large backbone" else kept
             module.management = SimpleNamespace(
                 get_free_memory=lambda device, rows=rows: rows * row, get_total_memory=management.get_total_memory
             )
@@ -178,9 +181,9 @@ def in_little_memory(checkpoint: Checkpoint) -> dict:
             latents = checkpoint.draw(batch=2)
             result[name] = {"latents": latents, "rows": max(counts), "runs": sum(counts)}
     finally:
-        module.management = management
+        module.management, backbone._kept["last"] = management, kept
         hook.remove()
-    _, kept, again = (one.pop("latents") for one in result.values())
+    _, kept, _, again = (one.pop("latents") for one in result.values())
     return result | {"difference": relative(again, kept)}
 
 
@@ -198,7 +201,7 @@ def cancelled(checkpoint: Checkpoint) -> dict:
     before = state(unet, checkpoint.vae.first_stage_model, backbone)
     try:
         for again in (False, True):
-            decoding.plan = lambda self, latents, again=again: (1, again)
+            decoding.plan = lambda self, latents, read, again=again: (1, again)
             expected = draw()
             for name, way in (("model", 0), ("decoder", 0), ("decoder", 1), ("backbone", 0), ("backbone", 1)):
                 message, later = cancelled_at(draw, *places[name], back=way)

@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.guidance import kept_bytes
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import reconstruct
 from training.cli import run
 from training.models.untrained import UntrainedSampling, load_untrained
+from training.speed.step_memory import Peak
 
 SMALL = {
     "sample_size": 4,
@@ -143,6 +145,17 @@ def test_stable_diffusion_is_guided_through_its_own_decoder_or_a_small_one(stabl
         again = load_untrained(stable_diffusion, "tiny-cnn", small_decoder=small, checkpointing=True)
         again.base.decode = pipeline.base.decode
         assert torch.equal(again.draw(one, sampling), moved)
+
+
+def test_what_a_backbone_keeps_for_its_gradient_is_counted_beforehand(pipeline):
+    """All that is new on the way forth; but for what each layer holds only while it computes."""
+    backbone, picture = pipeline.backbone, torch.zeros(1, 3, *pipeline.backbone.input_size, requires_grad=True)
+    for layer in ("last", "layer2"):
+        backbone.values(picture, layer)  # what is counted once in a process
+        with (count := Peak()):
+            values = backbone.values(picture, layer)
+        assert 0.9 * count.now < kept_bytes(backbone, layer) <= count.now, layer
+        del values
 
 
 def test_ctrl_c_ends_a_gradient_on_its_way(stable_diffusion, features):
