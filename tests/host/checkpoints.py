@@ -20,7 +20,7 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.taesd.taesd import TAESD
 from comfy_extras.nodes_custom_sampler import Guider_Basic
-from guiding import cosine_of
+from guiding import cosine_of, guided
 from opening import BASE, SEED, World, error_of, relative, run
 from safetensors.torch import save_file
 
@@ -217,6 +217,20 @@ def cancelled(checkpoint: Checkpoint) -> dict:
     return result
 
 
+def cancelled_with_a_controlnet(world: World) -> list:
+    """cancelled_at in the model and on the way back through the backbone, by Feature Guidance."""
+    plain, backbone = world.model, world.backbone.backbone
+    unet, world.model = plain.model.diffusion_model, guided(world)
+    draw = partial(world.draw, world.apply(), steps=2)
+    try:
+        return [
+            cancelled_at(draw, unet, unet.middle_block[0].out_layers, back=False),
+            cancelled_at(draw, backbone, backbone.model.layer3, back=True),
+        ]
+    finally:
+        world.model = plain
+
+
 def cancelled_at(draw: Callable, module: torch.nn.Module, layer: torch.nn.Module, back: bool) -> tuple[str, int]:
     """What ends a drawing that is cancelled when a module's layer has run, or its gradient has come, and how many of
     the module's layers, or their gradients, follow."""
@@ -340,6 +354,7 @@ def checkpoints(world: World) -> dict:
         "cosines": result,
         "memory": in_little_memory(xl),
         "cancelled": cancelled(xl),
+        "cancelled with a ControlNet": cancelled_with_a_controlnet(world),
         "ahead": ahead(xl),
         "runs away": runs_away(made["Flux"]),
         "progress": progress(made["SD 1.x"]),

@@ -27,6 +27,8 @@ def test_guidance_ends_at_the_next_layer_when_cancelled_and_leaves_nothing_behin
     for where, seen in result.items():
         assert seen.pop("message").startswith("InterruptProcessingException"), where
         assert seen == {"later": 0, "left": False, "same": True}, where
+    for message, later in measured["checkpoints"]["cancelled with a ControlNet"]:
+        assert message.startswith("InterruptProcessingException") and later == 0
 
 
 def test_a_device_is_not_told_to_compute_much_before_it_is_waited_for(measured):
