@@ -4,6 +4,7 @@ import ctypes
 import json
 import math
 import shutil
+import signal
 from unittest.mock import patch
 
 import pytest
@@ -171,8 +172,12 @@ def test_ctrl_c_ends_a_gradient_on_its_way(stable_diffusion, features):
     for layer in decoder.modules():
         if layer is not decoder:
             layer.register_forward_hook(forth)
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.draw(features.select(slice(0, 1)), UntrainedSampling(1, 0.2, 1, steps=1))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start the tests deaf to it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.draw(features.select(slice(0, 1)), UntrainedSampling(1, 0.2, 1, steps=1))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(later) == 0
 
 
