@@ -86,7 +86,7 @@ RUNS = {
         "layers", 500, f"--models {' '.join(PHOTO.models)} --gradient 0.06 --gradient-steps 5", "held-out"
     ),
     "methods": Run("methods", 32, "--model tiny_vit_last"),
-    "photo-methods": Run("methods", 16, f"--model {MIDDLE} --costs quick good", "held-out"),
+    "photo-methods": Run("methods", 16, f"--model {MIDDLE}", "held-out"),
 }
 
 
