@@ -21,7 +21,7 @@ class LoadConcepts(io.ComfyNode):
             category=Menu.CONCEPTS,
             aliases=("open concepts",),
             says=True,
-            description=("Opens a concept file: groups of directions in the feature space of one backbone and layer."),
+            description="Opens a concept file: groups of directions in the feature space of one backbone and layer.",
             inputs=[
                 io.Combo.Input(
                     "file",

@@ -19,7 +19,7 @@ class ExtractFeatures(io.ComfyNode):
             category=Menu.FEATURES,
             aliases=("resnet", "activations", "embedding", "encode image"),
             says=True,
-            description=("Computes the feature map of a picture at a layer of the backbone: what the model sees."),
+            description="Computes the feature map of a picture at a layer of the backbone: what the model sees.",
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone or FeatInv Loader."),
                 io.Image.Input("image", tooltip="One picture or a batch, any size."),

@@ -68,7 +68,7 @@ class KeepMostSimilar(io.ComfyNode):
             category=Menu.LOOK,
             aliases=("best of many", "cosine", "rank"),
             says=True,
-            description=("Keeps the best of several pictures: those whose feature maps are most like the target."),
+            description="Keeps the best of several pictures: those whose feature maps are most like the target.",
             inputs=[
                 io.Image.Input(
                     "image", tooltip="A batch of pictures that were drawn from the features with different noise."
