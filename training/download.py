@@ -3,11 +3,14 @@ folders.
 
     python training/download.py CONFIG [--to DIR] [--base REPOSITORY]
     python training/download.py rae-dinov2-base [--to DIR]
+    python training/download.py inception [--to DIR]
 
 CONFIG: a YAML file, or the name of one in training/configs. Its backbone (a timm name) goes to DIR/backbones/NAME, its
 base model (owner/name of a Stable Diffusion 1.x repository in diffusers' layout) to DIR/diffusers/NAME; a single file
 (owner/name/FILE.safetensors or .ckpt), ComfyUI's usual form, to DIR/checkpoints. Embedded and local models need no
-download. A feature decoder goes to DIR/featinv_decoders/NAME, with its backbone. The same command continues an
+download. A feature decoder goes to DIR/featinv_decoders/NAME, with its backbone.
+inception: the weights that FID and KID as published need (evaluate.py --inception), from torch-fidelity's release to
+DIR/inception. The same command continues an
 interrupted download. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.
 """
 
@@ -31,7 +34,8 @@ from featinv_nodes.core.model_folder import INDEX, STEM, WHOLE
 from featinv_nodes.feature_decoders import find_decoder
 from featinv_nodes.worlds import BACKBONES, find_world
 from training.config import CONFIGS, TrainConfig, read_config
-from training.models.hub import Repository, Unreachable
+from training.evaluation.inception import URL
+from training.models.hub import Repository, Unreachable, fetch_release
 
 HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(/(?P<file>\w[\w.-]*\.(safetensors|ckpt)))?")
 SHARD = re.compile(rf"{STEM}-\d{{5}}-of-(?P<count>\d{{5}})\.safetensors")
@@ -47,6 +51,7 @@ DECODERS = {
         ("rae-mae-base", "mae-base-p16-ViTXL-n08", "vit_base_patch16_224.mae"),
     )
 }
+INCEPTION = "inception"  # what is typed for the weights that FID is defined on
 MODEL_PARTS = ("unet", "vae", "text_encoder")
 
 
@@ -224,6 +229,15 @@ def _require_space(folder: Path, size: int) -> None:
         )
 
 
+def _bring_inception(to: Path) -> None:
+    target = to / "inception" / URL.rpartition("/")[2]
+    print(f"{URL} -> {target.parent}", flush=True)
+    fetched = fetch_release(URL, target)
+    size = f"fetched, {target.stat().st_size / 1e6:,.1f} MB, checksum right"
+    print(f"  {target.name}: {size if fetched else 'already there'}")
+    print(f"to evaluate: python training/evaluate.py --inception {shlex.quote(str(target))} --model FILE --data FOLDER")
+
+
 def _bring_decoder(name: str, to: Path) -> None:
     required = decoder_needs(name, to)
     for need in required:
@@ -247,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="CONFIG",
         help=(
             f"YAML file, or one of {', '.join(sorted(f.stem for f in CONFIGS.glob('*.yaml')))}; or a feature decoder:"
-            f" {', '.join(DECODERS)}"
+            f" {', '.join(DECODERS)}; or {INCEPTION}, the weights for FID"
         ),
     )
     parser.add_argument(
@@ -259,6 +273,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--base", metavar="REPOSITORY", help="base model to fetch instead of the configuration's")
     args = parser.parse_args(arguments)
+    if args.config == INCEPTION:
+        return _bring_inception(args.to.absolute())
     if args.config in DECODERS:
         return _bring_decoder(args.config, args.to.absolute())
     file = Path(args.config)

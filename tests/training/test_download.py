@@ -308,6 +308,34 @@ def test_the_released_decoders_go_with_the_backbones_that_open_them():
         assert backbone in BACKBONES.values() and name.split("-")[1] in repository and name.split("-")[2] in backbone
 
 
+def test_inceptions_weights_come_checked_and_an_interrupted_fetch_goes_on(server, tmp_path, monkeypatch, capsys):
+    data = random.Random(0).randbytes(50_000)
+    name = f"weights-inception-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    server.repositories["somebody/releases"] = {name: data}
+    monkeypatch.setattr(download, "URL", f"{server.url}/somebody/releases/store/{name}")
+    command, target = ["inception", "--to", str(tmp_path)], tmp_path / "inception" / name
+    server.corrupt = True
+    with pytest.raises(FeatInvError, match="another checksum than its name states; it was deleted"):
+        download.main(command)
+    assert not on_disk(tmp_path)
+    server.corrupt, server.cut = False, 20_000
+    download.main(command)
+    assert target.read_bytes() == data and f"--inception {target}" in capsys.readouterr().out
+    assert (f"/somebody/releases/store/{name}", "bytes=20000-") in fetched(server)
+    assert {sent for _, _, sent in server.asked} == {None}  # the hub's token is not for others
+
+    server.asked.clear()
+    download.main(command)
+    assert "already there" in capsys.readouterr().out and not server.asked
+    target.write_bytes(b"my own file")
+    with pytest.raises(FeatInvError, match="move it away"):
+        download.main(command)
+    assert target.read_bytes() == b"my own file"
+    monkeypatch.setattr(download, "URL", f"http://127.0.0.1:1/other-{'0' * 8}.pth")
+    with pytest.raises(FeatInvError, match="127.0.0.1:1/other.* could not be fetched .*check the network"):
+        download.main(command)
+
+
 def test_a_full_disk(server, fetch, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2e9, 2e9, 0))

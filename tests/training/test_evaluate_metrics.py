@@ -5,15 +5,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.linalg import sqrtm
+from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.metrics import frechet_distance
 from featinv_nodes.worlds import open_backbone
 from training.evaluation import metrics
+from training.evaluation.context import EvalContext, ModelSpec
 from training.evaluation.evaluator import Evaluator, Features
+from training.evaluation.inception import Inception
 from training.evaluation.metrics import kid, mean_entry, set_entries
-from training.evaluation.spaces import Inception
+from training.evaluation.sources import open_source
 
 SOURCE = FeatureSource("net", "last", False, 5, (2, 3), (8, 8), (0.0,) * 3, (1.0,) * 3)
 
@@ -130,7 +134,10 @@ def test_kid_of_many_vectors_is_the_published_mean_over_subsets(monkeypatch):
 
 
 def test_inceptions_file_is_named_when_it_cannot_be_used(tmp_path):
-    with pytest.raises(FeatInvError, match="no such file"):
+    with pytest.raises(
+        FeatInvError,
+        match="no such file. python3 run.py download inception .* https://github.com/toshas/torch-fidelity",
+    ):
         Inception(tmp_path / "none.pth")
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(FeatInvError, match="does not hold"):
@@ -140,10 +147,23 @@ def test_inceptions_file_is_named_when_it_cannot_be_used(tmp_path):
         Inception(tmp_path / "foreign.pth")
 
 
+def test_inception_sees_the_bytes_that_a_png_file_of_the_picture_has(tmp_path):  # as torch-fidelity reads folders
+    inception, picture = object.__new__(Inception), torch.rand(1, 3, 8, 9, generator=torch.Generator().manual_seed(0))
+    inception._network, inception._device = lambda seen: (seen,), "cpu"
+    Image.fromarray((picture[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    dataset = ImagesPathDataset([str(tmp_path / "a.png")], TransformPILtoRGBTensor())
+    assert torch.equal(inception(picture)[0], dataset[0].float())
+
+
 def test_without_torch_fidelity_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.metric_kid", None)
-    for needs in (lambda: Inception(tmp_path / "none.pth"), lambda: set_entries("net", vectors(0, 9), vectors(1, 9))):
+    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
+    context = EvalContext(open_source("drawn", 9))
+    for needs in (
+        lambda: Inception(tmp_path / "none.pth"),
+        lambda: set_entries("net", vectors(0, 9), vectors(1, 9)),
+        lambda: context.spaces(ModelSpec("tiny_cnn_last")),  # before any picture is drawn
+    ):
         with pytest.raises(FeatInvError, match="pip install torch-fidelity"):
             needs()
 

@@ -14,7 +14,7 @@ from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import read_info
-from featinv_nodes.worlds import model_file
+from featinv_nodes.worlds import model_file, open_backbone
 from featinv_nodes.worlds.drawn import FOLDER
 from training import evaluate
 from training.evaluation.evaluator import Evaluator, deepest
@@ -44,12 +44,14 @@ def test_intervals_of_few_pictures_are_marked_and_one_picture_has_none():
 
 
 def test_every_report_says_how_its_figures_were_made(tmp_path):
-    result, text = run(tmp_path, "--suite", "quality", "--seed", "3", "--strength", "0.5", count=1)
+    options = ["--suite", "quality", "--seed", "3", "--strength", "0.5", "--space", "tiny-vit"]
+    result, text = run(tmp_path, *options, count=1)
     page = html.unescape((tmp_path / "index.html").read_text())
-    command = "python training/evaluate.py --steps 1 --strength 0.5 --gradient 0.0 --count 1 --seed 3"
+    command = "python training/evaluate.py --steps 1 --strength 0.5 --gradient 0.0 --count 1 --seed 3 --space tiny-vit"
     assert result["command"] == command and result["count"] == 1 and result["data"] == "drawn"
     assert result["seeds"] == "picture number + 3" and result["digests"]["tiny_cnn_last"]
-    said = ["1 pictures", "drawn", "picture number + 3", "strength 0.5", result["digests"]["tiny_cnn_last"], command]
+    assert result["digests"]["space tiny-vit"] == open_backbone("tiny-vit").weights
+    said = ["1 picture", "drawn", "picture number + 3", "strength 0.5", result["digests"]["tiny_cnn_last"], command]
     said += ["64 x 64 pixels, bicubic, antialiased"]
     assert [words for words in said if words not in text or words not in page] == []
     assert result["reconstruction"]["cosine"]["low"] is None and "(-)" in text and "one picture has no interval" in text

@@ -13,13 +13,15 @@ from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.worlds import model_file, open_backbone
 
-from ..models.pipeline import ATTEMPT, InversionPipeline, allow_other_weights, load_pipeline
+from ..models.pipeline import ATTEMPT, UNKNOWN, InversionPipeline, allow_other_weights, load_pipeline
 from ..models.sampling import round_trip
 from . import paper
 from .evaluator import Columns, Evaluator
+from .inception import Inception
+from .metrics import FEWEST, require_kid
 from .shards import Condition, Table
 from .sources import Originals, Source
-from .spaces import RESIZE, Inception, Space, TimmSpace, scaled
+from .spaces import RESIZE, Space, TimmSpace, scaled
 
 ORIGINAL, UNCONDITIONAL, ROUND_TRIP = (
     "original",
@@ -143,11 +145,28 @@ class EvalContext:
         return self.side or self._resolutions[spec]
 
     def spaces(self, spec: ModelSpec) -> list[Space]:
-        """The named feature space, or the spec's own backbone; and Inception's where its file is given."""
+        """The named feature space, or the spec's own backbone; and Inception's where its file is given. Raises
+        FeatInvError where the pictures are enough to be compared as sets, and what does so is not installed."""
+        if len(self.source.names) >= FEWEST:
+            require_kid()
         if self.space and self._space is None:
             self._space = open_backbone(self.space, self.space_weights, run_code=True).to(self.device)
         own = self._space or self.backbone(spec)
         return [TimmSpace(own), *([self._inception] if self.inception else [])]
+
+    def judges(self) -> dict[str, str]:
+        """The digests of the models that are open beside those of the specs: of --space, of Inception and of
+        independent evaluators."""
+        named = {
+            f"backbone {key[0]}": backbone.weights
+            for key, backbone in self._backbones.items()
+            if key[1:] == (None, None)
+        }
+        if self._space:
+            named[f"space {self.space}"] = self._space.weights
+        if self.inception:
+            named["Inception"] = self._inception.weights
+        return {name: weights or UNKNOWN for name, weights in named.items()}
 
     @cached_property
     def _inception(self) -> Inception:

@@ -7,6 +7,8 @@ KID (Binkowski et al. 2018); in any other they are not, and are named after the 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -57,14 +59,19 @@ def _around(value: float, resampled: Tensor, n: int) -> dict:
     return entry | ({"few": True} if n < FEW else {})
 
 
+def require_kid() -> None:
+    """Raises FeatInvError without torch-fidelity, by which KID is computed."""
+    if find_spec("torch_fidelity") is None:
+        raise FeatInvError("KID needs the package torch-fidelity: pip install torch-fidelity")
+
+
 def published_kid(a: Tensor, b: Tensor) -> float:
     """KID of two sets of vectors [N, D] as torch-fidelity computes it: the mean of the unbiased estimate over 100
     random subsets of 1000 vectors, or that of all where there are no more. Raises FeatInvError without torch-fidelity.
     """
-    try:
-        from torch_fidelity.metric_kid import kid_features_to_metric
-    except ImportError as error:
-        raise FeatInvError("KID needs the package torch-fidelity: pip install torch-fidelity") from error
+    require_kid()
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
     size = min(SUBSET, len(a), len(b))
     result = kid_features_to_metric(
         a.double(),

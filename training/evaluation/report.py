@@ -163,7 +163,7 @@ def how_made(about: dict) -> list[Grid]:
         f"{name} {sampled[name]}" for sampled in list(sampling.values())[:1] for name in fields if name not in differing
     )
     rows = {
-        "n": f"{about['count']} pictures",
+        "n": f"{about['count']} picture{'s' * (about['count'] != 1)}",
         "data": about.get("data"),
         "seeds": about.get("seeds"),
         "sampling": common,

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import LAST, Backbone
-from featinv_nodes.core.checkpoints import read_checkpoint
-from featinv_nodes.core.feature_map import FeatInvError
 
 from .evaluator import deepest
 
@@ -60,37 +56,3 @@ def scaled(pictures: Tensor, side: int, resize: str = RESIZE) -> Tensor:
     if tuple(pictures.shape[2:]) == (side, side):
         return pictures
     return F.interpolate(pictures.float(), (side, side), mode=resize, antialias=True).clamp(0, 1)
-
-
-class Inception:
-    """The 2048 channels that FID and KID are defined on: torch-fidelity's Inception v3 at weights from a local file."""
-
-    name, side = "Inception", None
-
-    def __init__(self, file: str | Path, device: torch.device | str = "cpu") -> None:
-        """Raises FeatInvError where torch-fidelity is not installed, and for a file that is missing or another
-        network's."""
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise FeatInvError("--inception needs the package torch-fidelity: pip install torch-fidelity") from error
-        if not Path(file).is_file():
-            raise FeatInvError(
-                f"--inception {file}: there is no such file; torch-fidelity's releases have it as"
-                " weights-inception-2015-12-05-6726825d.pth"
-            )
-        if read_checkpoint(file).replaced:  # torch-fidelity itself would run whatever code the file holds
-            raise FeatInvError(f"--inception {file} holds objects besides tensors, and is not torch-fidelity's file")
-        try:
-            self._network = FeatureExtractorInceptionV3(
-                "inception", ["2048"], feature_extractor_weights_path=str(file)
-            ).to(device)
-        except RuntimeError as error:
-            raise FeatInvError(
-                f"--inception {file} does not hold torch-fidelity's Inception v3: {str(error)[:300]}"
-            ) from error
-        self._device = device
-
-    @torch.inference_mode()
-    def __call__(self, pictures: Tensor) -> Tensor:
-        return self._network((pictures * 255).round().byte().to(self._device))[0].float().cpu()

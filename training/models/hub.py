@@ -42,10 +42,7 @@ class HubFile:
         if not file.is_file() or file.stat().st_size != self.size:
             return False
         digest = hashlib.sha256() if len(self.checksum) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest() == self.checksum
+        return _read_into(digest, file) == self.checksum
 
 
 class Repository:
@@ -83,6 +80,45 @@ class Repository:
                 f"{self.name}: {file.name} arrived with another checksum than the hub states; it was deleted, try again"
             )
         os.replace(part, target)
+
+
+def fetch_release(url: str, target: Path) -> bool:
+    """Fetches a file outside the hub whose name ends with the first digits of its SHA-256 (NAME-DIGITS.pth), whole or
+    not at all, as Repository.fetch does. A file that is there is checked and never replaced. Returns whether anything
+    was fetched.
+
+    Raises FeatInvError without an answer, and for a file of another checksum.
+    """
+    digits = target.stem.rpartition("-")[2]
+    if target.exists():
+        if not _read_into(hashlib.sha256(), target).startswith(digits):
+            raise FeatInvError(f"{target} is not the file that its name says; move it away, and try again")
+        return False
+    part = target.with_name(f"{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not part.is_file() or not _read_into(hashlib.sha256(), part).startswith(digits):
+            with part.open("ab") as stream:
+                http_get(url, stream, resume_size=stream.tell(), displayed_filename=target.name)
+    except ERRORS as error:
+        about = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Unreachable(
+            f"{url} could not be fetched ({about}): check the network and the space in {target.parent}, and try again;"
+            " what has arrived is kept"
+        ) from error
+    if not _read_into(hashlib.sha256(), part).startswith(digits):
+        part.unlink()
+        raise FeatInvError(f"{url} arrived with another checksum than its name states; it was deleted, try again")
+    os.replace(part, target)
+    return True
+
+
+def _read_into(digest: hashlib._Hash, file: Path) -> str:
+    """The hexadecimal digest of a file's content, after what the digest has seen already."""
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
