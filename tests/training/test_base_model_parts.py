@@ -107,6 +107,15 @@ def test_only_noise_and_velocity_on_a_known_schedule_are_accepted(folder, schedu
     assert torch.allclose(own.alphas_cumprod, scheduler.alphas_cumprod)
 
 
+@pytest.mark.parametrize("part", FILES)
+def test_weights_that_are_not_finite_are_refused(folder, part):
+    file = folder / part / FILES[part]
+    state = load_file(file)
+    name = sorted(state)[3]
+    save_file(state | {name: state[name] * torch.nan}, file, {"format": "pt"})
+    refused(folder, "NaN or infinite values", "embedding of" if part == "text_encoder" else name)
+
+
 def test_an_older_folder_that_states_no_prediction_predicts_noise(folder):
     change(folder / "scheduler/scheduler_config.json", prediction_type=None, _class_name="PNDMScheduler")
     assert load_base(folder, PROMPT).scheduler.config.prediction_type == "epsilon"

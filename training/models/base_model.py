@@ -18,6 +18,7 @@ from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.worlds import find_world
 
 from . import parts, stable_diffusion
+from .official import require_finite
 
 #: names of single files of Stable Diffusion
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
@@ -103,7 +104,7 @@ def load_base(path: str | Path, prompt: str) -> BaseModel:
     text_encoder/ and tokenizer/ or prompts.safetensors, which holds an embedding per prompt), in any variant; a single
     file of Stable Diffusion 1.x, by SUFFIXES; or a repository in the hub's cache, owner/name, or owner/name/FILE for a
     single file. The text encoder is used once and let go. Raises FeatInvError for what is none of these, lacks a part
-    or a tensor, is another architecture, or predicts neither noise nor velocity.
+    or a tensor, has values that are not finite, is another architecture, or predicts neither noise nor velocity.
     """
     world = find_world(str(path))
     found = world.base_folder if world else find_base(str(path))
@@ -121,6 +122,9 @@ def load_base(path: str | Path, prompt: str) -> BaseModel:
         )
     if not isinstance(c.sample_size, int):
         raise FeatInvError(f"base model {path} has sample_size {c.sample_size}; expected the side of its latents")
+    for module in (unet, vae):
+        require_finite(module.state_dict(), f"base model {path}, {type(module).__name__},")
+    require_finite({f"the embedding of {words!r}": value for words, value in text.items()}, f"base model {path}")
     for module in (unet, vae):
         module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return BaseModel(str(path), unet, vae, scheduler, text, digest(unet))

@@ -229,10 +229,11 @@ def _read_safetensors(file: Path) -> dict[str, Tensor | None]:
 def require_finite(tensors: Mapping[str, Tensor], file: str | Path) -> None:
     """Raises FeatInvError, naming up to eight tensors, for NaN and infinite values: a model that holds them draws
     nothing, and training that met them has failed."""
-    wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+    suspects = [name for name, value in tensors.items() if not value.sum(dtype=torch.float32).isfinite()]  # fast
+    wrong = [name for name in suspects if not tensors[name].isfinite().all()]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise FeatInvError(
-            f"{file} holds NaN or infinite values in {', '.join(wrong[:8])}{more}; its training failed. Give an earlier"
-            " checkpoint"
+            f"{file} holds NaN or infinite values in {', '.join(wrong[:8])}{more}; its training failed, or it is"
+            " damaged. Give an earlier checkpoint, or copy it again"
         )
