@@ -42,14 +42,14 @@ from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.backbones import LAST, MODULE
 from featinv_nodes.core.encoders import build_encoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
-from featinv_nodes.core.files import write_safetensors
+from featinv_nodes.core.files import require_finite, write_safetensors
 from featinv_nodes.core.guidance import NEGATIVES
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import ENCODER_PREFIX, InversionInfo, load_inversion, save_inversion
 from featinv_nodes.worlds import BACKBONES, model_file, open_backbone
 from training.cli import run
 from training.files import make_folder, write_text
-from training.models.official import CONTROL, from_official, read_official, require_finite, to_official
+from training.models.official import CONTROL, from_official, read_official, to_official
 from training.models.stable_diffusion import PROMPT
 from training.models.timm_folder import write_timm_folder
 

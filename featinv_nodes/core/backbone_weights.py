@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .checkpoints import SUFFIXES, Checkpoint, read_checkpoint
 from .digests import digest
 from .errors import FeatInvError
-from .files import read_weights
+from .files import read_weights, require_finite
 from .transformers_weights import from_transformers
 
 #: what a timm-hub folder's weights are called, the first that is there
@@ -79,19 +79,20 @@ def is_square(count: int) -> bool:
 def fill(model: nn.Module, name: str, file: Path) -> str:
     """Puts the weights of a file, under timm's names or those of transformers, into a model called `name`; returns the
     digest of the weights under timm's names, which is the same at every input size. Raises FeatInvError as
-    read_backbone_weights does, and for tensors that are missing, unexpected or misshapen."""
+    read_backbone_weights does, and for tensors that are missing, unexpected, misshapen or not finite."""
     expected = model.state_dict()
     stored: Mapping[str, Tensor] = read_backbone_weights(file)
     state = from_transformers(stored) or without_prefix(stored, expected)
     fitted = at_grid(model, state)
     try:
         model.load_state_dict(fitted, strict=True)
-        return digest(state)
     except RuntimeError as error:
         raise FeatInvError(
             f"{file} does not fit {name}: {misfits(expected, fitted)}. Give the weights of this model, or the name they"
             " were made for. With classes of your own, make a timm-hub folder of it: training/convert.py --to timm"
         ) from error
+    require_finite(dict(model.named_parameters()), file)  # of a head that gives NaN, every picture is of one class
+    return digest(state)
 
 
 def misfits(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> str:

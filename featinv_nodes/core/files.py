@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,6 +99,19 @@ def as_float(value: Tensor, name: str, file: str | Path) -> Tensor:
     if not value.isfinite().all():
         raise FeatInvError(f"{file}: the tensor {name!r} holds NaN or infinite values; write the file again")
     return value
+
+
+def require_finite(tensors: Mapping[str, Tensor], file: str | Path) -> None:
+    """Raises FeatInvError, naming up to eight tensors, for NaN and infinite values: a model that holds them draws
+    nothing, and training that met them has failed."""
+    suspects = [name for name, value in tensors.items() if not value.sum(dtype=torch.float32).isfinite()]  # fast
+    wrong = [name for name in suspects if not tensors[name].isfinite().all()]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise FeatInvError(
+            f"{file} holds NaN or infinite values in {', '.join(wrong[:8])}{more}; its training failed, or it is"
+            " damaged. Give an earlier checkpoint, or copy it again"
+        )
 
 
 def _widened(value: Tensor, name: str, file: str | Path) -> Tensor:

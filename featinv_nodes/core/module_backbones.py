@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .backbones import LAST, MODULE, Backbone, LastMap
 from .digests import digest
 from .feature_map import FeatInvError
+from .files import require_finite
 
 FORMS = ("NCHW", "NHWC", "NLC")
 
@@ -189,6 +190,7 @@ def load_module_backbone(
         raise FeatInvError(f"{name} could not be opened ({type(error).__name__}: {reason})") from error
     if not isinstance(made, ModuleBackbone):
         raise FeatInvError(f"{name} returned a {type(made).__name__}; expected a ModuleBackbone")
+    require_finite(dict(made.model.named_parameters()), f"the model of {name}")
     made.weights = digest(made.model)
     return made
 

@@ -44,6 +44,13 @@ def test_weights_in_any_common_wrapping_open(tmp_path, state, name):
     assert same(load_backbone(NAME, tmp_path / name), state)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path, state):
+    head = "fc.weight"  # no map shows it, and each of its logits is NaN: every picture would match
+    save_file(state | {head: state[head] * torch.nan}, tmp_path / "nan.safetensors")
+    with pytest.raises(FeatInvError, match=f"NaN or infinite values in {head}"):
+        load_backbone(NAME, tmp_path / "nan.safetensors")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_a_hub_folder_opens_with_either_kind_of_weights(tmp_path, state, file):
     save_file(state, tmp_path / file) if file.endswith("safetensors") else torch.save(state, tmp_path / file)

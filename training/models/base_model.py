@@ -13,12 +13,11 @@ from torch import Tensor
 
 from featinv_nodes.core.digests import digest
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import HUB
+from featinv_nodes.core.files import HUB, require_finite
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.worlds import find_world
 
 from . import parts, stable_diffusion
-from .official import require_finite
 
 #: names of single files of Stable Diffusion
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")

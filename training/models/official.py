@@ -224,16 +224,3 @@ def _read_safetensors(file: Path) -> dict[str, Tensor | None]:
         keys = list(handle.keys())
         chosen = [key for key in keys if key.startswith(CONTROL)]
         return {key: handle.get_tensor(key) for key in chosen} or dict.fromkeys(keys)
-
-
-def require_finite(tensors: Mapping[str, Tensor], file: str | Path) -> None:
-    """Raises FeatInvError, naming up to eight tensors, for NaN and infinite values: a model that holds them draws
-    nothing, and training that met them has failed."""
-    suspects = [name for name, value in tensors.items() if not value.sum(dtype=torch.float32).isfinite()]  # fast
-    wrong = [name for name in suspects if not tensors[name].isfinite().all()]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise FeatInvError(
-            f"{file} holds NaN or infinite values in {', '.join(wrong[:8])}{more}; its training failed, or it is"
-            " damaged. Give an earlier checkpoint, or copy it again"
-        )

@@ -16,9 +16,7 @@ from featinv_nodes.core.backbone_weights import HUB_FILES, misfits, prefix_in, r
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.checkpoints import Checkpoint
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import require_name
-
-from .official import require_finite
+from featinv_nodes.core.files import require_finite, require_name
 
 #: entries in which trainers keep the classes' names
 NAMES = ("class_names", "classes", "label_names", "class_to_idx")
