@@ -17,6 +17,7 @@ from training.data import latent_cache
 from training.data.latent_cache import open_pictures
 from training.data.loader import loader
 from training.loop.objective import observe
+from training.loop.opening import check
 from training.loop.training import train
 from training.models.base_model import load_base
 
@@ -68,6 +69,13 @@ def test_batches_from_the_cache_are_those_without_it(parts, photographs, tmp_pat
                 assert torch.equal(finite, b.isfinite()) and torch.allclose(
                     a[finite], b[finite], rtol=2**-10, atol=2**-10
                 )  # fp16 has eleven bits
+
+
+def test_a_cache_serves_training_in_bfloat16_with_standardised_features(photographs, tmp_path, capsys):
+    own = config(tmp_path / "cache", data=photographs, precision="bf16", standardise="true")
+    cache.fill(own)
+    check(own, tmp_path / "run")
+    assert "checked: nothing was written\n" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 def test_training_from_the_cache_equals_training_without_it(photographs, tmp_path):

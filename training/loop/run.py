@@ -134,10 +134,9 @@ class Run:
             known = start_from(self.model, config.init_from, self.base)
             self.before, new = known or 0, known is None
         if new and config.standardise:
+            first = next(loader(self.pictures, 0, 256, 0, 1, 0))  # not under autocast, which stacks no float16
             with self.accelerator.autocast():
-                standardise(
-                    self.model, next(loader(self.pictures, 0, 256, 0, 1, 0)).tensors, self.backbone, config, self.device
-                )
+                standardise(self.model, first.tensors, self.backbone, config, self.device)
         self._resumed_from = file
         return state if file else None
 
