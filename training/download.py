@@ -8,10 +8,9 @@ folders.
 CONFIG: a YAML file, or the name of one in training/configs. Its backbone (a timm name) goes to DIR/backbones/NAME, its
 base model (owner/name of a Stable Diffusion 1.x repository in diffusers' layout) to DIR/diffusers/NAME; a single file
 (owner/name/FILE.safetensors or .ckpt), ComfyUI's usual form, to DIR/checkpoints. Embedded and local models need no
-download. A feature decoder goes to DIR/featinv_decoders/NAME, with its backbone.
-inception: the weights that FID and KID as published need (evaluate.py --inception), from torch-fidelity's release to
-DIR/inception. The same command continues an
-interrupted download. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.
+download. A feature decoder goes to DIR/featinv_decoders/NAME, with its backbone. inception: the weights that FID and
+KID as published need (evaluate.py --inception), from torch-fidelity's release to DIR/inception. The same command
+continues an interrupted download. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.
 """
 
 from __future__ import annotations
