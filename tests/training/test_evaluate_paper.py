@@ -82,6 +82,7 @@ def test_a_run_with_paper_says_what_still_differs(tmp_path, monkeypatch):
     drawn = result["sampling"]["reconstruction"]
     assert (drawn["guidance"], drawn["negative"], drawn["gradient"], drawn["steps"]) == (1.75, "text", 0.0, 1)
     assert result["sets"] == "compared at 64 x 64 pixels, bilinear, antialiased; the originals as JPEG"
+    assert "steps is 1 here; --paper sets 50." in text and "strength is" not in text
     assert "8 pictures of drawn; the paper's are the first ten of each class" in text
     assert "draws pictures of 64 pixels; the paper's, MiniSD, of 256" in text and "--paper" in result["command"]
 

@@ -130,7 +130,13 @@ class Suite:
             return []
         tested = next(iter(self.tested_models.values()))
         info, base = self.context.info(tested.spec), self.context.open(tested.spec).base
-        return paper.departures(info.source, base, count, self.args.data)
+        set_to = asdict(paper.sampling(info.source.pooled))
+        changed = [
+            f"{name} is {value} here; --paper sets {set_to[name]}."
+            for name, value in self.context.changes.items()
+            if value is not None and value != set_to[name]
+        ]
+        return changed + paper.departures(info.source, base, count, self.args.data)
 
     def sets(self) -> str:
         """How pictures are compared as sets, in words."""
