@@ -1,5 +1,6 @@
 """How the tests are shared out where several processes run them (pytest -n N)."""
 
+import gc
 import re
 from pathlib import Path
 
@@ -19,6 +20,8 @@ STARTED = {"test_browser": "browser", "test_runs": "browser"} | dict.fromkeys(
     ),
     "inside",
 )
+FORKING = ("test_evaluate", "test_never_loses_work", "test_options")  # files whose processes come from one that waits
+LONG = (*FORKING, "test_make_world", "test_train", "test_programs")  # files that take a minute or so
 
 
 def together(test: str) -> str:
@@ -27,7 +30,7 @@ def together(test: str) -> str:
     version = re.search(r"\[(\d+\.\d+\.\d+)", test)
     if file.parent.name == "host" and version:
         return f"{STARTED.get(file.stem, 'server')} of {version[1]}"
-    return str(file)
+    return "forking" if file.stem in FORKING else str(file)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -38,5 +41,14 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid: str) -> str:
             return together(nodeid)
 
-    config.option.loadscopereorder = False  # the longest tests are not those of the largest files
+    config.option.loadscopereorder = False  # what takes longest is not what has the most tests
     return Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long comes first, so that no process waits for another at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "host" and item.path.stem not in LONG)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what all the imports made stays, and need not be looked through again and again

@@ -23,6 +23,7 @@ SMALL = {
     "cycle": "0.0",
     "encoder_width": "16",
     "schedule": "constant",
+    "standardise": "false",
     "precision": "fp32",
     "warmup": "0",
     "ema": "0.9",

@@ -24,7 +24,7 @@ from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
 
-SMALL = killed.SMALL | {"max_images": "40", "save_every": "1000"}
+SMALL = killed.SMALL | {"max_images": "40", "save_every": "1000", "standardise": "true"}
 
 
 def here(folder, **changes):

@@ -68,7 +68,7 @@ def test_reconstruct_mixes_and_composes(scenes, tmp_path):
 @pytest.mark.parametrize("name", DRAWN.models)
 def test_shipped_models_are_far_above_their_floor(name):
     pipeline = load_pipeline(name)
-    pixel_values, counts = load_pictures(pipeline, "drawn", 16)
+    pixel_values, counts = load_pictures(pipeline, "drawn", 10)
     results, guided = (
         evaluate_in_memory(pipeline, pixel_values, pipeline.recommended(gradient=step), counts == 1)[0]
         for step in (0.0, None)
