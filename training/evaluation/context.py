@@ -154,7 +154,7 @@ class EvalContext:
         own = self._space or self.backbone(spec)
         return [TimmSpace(own), *([self._inception] if self.inception else [])]
 
-    def judges(self) -> dict[str, str]:
+    def further_digests(self) -> dict[str, str]:
         """The digests of the models that are open beside those of the specs: of --space, of Inception and of
         independent evaluators."""
         named = {

@@ -68,14 +68,14 @@ class Suite:
         return {tested.spec.model: model_file(tested.spec.model) for tested in self.tested_models.values()}
 
     def weight_digests(self) -> dict[str, str]:
-        """Digests of the backbones and base models that are open, and of what else judges, for the report. Raises
-        FeatInvError where they are not those that a file was made with, unless that is allowed."""
+        """Digests of the backbones and base models that are open and of the other networks that measure, for the
+        report. Raises FeatInvError where they are not those that a file was made with, unless that is allowed."""
         specs = [tested.spec for tested in self.tested_models.values()]
         return {
             f"{part} of {spec.model}": value
             for spec in dict.fromkeys(specs)
             for part, value in self.context.weights(spec)[0].items()
-        } | self.context.judges()
+        } | self.context.further_digests()
 
     def allowed(self) -> list[str]:
         """A sentence for each of them that is allowed though it is another than its file's."""
