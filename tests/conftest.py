@@ -21,7 +21,8 @@ STARTED = {"test_browser": "browser", "test_runs": "browser"} | dict.fromkeys(
     "inside",
 )
 FORKING = ("test_evaluate", "test_never_loses_work", "test_options")  # files whose processes come from one that waits
-LONG = (*FORKING, "test_make_world", "test_train", "test_programs")  # files that take a minute or so
+#: what takes longest, in this order
+LONGEST = ("browser", "inside", "server", "forking", "test_make_world", "test_train", "test_programs")
 
 
 def together(test: str) -> str:
@@ -47,7 +48,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(items):
     """What takes long comes first, so that no process waits for another at the end."""
-    items.sort(key=lambda item: item.path.parent.name != "host" and item.path.stem not in LONG)
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(Path(together(item.nodeid).partition(" of ")[0]).stem, len(rank)))
 
 
 def pytest_collection_finish():

@@ -10,6 +10,7 @@ import { basename, join } from "node:path";
 const require = createRequire(join(process.cwd(), "x.js"));
 const { chromium } = require(process.env.PLAYWRIGHT_CORE || "playwright-core");
 const [url, out, ...files] = process.argv.slice(2);
+const RUNS = /^(tiny|photo)_.*\.json$/; // which are queued: they need no download
 const HANG = 600000; // milliseconds that only a page that hangs can take
 const NODES = () => window.app?.graph && window.app.canvas && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100;
 mkdirSync(out, { recursive: true });
@@ -109,10 +110,10 @@ const found = {};
 for (const file of files) {
   await open(file);
   found[basename(file)] = { ...(await look()), opened: await boxes(), trouble: [...trouble] };
-  await picture(file);
+  if (!RUNS.test(basename(file))) await picture(file);
 }
 // all are run after all were opened: the newest host covers a corner for some seconds with its word that a job is done
-for (const file of files.filter((f) => /^(tiny|photo)_.*\.json$/.test(basename(f)))) {
+for (const file of files.filter((f) => RUNS.test(basename(f)))) {
   await open(file);
   const ran = await queue(), state = found[basename(file)];
   await settled();

@@ -43,6 +43,12 @@ def server(host, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def info(server):
+    """The schemas of all nodes."""
+    return server.get("/object_info")
+
+
+@pytest.fixture(scope="session")
 def seen(host, tmp_path_factory):
     """What the browser reports of every workflow."""
     return browser.look(host, tmp_path_factory.mktemp(f"browser-{host.version}"))
@@ -55,6 +61,6 @@ def outputs(host, request):
         seen = request.getfixturevalue("seen")
         return {Path(file).stem: state["outputs"] for file, state in seen.items() if "outputs" in state}
     server = request.getfixturevalue("server")
-    info = server.get("/object_info")
+    info = request.getfixturevalue("info")
     files = [file for file in browser.FOLDER.glob("*.json") if file.stem.startswith(EMBEDDED)]
     return {file.stem: server.run(to_prompt(json.loads(file.read_text()), info)) for file in files}

@@ -13,7 +13,7 @@ def memory(world: World) -> dict:
     """Live tensors after 3 and after 20 runs with changing features."""
     result = {}
     for number in range(1, 21):
-        world.draw(world.apply(features=world.extract(3 * number, 3)))
+        world.draw(world.apply(features=world.extract(3 * number, 3)), steps=2)
         if number in (3, 20):
             gc.collect()
             result[str(number)] = sum(1 for o in gc.get_objects() if type(o) is torch.Tensor)

@@ -124,7 +124,7 @@ def eight_bits(world: World) -> dict:
 def photo(world: World) -> dict:
     FOLDER.mkdir(parents=True, exist_ok=True)
     return {
-        "parity": {name: parity(name) for name in WORLDS["photo"].models},
+        "parity": {name: parity(name) for name in ("photo_lite0_blocks4", "photo_lite0_pooled")},
         "latents": {name: latents(name) for name in WORLDS},
         "eight_bits": eight_bits(world),
     }

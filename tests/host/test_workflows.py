@@ -22,9 +22,8 @@ def id_of(path):
 
 
 @pytest.mark.parametrize("file", FILES, ids=id_of)
-def test_is_what_its_source_builds(server, file):
+def test_is_what_its_source_builds(info, file):
     """The frontend's form, read as the frontend reads it, is the graph that was meant: none has gone stale."""
-    info = server.get("/object_info")
     workflow = json.loads(file.read_text())
     result, meant = to_prompt(workflow, info), graphs()[file.stem].prompt()
     assert result.keys() == meant.keys()
@@ -37,17 +36,17 @@ def test_is_what_its_source_builds(server, file):
 
 
 @pytest.mark.parametrize("file", PICTURED, ids=id_of)
-def test_the_picture_carries_the_workflow(server, file):
+def test_the_picture_carries_the_workflow(info, file):
     with Image.open(file.with_suffix(".png")) as picture:
         assert json.loads(picture.text["workflow"]) == json.loads(file.read_text())
-        assert json.loads(picture.text["prompt"]) == to_prompt(json.loads(file.read_text()), server.get("/object_info"))
+        assert json.loads(picture.text["prompt"]) == to_prompt(json.loads(file.read_text()), info)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f not in EMBEDDED], ids=id_of)
-def test_only_files_are_missing_for_the_others(server, file):
+def test_only_files_are_missing_for_the_others(server, info, file):
     """A fresh host refuses the workflows of real models for their files alone; each download names its folder."""
     workflow = json.loads(file.read_text())
-    _, answer = server.post("/prompt", {"prompt": to_prompt(workflow, server.get("/object_info"))})
+    _, answer = server.post("/prompt", {"prompt": to_prompt(workflow, info)})
     wrong = [
         (error["type"], error["extra_info"].get("input_name"))
         for node in answer["node_errors"].values()
