@@ -18,8 +18,7 @@ Progress = Callable[[int, int], object]  # steps done, of how many; may raise, a
 Result = TypeVar("Result")
 
 EVERY = 0.1  # seconds
-#: layers that a graphics card may be told to compute before it is waited for: of a real decoder's some hundredths of a
-#: second, and work enough for waiting to cost nothing
+#: layers that a graphics card may be told to compute before it is waited for
 AHEAD = 8
 
 

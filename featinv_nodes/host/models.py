@@ -128,7 +128,6 @@ class ManagedBackbone:
         self.backbone = backbone
         self.patcher = managed(backbone)
         ask_after_layers(backbone, stop_if_cancelled)
-
         self._kept: dict[str, int] = {}
 
     @property
