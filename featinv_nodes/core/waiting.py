@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from itertools import count
 from threading import Thread
+from time import perf_counter
 from typing import TypeVar
 
 import torch
@@ -18,8 +18,8 @@ Progress = Callable[[int, int], object]  # steps done, of how many; may raise, a
 Result = TypeVar("Result")
 
 EVERY = 0.1  # seconds
-#: layers that a graphics card may be told to compute before it is waited for
-AHEAD = 8
+#: seconds that a program may give a graphics card orders before it waits for it
+AHEAD = 0.05
 
 
 def unchecked(*_: int) -> None:
@@ -52,17 +52,19 @@ def attended(call: Callable[[], Result], check: Check) -> Result:
 
 
 def ask_after_layers(module: nn.Module, check: Check) -> list[RemovableHandle]:
-    """Hooks that call check() after each of a module's layers, and on the way back before each layer's gradient.
+    """Hooks that call check() after each layer with weights of its own, and on the way back before its gradient.
 
-    A graphics card takes orders for whole passes in advance and cannot be made to drop them: so every AHEAD layers they
-    wait until it has computed what it was told. They also let a program notice Ctrl-C, which a whole gradient would
-    otherwise hold up.
+    A graphics card takes orders for whole passes in advance and cannot be made to drop them: so once in AHEAD seconds
+    they wait until it has computed what it was told. They also let a program notice Ctrl-C, which a whole gradient
+    would otherwise hold up.
     """
-    passed = count(1)
+    waited = perf_counter()
 
     def ask(values: Tensor) -> None:
-        if next(passed) % AHEAD == 0 and values.numel():
+        nonlocal waited
+        if perf_counter() - waited >= AHEAD and values.numel():
             values.detach()[(0,) * values.ndim].item()  # waits, on any kind of device
+            waited = perf_counter()
         check()
 
     def after(layer: nn.Module, inputs: tuple, output: object) -> None:
@@ -71,7 +73,8 @@ def ask_after_layers(module: nn.Module, check: Check) -> list[RemovableHandle]:
             if output.requires_grad:
                 output.register_hook(ask)
 
-    return [layer.register_forward_hook(after) for layer in module.modules()]
+    layers = [layer for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None]
+    return [layer.register_forward_hook(after) for layer in layers]
 
 
 @contextmanager

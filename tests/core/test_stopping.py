@@ -151,3 +151,18 @@ def test_slopes_ask_for_each_concept(monkeypatch):
         lambda check: measure_slopes(change, torch.rand(6, 3, 4, 4), change.paired(2), check), monkeypatch
     )
     assert calls >= 2 * 3 * CHANNELS
+
+
+def test_a_device_is_waited_for_once_in_a_while_forth_and_back(monkeypatch):
+    """A graphics card cannot be cancelled in what it was told to compute; waiting for it at each layer would cost."""
+    now, waits, item, asked = [0.0], [], torch.Tensor.item, []
+    monkeypatch.setattr(waiting, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.Tensor, "item", lambda values: waits.append(1) or item(values))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.Linear(4, 5), torch.nn.Linear(5, 6))
+    with waiting.cancellable(lambda: asked.append(len(waits)), model):  # at each layer: how often it was waited for
+        model(torch.randn(2, 3)).sum().backward()
+        now[0] = waiting.AHEAD
+        result = model(torch.randn(2, 3))
+        now[0] *= 2
+        result.sum().backward()
+    assert asked == [0, 0, 0] * 2 + [1, 1, 1] + [2, 2, 2]

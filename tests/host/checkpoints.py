@@ -83,6 +83,11 @@ def part(name: str):
     return sys.modules[f"pack of any name.featinv_nodes.host.{name}"]
 
 
+def core(name: str):
+    """A module of the pack's core."""
+    return sys.modules[f"pack of any name.featinv_nodes.core.{name}"]
+
+
 def filled(module: torch.nn.Module) -> None:
     """Random numbers in what starts at zero or is never initialised by the host."""
     for name, p in module.named_parameters():
@@ -193,9 +198,9 @@ def cancelled(checkpoint: Checkpoint) -> dict:
     backbone, decoding = checkpoint.world.backbone.backbone, part("decoding").Decoding
     unet, decoder = checkpoint.model.model.diffusion_model, checkpoint.vae.first_stage_model.decoder
     places = {
-        "model": (unet, unet.middle_block[0].out_layers),
+        "model": (unet, unet.middle_block[0].out_layers[-1]),
         "decoder": (decoder, decoder.mid.block_2.conv1),
-        "backbone": (backbone, backbone.model.layer3),
+        "backbone": (backbone, backbone.model.layer3[0].conv2),
     }
     draw, plan, result = partial(checkpoint.draw, moves=1, recurrence=1), decoding.plan, {}
     before = state(unet, checkpoint.vae.first_stage_model, backbone)
@@ -224,8 +229,8 @@ def cancelled_with_a_controlnet(world: World) -> list:
     draw = partial(world.draw, world.apply(), steps=2)
     try:
         return [
-            cancelled_at(draw, unet, unet.middle_block[0].out_layers, back=False),
-            cancelled_at(draw, backbone, backbone.model.layer3, back=True),
+            cancelled_at(draw, unet, unet.middle_block[0].out_layers[-1], back=False),
+            cancelled_at(draw, backbone, backbone.model.layer3[0].conv2, back=True),
         ]
     finally:
         world.model = plain
@@ -233,7 +238,7 @@ def cancelled_with_a_controlnet(world: World) -> list:
 
 def cancelled_at(draw: Callable, module: torch.nn.Module, layer: torch.nn.Module, back: bool) -> tuple[str, int]:
     """What ends a drawing that is cancelled when a module's layer has run, or its gradient has come, and how many of
-    the module's layers, or their gradients, follow."""
+    the module's layers with weights, or their gradients, follow."""
     seen = []
 
     def passed(where: torch.nn.Module, now: bool) -> None:
@@ -248,7 +253,7 @@ def cancelled_at(draw: Callable, module: torch.nn.Module, layer: torch.nn.Module
         if output.requires_grad:
             output.register_hook(lambda gradient: passed(where, True))
 
-    hooks = [m.register_forward_hook(forth) for m in module.modules() if not list(m.children()) or m is layer]
+    hooks = [m.register_forward_hook(forth) for m in module.modules() if list(m.parameters(recurse=False))]
     try:
         return error_of(draw), len(seen) - 1
     finally:
@@ -268,9 +273,11 @@ def state(*modules: torch.nn.Module) -> list:
 
 
 def ahead(checkpoint: Checkpoint) -> int:
-    """The most layers and gradients that a device is told to compute before it is waited for."""
+    """The most layers and gradients that a device is told to compute before it is waited for, where it is waited for as
+    often as can be."""
     backbone, decoder = checkpoint.world.backbone.backbone, checkpoint.vae.first_stage_model.decoder
-    counts, item = [0], torch.Tensor.item
+    counts, item, waiting = [0], torch.Tensor.item, core("waiting")
+    seconds, waiting.AHEAD = waiting.AHEAD, 0.0
 
     def waits(values: torch.Tensor) -> float:
         counts.append(0)
@@ -290,7 +297,7 @@ def ahead(checkpoint: Checkpoint) -> int:
     try:
         checkpoint.draw(moves=2, recurrence=1)
     finally:
-        torch.Tensor.item = item
+        torch.Tensor.item, waiting.AHEAD = item, seconds
         for hook in hooks:
             hook.remove()
     return max(counts)

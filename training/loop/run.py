@@ -26,6 +26,7 @@ from ..data.identity import what_changed
 from ..data.latent_cache import open_pictures
 from ..data.loader import loader
 from ..data.stream import states
+from ..models.channels_last import move
 from ..models.controlnet import FeatureControlNet
 from . import checkpoints, memory
 from .ema import update_average
@@ -93,7 +94,7 @@ class Run:
         self.base, self.backbone = open_frozen(config, self.device)
         self._weights = {"backbone": self.backbone.weights, "base model": self.base.weights}
         self.model = self._untrained()
-        self.model.to(self.device, memory_format=weights_layout(config, self.device))
+        move(self.model, self.device, memory_format=weights_layout(config, self.device))
         cast_frozen(config, self.base, self.backbone)
         if config.checkpointing:
             self.base.unet.enable_gradient_checkpointing()

@@ -18,6 +18,7 @@ from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.worlds import find_world
 
 from . import parts, stable_diffusion
+from .channels_last import move
 
 #: names of single files of Stable Diffusion
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
@@ -90,8 +91,8 @@ class BaseModel:
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModel:
-        self.unet.to(device, dtype, memory_format=torch.channels_last)
-        self.vae.to(device, dtype, memory_format=torch.channels_last)
+        move(self.unet, device, dtype)
+        move(self.vae, device, dtype)
         self.text = {prompt: value.to(device, dtype) for prompt, value in self.text.items()}
         return self
 

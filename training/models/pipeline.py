@@ -17,6 +17,7 @@ from featinv_nodes.core.weights import InversionInfo, read_info
 from featinv_nodes.worlds import World, find_world, model_file, open_backbone
 
 from .base_model import BaseModel, load_base
+from .channels_last import move
 from .controlnet import FeatureControlNet
 from .sampling import noise, sample
 
@@ -179,7 +180,7 @@ def load_pipeline(
             raise FeatInvError(f"{difference} Give the base model that it was trained on, with --base. {WAY}")
         allowed.append(ALLOWED + difference)
     model, _ = FeatureControlNet.load(file, frozen)
-    model.to(device, memory_format=torch.channels_last)
+    move(model, device)
     return InversionPipeline(info, frozen, source, model, digests, allowed)
 
 

@@ -28,7 +28,7 @@ from ..config import CONFIGS, TrainConfig
 from ..files import make_folder
 from ..loop.flops import step_gmac
 from ..loop.log import device_peak, peak_memory
-from ..models.group_norm import ChannelsLastGroupNorm, keep_channels_last
+from ..models.channels_last import ChannelsLastGroupNorm, geglu
 from ..models.pipeline import InversionPipeline
 from . import kernels, real_size
 from .concurrent import run_concurrently
@@ -98,6 +98,12 @@ class GpuBenchmark:
         parts = replace(self.parts, config=replace(self.config, compile=compiled))
         return real_size.our_step(parts, self.pictures(batch), ("moments",), graph)
 
+    def step_of_diffusers(self) -> Step:
+        """our_step with diffusers' own blocks."""
+        return real_size.our_step(
+            self.build_alone(), self.pictures(self.batch), ("moments",), self.graph, own_blocks=False
+        )
+
     @contextmanager
     def timed_step(self, what: str, batch: int, make: Callable[[], Step], repeats: int = 10) -> Iterator[Step]:
         """Makes a step, times it, and adds a row; the step is there in the block and gone after it."""
@@ -135,9 +141,10 @@ class GpuBenchmark:
             f"{parameters:.0f} M trained parameters; at least {self.gmac:.1f} GMAC per image and step; models built in"
             f" {built:.1f} s."
         )
-        self.time_step(
-            "one CUDA graph" if self.graph else "plain", self.batch, lambda: self.our_step(self.batch, self.graph)
-        )
+        for graph in dict.fromkeys((self.graph, False)):
+            self.time_step(
+                "one CUDA graph" if graph else "plain", self.batch, functools.partial(self.our_step, self.batch, graph)
+            )
 
     def upsampling(self) -> None:
         source = self.parts.model.source
@@ -165,7 +172,10 @@ class GpuBenchmark:
 
     def profile(self) -> None:
         with self.timed_step("plain", self.batch, lambda: self.our_step(self.batch), 3) as step:
-            profiled = kernels.kernels_of(step)
+            self.spent(kernels.kernels_of(step))
+
+    def spent(self, profiled: list[kernels.Kernel]) -> None:
+        """Adds the time by kind of kernel, and the costliest kernels."""
         total = sum(kernel.ms for kernel in profiled)
         self.page.text(f"{total:.1f} ms in all, {sum(kernel.calls for kernel in profiled)} calls.")
         for kind, ms in kernels.by_kind(profiled).items():
@@ -175,34 +185,41 @@ class GpuBenchmark:
                 **{"the costliest": kernel.name[:120], "calls": kernel.calls, "ms": kernel.ms, "kind": kernel.kind}
             )
 
-    def group_norm(self) -> None:
+    def blocks(self) -> None:
         channels, side = self.parts.base.unet.config.block_out_channels[0], self.parts.base.latent_size
-        x = (
-            torch.randn(self.batch, channels, side, side, device=self.device, dtype=torch.bfloat16)
-            .contiguous(memory_format=torch.channels_last)
-            .requires_grad_()
+        maps = torch.randn(self.batch, channels, side, side, device=self.device, dtype=torch.bfloat16)
+        tokens = torch.randn(self.batch, side**2, 8 * channels, device=self.device, dtype=torch.bfloat16)
+        norms = {kind.__name__: kind(32, channels).to(maps) for kind in (torch.nn.GroupNorm, ChannelsLastGroupNorm)}
+        self.compare(
+            "group normalisation and SiLU",
+            maps.contiguous(memory_format=torch.channels_last),
+            {
+                "torch": lambda x: F.silu(norms["GroupNorm"](x)),
+                "ours": lambda x: norms["ChannelsLastGroupNorm"](x, silu=True),
+            },
         )
-        plain = torch.nn.GroupNorm(32, channels).to(x)
-        expected, (expected_gradient,) = plain(x), torch.autograd.grad(plain(x).square().sum(), x)
-        for kind in (torch.nn.GroupNorm, ChannelsLastGroupNorm):
-            norm = kind(32, channels).to(x)
-            result, (gradient,) = norm(x), torch.autograd.grad(norm(x).square().sum(), x)
-            ms = 1000 * real_size.seconds(lambda: torch.autograd.grad(norm(x).sum(), x), 1 if self.small else 10)  # noqa: B023
+        self.compare("GEGLU", tokens, {"torch": lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]), "ours": geglu})
+        self.time_step("diffusers' own blocks", self.batch, self.step_of_diffusers)
+
+    def compare(self, what: str, x: Tensor, ways: dict[str, Callable[[Tensor], Tensor]]) -> None:
+        """Adds a row for each of two ways to calculate the same of x: its time, and how far the second is from the
+        first, relative to the largest value."""
+        x, expected = x.requires_grad_(), None
+        for name, way in ways.items():
+            result = way(x)
+            results = result, *torch.autograd.grad(result.square().sum(), x)
+            expected = expected or results
+            apart = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, expected)]
+            ms = 1000 * real_size.seconds(lambda: torch.autograd.grad(way(x).sum(), x), 1 if self.small else 10)  # noqa: B023
             self.page.row(
                 **{
-                    "group normalisation": kind.__name__,
-                    "map": f"{tuple(x.shape)} bf16",
+                    what: name,
+                    "of": f"{tuple(x.shape)} bf16",
                     "ms, forward and backward": ms,
-                    "largest difference": (result - expected).abs().max().item(),
-                    "of the gradient": (gradient - expected_gradient).abs().max().item(),
+                    "largest difference": apart[0],
+                    "of the gradient": apart[1],
                 }
             )
-        for part in (self.parts.base.unet, self.parts.model):
-            keep_channels_last(part)
-        try:
-            self.time_step("ChannelsLastGroupNorm", self.batch, lambda: self.our_step(self.batch, self.graph))
-        finally:
-            del self.parts  # the other parts measure torch's
 
     def step_large(self) -> None:
         self.time_step(
@@ -218,6 +235,12 @@ class GpuBenchmark:
 
     def sampling_long(self) -> None:
         self.draw(self.parts, self.steps[1])
+
+    def sampling_profile(self) -> None:
+        pipeline, features = self.pipeline(self.parts)
+        start = pipeline.noise(range(self.batch))
+        with real_size.in_precision(self.parts):
+            self.spent(kernels.kernels_of(lambda: pipeline.draw(features, Sampling(steps=2), start, self.batch)))
 
     def compiled(self) -> None:
         for graph in dict.fromkeys((self.graph, False)):
@@ -235,10 +258,8 @@ class GpuBenchmark:
 
     def sampling_float32(self) -> None:
         parts = self.build_alone()
-        parts.base.to(self.device)
-        for part in (parts.backbone, parts.model):
-            part.to(memory_format=torch.channels_last)
         parts = replace(parts, config=replace(self.config, precision="fp32"))
+        real_size.lay_out(parts, self.device)
         self.draw(parts, self.steps[0])
         self.draw_one_by_one(parts, self.steps[0])
 
@@ -346,7 +367,8 @@ PARTS = {
     "step_large": (GpuBenchmark.step_large, "Training step, large batch", 8),
     "sampling": (GpuBenchmark.sampling, "Sampling with guidance", 15),
     "sampling_long": (GpuBenchmark.sampling_long, "Sampling with guidance, more steps", 12),
-    "group_norm": (GpuBenchmark.group_norm, "Group normalisation in channels_last, a Triton kernel beside torch's", 30),
+    "sampling_profile": (GpuBenchmark.sampling_profile, "Where two steps of sampling and decoding spend their time", 8),
+    "blocks": (GpuBenchmark.blocks, "Blocks without copies between layouts, beside diffusers' own", 20),
     "released": (GpuBenchmark.released, "Training step, the released recipe", 12),
     "sampling_float32": (GpuBenchmark.sampling_float32, "Sampling with guidance, float32, as evaluate.py draws", 30),
     "memory": (GpuBenchmark.memory, "Memory of a step", 12),

@@ -26,6 +26,7 @@ from ..loop.graph import training_step
 from ..loop.objective import cast_frozen, moments_of, observe, sample_noise, training_loss
 from ..loop.optimizer import LARGEST_NORM, build_optimizer, fused_step, weights_layout
 from ..models.base_model import BaseModel
+from ..models.channels_last import keep_channels_last
 from ..models.controlnet import FeatureControlNet
 from ..models.flops import gmac_of
 from ..models.stable_diffusion import CLIP, SCHEDULE, UNET, VAE, build_text_encoder
@@ -124,11 +125,16 @@ def released_step(parts: Parts, pictures: Tensor) -> Step:
     return step
 
 
-def lay_out(parts: Parts, device: str) -> None:
-    """The parts in train.py's layouts for a device and in its precision, in place."""
-    parts.base.to(parts.base.unet.device)
-    parts.backbone.to(memory_format=torch.channels_last)
+def lay_out(parts: Parts, device: str, own_blocks: bool = True) -> None:
+    """The parts in train.py's layouts for a device and in its precision, in place. own_blocks: with those of
+    training.models.channels_last on a CUDA device, as train.py has them."""
+    models = (parts.base.unet, parts.base.vae, parts.model)
+    for part in (*models, parts.backbone):
+        part.to(memory_format=torch.channels_last)
     parts.model.to(memory_format=weights_layout(parts.config, device))
+    if own_blocks and device == "cuda":
+        for part in models:
+            keep_channels_last(part)
     cast_frozen(parts.config, parts.base, parts.backbone)
 
 
@@ -158,13 +164,14 @@ def our_step(
     cached: tuple[str, ...] = (),
     graph: bool = False,
     largest_norm: float = LARGEST_NORM,
+    own_blocks: bool = True,
 ) -> Step:
     """train.py's step on pictures [B, 3, h, w] in 0..1: frozen parts in bf16 where the precision is, train.py's
     layouts, fused optimizer, compiled where the configuration says so. cached: a value of CACHES. graph: the step as
-    one CUDA graph.
+    one CUDA graph. own_blocks: see lay_out.
     """
     p, device = parts, parts.base.unet.device.type
-    lay_out(p, device)
+    lay_out(p, device, own_blocks)
     optimizer = build_optimizer(p.model, p.config)
     target = F.interpolate(pictures, (p.base.resolution,) * 2, mode="bilinear", antialias=True)
     batch = {"pictures": pictures} | ({} if target.shape == pictures.shape else {"target": target})

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..config import TrainConfig
 from ..loop import memory
 from ..loop.flops import base_without_storage, without_storage
+from ..models.channels_last import ChannelsLastGroupNorm, FusedGEGLU
 from . import real_size
 from .real_size import Parts
 
@@ -56,18 +57,32 @@ class Peak(TorchDispatchMode):
         return outputs
 
 
-def normalise_as_on_cuda(module: nn.Module) -> None:
-    """In float32, as CUDA's autocast does it and the processor's does not."""
-    for norm in module.modules():
-        if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
-            norm.float().register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+class Kernel(torch.autograd.Function):
+    """The memory of a kernel that keeps its input, and writes its result and a gradient of its input's size."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, channels: int, dimension: int) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty_like(x.narrow(dimension, 0, channels))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return torch.empty_like(ctx.saved_tensors[0]), None, None
+
+
+def stand_in_for_kernels(module: nn.Module) -> None:
+    """Kernel where on a GPU one of training.models.triton_kernels runs."""
+    for part in module.modules():
+        if isinstance(part, ChannelsLastGroupNorm):
+            part.forward = lambda x, silu=False: Kernel.apply(x, x.shape[1], 1)
+        elif isinstance(part, FusedGEGLU):
+            part.forward = lambda x, proj=part.proj: Kernel.apply(proj(x), proj.out_features // 2, -1)
 
 
 def without_memory(config: TrainConfig) -> Parts:
     """The parts of a real-size configuration (Stable Diffusion 1.x), laid out as on a GPU, on the meta device."""
     parts = real_size.build(config, "meta")
     real_size.lay_out(parts, "cuda")
-    normalise_as_on_cuda(parts.model)
     return parts
 
 
@@ -79,6 +94,8 @@ def activation_gigabytes(parts: Parts, batch: int, checkpointing: bool) -> float
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = base_without_storage(parts.base, "cpu")
         backbone, model = (without_storage(part, "cpu") for part in (parts.backbone, parts.model))
+        for part in (base.unet, model):
+            stand_in_for_kernels(part)
         on_meta = replace(parts, base=base, backbone=backbone, model=model)
         if checkpointing:
             base.unet.enable_gradient_checkpointing()
