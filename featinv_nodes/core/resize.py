@@ -17,7 +17,7 @@ def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(x.shape[2:]) == tuple(size):
         return x
     rows, columns = (_weights(source, target, x.device) for source, target in zip(x.shape[2:], size))
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
             return (rows @ (x.float() @ columns.T)).to(x.dtype)
         wide = columns @ x.float().permute(0, 2, 3, 1)  # [B, h, W, C]
@@ -25,7 +25,7 @@ def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
         return tall.unflatten(2, wide.shape[2:]).permute(0, 3, 1, 2).to(x.dtype)
 
 
-def _without_autocast(device: str) -> AbstractContextManager:
+def without_autocast(device: str) -> AbstractContextManager:
     """Nothing where autocast is off or does not exist: torch refuses to turn it off on the meta device."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()

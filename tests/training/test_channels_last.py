@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from training.config import CONFIGS, read_config
+from training.loop.flops import step_gmac
 from training.models import channels_last
 from training.models.channels_last import keep_channels_last
 from training.models.stable_diffusion import VAE
@@ -58,6 +59,15 @@ def test_the_blocks_compute_what_diffusers_do():
     largest = max(gradient.abs().max() for gradient in their_gradients.values())
     for name, gradient in their_gradients.items():
         assert torch.allclose(gradients[name], gradient, rtol=1e-6, atol=1e-10 * largest), name
+
+
+def test_a_step_is_counted_the_same_on_tensors_without_storage():
+    """As each run and benchmark.py count it, before any step."""
+    config = read_config(CONFIGS / "convnext_last.yaml", {"backbone": "resnet10t", "input_size": "64"})
+    parts = real_size.build(replace(config, encoder_width=16), "cpu", SMALL)
+    before = step_gmac(parts.base, parts.backbone, parts.model, parts.config)
+    real_size.lay_out(parts, "cuda")
+    assert step_gmac(parts.base, parts.backbone, parts.model, parts.config) == pytest.approx(before, rel=1e-9)
 
 
 def test_every_block_of_stable_diffusion_is_replaced_and_weights_keep_their_names():

@@ -3,7 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from training.models.triton_kernels import GegluFunction, GroupNormFunction
+from training.models.geglu_kernels import GegluFunction
+from training.models.group_norm_kernels import GroupNormFunction
 
 CASES = [
     ((2, 12, 3, 5), 4, torch.float32),
@@ -11,6 +12,7 @@ CASES = [
     ((2, 8, 1, 1), 4, torch.float32),
     ((1, 80, 32, 32), 2, torch.float32),
     ((2, 12, 3, 5), 4, torch.bfloat16),
+    ((1, 96, 20, 20), 3, torch.float32),
 ]
 
 

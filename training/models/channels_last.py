@@ -19,6 +19,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from featinv_nodes.core.resize import without_autocast
+
 HAS_TRITON = find_spec("triton") is not None  # not on every system that has CUDA
 
 
@@ -37,7 +39,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         if not (laid_out and fusible(x)):
             y = super().forward(x)
             return F.silu(y) if silu else y
-        from .triton_kernels import GroupNormFunction
+        from .group_norm_kernels import GroupNormFunction
 
         return GroupNormFunction.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
 
@@ -46,7 +48,7 @@ class SameDtypeLayerNorm(nn.LayerNorm):
     """nn.LayerNorm whose result has its input's dtype, under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -68,7 +70,7 @@ def geglu(x: Tensor) -> Tensor:
     if not fusible(x):
         value, gate = x.chunk(2, -1)
         return value * F.gelu(gate)
-    from .triton_kernels import GegluFunction
+    from .geglu_kernels import GegluFunction
 
     return GegluFunction.apply(x)
 

@@ -71,7 +71,7 @@ class Kernel(torch.autograd.Function):
 
 
 def stand_in_for_kernels(module: nn.Module) -> None:
-    """Kernel where on a GPU one of training.models.triton_kernels runs."""
+    """Kernel where on a GPU one of training.models's kernels runs."""
     for part in module.modules():
         if isinstance(part, ChannelsLastGroupNorm):
             part.forward = lambda x, silu=False: Kernel.apply(x, x.shape[1], 1)
