@@ -140,7 +140,7 @@ class TrainConfig:
         "fp32, bf16 (also for the frozen weights), fp16, or auto: bf16 if the device computes in it, else fp32",
         "auto",
     )
-    compile: bool = option("use torch.compile: takes a minute, pays off in long runs", False)
+    compile: bool = option("use torch.compile: takes a minute, minutes for large models; pays off in long runs", False)
     graph: bool = option("run the whole step as one CUDA graph, for small models on one GPU", False)
     init_from: str | None = option(
         "weights file to start from: its ControlNet, and its encoder if it inverts the same features", None
