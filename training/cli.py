@@ -18,7 +18,7 @@ from featinv_nodes.core.guidance import NEGATIVES
 from featinv_nodes.core.sampling import SOLVERS, SPACINGS, Sampling
 from featinv_nodes.worlds import MODELS
 
-from .models.pipeline import InversionPipeline, load_pipeline
+from .models.pipeline import PRECISIONS, InversionPipeline, load_pipeline
 
 MODEL = "tiny_cnn_last"  # of every program, where none is named
 #: the settings of Sampling that are options of every program; without one the weights file's own holds
@@ -86,6 +86,15 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
             " same name; the results say so"
         ),
     )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help=(
+            "precision of the base model's U-Net and the ControlNet: fp32, or bf16, which is much faster on most GPUs;"
+            " autoencoder, backbone and encoder stay in fp32 (default fp32)"
+        ),
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(**defaults)
     return parser
@@ -103,7 +112,7 @@ def pipeline_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Inve
         )
     require_device(args.device)
     pipeline = load_pipeline(
-        args.model, args.base, args.backbone_weights, args.backbone, args.device, args.other_weights
+        args.model, args.base, args.backbone_weights, args.backbone, args.device, args.other_weights, args.precision
     )
     for difference in pipeline.allowed:
         print(difference, file=sys.stderr)

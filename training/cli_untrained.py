@@ -16,6 +16,7 @@ from featinv_nodes.worlds import WORLDS
 
 from .cli import SAMPLING, require_device
 from .cli_start import part_way_of
+from .models.pipeline import set_precision
 from .models.untrained import UntrainedPipeline, UntrainedSampling, load_untrained
 from .report import save_image, to_image
 
@@ -94,6 +95,7 @@ def untrained_from(args: argparse.Namespace) -> tuple[UntrainedPipeline, Untrain
         checkpointing=args.checkpointing,
         **chosen,
     )
+    set_precision(args.precision, pipeline.base)
     return pipeline, sampling
 
 

@@ -54,6 +54,12 @@ def in_own_precision(frozen: Frozen) -> Iterator[Callable[[Tensor], Tensor]]:
         yield lambda x: x.to(frozen.dtype)
 
 
+def prediction(unet: UNet, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """What the base model alone predicts [B, C, H, W]: e(x_t, t, text). Arguments as controlled_prediction's."""
+    with in_own_precision(unet) as own:
+        return unet(own(noisy), t, own(context)).sample
+
+
 def controlled_prediction(
     unet: UNet,
     controlnet: Callable[..., Any],

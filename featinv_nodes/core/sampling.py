@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import FeatInvError
 from .guidance import NEGATIVES, guidance_weights
-from .prediction import UNet, controlled_prediction, noised, predicted_clean, prediction_of
+from .prediction import UNet, controlled_prediction, noised, predicted_clean, prediction, prediction_of
 
 #: Solvers, all at the base model's own timesteps. ComfyUI's KSampler gives the pictures of the first two with samplers
 #: "ddim" and "dpmpp_2m" and scheduler "simple": second order in the logarithm of the signal-to-noise ratio but for the
@@ -166,8 +166,8 @@ def sample_latents(
         if controlnet is not None and hint is not None and sampling.controls(step):
             pred = controlled_prediction(unet, controlnet, branches, t, context, hint, sampling.strength)
         else:
-            pred = unet(branches, t, context).sample
-        pred = sum(weight * part for weight, part in zip(weights.values(), pred.split(len(x))))
+            pred = prediction(unet, branches, t, context)
+        pred = sum(weight * part for weight, part in zip(weights.values(), pred.float().split(len(x))))
         if toward is not None and sampling.moves(step):
             pred = prediction_of(solver, x, toward(predicted_clean(solver, x, pred, t)), t)
         x = solver.step(pred, t, x).prev_sample

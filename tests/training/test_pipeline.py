@@ -223,6 +223,19 @@ def test_round_trip_keeps_the_picture(base):
     assert -10 * error.log10() > 25  # dB; a broken decoder gives less than 15
 
 
+def test_in_bf16_the_diffusion_model_is_rounded_and_nothing_else(features):
+    """It draws nearly the same picture, with the gradient and alone."""
+    full, half = load_pipeline("tiny_cnn_last"), load_pipeline("tiny_cnn_last", precision="bf16")
+    cast = {half.base.unet.dtype, half.model.controlnet.dtype}
+    kept = {next(part.parameters()).dtype for part in (half.base.vae, half.model.encoder, half.backbone)}
+    assert cast == {torch.bfloat16} and kept == {torch.float32}
+    settings = full.recommended(steps=3, gradient_steps=1)
+    for given in (features, None):
+        pictures, rounded = (p.draw(given, settings, p.noise([0, 1])) for p in (full, half))
+        difference = (pictures - rounded).abs().mean()
+        assert 0 < difference < 0.01  # bf16 has 8 bits; pictures of other seeds are 0.06 and 0.3 apart
+
+
 def test_an_inversion_model_in_8_bits_draws_the_same_pictures(tmp_path):
     """A trained one: each picture within 1/50 of the whole range of what it is in 16 bits, on average over its
     pixels."""

@@ -47,7 +47,7 @@ class EvalContext:
 
     changes: sampling settings that replace a weights file's own, None leaves one alone. seed: added to a picture's
     number. side: of the pictures that are compared as sets, None for the base model's own. papers: everything as in the
-    paper's tables, see paper.py.
+    paper's tables, see paper.py. precision: of the diffusion models, see pipeline.set_precision.
     """
 
     source: Source
@@ -59,6 +59,7 @@ class EvalContext:
     space_weights: str | None = None
     side: int | None = None
     papers: bool = False
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         self._resolutions: dict[ModelSpec, int] = {}
@@ -71,7 +72,13 @@ class EvalContext:
         if self._pipeline is None or self._pipeline[0] != spec:
             self._pipeline = None  # let go before the next is read
             pipeline = load_pipeline(
-                spec.model, spec.base, spec.backbone_weights, spec.backbone, self.device, spec.other_weights
+                spec.model,
+                spec.base,
+                spec.backbone_weights,
+                spec.backbone,
+                self.device,
+                spec.other_weights,
+                self.precision,
             )
             self._resolutions[spec] = pipeline.base.resolution
             self._weights[spec] = pipeline.digests, pipeline.allowed

@@ -192,6 +192,7 @@ def run_suite(args: argparse.Namespace) -> None:
         args.space_weights,
         args.set_size,
         args.paper,
+        args.precision,
     )
     suite = chosen(context, args)
     conditions, store = suite.all_conditions(), Store(out, len(source.names))

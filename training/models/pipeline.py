@@ -22,6 +22,7 @@ from .controlnet import FeatureControlNet
 from .sampling import noise, sample
 
 ATTEMPT = 1_000_000_000  # how far apart the seeds of best-of-N's attempts lie
+PRECISIONS = ("fp32", "bf16")
 UNKNOWN = "unknown"  # in place of a digest
 #: how to go on with other weights
 WAY = "To go on all the same, give --other-weights, which the reports repeat"
@@ -152,10 +153,12 @@ def load_pipeline(
     backbone: str | None = None,
     device: str = "cpu",
     other_weights: bool = False,
+    precision: str = "fp32",
 ) -> InversionPipeline:
     """Opens a shipped model or a weights file. base: a base model other than the one the file names; backbone,
     backbone_weights: where the file's backbone is. other_weights: whether these may have other weights than those that
-    the file was trained with. Raises FeatInvError where a part is missing or does not fit."""
+    the file was trained with. precision: of the diffusion model, see set_precision. Raises FeatInvError where a part is
+    missing or does not fit."""
     file: Path = model_file(name)
     info = read_info(file)
     height, width = info.source.input_size
@@ -181,7 +184,15 @@ def load_pipeline(
         allowed.append(ALLOWED + difference)
     model, _ = FeatureControlNet.load(file, frozen)
     move(model, device)
+    set_precision(precision, frozen, model)
     return InversionPipeline(info, frozen, source, model, digests, allowed)
+
+
+def set_precision(name: str, base: BaseModel, model: FeatureControlNet | None = None) -> None:
+    """Casts the U-Net and the ControlNet of float32 models to one of PRECISIONS, in place. What reads pictures or
+    features stays in float32: autoencoder, backbone and encoder."""
+    for part in (base.unet, *([model.controlnet] if model else [])) if name == "bf16" else ():
+        part.bfloat16()
 
 
 def allow_other_weights(info: InversionInfo, file: str, backbone: Backbone) -> list[str]:

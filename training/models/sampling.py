@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import ControlNetModel, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.guidance import leave_inference, toward_features
+from featinv_nodes.core.prediction import in_own_precision
 from featinv_nodes.core.sampling import SOLVERS, SPACINGS, PartWay, Sampling, sample_latents, starting_noise
 from featinv_nodes.core.waiting import cancellable, unchecked
 
@@ -81,9 +82,18 @@ def sample(
         differentiated = [base.vae, backbone]
         leave_inference(base.vae)
     with cancellable(unchecked, *differentiated):
+        controlnet = partial(control, model.controlnet)
         return sample_latents(
-            base.unet, model.controlnet, hints, solver_of(base, sampling), x, text, sampling, toward, part_way
+            base.unet, controlnet, hints, solver_of(base, sampling), x, text, sampling, toward, part_way
         )
+
+
+def control(
+    controlnet: ControlNetModel, noisy: Tensor, t: Tensor, context: Tensor, hint: Tensor, **settings: object
+) -> tuple[list[Tensor], Tensor]:
+    """What a frozen ControlNet gives, in its own precision."""
+    with in_own_precision(controlnet) as own:
+        return controlnet(own(noisy), t, own(context), own(hint), **settings)
 
 
 def solver_of(base: BaseModel, sampling: Sampling) -> Solver:

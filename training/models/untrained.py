@@ -14,7 +14,7 @@ from torch import Tensor
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.guidance import guidance_weights, leave_inference, toward_features
-from featinv_nodes.core.prediction import noised, predicted_clean
+from featinv_nodes.core.prediction import noised, predicted_clean, prediction
 from featinv_nodes.core.sampling import PartWay, Sampling, set_timesteps
 from featinv_nodes.core.universal_guidance import STEPS, Level, NotFinite, UniversalGuidance, at_cost, sample_toward
 from featinv_nodes.core.waiting import cancellable, unchecked
@@ -157,7 +157,7 @@ class UntrainedPipeline(FeaturePipeline):
 
         def clean_of(x: Tensor, step: int) -> Tensor:
             t = solver.timesteps[step]
-            parts = base.unet(x.repeat(len(weights), 1, 1, 1), t, context).sample.split(len(x))
+            parts = prediction(base.unet, x.repeat(len(weights), 1, 1, 1), t, context).float().split(len(x))
             pred = sum(weight * part for weight, part in zip(weights.values(), parts))
             return predicted_clean(solver, x, pred, t)
 

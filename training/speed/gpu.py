@@ -29,7 +29,7 @@ from ..files import make_folder
 from ..loop.flops import step_gmac
 from ..loop.log import device_peak, peak_memory
 from ..models.channels_last import ChannelsLastGroupNorm, geglu
-from ..models.pipeline import InversionPipeline
+from ..models.pipeline import InversionPipeline, set_precision
 from . import kernels, real_size
 from .concurrent import run_concurrently
 from .page import Page
@@ -230,17 +230,17 @@ class GpuBenchmark:
         )
 
     def sampling(self) -> None:
-        self.draw(self.parts, self.steps[0])
-        self.draw_one_by_one(self.parts, self.steps[0])
+        pipeline, features = self.pipeline("bf16")
+        self.draw(pipeline, features, self.steps[0])
+        self.draw_one_by_one(pipeline, features, self.steps[0])
 
     def sampling_long(self) -> None:
-        self.draw(self.parts, self.steps[1])
+        self.draw(*self.pipeline("bf16"), self.steps[1])
 
     def sampling_profile(self) -> None:
-        pipeline, features = self.pipeline(self.parts)
+        pipeline, features = self.pipeline("bf16")
         start = pipeline.noise(range(self.batch))
-        with real_size.in_precision(self.parts):
-            self.spent(kernels.kernels_of(lambda: pipeline.draw(features, Sampling(steps=2), start, self.batch)))
+        self.spent(kernels.kernels_of(lambda: pipeline.draw(features, Sampling(steps=2), start, self.batch)))
 
     def compiled(self) -> None:
         for graph in dict.fromkeys((self.graph, False)):
@@ -257,11 +257,9 @@ class GpuBenchmark:
         self.time_step("released recipe, float32", self.small_batch, make, 4)
 
     def sampling_float32(self) -> None:
-        parts = self.build_alone()
-        parts = replace(parts, config=replace(self.config, precision="fp32"))
-        real_size.lay_out(parts, self.device)
-        self.draw(parts, self.steps[0])
-        self.draw_one_by_one(parts, self.steps[0])
+        pipeline, features = self.pipeline("fp32")
+        self.draw(pipeline, features, self.steps[0])
+        self.draw_one_by_one(pipeline, features, self.steps[0])
 
     def memory(self) -> None:
         unet, controlnet = self.parts.base.unet, self.parts.model.controlnet
@@ -313,42 +311,37 @@ class GpuBenchmark:
             if status:
                 self.page.text("\n".join(["```", *lines[-25:], "```"]))
 
-    def draw(self, parts: Parts, steps: int) -> None:
+    def draw(self, pipeline: InversionPipeline, features: FeatureMap, steps: int) -> None:
         """Adds a row of a batch drawn with guidance."""
-        pipeline, features = self.pipeline(parts)
         start = pipeline.noise(range(self.batch))
-        with real_size.in_precision(parts):
-            pipeline.draw(features, Sampling(steps=2), start, self.batch)
-            began = time.perf_counter()
-            pipeline.draw(
-                features, Sampling(steps=steps), start, self.batch
-            )  # the pictures are on the CPU: nothing is still running
-            seconds = time.perf_counter() - began
-        self.sampling_row(parts, "one batch", self.batch, steps, seconds)
+        pipeline.draw(features, Sampling(steps=2), start, self.batch)
+        began = time.perf_counter()
+        pipeline.draw(features, Sampling(steps=steps), start, self.batch)  # the pictures are on the CPU: all is done
+        self.sampling_row(pipeline, "one batch", self.batch, steps, time.perf_counter() - began)
 
-    def draw_one_by_one(self, parts: Parts, steps: int) -> None:
+    def draw_one_by_one(self, pipeline: InversionPipeline, features: FeatureMap, steps: int) -> None:
         """Adds a row of pictures drawn as the paper's released script does."""
-        pipeline, features = self.pipeline(parts)
         start, few = pipeline.noise(range(LOOP_SIZE)), features.select(slice(0, LOOP_SIZE))
-        with real_size.in_precision(parts):
-            one_by_one(pipeline, few.select(slice(0, 1)), Sampling(steps=2), start[:1])
-            began = time.perf_counter()
-            one_by_one(pipeline, few, Sampling(steps=steps), start)
-            seconds = time.perf_counter() - began
-        self.sampling_row(parts, "one picture at a time", LOOP_SIZE, steps, seconds)
+        one_by_one(pipeline, few.select(slice(0, 1)), Sampling(steps=2), start[:1])
+        began = time.perf_counter()
+        one_by_one(pipeline, few, Sampling(steps=steps), start)
+        self.sampling_row(pipeline, "one picture at a time", LOOP_SIZE, steps, time.perf_counter() - began)
 
-    def pipeline(self, parts: Parts) -> tuple[InversionPipeline, FeatureMap]:
-        """The models as a pipeline, and feature maps of a batch of pictures."""
+    def pipeline(self, precision: str) -> tuple[InversionPipeline, FeatureMap]:
+        """The models as evaluate.py opens them, and feature maps of a batch of pictures."""
+        parts = replace(self.build_alone(), config=replace(self.config, precision="fp32"))
+        real_size.lay_out(parts, self.device)
+        parts.model.eval().requires_grad_(False)
+        set_precision(precision, parts.base, parts.model)
         info = InversionInfo(parts.model.source, {}, {"name": "random"}, parts.config.prompt)
         pipeline = InversionPipeline(info, parts.base, parts.backbone, parts.model)
-        with real_size.in_precision(parts):
-            return pipeline, pipeline.features(self.pictures(self.batch))
+        return pipeline, pipeline.features(self.pictures(self.batch))
 
-    def sampling_row(self, parts: Parts, what: str, count: int, steps: int, seconds: float) -> None:
+    def sampling_row(self, pipeline: InversionPipeline, what: str, count: int, steps: int, seconds: float) -> None:
         self.page.row(
             **{
                 "sampling": what,
-                "precision": parts.config.precision,
+                "precision": str(pipeline.base.unet.dtype).removeprefix("torch."),
                 "pictures": count,
                 "steps": steps,
                 "seconds": seconds,
@@ -365,12 +358,12 @@ PARTS = {
     "upsampling": (GpuBenchmark.upsampling, "The conditional encoder's upsampling alone", 2),
     "profile": (GpuBenchmark.profile, "Where the step spends its time", 8),
     "step_large": (GpuBenchmark.step_large, "Training step, large batch", 8),
-    "sampling": (GpuBenchmark.sampling, "Sampling with guidance", 15),
+    "sampling": (GpuBenchmark.sampling, "Sampling with guidance, as evaluate.py --precision bf16 draws", 15),
     "sampling_long": (GpuBenchmark.sampling_long, "Sampling with guidance, more steps", 12),
     "sampling_profile": (GpuBenchmark.sampling_profile, "Where two steps of sampling and decoding spend their time", 8),
     "blocks": (GpuBenchmark.blocks, "Blocks without copies between layouts, beside diffusers' own", 20),
     "released": (GpuBenchmark.released, "Training step, the released recipe", 12),
-    "sampling_float32": (GpuBenchmark.sampling_float32, "Sampling with guidance, float32, as evaluate.py draws", 30),
+    "sampling_float32": (GpuBenchmark.sampling_float32, "Sampling with guidance, float32", 30),
     "memory": (GpuBenchmark.memory, "Memory of a step", 12),
     "branches": (GpuBenchmark.branches, "Branches of train.py that no processor runs", 45),
     "compiled": (GpuBenchmark.compiled, "Training step, compiled", 150),  # last: it may take all the time that is left

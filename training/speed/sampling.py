@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from featinv_nodes.core.feature_map import FeatureMap
+from featinv_nodes.core.prediction import controlled_prediction
 from featinv_nodes.core.sampling import Sampling, set_timesteps
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..loop.log import peak_memory
 from ..models.pipeline import InversionPipeline, load_pipeline
+from ..models.sampling import control
 from . import real_size
 
 
@@ -23,6 +26,7 @@ def one_by_one(pipeline: InversionPipeline, features: FeatureMap, settings: Samp
     """The pictures [B, 3, h, w] of InversionPipeline.draw, drawn as the paper's released script does: one at a time,
     the features encoded again at every step, with guidance in two passes."""
     base, model, prompt = pipeline.base, pipeline.model, pipeline.info.prompt
+    controlnet = partial(control, model.controlnet)
     pictures = []
     for row in range(len(start)):
         x, own = start[row : row + 1].to(base.unet.device), features.select(row).values.to(base.unet.device)
@@ -35,7 +39,9 @@ def one_by_one(pipeline: InversionPipeline, features: FeatureMap, settings: Samp
         for t in base.scheduler.timesteps:
             out = sum(
                 share
-                * model.predict(base.unet, x, t, base.text[text], model.hint(values, x.shape[2:]), settings.strength)
+                * controlled_prediction(
+                    base.unet, controlnet, x, t, base.text[text], model.hint(values, x.shape[2:]), settings.strength
+                ).float()
                 for text, values, share in passes
             )
             x = base.scheduler.step(out, t, x).prev_sample
