@@ -51,6 +51,10 @@ class SameDtypeLayerNorm(nn.LayerNorm):
         with without_autocast(x.device.type):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
+    @staticmethod
+    def fits(layer: nn.LayerNorm) -> bool:
+        return layer.elementwise_affine and layer.bias is not None
+
 
 class PointwiseConv(nn.Conv2d):
     """A 1 x 1 convolution of maps in channels_last as a matrix product, which adds the bias by itself."""
@@ -104,6 +108,8 @@ class ChannelsLastResnetBlock(ResnetBlock2D):
 
 
 class ChannelsLastTransformer(Transformer2DModel):
+    """Transformer2DModel whose tokens become a map again as a view."""
+
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
@@ -116,13 +122,15 @@ class ChannelsLastTransformer(Transformer2DModel):
 class ChannelsLastUpsample(Upsample2D):
     """Upsample2D as Stable Diffusion has it: nearest neighbours, then a convolution."""
 
+    def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        if 4 * hidden_states.numel() >= 2**31:  # more than torch's kernel for this layout can count
+            return super().forward(hidden_states, output_size)
+        scale = 2.0 if output_size is None else None
+        return self.conv(F.interpolate(hidden_states, output_size, scale, mode="nearest"))
+
     @staticmethod
     def fits(block: Upsample2D) -> bool:
         return block.interpolate and block.norm is None and block.use_conv and block.name == "conv"
-
-    def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        scale = 2.0 if output_size is None else None
-        return self.conv(F.interpolate(hidden_states, output_size, scale, mode="nearest"))
 
 
 class PlainAttention:
