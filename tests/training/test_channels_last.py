@@ -97,3 +97,26 @@ def test_what_is_not_stable_diffusions_stays_as_it_is():
         before = block.eval()(x, temb)
         keep_channels_last(block)
         assert type(block) is ResnetBlock2D and torch.equal(block(x, temb), before)
+
+
+def test_the_kernels_compile_where_there_is_no_gpu(tmp_path, monkeypatch):
+    """The interpreter takes more than the compiler does."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from training.models import geglu_kernels, group_norm_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    plan = group_norm_kernels.Plan(torch.empty(2, 320, 32, 32, device="meta"), 32)
+    constants = {"SILU": True, "BLOCK": 1024, **plan.map_blocks, **plan.group_blocks}
+    numbers = {"eps": "fp32"} | dict.fromkeys(("S", "C", "D", "chunks", "groups"), "i32")
+    maps = dict.fromkeys(("x", "y", "dx", "dy", "bias"), "*bf16")
+    for module, count in ((group_norm_kernels, 6), (geglu_kernels, 2)):
+        kernels = [value for name, value in vars(module).items() if name.startswith(("group_norm", "geglu"))]
+        assert len(kernels) == count
+        for kernel in kernels:
+            known = {name: constants[name] for name in kernel.arg_names if name in constants}
+            types = {name: (numbers | maps).get(name, "*fp32") for name in kernel.arg_names}
+            source = ASTSource(kernel, types | dict.fromkeys(known, "constexpr"), known)
+            assert kernel.__name__ in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]

@@ -76,6 +76,14 @@ def group_norm_statistics(
 
 
 @triton.jit
+def _of_channels(weight, bias, mean, rstd, c, group, C):
+    """Weight, bias, mean and inverse deviation of channels c, float32."""
+    w = tl.load(weight + c, c < C, 0.0).to(tl.float32)
+    b = tl.load(bias + c, c < C, 0.0).to(tl.float32)
+    return w, b, tl.load(mean + group, c < C, 0.0), tl.load(rstd + group, c < C, 0.0)
+
+
+@triton.jit
 def group_norm(
     x,
     weight,
@@ -95,10 +103,7 @@ def group_norm(
     image, chunk = tl.program_id(0), tl.program_id(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = image.to(tl.int64) * S * C
-    w = tl.load(weight + c, c < C, 0.0).to(tl.float32)
-    b = tl.load(bias + c, c < C, 0.0).to(tl.float32)
-    mu = tl.load(mean + image * groups + c // WIDTH, c < C, 0.0)
-    inv_std = tl.load(rstd + image * groups + c // WIDTH, c < C, 0.0)
+    w, b, mu, inv_std = _of_channels(weight, bias, mean, rstd, c, image * groups + c // WIDTH, C)
     for first in range(0, CHUNK, BLOCK_S):
         s = chunk * CHUNK + first + tl.arange(0, BLOCK_S)
         mask = (s[:, None] < S) & (c[None, :] < C)
@@ -110,10 +115,15 @@ def group_norm(
 
 
 @triton.jit
-def _through_silu(gradient, z):
-    """The gradient of z from that of z sigmoid(z)."""
-    share = tl.sigmoid(z)
-    return gradient * share * (1 + z * (1 - share))
+def _gradient_before_silu(x, dy, place, mask, w, b, mu, inv_std, SILU: tl.constexpr):
+    """The normalised values at some places, and the gradient of what weight and bias make of them."""
+    normed = (tl.load(x + place, mask, 0.0).to(tl.float32) - mu[None, :]) * inv_std[None, :]
+    gradient = tl.load(dy + place, mask, 0.0).to(tl.float32)
+    if SILU:  # z sigmoid(z)
+        z = normed * w[None, :] + b[None, :]
+        share = tl.sigmoid(z)
+        gradient = gradient * share * (1 + z * (1 - share))
+    return normed, gradient
 
 
 @triton.jit
@@ -139,20 +149,14 @@ def group_norm_gradient_sums(
     image, chunk = tl.program_id(0), tl.program_id(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = image.to(tl.int64) * S * C
-    w = tl.load(weight + c, c < C, 0.0).to(tl.float32)
-    b = tl.load(bias + c, c < C, 0.0).to(tl.float32)
-    mu = tl.load(mean + image * groups + c // WIDTH, c < C, 0.0)
-    inv_std = tl.load(rstd + image * groups + c // WIDTH, c < C, 0.0)
+    w, b, mu, inv_std = _of_channels(weight, bias, mean, rstd, c, image * groups + c // WIDTH, C)
     weight_total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     bias_total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for first in range(0, CHUNK, BLOCK_S):
         s = chunk * CHUNK + first + tl.arange(0, BLOCK_S)
         mask = (s[:, None] < S) & (c[None, :] < C)
-        values = tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
-        gradient = tl.load(dy + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
-        normed = (values - mu[None, :]) * inv_std[None, :]
-        if SILU:
-            gradient = _through_silu(gradient, normed * w[None, :] + b[None, :])
+        place = start + s[:, None] * C + c[None, :]
+        normed, gradient = _gradient_before_silu(x, dy, place, mask, w, b, mu, inv_std, SILU)
         weight_total += gradient * normed
         bias_total += gradient
     place = (image * tl.num_programs(1) + chunk) * C + c
@@ -214,23 +218,17 @@ def group_norm_gradient(
     image, chunk = tl.program_id(0), tl.program_id(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = image.to(tl.int64) * S * C
-    w = tl.load(weight + c, c < C, 0.0).to(tl.float32)
-    b = tl.load(bias + c, c < C, 0.0).to(tl.float32)
     group = image * groups + c // WIDTH
-    mu = tl.load(mean + group, c < C, 0.0)
-    inv_std = tl.load(rstd + group, c < C, 0.0)
+    w, b, mu, inv_std = _of_channels(weight, bias, mean, rstd, c, group, C)
     c1 = tl.load(along + group, c < C, 0.0)
     c2 = tl.load(shift + group, c < C, 0.0)
     for first in range(0, CHUNK, BLOCK_S):
         s = chunk * CHUNK + first + tl.arange(0, BLOCK_S)
         mask = (s[:, None] < S) & (c[None, :] < C)
-        values = tl.load(x + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
-        gradient = tl.load(dy + start + s[:, None] * C + c[None, :], mask, 0.0).to(tl.float32)
-        normed = (values - mu[None, :]) * inv_std[None, :]
-        if SILU:
-            gradient = _through_silu(gradient, normed * w[None, :] + b[None, :])
+        place = start + s[:, None] * C + c[None, :]
+        normed, gradient = _gradient_before_silu(x, dy, place, mask, w, b, mu, inv_std, SILU)
         result = inv_std[None, :] * (gradient * w[None, :] - c2[None, :] - normed * c1[None, :])
-        tl.store(dx + start + s[:, None] * C + c[None, :], result, mask)
+        tl.store(dx + place, result, mask)
 
 
 class Plan:
