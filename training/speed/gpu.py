@@ -28,9 +28,9 @@ from ..config import CONFIGS, TrainConfig
 from ..files import make_folder
 from ..loop.flops import step_gmac
 from ..loop.log import device_peak, peak_memory
-from ..models.channels_last import ChannelsLastGroupNorm, geglu
 from ..models.pipeline import InversionPipeline, set_precision
 from . import kernels, real_size
+from .blocks import compare_blocks
 from .concurrent import run_concurrently
 from .page import Page
 from .real_size import Parts, Step
@@ -186,40 +186,10 @@ class GpuBenchmark:
             )
 
     def blocks(self) -> None:
-        channels, side = self.parts.base.unet.config.block_out_channels[0], self.parts.base.latent_size
-        maps = torch.randn(self.batch, channels, side, side, device=self.device, dtype=torch.bfloat16)
-        tokens = torch.randn(self.batch, side**2, 8 * channels, device=self.device, dtype=torch.bfloat16)
-        norms = {kind.__name__: kind(32, channels).to(maps) for kind in (torch.nn.GroupNorm, ChannelsLastGroupNorm)}
-        self.compare(
-            "group normalisation and SiLU",
-            maps.contiguous(memory_format=torch.channels_last),
-            {
-                "torch": lambda x: F.silu(norms["GroupNorm"](x)),
-                "ours": lambda x: norms["ChannelsLastGroupNorm"](x, silu=True),
-            },
-        )
-        self.compare("GEGLU", tokens, {"torch": lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]), "ours": geglu})
+        width, side = self.parts.base.unet.config.block_out_channels[0], self.parts.base.latent_size
+        for row in compare_blocks(self.batch, width, side, self.device, 1 if self.small else 10):
+            self.page.row(**row)
         self.time_step("diffusers' own blocks", self.batch, self.step_of_diffusers)
-
-    def compare(self, what: str, x: Tensor, ways: dict[str, Callable[[Tensor], Tensor]]) -> None:
-        """Adds a row for each of two ways to calculate the same of x: its time, and how far the second is from the
-        first, relative to the largest value."""
-        x, expected = x.requires_grad_(), None
-        for name, way in ways.items():
-            result = way(x)
-            results = result, *torch.autograd.grad(result.square().sum(), x)
-            expected = expected or results
-            apart = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, expected)]
-            ms = 1000 * real_size.seconds(lambda: torch.autograd.grad(way(x).sum(), x), 1 if self.small else 10)  # noqa: B023
-            self.page.row(
-                **{
-                    what: name,
-                    "of": f"{tuple(x.shape)} bf16",
-                    "ms, forward and backward": ms,
-                    "largest difference": apart[0],
-                    "of the gradient": apart[1],
-                }
-            )
 
     def step_large(self) -> None:
         self.time_step(
