@@ -27,9 +27,10 @@ def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def without_autocast(device: str) -> AbstractContextManager:
-    """Nothing where autocast is off or does not exist: torch refuses to turn it off on the meta device."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    """Turns autocast off where it exists: not on the meta device, for one. A compiler cannot look that up, nor needs
+    to."""
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def _weights(source: int, target: int, device: torch.device) -> Tensor:
