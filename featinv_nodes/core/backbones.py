@@ -72,7 +72,9 @@ class Backbone(nn.Module):
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         channels = 1 if first is not None and first.in_channels == 1 else config["input_size"][0]
         if channels != 3:
-            raise FeatInvError(f"{name} reads pictures of {channels} colour channels; expected 3, red, green and blue")
+            raise FeatInvError(
+                f"{name} reads pictures with a channel count of {channels}; expected 3, red, green and blue"
+            )
         built_for = getattr(
             getattr(model, "patch_embed", None), "img_size", None
         )  # a transformer may be built for another size

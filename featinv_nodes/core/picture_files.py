@@ -58,6 +58,8 @@ def without_decoder() -> frozenset[str]:
 
 def why_left_out(name: str) -> str | None:
     """Why a file of this name is no picture; None if it is one."""
+    if PurePath(name).name.startswith("._"):
+        return "that macOS puts beside another file"
     suffix = PurePath(name).suffix.lower()
     if suffix in without_decoder():
         return f"of kind {suffix}, which the installed Pillow cannot read: pip install -U pillow"

@@ -214,7 +214,7 @@ def test_a_backbone_of_one_channel_is_refused(tmp_path, name):
     about = {"architecture": name, "model_args": {"in_chans": 1}, "pretrained_cfg": {"input_size": [1, 224, 224]}}
     for config in (about, about | {"pretrained_cfg": {}}):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(FeatInvError, match="1 colour channels; expected 3"):
+        with pytest.raises(FeatInvError, match="channel count of 1; expected 3"):
             load_backbone(str(tmp_path))
 
 

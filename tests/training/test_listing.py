@@ -132,6 +132,7 @@ def test_pictures_of_all_kinds_are_found_and_others_are_said_to_be_left_out(tmp_
     image.save(tmp_path / "moving.gif")
     (tmp_path / "more.zip").write_bytes(b"")
     (tmp_path / "README").touch()
+    (tmp_path / "._of.png").write_bytes(b"Mac OS X")
     listing = open_listing(str(tmp_path), None)
     assert sorted(listing.names) == sorted(f"of.{kind}" for kind in kinds)
     assert all(as_seen(listing.open(index)).size == (20, 20) for index in range(len(kinds)))
