@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+import yaml
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 
 from training.config import CONFIGS, read_config
@@ -80,6 +81,15 @@ def test_every_block_of_stable_diffusion_is_replaced_and_weights_keep_their_name
         left = [part for part in model.modules() if type(part) in channels_last.BLOCKS]
         assert left and all(type(part) is nn.Conv2d and part.kernel_size == (3, 3) for part in left)
         assert list(model.state_dict()) == names
+
+
+def test_fsdp_finds_the_blocks_that_it_shares_out():
+    """By their classes' names, which are all that its configuration knows of them."""
+    wrapped = yaml.safe_load((CONFIGS / "accelerate" / "fsdp.yaml").read_text())["fsdp_config"]
+    model = ControlNetModel.from_unet(UNet2DConditionModel(**real_size.UNET | SMALL["unet"]))
+    keep_channels_last(model)
+    names = {type(part).__name__ for part in model.modules()}
+    assert set(wrapped["fsdp_transformer_layer_cls_to_wrap"].split(",")) <= names
 
 
 def test_what_is_not_stable_diffusions_stays_as_it_is():

@@ -11,9 +11,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+from diffusers.models import resnet
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -86,8 +86,9 @@ class FusedGEGLU(GEGLU):
         return geglu(self.proj(hidden_states))
 
 
-class ChannelsLastResnetBlock(ResnetBlock2D):
-    """ResnetBlock2D as Stable Diffusion has it: without scaling, its time embedding added if it has one."""
+class ResnetBlock2D(resnet.ResnetBlock2D):
+    """Diffusers' block as Stable Diffusion has it: without scaling, its time embedding added if it has one. FSDP's
+    configuration finds it by its name."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         x = F.conv2d(self.norm1(input_tensor, silu=True), self.conv1.weight, None, padding=1)
@@ -99,7 +100,7 @@ class ChannelsLastResnetBlock(ResnetBlock2D):
         return x + (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
 
     @staticmethod
-    def fits(block: ResnetBlock2D) -> bool:
+    def fits(block: resnet.ResnetBlock2D) -> bool:
         same_size = block.upsample is None and block.downsample is None
         added = block.time_embedding_norm == "default" or block.time_emb_proj is None
         return (
@@ -162,7 +163,7 @@ BLOCKS = {
     nn.LayerNorm: SameDtypeLayerNorm,
     nn.Conv2d: PointwiseConv,
     GEGLU: FusedGEGLU,
-    ResnetBlock2D: ChannelsLastResnetBlock,
+    resnet.ResnetBlock2D: ResnetBlock2D,
     Transformer2DModel: ChannelsLastTransformer,
     Upsample2D: ChannelsLastUpsample,
 }
