@@ -16,6 +16,7 @@ from training.loop import checkpoints, log
 from training.loop import run as running
 from training.loop.ema import update_average
 from training.loop.training import train
+from training.models import base_model, channels_last
 from training.models.controlnet import FeatureControlNet
 
 SMALL = {
@@ -153,7 +154,9 @@ def evaluate_as(rank, port, folder, options):
 
 def run_shared_out(rank, port, folder, values):
     """One of two processes that train as configs/accelerate/fsdp.yaml has it, which accelerate otherwise keeps to
-    GPUs."""
+    GPUs, and with the blocks that a GPU has."""
+    for module in (base_model, running):
+        module.move = on_a_gpu
     shipped = load_config_from_file(str(CONFIGS / "accelerate" / "fsdp.yaml")).fsdp_config
     shipped["fsdp_transformer_cls_to_wrap"] = shipped[
         "fsdp_transformer_layer_cls_to_wrap"
@@ -171,6 +174,12 @@ def run_shared_out(rank, port, folder, values):
 
     AcceleratorState.__init__ = on_a_processor
     run_as(rank, 2, port, folder, values)
+
+
+def on_a_gpu(model, *args, **kwargs):
+    """channels_last.move, as it is for a CUDA device."""
+    channels_last.move(model, *args, **kwargs)
+    channels_last.keep_channels_last(model)
 
 
 def learned(place, restored=None):
