@@ -83,6 +83,16 @@ def test_every_block_of_stable_diffusion_is_replaced_and_weights_keep_their_name
         assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize(
+    ("capability", "triton", "expected"), [((8, 0), 1, True), ((6, 1), 1, False), ((8, 0), None, False)]
+)
+def test_the_kernels_run_where_triton_makes_code_for_the_device(monkeypatch, capability, triton, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(channels_last, "find_spec", lambda name: triton)
+    assert channels_last.has_kernels.__wrapped__(torch.device("cuda")) == expected
+
+
 def test_fsdp_finds_the_blocks_that_it_shares_out():
     """By their classes' names, which are all that its configuration knows of them."""
     wrapped = yaml.safe_load((CONFIGS / "accelerate" / "fsdp.yaml").read_text())["fsdp_config"]

@@ -8,6 +8,7 @@ divisions by one.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -21,12 +22,17 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.resize import without_autocast
 
-HAS_TRITON = find_spec("triton") is not None  # not on every system that has CUDA
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton is there, which not every system with CUDA has, and makes code for the device."""
+    new_enough = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0)
+    return find_spec("triton") is not None and new_enough
 
 
 def fusible(x: Tensor) -> bool:
     """Whether the kernels take a tensor. A compiler makes its own."""
-    return HAS_TRITON and x.is_cuda and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.is_cuda and has_kernels(x.device)
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
