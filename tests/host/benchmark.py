@@ -1,10 +1,13 @@
-"""What the pack costs in a real host: a stock ControlNet and ours side by side, and the time to import the pack.
+"""What the pack costs in a real host, in every ComfyUI checkout that the tests find.
 
-python tests/host/benchmark.py        every ComfyUI checkout that the tests find
+python tests/host/benchmark.py            a stock ControlNet and ours side by side, and the time to import the pack
+python tests/host/benchmark.py cancel     how long guidance of Stable Diffusion 1.5 goes on once it is cancelled, on the
+                                          host's own device; on a processor give a small --pixels, and time
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import tempfile
@@ -41,7 +44,7 @@ print(json.dumps({{"ratio": statistics.median(ratios), "ours": min(times["ours"]
 """
 
 
-def main(rounds: int = 41) -> None:
+def compare(rounds: int = 41) -> None:
     for host in find_hosts():
         with tempfile.TemporaryDirectory() as folder:
             program = Path(folder) / "program.py"
@@ -57,5 +60,23 @@ def main(rounds: int = 41) -> None:
         )
 
 
+def cancel(pixels: int, count: int, width: int) -> None:
+    for host in find_hosts():
+        with tempfile.TemporaryDirectory() as folder:
+            program = Path(__file__).with_name("real_size.py")
+            result = host.run_inside(program, PACK, folder, str(pixels), str(count), str(width))
+        print(
+            f"ComfyUI {host.version}, {result['device']}, {pixels} x {pixels} pixels: a guided step with two moves"
+            f" takes {result['step']:.3g} s; {result['cancelled']} of {count} cancels came in time, and the device was"
+            f" idle {result['longest']:.3g} s after them at most, {result['median']:.3g} s at the median"
+        )
+
+
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("cancel",))
+    parser.add_argument("--pixels", type=int, default=512, help="side of the picture")
+    parser.add_argument("--count", type=int, default=20, help="cancels, spread over the drawing")
+    parser.add_argument("--width", type=int, default=320, help="of the U-Net; 32 tries the program out")
+    args = parser.parse_args()
+    cancel(args.pixels, args.count, args.width) if args.part else compare()

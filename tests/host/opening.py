@@ -5,17 +5,20 @@ python PROGRAM HOST_ROOT PACK BASE_DIRECTORY        a program that imports this 
 
 import asyncio
 import importlib.util
+import os
 import sys
 
 HOST, PACK, BASE = sys.argv[1:4]
 sys.path.insert(0, HOST)
+import torch
 from comfy.cli_args import args
 
-args.cpu, args.base_directory = True, BASE
+#: set for what is to run on the host's own device; tests have the same numbers everywhere
+OWN_DEVICE = "FEATINV_OWN_DEVICE"
+args.cpu, args.base_directory = OWN_DEVICE not in os.environ or not torch.cuda.is_available(), BASE
 
 import comfy.sample
 import comfy.samplers
-import torch
 
 before = set(sys.modules)
 spec = importlib.util.spec_from_file_location(
