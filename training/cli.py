@@ -89,7 +89,7 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        default="fp32",
+        default=PRECISIONS[0],
         help=(
             "precision of the base model's U-Net and the ControlNet: fp32, or bf16, which is much faster on most GPUs;"
             " autoencoder, backbone and encoder stay in fp32 (default fp32)"

@@ -18,10 +18,10 @@ from featinv_nodes.worlds import DECODERS, World, open_backbone
 
 from .cli import SAMPLING, require_device
 from .cli_untrained import OWN
-from .models.pipeline import UNKNOWN
+from .models.pipeline import PRECISIONS, UNKNOWN
 
 #: options that say nothing to a decoder, beside the settings of sampling
-OTHER = ("base", "layer", "prompt", "pooled", "untrained")
+OTHER = ("base", "layer", "prompt", "pooled", "untrained", "precision")
 
 
 def add_decoder(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ class DecoderPipeline:
 
 def decoder_from(args: argparse.Namespace) -> DecoderPipeline:
     """The decoder and the backbone that the arguments name. Raises FeatInvError for options that mean nothing here."""
-    given = [name for name in (*SAMPLING, *OWN, *OTHER) if getattr(args, name) not in (None, False)]
+    given = [name for name in (*SAMPLING, *OWN, *OTHER) if getattr(args, name) not in (None, False, PRECISIONS[0])]
     if given or args.samples != 1:
         option = given[0].replace("_", "-") if given else "samples"
         raise FeatInvError(

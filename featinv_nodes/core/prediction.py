@@ -12,7 +12,7 @@ A scheduler is any object with `alphas_cumprod` [T], `config.prediction_type` ("
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +40,13 @@ class UNet(Frozen, Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: ANN401
 
 
+def without_autocast(device: str) -> AbstractContextManager:
+    """Turns autocast off where it exists: not on the meta device, for one. A compiler cannot look that up, nor needs
+    to."""
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
+
+
 @contextmanager
 def in_own_precision(frozen: Frozen) -> Iterator[Callable[[Tensor], Tensor]]:
     """Runs a frozen module in the precision that it was cast to.
@@ -50,7 +57,7 @@ def in_own_precision(frozen: Frozen) -> Iterator[Callable[[Tensor], Tensor]]:
     if frozen.dtype == torch.float32:
         yield lambda x: x
         return
-    with torch.autocast(frozen.device.type, enabled=False):
+    with without_autocast(frozen.device.type):
         yield lambda x: x.to(frozen.dtype)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
+
+from .prediction import without_autocast
 
 
 def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -24,13 +24,6 @@ def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
         wide = columns @ x.float().permute(0, 2, 3, 1)  # [B, h, W, C]
         tall = rows @ wide.flatten(2)  # [B, H, W * C]
         return tall.unflatten(2, wide.shape[2:]).permute(0, 3, 1, 2).to(x.dtype)
-
-
-def without_autocast(device: str) -> AbstractContextManager:
-    """Turns autocast off where it exists: not on the meta device, for one. A compiler cannot look that up, nor needs
-    to."""
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def _weights(source: int, target: int, device: torch.device) -> Tensor:

@@ -13,9 +13,8 @@ sys.path.insert(0, HOST)
 import torch
 from comfy.cli_args import args
 
-#: set for what is to run on the host's own device; tests have the same numbers everywhere
-OWN_DEVICE = "FEATINV_OWN_DEVICE"
-args.cpu, args.base_directory = OWN_DEVICE not in os.environ or not torch.cuda.is_available(), BASE
+# tests run on the processor, for the same numbers everywhere; real_size.py on the host's own device
+args.cpu, args.base_directory = not ("FEATINV_OWN_DEVICE" in os.environ and torch.cuda.is_available()), BASE
 
 import comfy.sample
 import comfy.samplers

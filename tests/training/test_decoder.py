@@ -59,6 +59,7 @@ def test_a_released_decoder_takes_its_backbone_at_its_own_size(scene, tmp_path):
     "options, words",
     [
         (["--steps", "2"], "--steps means nothing with --decoder"),
+        (["--precision", "bf16"], "--precision means nothing with --decoder"),
         (["--samples", "2"], "--samples means nothing"),
         (["--untrained"], "--untrained means nothing"),
         (["--moves", "2"], "--moves means nothing"),

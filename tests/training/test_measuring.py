@@ -78,8 +78,8 @@ def test_memory_of_a_step_grows_with_the_batch_and_falls_with_checkpointing_and_
     activations = plain - resident
     assert activations > 0 and checkpointed < plain
     assert larger - resident == pytest.approx(
-        2 * activations, rel=0.1
-    )  # gradients of the weights are there beside them
+        2 * activations, rel=0.06
+    )  # gradients of the weights are there beside them, and a part that does not grow with the batch
     monkeypatch.setattr(step_memory, "activation_gigabytes", lambda *_: activations)  # the same whatever comes now
     assert step_gigabytes(replace(small, optimizer="adamw8bit")) == pytest.approx(plain - 6 * trained / 1e9, rel=1e-6)
     assert step_gigabytes(replace(small, ema=0.999)) == pytest.approx(plain + 4 * trained / 1e9, rel=1e-6)

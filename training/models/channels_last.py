@@ -20,7 +20,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from featinv_nodes.core.resize import without_autocast
+from featinv_nodes.core.prediction import without_autocast
 
 
 @cache

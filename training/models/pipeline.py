@@ -22,7 +22,7 @@ from .controlnet import FeatureControlNet
 from .sampling import noise, sample
 
 ATTEMPT = 1_000_000_000  # how far apart the seeds of best-of-N's attempts lie
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16")  # of the diffusion model, the default first
 UNKNOWN = "unknown"  # in place of a digest
 #: how to go on with other weights
 WAY = "To go on all the same, give --other-weights, which the reports repeat"
