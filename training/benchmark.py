@@ -2,14 +2,14 @@
 
     python training/benchmark.py reconstruct     the drawn world: sixteen pictures, 20 steps, with guidance
     python training/benchmark.py world           the drawn world: scenes generated per second
+    python training/benchmark.py sampling        the drawn world: batches beside a loop that draws one picture at a time
     python training/benchmark.py model           real size, random weights: parameters, GMAC, memory, time of a step
     python training/benchmark.py training        real size: a training step beside that of the paper's released code
     python training/benchmark.py memory          real size: GB of a training step on a GPU, counted without one
-    python training/benchmark.py sampling        batches beside a loop that draws one picture at a time
     python training/benchmark.py gpu --minutes N --out FOLDER     real size: a page about this GPU, by importance
 
-The last five take --config NAME (default convnext_last; sampling on a GPU only), the first three of them --precision,
-model and training --batch, --graph and --compile, and training --profile.
+The last four take --config NAME (default convnext_last), the first three of them --precision, model and training
+--batch, --graph and --compile, and training --profile.
 """
 
 from __future__ import annotations

@@ -199,6 +199,11 @@ class TrainConfig:
                 f"cycle_after {self.cycle_after}: with one CUDA graph every step computes the same; leave out --graph"
                 " or --cycle-after"
             )
+        if self.graph and (self.precision == "fp16" or self.optimizer != "adamw"):
+            raise FeatInvError(
+                f"graph with precision {self.precision} and optimizer {self.optimizer}: a CUDA graph cannot wait for"
+                " the device, as loss scaling in fp16 and other optimizers do; take bf16 and adamw or leave out --graph"
+            )
         if self.encoder_first and not self.init_from:
             raise FeatInvError(
                 f"encoder_first {self.encoder_first}: without --init-from the ControlNet starts with zero output, so"

@@ -16,6 +16,7 @@ from training.config import CONFIGS, DEFAULT, read_config
 from training.data.listing import Folder, open_listing
 from training.data.loader import Photographs, Scenes, loader
 from training.loop import memory
+from training.loop.graph import check_device
 from training.loop.objective import observed_features, training_loss
 from training.loop.schedule import lr_at, step_seed
 from training.loop.training import train
@@ -206,7 +207,9 @@ def test_a_run_can_end_with_scope_statistics(tmp_path, monkeypatch):
 
 def test_fields_that_do_not_go_together_are_refused():
     wrong = {
-        "leave out --graph": {"cycle_after": "8", "graph": "true"},
+        "leave out --graph or --cycle": {"cycle_after": "8", "graph": "true"},
+        "take bf16 and adamw": {"precision": "fp16", "graph": "true"},
+        "optimizer adamw8bit": {"optimizer": "adamw8bit", "graph": "true"},
         "give --cycle": {"cycle_after": "8", "cycle": "0"},
         "at least 200": {"scope": "100"},
         "--scope-data FOLDER": {"scope": "4000", "data": "photos"},
@@ -238,9 +241,11 @@ def test_memory_counts_weights_gradients_moments_and_average():
     ) == pytest.approx(0.016)
 
 
-def test_a_graph_needs_a_cuda_device(tmp_path):
+def test_a_graph_needs_a_cuda_device_and_one_process(tmp_path):
     with pytest.raises(FeatInvError, match="CUDA device only"):
         run(tmp_path, 16, graph="true")
+    with pytest.raises(FeatInvError, match="one process, not of 2"):
+        check_device("cuda", 2)
 
 
 #: the rows of the paper's Tables 1 and 3 and of Fig. 4: name -> (timm name, input size, layer, pooled, encoder, images)

@@ -13,10 +13,12 @@ from featinv_nodes.core.feature_map import FeatInvError
 WARM_UP = 3
 
 
-def check_device(device: torch.device | str) -> None:
-    """Raises FeatInvError if there are no CUDA graphs on the device."""
+def check_device(device: torch.device | str, processes: int = 1) -> None:
+    """Raises FeatInvError if there are no CUDA graphs on the device, or several processes share a step."""
     if torch.device(device).type != "cuda":
         raise FeatInvError(f"a step can become a CUDA graph on a CUDA device only, not on {device}; leave --graph out")
+    if processes > 1:
+        raise FeatInvError(f"a CUDA graph holds the step of one process, not of {processes}; leave --graph out")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, groups: int | None = None) -> None:

@@ -70,7 +70,7 @@ class Run:
         )
         self.main = self.accelerator.is_main_process
         if config.graph:
-            check_device(self.device)
+            check_device(self.device, self.processes)
         self.say = tqdm.write if self.main else lambda _: None
         self.shares_weights = self.accelerator.distributed_type == DistributedType.FSDP
         self.per_process = config.batch * config.accumulate

@@ -58,6 +58,10 @@ class Page:
         print("    " + ", ".join(f"{name} {format_cell(value)}" for name, value in values.items()), flush=True)
         self.write()
 
+    def rows(self, name: str) -> list[dict[str, Value]]:
+        """The rows of a part so far, none if it was not begun."""
+        return self.parts.get(name, {"rows": []})["rows"]
+
     def text(self, line: str) -> None:
         """Adds a sentence under the part's tables."""
         self._part["texts"].append(line)

@@ -12,13 +12,11 @@ from torch import Tensor
 from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.prediction import controlled_prediction
 from featinv_nodes.core.sampling import Sampling, set_timesteps
-from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..loop.log import peak_memory
 from ..models.pipeline import InversionPipeline, load_pipeline
 from ..models.sampling import control
-from . import real_size
 
 
 @torch.inference_mode()
@@ -70,23 +68,14 @@ def compare(pipeline: InversionPipeline, features: FeatureMap, settings: Samplin
 
 
 def sampling(args: argparse.Namespace, count: int = 32) -> None:
-    """Prints both speeds: the embedded model's on the CPU; on a GPU those of args.config's architectures at random
-    weights."""
-    if args.device == "cuda":
-        parts = real_size.build(args.config, args.device)
-        info = InversionInfo(parts.model.source, {}, {"name": "random"}, args.config.prompt)
-        pipeline = InversionPipeline(info, parts.base, parts.backbone, parts.model.eval().requires_grad_(False))
-        pixel_values, settings = torch.rand(count, 3, *parts.backbone.input_size), Sampling()
-    else:
-        pipeline = load_pipeline("tiny_cnn_last")
-        pixel_values, settings = (
-            pipeline.backbone.preprocess(draw(0, torch.arange(count), "held-out").image),
-            pipeline.recommended(gradient=0.0),
-        )
+    """Prints both speeds of an embedded model; benchmark.py gpu has those of models at real size."""
+    pipeline = load_pipeline("tiny_cnn_last")
+    pixel_values = pipeline.backbone.preprocess(draw(0, torch.arange(count), "held-out").image)
+    settings = pipeline.recommended(gradient=0.0)
     speeds = compare(pipeline, pipeline.features(pixel_values), settings, count)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(
-        f"{count} pictures, {settings.steps} steps, guidance {settings.guidance}, {where}: one at a time"
-        f" {speeds['loop']:.3g} images/s, in one batch {speeds['batched']:.3g} images/s, {speeds['times']:.2f} times"
+        f"{count} pictures, {settings.steps} steps, guidance {settings.guidance}, {torch.get_num_threads()} threads:"
+        f" one at a time {speeds['loop']:.3g} images/s, in one batch {speeds['batched']:.3g} images/s,"
+        f" {speeds['times']:.2f} times"
     )
     print(f"largest difference of a pixel {speeds['difference']:.1e}; peak memory {peak_memory():.1f} GB")
