@@ -227,9 +227,8 @@ class GpuBenchmark:
         self.time_step("released recipe, float32", self.small_batch, make, 4)
         if ours := self.page.rows("step"):
             (released,) = self.page.rows("released")
-            self.page.text(
-                f"The first step above takes {ours[0]['images/s'] / released['images/s']:.1f} times as many."
-            )
+            times = ours[0]["images/s"] / released["images/s"]
+            self.page.text(f"Per image, the first step of this page is {times:.1f} times as fast.")
 
     def sampling_float32(self) -> None:
         pipeline, features = self.pipeline("fp32")
