@@ -1,8 +1,8 @@
 """Measures speed and memory on this computer.
 
-    python training/benchmark.py reconstruct     the drawn world: sixteen pictures, 20 steps, with guidance
+    python training/benchmark.py reconstruct     the drawn world: sixteen images, 20 steps, with guidance
     python training/benchmark.py world           the drawn world: scenes generated per second
-    python training/benchmark.py sampling        the drawn world: batches beside a loop that draws one picture at a time
+    python training/benchmark.py sampling        the drawn world: batches beside a loop that draws one image at a time
     python training/benchmark.py model           real size, random weights: parameters, GMAC, memory, time of a step
     python training/benchmark.py training        real size: a training step beside that of the paper's released code
     python training/benchmark.py memory          real size: GB of a training step on a GPU, counted without one
@@ -50,7 +50,7 @@ def reconstruct(args: argparse.Namespace, repeats: int = 5) -> None:
         times.append(time.perf_counter() - began)
     times = sorted(times[1:])
     print(
-        f"16 pictures, 20 steps, guidance {settings.guidance}: {times[len(times) // 2]:.2f} s (median of {repeats},"
+        f"16 images, 20 steps, guidance {settings.guidance}: {times[len(times) // 2]:.2f} s (median of {repeats},"
         f" {times[0]:.2f} to {times[-1]:.2f})"
     )
     print(f"peak memory {peak_memory():.2f} GB, {torch.get_num_threads()} threads")
@@ -222,7 +222,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--parts", help=f"gpu: some of {','.join(GPU_PARTS)}, in the order to take them")
     parser.add_argument(
-        "--small", action="store_true", help="gpu: narrow models and few pictures, to try it out on any computer"
+        "--small", action="store_true", help="gpu: narrow models and few images, to try it out on any computer"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Writes the latents of a configuration's pictures to disk, and with --cache-features true also their features.
+"""Writes the latents of a configuration's images to disk, and with --cache-features true also their features.
 
     python training/cache.py --config FILE --data FOLDER --base ... --cache DIR --views 1
     accelerate launch training/cache.py --config FILE ...                  on several devices
 
-The options are those of train.py, which then reads the cache instead of running the autoencoder. A view of a picture is
-a crop with its flips. Seed, picture and view number determine it, in the cache as in training. The same command
+The options are those of train.py, which then reads the cache instead of running the autoencoder. A view of an image is
+a crop with its flips. Seed, image and view number determine it, in the cache as in training. The same command
 continues a stopped cache. It first reads back the files that exist, and makes damaged ones again.
 """
 
@@ -78,7 +78,7 @@ def fill(config: TrainConfig) -> None:
     crop_sides = sides(base, backbone) if config.cache_features else {"target": base.resolution}
     source = open_source(config, crop_sides, device if config.workers == 0 else "cpu")
     if main:
-        print(f"pictures: {source.describe()}\n{precision}")
+        print(f"images: {source.describe()}\n{precision}")
     parts = parts_of(config, source, base, backbone)
     with accelerator.main_process_first():
         for part in parts:
@@ -117,7 +117,7 @@ def fill(config: TrainConfig) -> None:
     if main:
         size = sum(file.stat().st_size for part in parts for file in part.folder.glob("*.safetensors")) / 1e9
         print(
-            f"{len(source)} pictures, {parts[0].views} views, {size:.2f} GB in {config.cache}; {len(missed)} of this"
+            f"{len(source)} images, {parts[0].views} views, {size:.2f} GB in {config.cache}; {len(missed)} of this"
             f" process's {len(own)} shards were made now"
         )
 

@@ -65,14 +65,14 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     )
     parser.add_argument("--gradient-steps", type=int, help="number of last steps in which the gradient guides")
     parser.add_argument(
-        "--best-of", type=int, help="draw this many pictures of each map and keep the one with the highest cosine"
+        "--best-of", type=int, help="sample this many images of each map and keep the one with the highest cosine"
     )
     parser.add_argument(
         "--timestep-spacing",
         choices=SPACINGS,
         help="timesteps of the solver: trailing (from the last one on) or leading (as in the paper's code)",
     )
-    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument("--batch", type=int, default=16, help="images sampled at once")
     parser.add_argument("--base", help="base model folder (default: the one that the weights file names)")
     parser.add_argument(
         "--backbone", help="the backbone's timm-hub folder or name (default: the one that the weights file names)"
@@ -107,7 +107,7 @@ def pipeline_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Inve
         raise FeatInvError(f"--batch {args.batch}: expected at least 1")
     if not chooses and args.best_of not in (None, 1):
         raise FeatInvError(
-            f"--best-of {args.best_of}: this program draws each picture once; reconstruct.py and evaluate.py choose"
+            f"--best-of {args.best_of}: this program samples each image once; reconstruct.py and evaluate.py choose"
             " among several"
         )
     require_device(args.device)

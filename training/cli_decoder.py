@@ -74,7 +74,7 @@ def decoder_from(args: argparse.Namespace) -> DecoderPipeline:
     if given or args.samples != 1:
         option = given[0].replace("_", "-") if given else "samples"
         raise FeatInvError(
-            f"--{option} means nothing with --decoder, which draws each map once, in one pass, without a base model;"
+            f"--{option} means nothing with --decoder, which decodes each map once, in one pass, without a base model;"
             " leave it out"
         )
     if args.batch < 1:

@@ -1,4 +1,4 @@
-"""Beginning from a feature decoder's picture, with noise, instead of from noise alone."""
+"""Beginning from a feature decoder's image, with noise, instead of from noise alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         "--start-from",
         metavar="DECODER",
         help=(
-            "begin from a feature decoder's picture of the map: the decoder's folder or name, or \"decoder\" for the"
+            "begin from a feature decoder's image of the map: the decoder's folder or name, or \"decoder\" for the"
             " embedded one of these maps; also with --untrained"
         ),
     )
@@ -57,7 +57,7 @@ def require_start(args: argparse.Namespace) -> None:
     """Fills in --start-share. Raises FeatInvError where it, or --start-from, means nothing."""
     if args.start_from and args.decoder:
         raise FeatInvError(
-            "--start-from begins from a decoder's picture, --decoder draws no other; leave one of them out"
+            "--start-from begins from a decoder's image, --decoder gives no other; leave one of them out"
         )
     if args.start_share is not None and not args.start_from:
         raise FeatInvError("--start-share goes with --start-from, which says from what; add it, or leave both out")

@@ -41,7 +41,7 @@ def add_untrained(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cost",
         choices=list(COSTS),
-        help=f"gradients per picture: {costs} (default quick); the next six replace its settings",
+        help=f"gradients per image: {costs} (default quick); the next six replace its settings",
     )
     group.add_argument("--moves", type=int, help=f"moves in each step (default {default['moves']})")
     group.add_argument(
@@ -122,5 +122,5 @@ def without_training(
         with torch.inference_mode():
             for number, latents in enumerate(error.latents.split(1)):
                 save_image(to_image(pipeline.base.decode(latents)[0].cpu()), args.out / f"last_finite_{number}.png")
-        raise FeatInvError(f"{error}. The last finite pictures are in {args.out} as last_finite_N.png") from error
+        raise FeatInvError(f"{error}. The last finite images are in {args.out} as last_finite_N.png") from error
     return drawn, torch.zeros(len(target), dtype=torch.int64)

@@ -102,9 +102,9 @@ class TrainConfig:
         " owner/name in the hub's cache"
     )
     data: str = option(
-        'pictures: "drawn", a folder of images or of plain tar files (webdataset), hf:NAME[:SPLIT[:COLUMN]] for a'
+        'images: "drawn", a folder of images or of plain tar files (webdataset), hf:NAME[:SPLIT[:COLUMN]] for a'
         " downloaded Hugging Face data set (a name, or a folder of save_to_disk; COLUMN chooses among several columns"
-        " of pictures), or stream:NAME[:SPLIT[:COLUMN]] for one that is read as a stream"
+        " of images), or stream:NAME[:SPLIT[:COLUMN]] for one that is read as a stream"
     )
     prompt: str = option("text of the positive prompt")
     max_images: int = option("images after which the run ends")
@@ -114,10 +114,10 @@ class TrainConfig:
     pooled: bool = option("invert the mean over the layer's locations", False)
     encoder: str = option("conditional encoder: conv (the paper), conv_at_map (upsamples last) or perceiver", "conv")
     encoder_width: int = option("hidden channels of the encoder (the paper: 512)", 512)
-    standardise: bool = option("standardise each channel by its mean and deviation over the first 256 pictures", False)
+    standardise: bool = option("standardise each channel by its mean and deviation over the first 256 images", False)
     dropout: float = option("share of the samples that lose features and text together", 0.15)
     cycle: float = option(
-        "weight of cycle consistency, 1 - cos of the features of the predicted picture; 0 for none (the paper)", 0.0
+        "weight of cycle consistency, 1 - cos of the features of the predicted image; 0 for none (the paper)", 0.0
     )
     cycle_below: int = option("cycle consistency acts below this timestep of the base model's 1000", 1000)
     cycle_after: int = option("cycle consistency acts (and costs time) after this many images, as in ControlNet++", 0)
@@ -147,8 +147,8 @@ class TrainConfig:
     )
     encoder_first: int = option("train only the encoder for this many images", 0)
     workers: int = option("data loading processes", 0)
-    images: int | None = option("use only this many of the pictures, evenly spread", None)
-    views: int = option("crops and flips of each picture, used in turn, one per epoch; 0 for a new one each time", 0)
+    images: int | None = option("use only this many of the images, evenly spread", None)
+    views: int = option("crops and flips of each image, used in turn, one per epoch; 0 for a new one each time", 0)
     cache: str | None = option("folder of latents that training/cache.py wrote for these views", None)
     cache_features: bool = option("also cache the features", False)
     flips: str = option("random flips of the crops: none, horizontal or both", "none")
@@ -161,10 +161,8 @@ class TrainConfig:
         "sampling settings written into the weights file",
         {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50},
     )
-    scope: int = option(
-        "pictures for the scope statistics that are fitted at the end (see fit_scope.py), 0 for none", 0
-    )
-    scope_data: str | None = option("folder of these pictures, which training does not see", None)
+    scope: int = option("images for the scope statistics that are fitted at the end (see fit_scope.py), 0 for none", 0)
+    scope_data: str | None = option("folder of these images, which training does not see", None)
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -183,11 +181,11 @@ class TrainConfig:
             raise FeatInvError(f"recommended {self.recommended}: {error}") from error
         if self.data.startswith(STREAM) and (self.cache or self.views or self.images):
             raise FeatInvError(
-                f"data {self.data}: the pictures of a stream cannot be counted or cached; leave out --cache, --views"
+                f"data {self.data}: the images of a stream cannot be counted or cached; leave out --cache, --views"
                 " and --images"
             )
         if self.cache and not self.views and not drawing_world(self.data):
-            raise FeatInvError("a cache holds a fixed number of views of each picture; state it with --views")
+            raise FeatInvError("a cache holds a fixed number of views of each image; state it with --views")
         if self.cache_features and not self.cache:
             raise FeatInvError("cache_features: name the folder of the cache with --cache DIR")
         if self.cycle_after and not self.cycle:
@@ -212,7 +210,7 @@ class TrainConfig:
         if self.scope and self.scope < 2 * FEWEST:
             raise FeatInvError(f"scope {self.scope}: expected 0 or at least {2 * FEWEST}")
         if self.scope and not self.scope_data and not drawing_world(self.data):
-            raise FeatInvError(f"scope {self.scope}: name pictures that training does not see with --scope-data FOLDER")
+            raise FeatInvError(f"scope {self.scope}: name images that training does not see with --scope-data FOLDER")
 
     @property
     def mixed_precision(self) -> str:

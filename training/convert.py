@@ -137,7 +137,7 @@ Made from {file} for diffusers. Base model: {base}. Prompt: {prompt!r}. Recommen
 
 `{encoder_file}` is the conditional encoder: it turns a feature map [B, {channels}, h, w] into the hint
 [B, {out_channels}, H, W] on the latents' grid. The ControlNet takes that hint as it is, so its own embedding for
-pictures (zeros here) is replaced:
+images (zeros here) is replaced:
 
 ```python
 import torch

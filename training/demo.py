@@ -1,4 +1,4 @@
-"""Shows the method on an embedded world: inverts its pictures and yours, mixes two, and names the network's classes.
+"""Shows the method on an embedded world: inverts its images and yours, mixes two, and names the network's classes.
 
     python training/demo.py [--image FILE ...] [--out DIR]     photographs, at four depths of an ImageNet network
     python training/demo.py --world drawn [--image FILE ...]   drawn scenes, with figures of held-out ones
@@ -41,11 +41,11 @@ def say(text: str) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", nargs="*", default=[], metavar="FILE", help="pictures of yours to invert as well")
+    parser.add_argument("--image", nargs="*", default=[], metavar="FILE", help="images of yours to invert as well")
     parser.add_argument("--world", default=WORLD, choices=WORLDS, help="what is inverted (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of each drawing (default: the models' own)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the models' own)")
     parser.add_argument("--model", choices=DRAWN.models, help=f"drawn: the inversion model (default: {MODEL})")
-    parser.add_argument("--count", type=int, help=f"drawn: held-out pictures to measure on (default: {COUNT})")
+    parser.add_argument("--count", type=int, help=f"drawn: held-out images to measure on (default: {COUNT})")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "out" / "demo", help="folder for the results (default: out/demo)"
     )

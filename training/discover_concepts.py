@@ -1,4 +1,4 @@
-"""Finds concepts in a backbone's feature maps of a folder of pictures. Writes a concept file and a page about it.
+"""Finds concepts in a backbone's feature maps of a folder of images. Writes a concept file and a page about it.
 
     python training/discover_concepts.py --data FOLDER --backbone resnet50.a1_in1k --backbone-weights FILE --out FILE
     python training/discover_concepts.py                 (drawn scenes and their CNN)
@@ -6,10 +6,10 @@
     python training/discover_concepts.py --method sae --concepts 256 --active 8
     python training/discover_concepts.py --directions FILE      (your own directions or sparse autoencoder)
 
-The folder holds the pictures of one class, or a folder per class. Prints for each concept its dimension, its share of
+The folder holds the images of one class, or a folder per class. Prints for each concept its dimension, its share of
 the feature norm (shares of oblique parts sum to more than one), its relevance (the share of the top classes' logits,
 less the head's bias, that it contributes) and the classes to whose logits it adds most. The page beside the concept
-file, NAME.html, shows where each concept is. Memory: --count vectors a few times over, the maps of 128 pictures, and
+file, NAME.html, shows where each concept is. Memory: --count vectors a few times over, the maps of 128 images, and
 what the method takes (featinv_nodes/core/concepts/discovery.py).
 """
 
@@ -41,7 +41,7 @@ SCENES, AUTO = 400, "auto"
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="drawn", help=f"folder of pictures, or drawn for {SCENES} drawn scenes")
+    parser.add_argument("--data", default="drawn", help=f"folder of images, or drawn for {SCENES} drawn scenes")
     parser.add_argument(
         "--backbone", default="tiny-cnn", help=f"timm-hub folder or name, or one of {', '.join(BACKBONES)}"
     )
@@ -49,11 +49,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input-size",
         type=int,
-        help="side in pixels of the pictures the backbone reads, where not its own; must be the inversion model's",
+        help="side in pixels of the images the backbone reads, where not its own; must be the inversion model's",
     )
     parser.add_argument("--layer", default=LAST, help="layer of the backbone; relevance is known for the last one only")
     parser.add_argument(
-        "--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size"
+        "--resize-mode", choices=RESIZE_MODES, default="crop", help="how an image comes to the backbone's input size"
     )
     parser.add_argument("--method", choices=METHODS, default="mcd")
     parser.add_argument(
@@ -62,7 +62,7 @@ def arguments() -> argparse.ArgumentParser:
         help="safetensors file of your own directions or sparse autoencoder, instead of a method",
     )
     parser.add_argument(
-        "--count", type=int, default=20_000, help="most feature vectors to use, drawn evenly from the pictures"
+        "--count", type=int, default=20_000, help="most feature vectors to use, taken evenly from the images"
     )
     parser.add_argument(
         "--concepts",

@@ -244,7 +244,7 @@ def _bring_decoder(name: str, to: Path) -> None:
     decoder, backbone = required
     side = find_decoder(decoder.folder).config.encoder_input_size
     options = shlex.join(["--decoder", str(decoder.folder), *backbone.use])
-    print(f"to draw: python training/reconstruct.py {options} --image FILE --out DIR")
+    print(f"to invert an image: python training/reconstruct.py {options} --image FILE --out DIR")
     print(
         "in ComfyUI, where this is its models folder:",
         f"  {backbone.node}, input_size: {side}",

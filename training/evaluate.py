@@ -8,12 +8,12 @@ trip.
 Suites: quality (Tables 1, 3), layers (Figs. 4, 14), cross-model (Table 2), sweep (Figs. 9 to 11), variability (Fig.
 12), mixing (Figs. 7, 8), baseline (Table 3), rcdm (Table 4), corruptions (Appendix C), natural-adversarial and ood
 (Sec. 4.2). Not in the paper: guidances (separate scales for features and text), cost (solvers, steps, the gradient) and
-methods (the trained model, guidance alone, a feature decoder, and its picture as the start, with their costs).
+methods (the trained model, guidance alone, a feature decoder, and its image as the start, with their costs).
 
-SOURCE: "drawn", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Pictures
-are sorted by name, and a picture's number is its seed. Unconditional: pictures that the base model draws without
+SOURCE: "drawn", a folder of images or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Images
+are sorted by name, and an image's number is its seed. Unconditional: images that the base model draws without
 features. Round trip: originals, encoded and decoded by the autoencoder. The same command continues a stopped
-evaluation. Writes results.json, report.md, index.html and their pictures.
+evaluation. Writes results.json, report.md, index.html and their images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fits a linear map of feature space to a change of pictures. Writes a file and a page about it.
+"""Fits a linear map of feature space to a change of images. Writes a file and a page about it.
 
     python training/fit_linear_map.py --change hue:120 --out FILE               (drawn scenes and their CNN)
     python training/fit_linear_map.py --data FOLDER --backbone tf_efficientnet_lite0.in1k --layer blocks.4 \\
@@ -6,8 +6,8 @@
     python training/fit_linear_map.py --data FOLDER --changed FOLDER --backbone ... --out FILE   (any change, by names)
 
 The map changes the vector at every location in the same way. It is affine (ridge regression), a rotation (orthogonal
-Procrustes) or a direction. All three are measured on held-out pictures; --kind chooses the one to write. If an
-embedded inversion model inverts the layer, or --model names one, pictures are drawn from the mapped maps. FILE is for
+Procrustes) or a direction. All three are measured on held-out images; --kind chooses the one to write. If an
+embedded inversion model inverts the layer, or --model names one, the mapped maps are inverted. FILE is for
 the node Load Linear Map and for reconstruct.py --linear-map. Beside it, NAME.html is the page and NAME.json has the
 figures.
 """
@@ -40,15 +40,15 @@ NO_MODEL = "none"
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="drawn", help="folder of pictures or tar shards, a .tar file, or drawn")
+    parser.add_argument("--data", default="drawn", help="folder of images or tar shards, a .tar file, or drawn")
     parser.add_argument("--count", type=int, help="as many of them, evenly spread (default: all; 500 drawn scenes)")
     parser.add_argument(
-        "--held-out", help=f"other pictures to measure on (default: every {EVERY}th of the data, left out of the fit)"
+        "--held-out", help=f"other images to measure on (default: every {EVERY}th of the data, left out of the fit)"
     )
     parser.add_argument("--held-out-count", type=int, help="as many of these, evenly spread (default: all)")
     change = parser.add_mutually_exclusive_group(required=True)
-    change.add_argument("--change", help=f"what is done to the pictures: {FORMS}")
-    change.add_argument("--changed", type=Path, help="folder with a changed picture of the same name for each picture")
+    change.add_argument("--change", help=f"what is done to the images: {FORMS}")
+    change.add_argument("--changed", type=Path, help="folder with a changed image of the same name for each image")
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="which kind of map is written")
     parser.add_argument(
         "--backbone", default="tiny-cnn", help=f"timm-hub folder or name, or one of {', '.join(BACKBONES)}"
@@ -58,10 +58,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--layer", default=LAST, help="layer of the backbone")
     parser.add_argument(
         "--model",
-        help=f"inversion model to draw with (default: the shipped one of the layer); {NO_MODEL} for no drawing",
+        help=f"inversion model for the measurements (default: the shipped one of the layer); {NO_MODEL} for none",
     )
-    parser.add_argument("--drawn", type=int, default=16, help="held-out pictures to draw")
-    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument("--drawn", type=int, default=16, help="held-out images to invert")
+    parser.add_argument("--batch", type=int, default=16, help="images sampled at once")
     parser.add_argument("--out", type=Path, default=Path("out/linear_map.safetensors"), help="the file to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     require_device(args.device)
     how = args.changed or change_of(args.change)
     if args.changed and args.held_out:
-        raise FeatInvError("--changed has pictures for --data alone; leave out --held-out")
+        raise FeatInvError("--changed has images for --data alone; leave out --held-out")
     parts = split(args.data, args.count, args.held_out, args.held_out_count)
     make_folder(args.out.parent)
     backbone = open_backbone(args.backbone, args.backbone_weights, args.input_size, run_code=True).to(args.device)
@@ -95,9 +95,9 @@ def main(argv: list[str] | None = None) -> None:
         report.panels, report.figures = {"panel": drawn.panel}, drawn.figures
     else:
         report.panels = {"panel": undrawn(linear, fitted.pictures)}
-        report.lines = ["No inversion model of this layer was named, so nothing is drawn from the mapped maps."]
+        report.lines = ["No inversion model of this layer was named, so the mapped maps are not inverted."]
     fitted_to, measured_on = (len(part) - len(part.unreadable) for part in parts)
-    notes = [f"Fitted to {fitted_to} pictures, measured on {measured_on} others.", *parts[0].unreadable]
+    notes = [f"Fitted to {fitted_to} images, measured on {measured_on} others.", *parts[0].unreadable]
     notes += parts[1].unreadable
     write_text(args.out.with_suffix(".html"), to_html(report, notes))
     about = {"source": asdict(source), "settings": linear.settings, "kind": args.kind, "notes": notes}

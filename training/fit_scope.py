@@ -5,8 +5,8 @@
 
     python training/fit_scope.py --model photo_lite0_blocks4 --data FOLDER --kept-back --count 1400 --centres 512
 
-FOLDER holds pictures, or tar files of them, that training did not see; "drawn" stands for held-out scenes of the drawn
-world. The statistics are fitted to half of the pictures, their quantiles to the other half. The first pictures are
+FOLDER holds images, or tar files of them, that training did not see; "drawn" stands for held-out scenes of the drawn
+world. The statistics are fitted to half of the images, their quantiles to the other half. The first images are
 reconstructed for the quantiles of the cycle cosine. Nothing else in the file changes.
 """
 
@@ -37,13 +37,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kept-back",
         action="store_true",
-        help="use only every 25th picture of the folder, on which make_world.py never trains",
+        help="use only every 25th image of the folder, on which make_world.py never trains",
     )
     parser.add_argument(
         "--count",
         type=int,
         default=4000,
-        help="how many pictures, spread over the folder; at least 2,000 for the outer quantiles to mean something",
+        help="how many images, spread over the folder; at least 2,000 for the outer quantiles to mean something",
     )
     parser.add_argument(
         "--drawn",
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or model_file(args.model)
     save_scope(model_file(args.model), scope, out)
     print(
-        f"wrote the scope of {scope.source.describe()}, from {scope.maps:,} pictures,"
+        f"wrote the scope of {scope.source.describe()}, from {scope.maps:,} images,"
         f" {sum(t.nbytes for t in scope.tensors().values()):,} bytes, to {out}\n{digests_text(pipeline.digests)}"
     )
 

@@ -1,12 +1,12 @@
-"""Ranks backbones and their layers by how much of the picture their feature maps keep, without an inversion model.
+"""Ranks backbones and their layers by how much of the image their feature maps keep, without an inversion model.
 
     python training/rank_backbones.py --out DIR                        (the drawn world's two backbones, all layers)
     python training/rank_backbones.py --backbones NAME NAME@LAYER,LAYER --data FOLDER --held-out FOLDER --out DIR
     python training/rank_backbones.py --models tiny_cnn_last tiny_vit_last --out DIR
 
 The same linear probe predicts the pixels of each map's cells from its vectors. report.md, index.html and results.json
-say how well it does so on held-out pictures, and how large and expensive the map is. Shrunk copies of the pictures are
-ranked too. --models adds the cosines of pictures that inversion models draw.
+say how well it does so on held-out images, and how large and expensive the map is. Shrunk copies of the images are
+ranked too. --models adds the cosines of images that inversion models give.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def arguments() -> argparse.ArgumentParser:
         metavar="NAME[@LAYER,...]",
         help=f"timm-hub folders or names of local weights, or {', '.join(BACKBONES)}; without layers all of them",
     )
-    parser.add_argument("--data", default="drawn", help="folder of pictures or tar shards, a .tar file, or drawn")
+    parser.add_argument("--data", default="drawn", help="folder of images or tar shards, a .tar file, or drawn")
     parser.add_argument("--count", type=int, help="as many of them, evenly spread (default: all; 500 drawn scenes)")
     parser.add_argument(
-        "--held-out", help=f"other pictures to measure on (default: every {EVERY}th of the data, left out of the fit)"
+        "--held-out", help=f"other images to measure on (default: every {EVERY}th of the data, left out of the fit)"
     )
     parser.add_argument("--held-out-count", type=int, help="as many of these, evenly spread (default: all)")
     parser.add_argument(
-        "--per-picture", type=int, default=16, help="vectors of each picture that a probe is fitted to, at most"
+        "--per-picture", type=int, default=16, help="vectors of each image that a probe is fitted to, at most"
     )
     parser.add_argument(
         "--around",
@@ -53,9 +53,9 @@ def arguments() -> argparse.ArgumentParser:
         default=1,
         help="cells a side that a probe reads: 1, or 3 for a vector with its neighbours",
     )
-    parser.add_argument("--models", nargs="+", default=[], help="inversion models whose pictures are compared as well")
-    parser.add_argument("--drawn", type=int, default=32, help="held-out pictures that each of these draws")
-    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument("--models", nargs="+", default=[], help="inversion models whose images are compared as well")
+    parser.add_argument("--drawn", type=int, default=32, help="held-out images that each of these inverts")
+    parser.add_argument("--batch", type=int, default=16, help="images sampled at once")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

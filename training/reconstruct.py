@@ -1,4 +1,4 @@
-"""Draws pictures from a feature map: that of a picture, a mixture of several, several composed by masks, or one that a
+"""Draws images from a feature map: that of an image, a mixture of several, several composed by masks, or one that a
 linear map changed.
 
     python training/reconstruct.py --model tiny_cnn_last --image photo.jpg --out DIR
@@ -11,11 +11,11 @@ linear map changed.
     python training/reconstruct.py --untrained --base photo --layer blocks.4 --image photo.jpg --out DIR
     python training/reconstruct.py --decoder FOLDER --backbone FOLDER --image photo.jpg --out DIR
 
-Writes every picture, panel.png with the cosine similarity under each, and results.json. With --best-of N each picture
+Writes every image, panel.png with the cosine similarity under each, and results.json. With --best-of N each image
 is the best of N by cosine. If the weights file has scope statistics, results.json says whether each map is in scope,
 and the panel names those that are not. With --untrained, universal guidance moves the base model's predictions towards
 the features, without an inversion model. With --decoder, a feature decoder draws each map in one pass. With
---start-from, noise is added to a feature decoder's picture, and sampling starts from there.
+--start-from, noise is added to a feature decoder's image, and sampling starts from there.
 """
 
 from __future__ import annotations
@@ -53,28 +53,28 @@ from training.report import panel, save_image, to_image
 
 def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__)
-    parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
+    parser.add_argument("--image", nargs="+", required=True, help="images in any format that Pillow reads")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--samples", type=int, default=1, help="reconstructions of each feature map")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the starting noise, the same for every feature map"
     )
     parser.add_argument(
-        "--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size"
+        "--resize-mode", choices=RESIZE_MODES, default="crop", help="how an image comes to the backbone's input size"
     )
     mixing = parser.add_mutually_exclusive_group()
     mixing.add_argument(
-        "--mix", type=float, nargs="+", metavar="W", help="mix two pictures; each W is the share of the second"
+        "--mix", type=float, nargs="+", metavar="W", help="mix two images; each W is the share of the second"
     )
     mixing.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="one weighted mean of all pictures, a weight for each"
+        "--weights", type=float, nargs="+", metavar="W", help="one weighted mean of all images, a weight for each"
     )
     mixing.add_argument(
         "--mask",
         nargs="+",
         help=(
-            "pictures whose bright part takes the features of the first picture, the second, and so on; the last"
-            " picture, which has no mask, takes the rest. Where masks overlap, the earlier one lies on top"
+            "images whose bright part takes the features of the first image, the second, and so on; the last"
+            " image, which has no mask, takes the rest. Where masks overlap, the earlier one lies on top"
         ),
     )
     mixing.add_argument("--linear-map", help="file of training/fit_linear_map.py that changes the feature maps")
@@ -107,7 +107,7 @@ def target_maps(
     if args.mask is not None:
         if count != len(args.mask) + 1:
             raise FeatInvError(
-                f"--mask takes a picture for each mask and one more for the rest; got {count} pictures and"
+                f"--mask takes an image for each mask and one more for the rest; got {count} images and"
                 f" {len(args.mask)} masks"
             )
         masks = [
@@ -118,7 +118,7 @@ def target_maps(
     if args.mix is None:
         return list(zip(names, single))
     if count != 2:
-        raise FeatInvError(f"--mix takes exactly two pictures, got {count}; for more give --weights")
+        raise FeatInvError(f"--mix takes exactly two images, got {count}; for more give --weights")
     if not all(0 <= w <= 1 for w in args.mix):
         raise FeatInvError(f"--mix {args.mix}: expected shares between 0 and 1")
     return [(f"mix_{w:.2f}", interpolate(single, [1 - w, w])) for w in args.mix]
@@ -186,13 +186,13 @@ def main(argv: list[str] | None = None) -> None:
             )
     chosen = []
     if args.decoder:
-        chosen = [f"Drawn by the feature decoder {Path(args.decoder).name}."]
+        chosen = [f"Decoded by the feature decoder {Path(args.decoder).name}."]
     elif args.untrained:
-        chosen = ["Drawn without a trained inversion model, by universal guidance."]
+        chosen = ["Sampled without a trained inversion model, by universal guidance."]
     elif settings.best_of > 1:
-        chosen = [f"Each picture is the one of the highest cosine among {settings.best_of}."]
+        chosen = [f"Each image is the one of the highest cosine among {settings.best_of}."]
     if args.start_from:
-        chosen.append(f"Drawn from a feature decoder's picture on, with {args.start_share:g} of the steps.")
+        chosen.append(f"Started from a feature decoder's image, with {args.start_share:g} of the steps.")
     outside = [pipeline.world.outside] if pipeline.world and pipeline.world.outside else []
     note = "\n".join([*outside, *pipeline.allowed, *chosen, *off])
     titles = ["original", *(name[:18] for name, _ in maps)]
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             "pictures": entries,
         },
     )
-    print(f"wrote {len(entries)} pictures, panel.png and results.json to {args.out}")
+    print(f"wrote {len(entries)} images, panel.png and results.json to {args.out}")
 
 
 if __name__ == "__main__":

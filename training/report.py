@@ -1,4 +1,4 @@
-"""Panels and pages of pictures, with the cosine similarity under each reconstruction, as in the paper."""
+"""Panels and pages of images, with the cosine similarity under each reconstruction, as in the paper."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Cell = tuple[Tensor, str]
 
 
 #: what the marks of figure_text mean, for below a table
-FEW_NOTE = "few: an interval of fewer than 10 pictures says little; (-): one picture has no interval."
+FEW_NOTE = "few: an interval of fewer than 10 images says little; (-): one image has no interval."
 
 
 def figure_text(entry: dict, digits: int = 3, scale: float = 1.0, sign: str = "") -> str:

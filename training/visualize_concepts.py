@@ -5,9 +5,9 @@
     python training/visualize_concepts.py --image a.png --names object --factor 2 --keep-length --out DIR
 
 --names: numbers or names. Commas join concepts that are turned down together; semicolons separate the variants of a
-row. Writes grid.png (a row per picture, a column per variant), details.png (both reconstructions, the difference and
+row. Writes grid.png (a row per image, a column per variant), details.png (both reconstructions, the difference and
 its sign), each map as a PNG, and results.json. Every variant has a slope, the share of the concept that the backbone
-finds again in the reconstructions, and a scope, which says whether the edited map is like those of real pictures.
+finds again in the reconstructions, and a scope, which says whether the edited map is like those of real images.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from training.report import Cell, panel, save_image, to_image
 
 def arguments() -> argparse.ArgumentParser:
     parser = model_parser(__doc__, gradient=0.0)  # of an edited map it draws less of the edit: docs/concepts.md
-    parser.add_argument("--image", nargs="+", required=True, help="pictures in any format that Pillow reads")
+    parser.add_argument("--image", nargs="+", required=True, help="images in any format that Pillow reads")
     parser.add_argument(
         "--concepts",
         default="tiny_cnn_concepts",
@@ -66,7 +66,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--closed-loop",
         action="store_true",
-        help="search for a factor whose slope is --factor, and draw again for each factor that is tried",
+        help="search for a factor whose slope is --factor, and sample again for each factor that is tried",
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="factors that the closed loop tries at most")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="reconstructions of each map")
@@ -78,7 +78,7 @@ def arguments() -> argparse.ArgumentParser:
         help="share of the largest difference below which a pixel counts as unaffected",
     )
     parser.add_argument(
-        "--resize-mode", choices=RESIZE_MODES, default="crop", help="how a picture comes to the backbone's input size"
+        "--resize-mode", choices=RESIZE_MODES, default="crop", help="how an image comes to the backbone's input size"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     return parser
@@ -93,7 +93,7 @@ def grid_row(picture: torch.Tensor, row: list[Visualization], threshold: float) 
     cells = [(picture, "picture"), (row[0].original[0], "reconstruction")]
     for visualization in row:
         mask = affected(visualization.distance, threshold)
-        verdict = "" if visualization.slope.passed else ", NOT as asked"
+        verdict = "" if visualization.slope.passed else ", NOT as requested"
         cells.append((spotlight(visualization.original[0], mask), f"slope {visualization.slope.own:.2f}{verdict}"))
     return cells
 

@@ -73,7 +73,7 @@ class Backbone(nn.Module):
         channels = 1 if first is not None and first.in_channels == 1 else config["input_size"][0]
         if channels != 3:
             raise FeatInvError(
-                f"{name} reads pictures with a channel count of {channels}; expected 3, red, green and blue"
+                f"{name} reads images with a channel count of {channels}; expected 3, red, green and blue"
             )
         built_for = getattr(
             getattr(model, "patch_embed", None), "img_size", None
@@ -292,7 +292,7 @@ class Backbone(nn.Module):
         except STUMBLES as error:
             size = "3 x {} x {}".format(*self.input_size)
             reason = " ".join(str(error).split())[:300]
-            raise FeatInvError(f"{self.name} cannot read pictures of {size} ({reason})") from error
+            raise FeatInvError(f"{self.name} cannot read images of {size} ({reason})") from error
 
     def _spatial(self, x: Tensor, layer: str) -> tuple[Tensor, Tensor | None]:
         """Normalised pictures to (values [B, C, H, W], prefix tokens [B, P, C] or None)."""

@@ -1,5 +1,5 @@
-"""A decoder of feature maps to pictures, as representation autoencoders have one (Zheng et al. 2025, arXiv 2510.11690):
-one pass of a vision transformer, the same picture each time."""
+"""A decoder of feature maps to images, as representation autoencoders have one (Zheng et al. 2025, arXiv 2510.11690):
+one pass of a vision transformer, the same image each time."""
 
 from __future__ import annotations
 

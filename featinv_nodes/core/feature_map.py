@@ -91,7 +91,7 @@ class FeatureMap:
             )
         if not self.values.isfinite().all():
             raise FeatInvError(
-                f"feature map from {s.describe()} holds NaN or infinite values; check the picture and the weights"
+                f"feature map from {s.describe()} holds NaN or infinite values; check the image and the weights"
             )
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Finding and reading the user's pictures, with errors that say what is wrong."""
+"""Finding and reading the user's images, with errors that say what is wrong."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def as_rgb(pictures: Tensor) -> Tensor:
     and alpha, 3 RGB, 4 RGB and alpha. Raises FeatInvError for another shape."""
     if pictures.ndim != 4 or not 1 <= pictures.shape[1] <= 4:
         raise FeatInvError(
-            f"pictures of the shape {tuple(pictures.shape)} (batch, channels, height, width); expected 1 to 4 channels:"
+            f"images of the shape {tuple(pictures.shape)} (batch, channels, height, width); expected 1 to 4 channels:"
             " grey or RGB, with or without alpha"
         )
     pictures, channels = pictures.float(), pictures.shape[1]
@@ -86,7 +86,7 @@ def read_image(file: str | Path, square: int | None = None) -> Tensor:
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         if isinstance(error, FeatInvError):
             raise
-        raise FeatInvError(f"{file} is not a picture that Pillow can read: {error}") from error
+        raise FeatInvError(f"{file} is not an image that Pillow can read: {error}") from error
     if square:
         image = ImageOps.fit(image, (square, square), Image.Resampling.BICUBIC)
     return as_tensor(image)

@@ -1,6 +1,6 @@
-"""Linear maps of feature space: what a change of the picture (its colours, its style) does to every feature vector.
+"""Linear maps of feature space: what a change of the image (its colours, its style) does to every feature vector.
 
-A map is fitted to pairs of vectors x, y [C] at equal locations of two pictures, before a change and after it:
+A map is fitted to pairs of vectors x, y [C] at equal locations of two images, before a change and after it:
 
 rotation    y = R x with R in SO(C), by Kabsch's solution of the orthogonal Procrustes problem; about the origin, so
             vectors keep their length (colour changes as rotations: arXiv 2506.07803).
@@ -251,7 +251,7 @@ def _affine(sums: Moments, ridge: float) -> tuple[Tensor, Tensor]:
     change = sums.yx / sums.vectors - torch.outer(y, x) - own
     eye, scale = torch.eye(len(own), dtype=own.dtype), own.trace() / len(own)
     if not scale > 0:
-        raise FeatInvError("constant features: all vectors before the change are equal; check the pictures")
+        raise FeatInvError("constant features: all vectors before the change are equal; check the images")
     matrix = eye + torch.linalg.solve(own + ridge * scale * eye, change.T).T
     return matrix, y - matrix @ x
 

@@ -41,8 +41,8 @@ def best_rows(similarity: Tensor, maps: int, keep: int) -> Tensor:
     """
     if len(similarity) % maps or not 1 <= keep <= len(similarity) // maps:
         raise FeatInvError(
-            f"{len(similarity)} pictures of {maps} feature maps, {keep} of each to keep: expected a multiple of {maps}"
-            " pictures, and at least as many of each map as are kept"
+            f"{len(similarity)} images of {maps} feature maps, {keep} of each to keep: expected a multiple of {maps}"
+            " images, and at least as many of each map as are kept"
         )
     best = similarity.unflatten(0, (-1, maps)).topk(keep, dim=0).indices  # [keep, maps]
     return (best * maps + torch.arange(maps, device=best.device)).T.flatten()

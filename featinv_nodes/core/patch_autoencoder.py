@@ -1,6 +1,6 @@
 """A small autoencoder for embedded worlds: principal components of patches, refined by two small residual networks.
 
-A plain module, so that the trainer and the host share it. Pictures are [B, 3, p h, p w] in -1..1, latents [B, C, h, w],
+A plain module, so that the trainer and the host share it. Images are [B, 3, p h, p w] in -1..1, latents [B, C, h, w],
 p being the side of a patch and C the number of components.
 """
 

@@ -1,4 +1,4 @@
-"""Which pictures lie below a folder: links are followed, loops are not, and what is left out is counted by reason."""
+"""Which images lie below a folder: links are followed, loops are not, and what is left out is counted by reason."""
 
 from __future__ import annotations
 

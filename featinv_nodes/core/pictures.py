@@ -1,4 +1,4 @@
-"""Feature maps and their agreement as pictures: principal components as colours, heat maps, captions."""
+"""Feature maps and their agreement as images: principal components as colours, heat maps, captions."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class PartWay:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise FeatInvError(
-                f"share {self.share:g} of the steps to begin from a picture with; expected a number above 0 and up to 1"
+                f"share {self.share:g} of the steps to begin from an image with; expected a number above 0 and up to 1"
             )
 
     def first(self, steps: int) -> int:

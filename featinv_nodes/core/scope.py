@@ -11,7 +11,7 @@ neighbours  how badly the eight neighbours predict a location: z = V (u - m) in 
             unit vectors, r = z - R n with n the mean of the neighbours' z, |S r|^2 / d; a map's is the mean of its
             worst tenth. Seams and shuffled locations show here alone. A pooled map has none.
 
-What every one of them misses: a wrong picture made of right vectors in right surroundings.
+What every one of them misses: a wrong image made of right vectors in right surroundings.
 """
 
 from __future__ import annotations
@@ -327,7 +327,7 @@ def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled:
     scale = x.norm(dim=1).square().mean().sqrt().item()
     if scale == 0 or x.var(0).sum() == 0:
         raise FeatInvError(
-            "constant features: all vectors are equal, so there is nothing to fit; check the pictures and the layer"
+            "constant features: all vectors are equal, so there is nothing to fit; check the images and the layer"
         )
     u, scaled = F.normalize(x, dim=1), (x / scale).double()
     means = (

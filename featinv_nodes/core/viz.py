@@ -66,7 +66,7 @@ class Edit:
         parts = 1 + len(self.groups)
         if not len(pictures) or len(pictures) % parts:
             raise FeatInvError(
-                f"{len(pictures)} pictures for the original and {parts - 1} changed maps; expected a multiple of"
+                f"{len(pictures)} images for the original and {parts - 1} changed maps; expected a multiple of"
                 f" {parts}, the same seeds for each"
             )
         return pictures.unflatten(0, (parts, -1))
@@ -81,14 +81,14 @@ class Edit:
             )
         if pictures != len(maps):
             raise FeatInvError(
-                f"{pictures} pictures of Paired Latents' {len(maps)} maps; expected one of each, in their order."
-                " Connect everything that the sampler drew from Paired Latents' features and latent"
+                f"{pictures} images of Paired Latents' {len(maps)} maps; expected one of each, in their order."
+                " Connect all images that the sampler made from Paired Latents' features and latent"
             )
 
     def _require_single(self) -> None:
         if len(self.original) != 1:
             raise FeatInvError(
-                f"FeatInv-Viz shows one picture at a time; this edit is of {len(self.original)} feature maps, give one"
+                f"FeatInv-Viz shows one image at a time; this edit is of {len(self.original)} feature maps, give one"
             )
 
 
@@ -146,7 +146,7 @@ def _require_pairs(original: Tensor, changed: Tensor) -> None:
     if original.shape != changed.shape:
         raise FeatInvError(
             f"{tuple(original.shape)} original and {tuple(changed.shape)} attenuated reconstructions; "
-            "draw both with the same seed, size and number of pictures"
+            "draw both with the same seed, size and number of images"
         )
 
 
@@ -189,9 +189,9 @@ class Slope:
 
     @property
     def verdict(self) -> str:
-        """Whether the slope is as asked, and if not, why."""
+        """Whether the slope is as requested, and if not, why."""
         little = arrived(self.asked, self.own) < LEAST
-        return "as asked" if self.passed else f"NOT as asked: too {'little' if little else 'much'} changed"
+        return "as requested" if self.passed else f"NOT as requested: too {'little' if little else 'much'} changed"
 
     def describe(self) -> str:
         """One line for captions and messages."""
@@ -229,7 +229,7 @@ def measure_slopes(change: Edit, pictures: Tensor, reread: FeatureMap, check: Ch
 
     Raises FeatInvError if these are of another source than the edited map, or as Edit.unpaired does.
     """
-    reread.source.require(change.original.source, "what the backbone reads in the pictures", "the edited feature map")
+    reread.source.require(change.original.source, "what the backbone reads in the images", "the edited feature map")
     first, *others = change.unpaired(pictures)
     again, *changed = [reread.select(slice(i, i + len(first))) for i in range(0, len(reread), len(first))]
     return [
@@ -320,11 +320,11 @@ class Visualization:
     rounds: int = 1
 
     def describe(self) -> str:
-        """One line: the factor asked for, the one commanded and the one reached."""
+        """One line: the requested factor, the applied factor and the measured slope."""
         rounds = f"{self.rounds} round{'s' * (self.rounds != 1)}"
         return (
-            f"{self.change.titles()[0]}: asked {self.slope.asked:g}, commanded {self.commanded:.2f},"
-            f" reached {self.slope.own:.2f} ({self.slope.verdict}) in {rounds}; other concepts {self.slope.others:.2f}"
+            f"{self.change.titles()[0]}: requested {self.slope.asked:g}, applied {self.commanded:.2f},"
+            f" measured {self.slope.own:.2f} ({self.slope.verdict}) in {rounds}; other concepts {self.slope.others:.2f}"
         )
 
 

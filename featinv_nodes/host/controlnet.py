@@ -168,7 +168,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         if any(tuple(chunk.shape[2:]) != size for chunk in chunks):
             raise FeatInvError(
                 f"the sampler draws {size[1]} x {size[0]} latent cells of {part.size[1]} x {part.size[0]}, and FeatInv"
-                " ControlNet is not told which. Use ComfyUI's own areas or Context Windows, or draw the picture as a"
+                " ControlNet is not told which. Use ComfyUI's own areas or Context Windows, or draw the image as a"
                 " whole"
             )
         dtype = self.manual_cast_dtype or self.control_model.dtype

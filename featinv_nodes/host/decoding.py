@@ -65,7 +65,7 @@ class Decoding:
         need, there = self.least(latents, read) + weights, management.get_total_memory(self.vae.device)
         if need > there:
             raise FeatInvError(
-                f"the gradient of a decoded picture of {width} x {height} pixels needs {in_gb(need)} of memory, and"
+                f"the gradient of a decoded image of {width} x {height} pixels needs {in_gb(need)} of memory, and"
                 f" {self.vae.device} has {in_gb(there)}. {HELP}"
             )
 

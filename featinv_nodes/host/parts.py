@@ -1,4 +1,4 @@
-"""Finds the part of the sampler's latents that a ControlNet call is for: a context window, or an area of the picture.
+"""Finds the part of the sampler's latents that a ControlNet call is for: a context window, or an area of the image.
 
 The host hands a ControlNet a cut-out and does not say of what. Wrappers around its prediction and its batching write
 that down in the options that reach the ControlNet.

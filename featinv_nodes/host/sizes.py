@@ -1,4 +1,4 @@
-"""The size of latents and pictures that an inversion model was trained at."""
+"""The size of latents and images that an inversion model was trained at."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def guidance_sampler(
         check(base, vae, backbone, target)
         if x.ndim != 4:
             raise FeatInvError(
-                f"Feature Guidance Sampler: latents of shape {list(x.shape)}; expected pictures, [batch, channels,"
-                " height, width]. Use it with a model of single pictures"
+                f"Feature Guidance Sampler: latents of shape {list(x.shape)}; expected images, [batch, channels,"
+                " height, width]. Use it with a model of single images"
             )
         levels = levels_of(base.model_sampling, sigmas)
         management.load_models_gpu([backbone.patcher])  # which counts on its device what it keeps
@@ -101,7 +101,7 @@ def guidance_sampler(
         except NotFinite as error:
             if error.latents is None:
                 raise
-            tell(node, [f"{error}. The picture is the last finite one"], [], "")
+            tell(node, [f"{error}. The image is the last finite one"], [], "")
             return error.latents
 
     return KSAMPLER(sample)

@@ -1,4 +1,4 @@
-"""The node that searches for the factor that gives a concept the requested strength in the picture."""
+"""The node that searches for the factor that gives a concept the requested strength in the image."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class ClosedLoop(io.ComfyNode):
             aliases=("attenuate", "steer", "slope"),
             says=True,
             description=(
-                "Searches for the factor that gives the requested strength of a concept in the picture: draws, lets"
-                " the backbone read the picture again, and tries another factor. It draws with the connected guider,"
+                "Searches for the factor that gives the requested strength of a concept in the image: samples,"
+                " lets the backbone read the image again, and tries another factor. It uses the connected guider,"
                 " sampler and noise."
             ),
             inputs=[
                 Change.Input("edit", tooltip="From Concept Attenuate, for a single feature map: the requested change."),
-                Backbone.Input("backbone", tooltip="The backbone of the features; it reads the pictures again."),
+                Backbone.Input("backbone", tooltip="The backbone of the features; it reads the images again."),
                 io.Vae.Input("vae", tooltip="The model's autoencoder."),
                 io.Noise.Input("noise", tooltip="From RandomNoise. Every round begins with the same noise."),
                 io.Guider.Input(
@@ -56,7 +56,7 @@ class ClosedLoop(io.ComfyNode):
                     max=32,
                     tooltip=(
                         "How many factors to try at most for each variant, beginning with the requested one. The"
-                        " search ends with the first that passes. 1 draws and measures the requested factor alone."
+                        " search ends with the first that passes. 1 measures the requested factor alone."
                     ),
                 ),
             ],
@@ -64,27 +64,27 @@ class ClosedLoop(io.ComfyNode):
                 io.Image.Output(
                     "image",
                     display_name="image",
-                    tooltip="The pictures of the changed map, one per seed. Several variants follow each other.",
+                    tooltip="The images of the changed map, one per seed. Several variants follow each other.",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
                     tooltip=(
-                        "A line per variant: the factor asked for, the one commanded to get it, the one reached, and"
-                        " the verdict. The node shows it."
+                        "A line per variant: the requested factor, the factor applied to get it, the measured slope,"
+                        " and the verdict. The node shows it."
                     ),
                 ),
                 io.Float.Output(
                     "commanded",
                     display_name="commanded",
-                    tooltip="The factor that was used in the map. The mean of several variants.",
+                    tooltip="The factor that was applied to the feature map. The mean of several variants.",
                 ),
                 io.Float.Output(
                     "reached",
                     display_name="reached",
                     tooltip=(
-                        "The slope: the share of the concept that the backbone finds again in the pictures. The mean"
-                        " of several variants."
+                        "The measured slope: the share of the concept that the backbone finds again in the images."
+                        " The mean of several variants."
                     ),
                 ),
                 io.Image.Output(
@@ -93,12 +93,12 @@ class ClosedLoop(io.ComfyNode):
                     tooltip="The original once per seed, then each variant once per seed, for FeatInv-Viz.",
                 ),
                 Features.Output(
-                    "features", display_name="features", tooltip="The map that each of these pictures was drawn from."
+                    "features", display_name="features", tooltip="The feature map of each of these images."
                 ),
                 Change.Output(
                     "commanded_edit",
                     display_name="edit",
-                    tooltip="The edit with the drawn maps and the requested factor, for FeatInv-Viz.",
+                    tooltip="The edit with the maps that were used and the requested factor, for FeatInv-Viz.",
                 ),
             ],
             is_output_node=True,
@@ -132,10 +132,10 @@ class ClosedLoop(io.ComfyNode):
 
 
 def caption(one) -> str:  # noqa: ANN001 - core.viz.Visualization
-    """A variant in three lines: what was asked, what was commanded and reached, and the verdict."""
+    """A variant in three lines: what was requested, applied and measured, and the verdict."""
     asked, reached = one.slope.asked, one.slope.own
-    verdict = "as asked" if one.slope.passed else "NOT as asked"
-    return f"{one.change.titles()[0]} x{asked:g}\ncommanded {one.commanded:.2f}, reached {reached:.2f}\n{verdict}"
+    verdict = "as requested" if one.slope.passed else "NOT as requested"
+    return f"{one.change.titles()[0]} x{asked:g}\napplied {one.commanded:.2f}, measured {reached:.2f}\n{verdict}"
 
 
 NODES = [ClosedLoop]

@@ -68,7 +68,7 @@ class ConceptAttenuate(io.ComfyNode):
             aliases=("steer", "suppress", "ablate"),
             says=True,
             description=(
-                "Turns concepts in a feature map down or up. Draw the result to see what the concept means to the"
+                "Turns concepts in a feature map down or up. Invert the result to see what the concept means to the"
                 " model."
             ),
             inputs=[
@@ -90,7 +90,7 @@ class ConceptAttenuate(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "What the concept is multiplied by: 0.25 as in the paper, 0 removes it, 1 changes nothing."
-                        " Above 1 the map may no longer be like that of any picture."
+                        " Above 1 the map may no longer be like that of any image."
                     ),
                 ),
                 io.Boolean.Input(
@@ -98,7 +98,7 @@ class ConceptAttenuate(io.ComfyNode):
                     default=True,
                     tooltip=(
                         "For factors above 1: scales feature vectors that grow back to their old length. The map"
-                        " stays more like those of real pictures, and the concept grows by less than the factor."
+                        " stays more like those of real images, and the concept grows by less than the factor."
                     ),
                 ),
                 Control.Input(
@@ -122,7 +122,7 @@ class ConceptAttenuate(io.ComfyNode):
                     "scope",
                     display_name="scope",
                     tooltip=(
-                        "Whether the changed map is like those of held-out pictures, and if not, what is unusual"
+                        "Whether the changed map is like those of held-out images, and if not, what is unusual"
                         " about it. The node shows it."
                     ),
                 ),
@@ -158,7 +158,7 @@ class ConceptMap(io.ComfyNode):
                     display_name="maps",
                     tooltip=(
                         "A heat map per concept, and last the rest. Dark is 0, bright is 1, the length of the"
-                        " picture's longest feature vector."
+                        " image's longest feature vector."
                     ),
                 )
             ],

@@ -17,7 +17,7 @@ class FeatInvControlNet(io.ComfyNode):
             aliases=("apply controlnet", "reconstruct", "invert features"),
             says=True,
             description=(
-                "Steers the sampler towards a feature map, as Apply ControlNet steers towards a hint picture. Chains"
+                "Steers the sampler towards a feature map, as Apply ControlNet steers towards a hint image. Chains"
                 " with other ControlNets in either order."
             ),
             inputs=[
@@ -30,9 +30,9 @@ class FeatInvControlNet(io.ComfyNode):
                 Features.Input(
                     "features",
                     tooltip=(
-                        "The feature map to draw, from the backbone and layer of the inversion model. A batch gives"
+                        "The feature map to invert, from the backbone and layer of the inversion model. A batch gives"
                         " each latent its own map. One map serves all latents. Fewer maps than latents are repeated"
-                        " in turn, and extra maps are not drawn; the node says so."
+                        " in turn, and extra maps are ignored; the node says so."
                     ),
                 ),
                 io.Float.Input(
@@ -86,7 +86,7 @@ class FeatInvControlNet(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Where control acts: fully where the mask is white, not at all where it is black. A mask of"
-                        " any size covers the whole picture. A batch gives each latent its own mask."
+                        " any size covers the whole image. A batch gives each latent its own mask."
                     ),
                 ),
             ],
@@ -97,7 +97,7 @@ class FeatInvControlNet(io.ComfyNode):
                     "scope",
                     display_name="scope",
                     tooltip=(
-                        "Whether the feature map is like those of held-out pictures, and if not, what is unusual"
+                        "Whether the feature map is like those of held-out images, and if not, what is unusual"
                         " about it. The node shows it."
                     ),
                 ),
@@ -165,12 +165,12 @@ class EmptyLatent(io.ComfyNode):
             category=Menu.CONTROL,
             aliases=("empty latent image",),
             description=(
-                "Makes empty latents of the size that an inversion model was trained with. The model draws other"
+                "Makes empty latents of the size that an inversion model was trained with. The model inverts other"
                 " sizes less faithfully, and larger ones slowly."
             ),
             inputs=[
                 Control.Input("control_net", tooltip="The inversion model, from Load FeatInv ControlNet."),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many pictures the sampler draws."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many images to sample."),
             ],
             outputs=[
                 io.Latent.Output(

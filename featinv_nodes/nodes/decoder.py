@@ -1,4 +1,4 @@
-"""Feature decoders: a picture of a feature map in one pass, without a diffusion model."""
+"""Feature decoders: an image of a feature map in one pass, without a diffusion model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LoadFeatureDecoder(io.ComfyNode):
             aliases=ALIASES,
             says=True,
             description=(
-                "Opens a decoder that draws feature maps of one backbone in a single pass: a released one for DINOv2,"
+                "Opens a decoder that turns feature maps of one backbone in a single pass: a released one for DINOv2,"
                 " SigLIP2 or MAE (diffusers' AutoencoderRAE), or an embedded one. Local files only."
             ),
             inputs=[
@@ -44,7 +44,7 @@ class LoadFeatureDecoder(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Allows a backbone with other weights than the decoder was trained with, such as a fine-tune"
-                        " of the same name. Pictures may be less faithful."
+                        " of the same name. Images may be less faithful."
                     ),
                 ),
             ],
@@ -76,8 +76,8 @@ class DecodeFeatures(io.ComfyNode):
             category=Menu.CONTROL,
             aliases=(*ALIASES, "features to image", "reconstruct"),
             description=(
-                "Draws feature maps with a feature decoder: one pass, no seed, no diffusion model. The same map always"
-                " gives the same picture."
+                "Decodes feature maps into images with a feature decoder: one pass, no seed, no diffusion model. The"
+                " same map always gives the same image."
             ),
             inputs=[
                 Decoder.Input("feature_decoder", tooltip="From Load Feature Decoder."),
@@ -89,7 +89,7 @@ class DecodeFeatures(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[io.Image.Output("image", display_name="image", tooltip="A picture of each feature map.")],
+            outputs=[io.Image.Output("image", display_name="image", tooltip="An image of each feature map.")],
         )
 
     @classmethod

@@ -24,7 +24,7 @@ class DiscoverConcepts(io.ComfyNode):
             category=Menu.CONCEPTS,
             aliases=("MCD", "PCA", "NMF", "sparse autoencoder", "clustering"),
             description=(
-                "Finds concepts in the features of many pictures: groups of directions in the backbone's feature"
+                "Finds concepts in the features of many images: groups of directions in the backbone's feature"
                 " space, for Concept Attenuate."
             ),
             inputs=[
@@ -33,7 +33,7 @@ class DiscoverConcepts(io.ComfyNode):
                     "folder",
                     default="",
                     tooltip=(
-                        "A folder of pictures below ComfyUI's input folder, or an absolute path. It holds one class,"
+                        "A folder of images below ComfyUI's input folder, or an absolute path. It holds one class,"
                         " or a folder per class. Empty if images are connected."
                     ),
                 ),
@@ -68,7 +68,7 @@ class DiscoverConcepts(io.ComfyNode):
                     min=1,
                     max=1_000_000,
                     tooltip=(
-                        "How many feature vectors to use at most, taken evenly from the pictures. Must be at least"
+                        "How many feature vectors to use at most, taken evenly from the images. Must be at least"
                         " the layer's number of channels. 20,000 vectors of 1,024 channels take about 1 GB."
                     ),
                 ),
@@ -78,13 +78,13 @@ class DiscoverConcepts(io.ComfyNode):
                     min=0,
                     max=2**31 - 1,
                     control_after_generate=False,
-                    tooltip="The same pictures and seed give the same concepts.",
+                    tooltip="The same images and seed give the same concepts.",
                 ),
                 io.Combo.Input(
                     "fit",
                     options=["crop", "stretch"],
                     default="crop",
-                    tooltip="How a picture is brought to the model's input size, as in Extract Features.",
+                    tooltip="How an image is brought to the model's input size, as in Extract Features.",
                 ),
                 io.String.Input(
                     "name",
@@ -94,7 +94,7 @@ class DiscoverConcepts(io.ComfyNode):
                         " replaces a file of that name. Empty: not saved."
                     ),
                 ),
-                io.Image.Input("images", optional=True, tooltip="A batch of pictures instead of a folder."),
+                io.Image.Input("images", optional=True, tooltip="A batch of images instead of a folder."),
             ],
             outputs=[
                 ConceptSet.Output(
@@ -130,7 +130,7 @@ class DiscoverConcepts(io.ComfyNode):
         from ..host.discovery import find
 
         if (images is None) == (not folder.strip()):
-            raise FeatInvError("Discover Concepts: connect images or name a folder of pictures, one of the two")
+            raise FeatInvError("Discover Concepts: connect images or name a folder of images, one of the two")
         file = folders.to_write(folders.CONCEPTS, name, "Discover Concepts") if name.strip() else None
         if images is None:
             pictures = Folder(located(folder), backbone.backbone, fit, vectors, seed)

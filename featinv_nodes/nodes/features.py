@@ -19,10 +19,10 @@ class ExtractFeatures(io.ComfyNode):
             category=Menu.FEATURES,
             aliases=("resnet", "activations", "embedding", "encode image"),
             says=True,
-            description="Computes the feature map of a picture at a layer of the backbone: what the model sees.",
+            description="Computes the feature map of an image at a layer of the backbone: what the model sees.",
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone or FeatInv Loader."),
-                io.Image.Input("image", tooltip="One picture or a batch, any size."),
+                io.Image.Input("image", tooltip="One image or a batch, any size."),
                 io.String.Input(
                     "layer",
                     default="last",
@@ -35,7 +35,7 @@ class ExtractFeatures(io.ComfyNode):
                     "pooled",
                     default=False,
                     tooltip=(
-                        "Averages over all locations: keeps what is in the picture, but not where. Needs an inversion"
+                        "Averages over all locations: keeps what is in the image, but not where. Needs an inversion"
                         " model trained on pooled features."
                     ),
                 ),
@@ -44,22 +44,22 @@ class ExtractFeatures(io.ComfyNode):
                     options=["crop", "stretch"],
                     default="crop",
                     tooltip=(
-                        "How the picture is brought to the model's input size: centre crop as in the model's own"
-                        " evaluation, or the whole picture stretched."
+                        "How the image is brought to the model's input size: centre crop as in the model's own"
+                        " evaluation, or the whole image stretched."
                     ),
                 ),
                 Control.Input(
                     "control_net",
                     optional=True,
                     tooltip=(
-                        "The inversion model that draws the features. Its layer and pooling replace the two above."
+                        "The inversion model that inverts the features. Its layer and pooling replace the two above."
                     ),
                 ),
             ],
             outputs=[
-                Features.Output("features", display_name="features", tooltip="The feature map of each picture."),
+                Features.Output("features", display_name="features", tooltip="The feature map of each image."),
                 io.Image.Output(
-                    "seen", display_name="seen", tooltip="What the model saw: the picture at the model's input size."
+                    "seen", display_name="seen", tooltip="What the model saw: the image at the model's input size."
                 ),
             ],
         )

@@ -1,4 +1,4 @@
-"""Nodes that make pictures more like their feature map: guidance by gradient, and the best of many."""
+"""Nodes that make images more like their feature map: guidance by gradient, and the best of many."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FeatureGuidance(io.ComfyNode):
             category=Menu.CONTROL,
             aliases=("gradient guidance", "faithful", "cosine"),
             description=(
-                "Guides the sampler by the backbone: in the last steps the predicted picture is decoded, the backbone"
+                "Guides the sampler by the backbone: in the last steps the predicted image is decoded, the backbone"
                 " reads it, and the latents move towards the feature map. Slower and more faithful."
             ),
             inputs=[
@@ -68,30 +68,30 @@ class KeepMostSimilar(io.ComfyNode):
             category=Menu.LOOK,
             aliases=("best of many", "cosine", "rank"),
             says=True,
-            description="Keeps the best of several pictures: those whose feature maps are most like the target.",
+            description="Keeps the best of several images: those whose feature maps are most like the target.",
             inputs=[
                 io.Image.Input(
-                    "image", tooltip="A batch of pictures that were drawn from the features with different noise."
+                    "image", tooltip="A batch of images of the same features, sampled from different noise."
                 ),
                 Features.Input(
                     "features",
                     tooltip=(
-                        "The target feature map. Each of several maps is compared with its own pictures, in the order"
+                        "The target feature map. Each of several maps is compared with its own images, in the order"
                         " in which FeatInv ControlNet gives maps to latents."
                     ),
                 ),
                 Backbone.Input("backbone", tooltip="The backbone that made the features."),
                 io.Int.Input(
-                    "keep", default=1, min=1, max=4096, tooltip="How many pictures to keep of each feature map."
+                    "keep", default=1, min=1, max=4096, tooltip="How many images to keep of each feature map."
                 ),
             ],
             outputs=[
-                io.Image.Output("kept", display_name="image", tooltip="The kept pictures, map by map, the best first."),
+                io.Image.Output("kept", display_name="image", tooltip="The kept images, map by map, the best first."),
                 io.String.Output(
                     "cosines",
                     display_name="cosines",
                     tooltip=(
-                        "A line per kept picture, with its number in the batch (from 0) and its cosine similarity,"
+                        "A line per kept image, with its number in the batch (from 0) and its cosine similarity,"
                         " and then the range of all. The node shows it."
                     ),
                 ),

@@ -22,12 +22,12 @@ class LinearMapFromPairs(io.ComfyNode):
             aliases=("rotation", "direction", "style", "Procrustes", "fit linear map"),
             says=True,
             description=(
-                "Learns how a change of the picture, such as of its colours or style, changes feature vectors, from"
-                " maps of pictures before and after it. Apply Linear Map applies the same change to other maps."
+                "Learns how a change of the image, such as of its colours or style, changes feature vectors, from"
+                " maps of images before and after it. Apply Linear Map applies the same change to other maps."
             ),
             inputs=[
-                Features.Input("before", tooltip="Feature maps of unchanged pictures, as a batch. Begin with eight."),
-                Features.Input("after", tooltip="Feature maps of the same pictures, changed, in the same order."),
+                Features.Input("before", tooltip="Feature maps of unchanged images, as a batch. Begin with eight."),
+                Features.Input("after", tooltip="Feature maps of the same images, changed, in the same order."),
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
@@ -91,7 +91,7 @@ class LoadLinearMap(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="What the map changes, and how well it does so on held-out pictures. The node shows it.",
+                    tooltip="What the map changes, and how well it does so on held-out images. The node shows it.",
                 ),
             ],
         )
@@ -121,7 +121,7 @@ class ApplyLinearMap(io.ComfyNode):
             category=Menu.FEATURES,
             aliases=("rotate features", "steer", "style"),
             says=True,
-            description="Changes every vector of a feature map by a linear map. Draw the result to see the change.",
+            description="Changes every vector of a feature map by a linear map. Invert the result to see the change.",
             inputs=[
                 Features.Input("features", tooltip="The feature map, from the backbone and layer of the linear map."),
                 Linear.Input("linear_map", tooltip="From Linear Map from Pairs or Load Linear Map."),
@@ -147,7 +147,7 @@ class ApplyLinearMap(io.ComfyNode):
                 io.String.Output(
                     "scope",
                     display_name="scope",
-                    tooltip="Whether the changed map is like those of held-out pictures. The node shows it.",
+                    tooltip="Whether the changed map is like those of held-out images. The node shows it.",
                 ),
             ],
         )
@@ -183,7 +183,7 @@ class FeatureArithmetic(io.ComfyNode):
                 io.Boolean.Input(
                     "per_location",
                     default=False,
-                    tooltip="On: the difference at each location, for matching pictures. Off: its mean everywhere.",
+                    tooltip="On: the difference at each location, for matching images. Off: its mean everywhere.",
                 ),
             ],
             outputs=[Features.Output("sum", display_name="features", tooltip="The changed feature maps.")],

@@ -108,7 +108,7 @@ class LoadFeatInvControlNet(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Allows a backbone or a base model with other weights than the inversion model was trained"
-                        " with, such as a fine-tune of the same name. Pictures may be less faithful."
+                        " with, such as a fine-tune of the same name. Images may be less faithful."
                     ),
                 ),
             ],

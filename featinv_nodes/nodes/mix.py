@@ -66,7 +66,7 @@ class FeatureMix(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip=(
-                        "compose: where b goes. If the backbone is connected, the mask is cropped like the pictures,"
+                        "compose: where b goes. If the backbone is connected, the mask is cropped like the images,"
                         " else stretched over the map."
                     ),
                 ),
@@ -102,7 +102,7 @@ class FeatureMix(io.ComfyNode):
                     "backbone",
                     optional=True,
                     tooltip=(
-                        "compose: crops the masks as Extract Features crops a picture, for masks that were painted on"
+                        "compose: crops the masks as Extract Features crops an image, for masks that were painted on"
                         " it. Without a backbone they are stretched over the map."
                     ),
                 ),

@@ -18,7 +18,7 @@ class FeatInvLoader(io.ComfyNode):
             options=list(dict.fromkeys(layer for layers in models.values() for layer in layers)),
             default="last",
             tooltip=(
-                "The layer to invert: early layers keep the picture, 'last' is what the model's own classifier reads,"
+                "The layer to invert: early layers keep the image, 'last' is what the model's own classifier reads,"
                 " 'pooled' loses where things are. The list has the layers with an inversion model."
             ),
         )

@@ -18,24 +18,23 @@ class FeatureSimilarity(io.ComfyNode):
             says=True,
             description=(
                 "Measures how faithful a reconstruction is: writes the cosine similarity between its features and the"
-                " target feature map under the picture."
+                " target feature map under the image."
             ),
             inputs=[
                 Features.Input(
                     "features",
                     tooltip=(
-                        "The target feature map: one for all pictures, or one per picture. Fewer maps are repeated in"
-                        " turn."
+                        "The target feature map: one for all images, or one per image. Fewer maps are repeated in turn."
                     ),
                 ),
                 Backbone.Input("backbone", tooltip="The backbone that made the features."),
-                io.Image.Input("image", tooltip="The reconstruction, one picture or a batch."),
+                io.Image.Input("image", tooltip="The reconstruction, one image or a batch."),
             ],
             outputs=[
                 io.Image.Output(
                     "captioned",
                     display_name="captioned",
-                    tooltip="The pictures with their cosine similarity below, as in the paper's figures.",
+                    tooltip="The images with their cosine similarity below, as in the paper's figures.",
                 ),
                 io.Image.Output(
                     "map", display_name="map", tooltip="The cosine similarity at each location, dark 0 to bright 1."
@@ -43,7 +42,7 @@ class FeatureSimilarity(io.ComfyNode):
                 io.Float.Output(
                     "cosine",
                     display_name="cosine",
-                    tooltip="Mean cosine similarity over pictures and locations, -1 to 1.",
+                    tooltip="Mean cosine similarity over images and locations, -1 to 1.",
                 ),
             ],
             is_output_node=True,
@@ -105,16 +104,16 @@ class ClassifyImage(io.ComfyNode):
             category=Menu.LOOK,
             aliases=("resnet", "imagenet", "predict", "labels"),
             says=True,
-            description="Names the most probable classes of a picture, by the backbone's own classifier.",
+            description="Names the most probable classes of an image, by the backbone's own classifier.",
             inputs=[
                 Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
-                io.Image.Input("image", tooltip="One picture or a batch."),
+                io.Image.Input("image", tooltip="One image or a batch."),
                 io.Combo.Input(
                     "fit",
                     options=["crop", "stretch"],
                     default="stretch",
                     tooltip=(
-                        "Centre crop as in the model's own evaluation, or the whole picture stretched (right for"
+                        "Centre crop as in the model's own evaluation, or the whole image stretched (right for"
                         " reconstructions)."
                     ),
                 ),
@@ -124,10 +123,10 @@ class ClassifyImage(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(
-                    "captioned", display_name="captioned", tooltip="The pictures, the most probable class below each."
+                    "captioned", display_name="captioned", tooltip="The images, the most probable class below each."
                 ),
                 io.String.Output(
-                    "classes", display_name="classes", tooltip="A line per picture: classes with their probabilities."
+                    "classes", display_name="classes", tooltip="A line per image: classes with their probabilities."
                 ),
             ],
             is_output_node=True,

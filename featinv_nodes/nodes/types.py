@@ -3,7 +3,7 @@
 FEATINV_BACKBONE: host.models.ManagedBackbone, a timm model that the host loads and unloads.
 FEATINV_FEATURES: core.feature_map.FeatureMap, values float32 [B, C, H, W] (H = W = 1 if pooled) and their source.
 FEATINV_CONTROL_NET: host.controlnet.FeatureControl, an inversion model.
-FEATINV_FEATURE_DECODER: host.decoders.ManagedDecoder, a decoder of feature maps to pictures.
+FEATINV_FEATURE_DECODER: host.decoders.ManagedDecoder, a decoder of feature maps to images.
 FEATINV_CONCEPTS: core.concepts.Concepts, subspaces of one backbone and layer.
 FEATINV_EDIT: core.viz.Edit, a feature map, what it becomes when concepts are scaled, and which.
 FEATINV_LINEAR_MAP: core.linear_maps.LinearMap, a change of every feature vector of one backbone and layer.

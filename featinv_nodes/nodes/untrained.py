@@ -18,7 +18,7 @@ class GuidanceSampler(io.ComfyNode):
             category=Menu.CONTROL,
             aliases=("universal guidance", "training-free", "without ControlNet", "recurrence"),
             description=(
-                "Draws a feature map without a trained inversion model: a sampler for SamplerCustomAdvanced that"
+                "Inverts a feature map without a trained inversion model: a sampler for SamplerCustomAdvanced that"
                 " moves the prediction of any diffusion or flow model towards the features, and takes each step"
                 " several times. A trained model is faster and more faithful."
             ),
@@ -34,7 +34,7 @@ class GuidanceSampler(io.ComfyNode):
                 Features.Input(
                     "features",
                     tooltip=(
-                        "The feature map to draw. One map serves all latents. Fewer maps than latents are repeated in"
+                        "The feature map to invert. One map serves all latents. Fewer maps than latents are repeated in"
                         " turn; extra maps are ignored."
                     ),
                 ),
@@ -43,7 +43,7 @@ class GuidanceSampler(io.ComfyNode):
                     options=["quick", "good", "best", OWN],
                     default="quick",
                     tooltip=(
-                        "Gradients per picture: quick about 60, good about 200, best about 600. Each step is repeated"
+                        "Gradients per image: quick about 60, good about 200, best about 600. Each step is repeated"
                         " as often as they allow; 4 steps in BasicScheduler are best. The inputs below are used only"
                         " with 'own settings'."
                     ),

@@ -1,4 +1,4 @@
-"""FeatInv-Viz (Algorithm 1) around one run of the stock sampler: prepares its inputs and compares its pictures."""
+"""FeatInv-Viz (Algorithm 1) around one run of the stock sampler: prepares its inputs and compares its images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PairedLatents(io.ComfyNode):
             category=Menu.CONCEPTS,
             aliases=("same noise", "same seed"),
             description=(
-                "Prepares FeatInv-Viz: one sampler run draws the original and every changed feature map from the same"
+                "Prepares FeatInv-Viz: one sampler run inverts the original and every changed feature map from the same"
                 " noise."
             ),
             inputs=[
@@ -73,12 +73,12 @@ class FeatInvViz(io.ComfyNode):
                 io.Image.Input(
                     "pictures",
                     tooltip=(
-                        "All pictures that were drawn from Paired Latents: the original once per seed, then each"
+                        "All images made from Paired Latents: the original once per seed, then each"
                         " variant once per seed."
                     ),
                 ),
                 Change.Input("edit", tooltip="From Concept Attenuate: the same edit that went into Paired Latents."),
-                Backbone.Input("backbone", tooltip="The backbone of the features; it reads the pictures again."),
+                Backbone.Input("backbone", tooltip="The backbone of the features; it reads the images again."),
                 io.Float.Input(
                     "threshold",
                     default=THRESHOLD,
@@ -90,7 +90,7 @@ class FeatInvViz(io.ComfyNode):
                 Features.Input(
                     "features",
                     optional=True,
-                    tooltip="From Paired Latents, optional: checks that there is one picture for each map.",
+                    tooltip="From Paired Latents, optional: checks that there is one image for each map.",
                 ),
             ],
             outputs=[
@@ -121,14 +121,14 @@ class FeatInvViz(io.ComfyNode):
                     display_name="report",
                     tooltip=(
                         "A line per variant: the slope (how much of the concept the backbone still finds in the"
-                        " pictures), and whether it is as requested. The node shows it."
+                        " images), and whether it is as requested. The node shows it."
                     ),
                 ),
                 io.Float.Output(
                     "slope",
                     display_name="slope",
                     tooltip=(
-                        "The mean slope of the variants: the factor if the pictures changed as requested, and 1 if"
+                        "The mean slope of the variants: the factor if the images changed as requested, and 1 if"
                         " they did not change."
                     ),
                 ),
@@ -162,7 +162,7 @@ class FeatInvViz(io.ComfyNode):
 
 def caption(title: str, slope) -> str:
     """The variant, and on a line of its own its slope (a core.viz.Slope) with the verdict."""
-    return f"{title} x{slope.asked:g}\nslope {slope.own:.2f}, {'as asked' if slope.passed else 'NOT as asked'}"
+    return f"{title} x{slope.asked:g}\nslope {slope.own:.2f}, {'as requested' if slope.passed else 'NOT as requested'}"
 
 
 NODES = [PairedLatents, FeatInvViz]

@@ -29,8 +29,8 @@ class LoadTinyWorld(io.ComfyNode):
                     default="drawn",
                     optional=True,
                     tooltip=(
-                        "photo draws photographs, drawn the scenes of Drawn World Scenes. Use the world of the"
-                        " inversion model."
+                        "photo generates photographs, drawn generates scenes like those of Drawn World Scenes. Use the"
+                        " world of the inversion model."
                     ),
                 ),
             ],
@@ -50,7 +50,7 @@ class LoadTinyWorld(io.ComfyNode):
                 io.Latent.Output(
                     "latent",
                     display_name="latent",
-                    tooltip="An empty latent of its own size, for KSampler. Several pictures: Repeat Latent Batch.",
+                    tooltip="An empty latent of its own size, for KSampler. Several images: Repeat Latent Batch.",
                 ),
             ],
         )
@@ -78,7 +78,7 @@ class TinyWorldScenes(io.ComfyNode):
             node_id="FeatInv_TinyWorldScenes",
             display_name="Drawn World Scenes",
             category=Menu.LOAD,
-            aliases=("demo pictures",),
+            aliases=("demo images",),
             description="Draws scenes of the drawn world that no model saw in training, to invert them.",
             inputs=[
                 io.Int.Input(

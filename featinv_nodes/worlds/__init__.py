@@ -1,4 +1,4 @@
-"""Embedded worlds: complete set-ups (pictures, backbones, base model, inversion models) that run without a download.
+"""Embedded worlds: complete set-ups (images, backbones, base model, inversion models) that run without a download.
 
 `drawn` knows scenes that the code draws, with true masks; `photo` knows photographs, through a real ImageNet network.
 Made by training/make_world.py; each world's CARD.md says from what.

@@ -221,7 +221,7 @@ def test_a_backbone_of_one_channel_is_refused(tmp_path, name):
 def test_a_model_that_cannot_read_its_own_input_is_told_in_a_line():
     model = timm.create_model("resnet10t")
     model.layer4 = torch.nn.Linear(3, 3)
-    with pytest.raises(FeatInvError, match="resnet10t cannot read pictures of 3 x 176 x 176") as error:
+    with pytest.raises(FeatInvError, match="resnet10t cannot read images of 3 x 176 x 176") as error:
         Backbone(model, "resnet10t").source()
     assert "\n" not in str(error.value)
 

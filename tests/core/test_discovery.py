@@ -318,7 +318,7 @@ def test_relevance_of_the_locations_sums_to_that_of_the_concept(head, method):
     assert (placed[:, 0] - expected).norm() <= 1e-4 * expected.norm()
     with torch.inference_mode():  # as hosts run; their models are made so too
         assert close(relevance_map(network(name, **arguments), concepts, features, towards), placed)
-    with pytest.raises(FeatInvError, match="expected one per picture, 0 to 6"):
+    with pytest.raises(FeatInvError, match="expected one per image, 0 to 6"):
         relevance_map(backbone, concepts, features, torch.tensor([0, 1, 7]))
 
 

@@ -1,4 +1,4 @@
-"""Feature decoders: diffusers' pictures from timm's maps, and folders, backbones and maps that do not fit."""
+"""Feature decoders: diffusers' images from timm's maps, and folders, backbones and maps that do not fit."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Pictures of feature maps, and feature maps on disk."""
+"""Images of feature maps, and feature maps on disk."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def test_a_caption_may_have_lines_and_is_never_cut():
     assert two.shape[2] - 256 > 1.5 * (one.shape[2] - 256)
     ink = (two[0, :, 256:].amin(0).amin(1) < 0.5).int()
     assert (ink.diff() > 0).sum() == 2  # two lines, white between them
-    long = captioned(pictures, ["water + sand: slope 0.93, NOT as asked"])[0, :, 256:]
+    long = captioned(pictures, ["water + sand: slope 0.93, NOT as requested"])[0, :, 256:]
     assert (long[:, :, :2] == 1).all() and (long[:, :, -2:] == 1).all()
 
 

@@ -1,4 +1,4 @@
-"""Pictures come to a backbone as its own configuration says: how much of them, by which filter, antialiased."""
+"""Images come to a backbone as its own configuration says: how much of them, by which filter, antialiased."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Pictures come to a backbone as in timm's own evaluation, whatever its crop_mode, and stay differentiable."""
+"""Images come to a backbone as in timm's own evaluation, whatever its crop_mode, and stay differentiable."""
 
 import pytest
 import timm

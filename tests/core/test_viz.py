@@ -59,7 +59,7 @@ def test_the_original_and_every_change_once_per_seed(concepts, features):
     assert paired.seeds == 4 and not isinstance(paired.select(0), PairedMaps)
     change.require_pairs(paired, 12)
     for maps, count, words in (
-        (paired, 8, "8 pictures of Paired Latents' 12 maps"),
+        (paired, 8, "8 images of Paired Latents' 12 maps"),
         (paired.in_turn(12), 12, "not those that Paired Latents makes"),
         (edit(features, concepts, [["a"], ["c"]], 0.25).paired(4), 12, "not those that Paired Latents makes"),
     ):
@@ -73,13 +73,13 @@ def test_an_edit_that_cannot_be_shown_says_why(concepts, features):
     change = edit(features, concepts, [["a"], ["b"]])
     for wrong in (0, 4):
         with pytest.raises(
-            FeatInvError, match=f"{wrong} pictures for the original and 2 changed maps; expected a multiple of 3"
+            FeatInvError, match=f"{wrong} images for the original and 2 changed maps; expected a multiple of 3"
         ):
             change.unpaired(torch.zeros(wrong, 3, 4, 4))
     several = edit(features.repeat(2), concepts, [["a"], ["b"]])
     assert len(several.changed) == 4
     for use in (lambda: several.paired(5), lambda: several.unpaired(torch.zeros(6, 3, 4, 4))):
-        with pytest.raises(FeatInvError, match="one picture at a time; this edit is of 2"):
+        with pytest.raises(FeatInvError, match="one image at a time; this edit is of 2"):
             use()
     for groups in ([], [[]], [["a"], []]):
         with pytest.raises(FeatInvError, match="no concept named; give numbers or names out of a, b, c, rest"):
@@ -166,7 +166,7 @@ def test_pictures_read_by_another_backbone_are_refused(concepts, features):
     other = FeatureSource(**{**SOURCE.to_dict(), "backbone": "other.tag"})
     change = edit(features, concepts, [["a"]])
     with pytest.raises(
-        FeatInvError, match="what the backbone reads in the pictures \\(other.tag.*backbone: other.tag against net.tag"
+        FeatInvError, match="what the backbone reads in the images \\(other.tag.*backbone: other.tag against net.tag"
     ):
         measure_slopes(change, torch.zeros(4, 3, 8, 8), FeatureMap(draw(4, 12, 3, 2), other))
 
@@ -195,12 +195,12 @@ def test_the_sign_says_darker_or_brighter():
 
 def test_a_failed_slope_says_so():
     for asked, own, verdict in (
-        (0.25, 0.26, "(as asked)"),
-        (0.25, 0.95, "NOT as asked: too little"),
-        (0.25, -0.4, "NOT as asked: too much"),
-        (2, 1.9, "(as asked)"),
-        (2, 1.1, "NOT as asked: too little"),
-        (2, 2.5, "NOT as asked: too much"),
+        (0.25, 0.26, "(as requested)"),
+        (0.25, 0.95, "NOT as requested: too little"),
+        (0.25, -0.4, "NOT as requested: too much"),
+        (2, 1.9, "(as requested)"),
+        (2, 1.1, "NOT as requested: too little"),
+        (2, 2.5, "NOT as requested: too much"),
     ):
         said = Slope(asked, own, 0.97, 1.0, 3.04)
         assert verdict in said.describe() and said.passed == ("NOT" not in verdict)

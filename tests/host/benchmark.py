@@ -55,7 +55,7 @@ def compare(rounds: int = 41) -> None:
             server.stop()
         print(
             f"ComfyUI {host.version}: ours costs {result['ratio']:.3f} of a stock ControlNet's time (median of {rounds}"
-            f" pairs, 10 steps, 4 pictures, {result['ours']:.3f} s against {result['stock']:.3f} s at best); import"
+            f" pairs, 10 steps, 4 images, {result['ours']:.3f} s against {result['stock']:.3f} s at best); import"
             f" {seconds.group(1) if seconds else '?'} s"
         )
 
@@ -75,7 +75,7 @@ def cancel(pixels: int, count: int, width: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("cancel",))
-    parser.add_argument("--pixels", type=int, default=512, help="side of the picture")
+    parser.add_argument("--pixels", type=int, default=512, help="side of the image")
     parser.add_argument("--count", type=int, default=20, help="cancels, spread over the drawing")
     parser.add_argument("--width", type=int, default=320, help="of the U-Net; 32 tries the program out")
     args = parser.parse_args()

@@ -278,7 +278,7 @@ def pairs(world: World, edited) -> dict:
         "fewer": error_of(drawn, {"samples": torch.zeros(2, 24, 8, 8)}),
         "other noise": error_of(drawn, blank),
         "pictures": viz(4),
-        "fewer pictures": viz(2),
+        "fewer images": viz(2),
         "other maps": viz(4, world.extract(0, 4)),
     }
 

@@ -1,4 +1,4 @@
-"""More faithful pictures inside a host: two guidances, the best of many, guidance by the features' gradient."""
+"""More faithful images inside a host: two guidances, the best of many, guidance by the features' gradient."""
 
 import comfy.sample
 import comfy.samplers

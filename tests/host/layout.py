@@ -1,5 +1,5 @@
 """Where the nodes of a graph stand: in groups from left to right by what they are for, each in columns along the links,
-so that the whole graph fills a screen and nothing is covered once the nodes show their texts and pictures."""
+so that the whole graph fills a screen and nothing is covered once the nodes show their texts and images."""
 
 from __future__ import annotations
 

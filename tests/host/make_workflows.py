@@ -1,11 +1,11 @@
-"""Writes workflows/: every graph in the frontend's form, the pictures of the embedded worlds' drawn by a real host.
+"""Writes workflows/: every graph in the frontend's form, the images of the embedded worlds' drawn by a real host.
 
     python tests/host/make_workflows.py            with the first ComfyUI checkout that the tests find
     python tests/host/make_workflows.py photo      those whose names begin so
     python tests/host/make_workflows.py photo --graphs-only
 
-NAME.json is the workflow, NAME.jpg its thumbnail, NAME.png the same picture carrying the workflow for drag and drop. No
-picture of a host's own is shown: in thumbnails example.png is scikit-learn's china.jpg, the second picture flower.jpg.
+NAME.json is the workflow, NAME.jpg its thumbnail, NAME.png the same image carrying the workflow for drag and drop. No
+image of a host's own is shown: in thumbnails example.png is scikit-learn's china.jpg, the second image flower.jpg.
 The thumbnail of a workflow that needs downloads is its graph.
 """
 
@@ -136,7 +136,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=[""], help="beginnings of the workflows' names (default: all)")
-    parser.add_argument("--graphs-only", action="store_true", help="draw nothing: the pictures stay as they are")
+    parser.add_argument("--graphs-only", action="store_true", help="draw nothing: the images stay as they are")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as base:

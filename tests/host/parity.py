@@ -1,4 +1,4 @@
-"""In a host's process: pictures and residuals of the host against the command line's and diffusers', alone, in batches
+"""In a host's process: images and residuals of the host against the command line's and diffusers', alone, in batches
 and beside a stock ControlNet."""
 
 import sys

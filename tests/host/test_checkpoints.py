@@ -41,7 +41,7 @@ def test_what_runs_away_gives_the_last_finite_picture_and_says_what_to_lower(mea
     assert result["last finite"] == 0 and result["finite"]
     for text, where in zip(result["said"], ("step 2 of 2", "step 1 of 2"), strict=True):
         assert f"a move in {where} gave values that are not finite; lower step" in text
-        assert text.endswith("The picture is the last finite one")
+        assert text.endswith("The image is the last finite one")
     assert result["at once"] == "no error"  # before any move there is what the model predicts
 
 
@@ -54,7 +54,7 @@ def test_the_bar_counts_predictions_and_moves(measured):
 
 def test_a_decoding_that_is_larger_than_the_memory_is_refused_with_what_is_not(measured):
     said = measured["checkpoints"]["short"]
-    assert said.startswith("FeatInvError: the gradient of a decoded picture of 32 x 32 pixels needs"), said
+    assert said.startswith("FeatInvError: the gradient of a decoded image of 32 x 32 pixels needs"), said
     assert "of memory, and cpu has 0.001 GB. Use a small decoder (Load VAE: taesd" in said
 
 

@@ -97,5 +97,5 @@ def test_maps_of_paired_latents_are_drawn_and_shown_as_pairs_or_not_at_all(seen)
     assert result["own"] == result["pictures"] == "no error"
     assert "4 maps, and the sampler draws 2 latents" in result["fewer"]
     assert "same noise for equal seeds" in result["other noise"]
-    assert "2 pictures of Paired Latents' 4 maps" in result["fewer pictures"]
+    assert "2 images of Paired Latents' 4 maps" in result["fewer images"]
     assert "not those that Paired Latents makes" in result["other maps"]

@@ -53,8 +53,8 @@ def test_the_best_of_many_are_kept_map_by_map(measured):
         result["kept"] == 0 and result["text"][:-1] == result["expected"] and result["text"][-1].startswith("all 8: ")
     )
     assert (
-        "7 pictures of 2 feature maps" in result["uneven"]
-        and "8 pictures of 2 feature maps, 5 of each" in result["too few"]
+        "7 images of 2 feature maps" in result["uneven"]
+        and "8 images of 2 feature maps, 5 of each" in result["too few"]
     )
 
 
@@ -129,8 +129,11 @@ def test_the_closed_loop_is_the_command_line_s(measured):
         assert result["report"][0] == result["report"][1]
     assert measured["closed_loop"]["3"]["rounds"] == [2, 3]  # one passes, the other does not
     passed, failed = measured["closed_loop"]["3"]["report"][0]
-    assert passed.startswith("object: asked 0.25, commanded -0.12, reached 0.") and "(as asked) in 2 rounds" in passed
-    assert "sky + night: asked 0.25, commanded" in failed and "(NOT as asked" in failed
+    assert (
+        passed.startswith("object: requested 0.25, applied -0.12, measured 0.")
+        and "(as requested) in 2 rounds" in passed
+    )
+    assert "sky + night: requested 0.25, applied" in failed and "(NOT as requested" in failed
 
 
 def test_a_closed_loop_without_what_it_needs(measured):
@@ -229,16 +232,16 @@ def test_a_file_of_real_size_finds_its_place(measured):
         "other pooling": ["pooled: True against False"],
         "unknown layer": ["no layer 'layer9'", "last, act1, layer1"],
         "other normalisation": ["mean: (0.4, 0.4, 0.4) against (0.5, 0.5, 0.5)"],
-        "nan": ["NaN or infinite", "check the picture"],
+        "nan": ["NaN or infinite", "check the image"],
         "base model": ["width 320 in the weights file, 64 in the model", "context 768", "Load Checkpoint"],
         "concepts": ["the concepts", "vit_tiny_patch16_224.tiny_world"],
         "concept number": ["there are 8: 0 sky"],
         "no concept": ["no concept named", "sky, night"],
         "judged by another": ["the feature map", "the inversion model", "resnet10t.tiny_world"],
-        "several maps": ["one picture at a time; this edit is of 3 feature maps"],
-        "several maps shown": ["one picture at a time; this edit is of 3 feature maps"],
-        "pictures": ["5 pictures for the original and 3 changed maps; expected a multiple of 4"],
-        "read by another": ["what the backbone reads in the pictures (vit_tiny", "the edited feature map (resnet10t"],
+        "several maps": ["one image at a time; this edit is of 3 feature maps"],
+        "several maps shown": ["one image at a time; this edit is of 3 feature maps"],
+        "pictures": ["5 images for the original and 3 changed maps; expected a multiple of 4"],
+        "read by another": ["what the backbone reads in the images (vit_tiny", "the edited feature map (resnet10t"],
         "truncated": ["cut.safetensors", "download or copy it again"],
         "foreign": ["foreign.safetensors", "no FeatInv weights file"],
         "missing": ["none.safetensors is not in", "featinv", "press R"],

@@ -63,7 +63,7 @@ def test_the_closed_loop_reaches_what_was_asked(outputs, name):
     (node,) = [n for n in workflow["nodes"] if n["type"] == "FeatInv_ClosedLoop"]
     shown = outputs[str(node["id"])]
     said = shown["text"][0]
-    assert shown["images"] and said.count("(as asked)") == len(said.splitlines()) == len(shown["images"])
+    assert shown["images"] and said.count("(as requested)") == len(said.splitlines()) == len(shown["images"])
     assert said in [outputs[str(n["id"])]["text"][0] for n in workflow["nodes"] if n["type"] == "PreviewAny"]
 
 
@@ -76,5 +76,7 @@ def test_the_shown_concepts_were_turned_down_as_asked(outputs):
         for n in workflow["nodes"]
         if n.get("title") == title
     )
-    assert [line.split(":")[0] for line in report.splitlines()] == ["object", "sky"] and report.count("(as asked)") == 2
+    assert [line.split(":")[0] for line in report.splitlines()] == ["object", "sky"] and report.count(
+        "(as requested)"
+    ) == 2
     assert "of 2 maps inside" in scope

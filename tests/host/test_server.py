@@ -188,7 +188,7 @@ def test_concepts_are_discovered_saved_and_found_again(server):
     for method, concepts in (("mcd", 4), ("sae", 12)):
         (text,) = server.run(discovery(64, method=method, concepts=concepts, name=f"mine/{method}"))["3"]["text"]
         assert (
-            "read 64 pictures: 2,000 feature vectors" in text
+            "read 64 images: 2,000 feature vectors" in text
             and "completeness for the top classes" in text
             and f"saved as mine/{method}.safetensors" in text
         )
@@ -214,9 +214,9 @@ def test_concepts_of_a_folder(server):
             f"/view?filename={reference['filename']}&type={reference['type']}&subfolder={reference['subfolder']}"
         )
         (folder / f"class {number % 2}" / f"{number}.png").write_bytes(data)
-    (folder / "broken.png").write_text("no picture")
+    (folder / "broken.png").write_text("no image")
     (text,) = server.run(discovery(folder="scenes"))["3"]["text"]
-    assert "skipped 1 of 9 pictures" in text and "broken.png" in text and "read 8 pictures in 2 class folders" in text
+    assert "skipped 1 of 9 images" in text and "broken.png" in text and "read 8 images in 2 class folders" in text
     (folder / "broken.png").unlink()
     assert "skipped" not in server.run(discovery(folder="scenes"))["3"]["text"][0]
 

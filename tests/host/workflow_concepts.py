@@ -39,9 +39,9 @@ def attenuate(world: World) -> str:
     g.add("PreviewAny", title="The concepts", stage=SEEN, source=concepts[1])
     return (
         f"**Turn a concept down.** The feature map is decomposed into concepts. One of them ({name}) is multiplied by"
-        " the factor, and the result is drawn. The list shows all concepts; try another. *Scope* says whether the"
-        " changed map is like that of a picture. If it is not, the sampler draws the nearest picture, and the concept"
-        " may still be there. So Concept Closed Loop measures this in the picture, and tries other factors until the"
+        " the factor, and the result is inverted. The list shows all concepts; try another. *Scope* says whether the"
+        " changed map is like that of an image. If it is not, the sampler gives the nearest image, and the concept"
+        " may still be there. So Concept Closed Loop measures this in the image, and tries other factors until the"
         " concept has the requested strength or the rounds are used up."
     )
 
@@ -55,7 +55,7 @@ def viz(world: World) -> str:
     settings = world.settings(world.kind)
     steered = add_control(world, weaker[0], control, settings)
     found = closed_loop(world, weaker, backbone, steered, settings, world.empty(5))
-    g.add("PreviewAny", title="What was commanded", source=found[1])
+    g.add("PreviewAny", title="Factors applied", source=found[1])
     result = g.add("FeatInv_Viz", pictures=found[4], edit=found[6], backbone=backbone, threshold=0.33)
     g.add("PreviewImage", title=RESULT, images=result[0])
     g.add("PreviewAny", title=REPORT, source=result[4])
@@ -64,9 +64,9 @@ def viz(world: World) -> str:
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     compare(world, found[5], backbone, found[4], "All reconstructions")
     return (
-        "**Where is a concept?** FeatInv-Viz (the paper's Algorithm 1) draws five pictures of the map, and five of each"
+        "**Where is a concept?** FeatInv-Viz (the paper's Algorithm 1) samples five images of the map, and five of each"
         " map with a concept turned down, from the same noise. The pixels that change belong to the concept. The"
-        " backbone then reads the pictures again; the *slope* is the share of the concept that it still finds. If it"
+        " backbone then reads the images again; the *slope* is the share of the concept that it still finds. If it"
         " differs from the factor, Concept Closed Loop tries other factors, as often as its rounds allow. The paper's"
         f" factor is 0.25; 0 removes the concept. Semicolons separate variants, as in {names!r}; commas turn concepts"
         f" down together. {world.batch[1]} sets the number of seeds. Use a sampler that adds no noise (ddim, euler)."
@@ -96,13 +96,13 @@ def discover(world: World) -> str:
     where = (
         "64 scenes"
         if world.name == "drawn"
-        else "the pictures of one class, in the folder `my_class` of ComfyUI's input folder"
+        else "the images of one class, in the folder `my_class` of ComfyUI's input folder"
     )
     return (
         f"**Which concepts does the model have?** Concepts are groups of directions in feature space, found in {where}"
-        " without labels (multi-dimensional concept discovery). The pictures show where each is active, and what is"
-        " drawn when one is turned down. The list says how much of the features each explains, and which classes it"
-        " supports. Try other numbers in Concept Attenuate."
+        " without labels (multi-dimensional concept discovery). The images show where each is active, and what"
+        " the inversion gives when one is turned down. The list says how much of the features each explains, and which"
+        " classes it supports. Try other numbers in Concept Attenuate."
     )
 
 
@@ -119,8 +119,8 @@ def concept(world: World) -> str:
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     g.add("PreviewImage", title=f"{RESULT}: where each concept is active", images=previews[0])
     return (
-        "**Which parts does the model see in a picture?** Concepts are groups of directions in feature space, found in"
-        " this one picture without labels (multi-dimensional concept discovery). Two pictures are drawn from the same"
+        "**Which parts does the model see in an image?** Concepts are groups of directions in feature space, found in"
+        " this one image without labels (multi-dimensional concept discovery). Two images are sampled from the same"
         " noise: of the unchanged feature map, and with concept 1 at a quarter. See where each concept is active, and"
         " try other numbers in Concept Attenuate."
     )

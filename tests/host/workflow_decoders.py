@@ -1,4 +1,4 @@
-"""The workflows that decode feature maps, with no diffusion model: with a published decoder, and their twins with the
+"""The workflows that decode feature maps, with no diffusion model: with a published decoder, and the same with the
 embedded one. Each function adds its nodes and returns its note."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RAE(World):
     name, prefix, side = "rae", "rae", 224
     decoder = "RAE-dinov2-wReg-base-ViTXL-n08"
     TIMM = "vit_base_patch14_reg4_dinov2.lvd142m"
-    second = "Picture b is the example too. Load your own in the second Load Image."
+    second = "Image b is the example too. Load your own in the second Load Image."
     note = (
         "Run `python3 run.py download rae-dinov2-base` in the pack's folder. It fetches two models into ComfyUI's"
         " folders:\n"
@@ -67,9 +67,9 @@ def reconstruct(world: World) -> str:
     compare(world, features[0], backbone, decoded(g, decode, features[0]))
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
-        "**What is in the feature map?** A decoder turns the map into one picture, in one step and without a diffusion"
-        " model. This is the mean of all pictures with this map, so details that the map does not contain are blurred."
-        " An inversion model draws sharp pictures instead, a different one for each seed."
+        "**What is in the feature map?** A decoder turns the map into one image, in one step and without a diffusion"
+        " model. This is the mean of all images with this map, so details that the map does not contain are blurred."
+        " An inversion model gives sharp images instead, a different one for each seed."
     )
 
 
@@ -83,8 +83,8 @@ def mix(world: World) -> str:
         g.add("PreviewImage", title=f"Original {letter}", images=world.as_seen(features))
     g.needs = world.second
     return (
-        "**What lies between two pictures?** Feature maps in equal steps from a to b, each decoded. Often no picture"
-        " has the mean of two maps, and the middle shows both pictures at once. An inversion model draws one picture"
+        "**What lies between two images?** Feature maps in equal steps from a to b, each decoded. Often no image"
+        " has the mean of two maps, and the middle shows both images at once. An inversion model gives one image"
         " even there."
     )
 
@@ -108,7 +108,7 @@ def attenuate(world: World) -> str:
     compare(world, weaker[0], backbone, decoded(g, decode, weaker[0]), number=f"{SIMILARITY} with the changed map")
     g.add("PreviewImage", title=f"{RESULT} without the change", images=decoded(g, decode, features[0]))
     return (
-        "**Turn a concept down.** Concepts are groups of directions in feature space, found in the picture without"
+        "**Turn a concept down.** Concepts are groups of directions in feature space, found in the image without"
         " labels. One of them is multiplied by the factor, and both maps are decoded. Decoding has no noise, so every"
         " difference between the two results comes from the concept. Try other numbers in Concept Attenuate."
     )
@@ -144,11 +144,11 @@ def guide(world: World) -> str:
     compare(world, features[0], backbone, g.add("VAEDecode", samples=sampled[0], vae=vae)[0])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     g.needs = (
-        "To draw with your own checkpoint, use Load Checkpoint, and the decoder of DINOv2 with its backbone, instead of"
+        "To use your own checkpoint, use Load Checkpoint, and the decoder of DINOv2 with its backbone, instead of"
         " the embedded ones. Set the checkpoint's size in *At the base model's size*."
     )
     return (
-        "**A sharp picture without an inversion model.** The decoder's picture says what is where. Noise is added"
+        "**A sharp image without an inversion model.** The decoder's image says what is where. Noise is added"
         " (*denoise*), and two guided steps of a diffusion model make it sharp. On photographs this was about as"
         " faithful as the trained model without the gradient (docs/methods.md)."
     )

@@ -1,4 +1,4 @@
-"""The workflows about pictures and feature maps. Each function adds its nodes and returns its note."""
+"""The workflows about images and feature maps. Each function adds its nodes and returns its note."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def reconstruct(world: World) -> str:
     compare(world, features[0], backbone, draw(world, features[0], control, model=model)[0])
     world.graph.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     text = (
-        "**What did the model see?** The picture on the left becomes a feature map, and the sampler draws a new picture"
-        " from this map alone. The number below is the cosine similarity of the two pictures' maps: 1 means the same."
+        "**What did the model see?** The image on the left becomes a feature map, and the sampler makes a new image"
+        " from this map alone. The number below is the cosine similarity of the two images' maps: 1 means the same."
     )
     return text + (
-        " Feature Guidance makes the picture more faithful; bypass it to see the difference."
+        " Feature Guidance makes the image more faithful; bypass it to see the difference."
         if "gradient" in settings
         else ""
     )
@@ -36,7 +36,7 @@ def seeds(world: World) -> str:
     world.graph.add("PreviewImage", title="What the model takes them for", images=classes[0])
     world.graph.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
-        "**What does the model not see?** Four pictures of one feature map, each from other noise. The model sees what"
+        "**What does the model not see?** Four images of one feature map, each from other noise. The model sees what"
         " stays the same, and ignores what varies."
     )
 
@@ -50,8 +50,8 @@ def interpolate(world: World) -> str:
         world.graph.add("PreviewImage", title=f"Original {letter}", images=world.as_seen(features))
     world.graph.needs = world.second
     return (
-        "**What lies between two pictures?** Feature maps in equal steps from a to b, each drawn (the paper's Fig. 7)."
-        " The similarity is usually lowest in the middle, since often no picture has the mean of two maps. Set steps"
+        "**What lies between two images?** Feature maps in equal steps from a to b, each inverted (the paper's Fig. 7)."
+        " The similarity is usually lowest in the middle, since often no image has the mean of two maps. Set steps"
         f" in Feature Mix and {' in '.join(world.batch)} to the same number."
     )
 
@@ -79,7 +79,7 @@ def compose(world: World) -> str:
     g.add("PreviewImage", title="Mask", images=previews[0])
     g.needs = f"{world.paint} {world.second}"
     return (
-        "**Put one picture's object into another.** The feature map is b's inside the mask and a's outside (the paper's"
+        "**Put one image's object into another.** The feature map is b's inside the mask and a's outside (the paper's"
         " Fig. 8)."
     )
 
@@ -96,8 +96,8 @@ def backbones(world: World) -> str:
         model = guided(world, features[0], backbone, world.settings(kind))
         compare(world, features[0], backbone, draw(world, features[0], control, 2, kind, model=model)[0], title)
     return (
-        "**Do two models see the same?** One picture, drawn from the feature map of a convolutional network and from"
-        " that of a transformer, with the same noise. Look for what one keeps and the other loses."
+        "**Do two models see the same?** One image, reconstructed from the feature map of a convolutional network and"
+        " from that of a transformer, with the same noise. Look for what one keeps and the other loses."
     )
 
 
@@ -133,7 +133,7 @@ def two_guidances(world: World) -> str:
     return (
         "**How much features, how much prompt?** Guidance has two parts, each with its own scale:"
         " `cfg_cond2_negative` towards the features, from no features at all; `cfg_conds` from there towards the"
-        " prompt. With equal scales the picture is KSampler's. Raise the first for a picture more like the feature map,"
+        " prompt. With equal scales the image is KSampler's. Raise the first for an image more like the feature map,"
         " the second for one more like the prompt; 0 for the second leaves the prompt out."
     )
 
@@ -152,9 +152,9 @@ def faithful(world: World) -> str:
     g.add("PreviewAny", title="The best, and the range of all", source=kept[1])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
-        "**The most faithful picture.** Two ways to a higher cosine similarity, for more time. In the last steps,"
-        " Feature Guidance decodes the picture so far, lets the backbone read it, and moves the latents towards the"
-        " feature map. Keep Most Similar keeps the best of several pictures from different noise. Bypass Feature"
+        "**The most faithful image.** Two methods give a higher cosine similarity, for more time. In the last steps,"
+        " Feature Guidance decodes the image so far, lets the backbone read it, and moves the latents towards the"
+        " feature map. Keep Most Similar keeps the best of several images from different noise. Bypass Feature"
         " Guidance to compare. Both raise the very cosine that is shown; that of another backbone may rise less."
     )
 
@@ -178,8 +178,8 @@ def depth(world: World) -> str:
             number=None,
         )
     return (
-        "**What does each depth keep?** One photograph, drawn from the feature maps of four depths of one network, with"
-        " the same noise. Early layers keep the picture, later ones what is where, and the mean over all locations"
+        "**What does each depth keep?** One photograph, inverted at four depths of one network, with the same"
+        " noise. Early layers keep the image, later ones what is where, and the mean over all locations"
         " (pooled) only what there is. Each cosine similarity is measured at its own layer: do not compare the"
         " numbers."
     )

@@ -27,7 +27,7 @@ def untrained(world: World) -> str:
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     g.needs = world.sized()
     return (
-        "**A first picture without training.** While the model draws, its picture so far is decoded, the backbone reads"
-        " it, and the latents move towards the feature map. More gradients (*cost*) take longer and bring the picture"
+        "**A first image without training.** At each step the predicted image is decoded, the backbone reads"
+        " it, and the latents move towards the feature map. More gradients (*cost*) take longer and bring the image"
         " closer. A trained inversion model is faster and more faithful."
     )

@@ -25,7 +25,7 @@ class World:
     batch = ("batch size", "Empty Latent Image")
     second, note, scaled = "", "", "bicubic"
     paint = (
-        "Paint your own mask on a loaded picture with the mask editor. It is cropped like the picture, and resized to"
+        "Paint your own mask on a loaded image with the mask editor. It is cropped like the image, and resized to"
         " the feature map."
     )
 
@@ -53,7 +53,7 @@ class World:
 
     def sized(self) -> str:
         """Where the size of what is drawn is set, in a sentence."""
-        return f"Empty Latent Image sets the size of the picture: {self.side} x {self.side} is the model's own."
+        return f"Empty Latent Image sets the size of the image: {self.side} x {self.side} is the model's own."
 
     def layer(self, kind: str) -> dict:
         return {"layer": "last", "pooled": False}
@@ -84,7 +84,7 @@ class Drawn(World):
     """The world of drawn scenes: nothing to download."""
 
     name, prefix, side, scaled, embedded = "drawn", "tiny", 64, "nearest-exact", True
-    note = "Runs at once, even without a GPU: the pack contains models and pictures."
+    note = "Runs at once, even without a GPU: the pack contains models and images."
 
     def __init__(self, graph: Graph, workflow: str) -> None:
         super().__init__(graph, workflow)
@@ -132,13 +132,12 @@ class Photo(World):
         " kind of thing."
     )
     second = (
-        "Picture b is the example, mirrored. Load your own in the second Load Image, and bypass the node that mirrors"
-        " it."
+        "Image b is the example, mirrored. Load your own in the second Load Image, and bypass the node that mirrors it."
     )
     paint = (
-        "The mask is a rectangle in pixels of a 128 x 128 picture: *Where the rectangle is* moves it. Or paint a mask"
-        " on the loaded picture with the mask editor, and connect it and the backbone to Feature Mix, which then crops"
-        " it like the picture."
+        "The mask is a rectangle in pixels of a 128 x 128 image: *Where the rectangle is* moves it. Or paint a mask"
+        " on the loaded image with the mask editor, and connect it and the backbone to Feature Mix, which then crops"
+        " it like the image."
     )
     #: from which depth a workflow draws, where that is not `kind`
     KINDS: dict[str, str] = {}
@@ -191,7 +190,7 @@ class Photo(World):
 
     def sized(self) -> str:
         return (
-            f"The latent of Load World sets the size of the picture, {self.side} x {self.side}. Use an Empty Latent"
+            f"The latent of Load World sets the size of the image, {self.side} x {self.side}. Use an Empty Latent"
             " Image for another size."
         )
 
@@ -294,7 +293,7 @@ class MiniSD(World):
         return self.graph.add("FeatInv_LoadConcepts", file=name)
 
     def many(self) -> dict:
-        self.files.append("pictures of one class, in the folder `my_class` of ComfyUI's input folder")
+        self.files.append("images of one class, in the folder `my_class` of ComfyUI's input folder")
         return {"folder": "my_class", "concepts": 8, "name": "my_class"}
 
 

@@ -1,6 +1,6 @@
 """A base model in which nothing is one or zero: what the embedded worlds' sizes, scales and variances would hide.
 
-Its pictures have another side than the backbone's, its autoencoder a scale factor, a shift and a posterior with
+Its images have another side than the backbone's, its autoencoder a scale factor, a shift and a posterior with
 variance, and its U-Net predicts noise.
 """
 

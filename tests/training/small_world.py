@@ -1,4 +1,4 @@
-"""A small world of photographs at random: its pictures, its network, and the program that makes it."""
+"""A small world of photographs at random: its images, its network, and the program that makes it."""
 
 import json
 

@@ -119,7 +119,7 @@ def test_a_stopped_or_damaged_cache_is_completed_to_the_same_files(parts, photog
     monkeypatch.setattr(latent_cache, "write_checksummed", interrupted)
     with pytest.raises(Stopped):
         cache.fill(some)
-    with pytest.raises(FeatInvError, match="not complete: view 1, pictures from 0 on is missing.*cache.py"):
+    with pytest.raises(FeatInvError, match="not complete: view 1, images from 0 on is missing.*cache.py"):
         open_pictures(some, *parts, "cpu", 0, 1)
     monkeypatch.undo()
     monkeypatch.setattr(latent_cache, "SHARD", 5)
@@ -175,7 +175,7 @@ def test_a_cache_of_pictures_that_were_replaced_under_their_names_is_refused(par
         ImageOps.flip(Image.open(file)).save(file)
     data()
     for refusing in (lambda: open_pictures(made, *parts, "cpu", 0, 1), lambda: cache.fill(made)):
-        with pytest.raises(FeatInvError, match="made from other pictures than those that are there now, by their"):
+        with pytest.raises(FeatInvError, match="made from other images than those that are there now, by their"):
             refusing()
 
 
@@ -186,7 +186,7 @@ def test_a_cache_of_another_model_or_fewer_views_is_refused(parts, photographs, 
     next(other.vae.parameters()).data.mul_(2)
     with pytest.raises(FeatInvError, match="autoencoder: "):
         open_pictures(config(tmp_path, data=photographs, views=1), other, backbone, "cpu", 0, 1)
-    with pytest.raises(FeatInvError, match="view 1, pictures from 0 on is missing"):
+    with pytest.raises(FeatInvError, match="view 1, images from 0 on is missing"):
         open_pictures(config(tmp_path, data=photographs), base, backbone, "cpu", 0, 1)
     with pytest.raises(FeatInvError, match="no cache in .*features-resnet10t.tiny_world-layer2"):
         open_pictures(

@@ -57,7 +57,7 @@ BAD_STATES = {
     ),
     "linear projections (SD 2)": (lambda s: {**s, PROJ: s[PROJ][:, :, 0, 0]}, rf"misshapen: {PROJ} \(64, 64\) instead"),
     "no downsampler": (lambda s: keep(s, lambda k: "blocks.3.0.op" not in k), r"levels of \[5, 2, 2\] residual blocks"),
-    "for pictures": (
+    "for images": (
         lambda s: {k.replace("block.block", "block"): v for k, v in s.items()},
         r"input_hint_block\.block\.1\.weight is missing",
     ),

@@ -1,4 +1,4 @@
-"""The random crops and flips of training pictures (paper Sec. 2): as large, as placed and as turned as they are said
+"""The random crops and flips of training images (paper Sec. 2): as large, as placed and as turned as they are said
 to be."""
 
 import shutil

@@ -1,4 +1,4 @@
-"""The program that finds concepts: its file, its table, its page, and pictures that cannot be read."""
+"""The program that finds concepts: its file, its table, its page, and images that cannot be read."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ def folder(tmp_path):
         file = tmp_path / "pictures" / f"class {i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(file)
-    (tmp_path / "pictures" / "broken.jpg").write_text("no picture")
+    (tmp_path / "pictures" / "broken.jpg").write_text("no image")
     return tmp_path / "pictures"
 
 
@@ -40,7 +40,7 @@ def test_embedded_world(tmp_path, capsys):
     assert sum(concepts.settings["relevance"]) == pytest.approx(1, abs=1e-3)
     printed = capsys.readouterr().out
     assert all(name in printed for name in concepts.names) and "completeness" in printed
-    assert "read 400 pictures: 1,500 feature vectors" in printed and "look at" in printed
+    assert "read 400 images: 1,500 feature vectors" in printed and "look at" in printed
 
 
 def test_folder_with_an_unreadable_picture(folder, tmp_path, capsys):
@@ -49,8 +49,8 @@ def test_folder_with_an_unreadable_picture(folder, tmp_path, capsys):
         ["--data", str(folder), "--layer", "layer2", "--method", "pca", "--concepts", "3", "--out", str(file)]
     )
     printed = capsys.readouterr().out
-    assert "skipped 1 of 9 pictures" in printed and "broken.jpg" in printed and "no relevance" in printed
-    assert "read 8 pictures in 2 class folders" in printed
+    assert "skipped 1 of 9 images" in printed and "broken.jpg" in printed and "no relevance" in printed
+    assert "read 8 images in 2 class folders" in printed
     concepts = load_concepts(file)
     assert concepts.source.layer == "layer2" and concepts.method == "pca" and len(concepts) == 3
     assert concepts.settings["relevance"] == [] and concepts.settings["classes"] == 2
@@ -186,6 +186,6 @@ def test_bad_input(folder, tmp_path):
             discover_concepts.main([*arguments, *out])
     for file in folder.rglob("*.png"):
         file.unlink()
-    with pytest.raises(FeatInvError, match="none of the 1 pictures"):
+    with pytest.raises(FeatInvError, match="none of the 1 images"):
         discover_concepts.main(["--data", str(folder), *out])
     assert not (tmp_path / "c.safetensors").exists() and not (tmp_path / "c.html").exists()

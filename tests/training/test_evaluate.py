@@ -1,4 +1,4 @@
-"""An evaluation: each picture once whatever the processes, resumed where it was stopped, its settings and its
+"""An evaluation: each image once whatever the processes, resumed where it was stopped, its settings and its
 report."""
 
 import errno
@@ -128,7 +128,7 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
     assert (
         list(result["skipped"]) == ["1.png"] and result["count"] == 3 and result["reconstruction"]["cosine"]["n"] == 3
     )
-    assert "1 of 4 pictures could not be read and were left out: 1.png" in (tmp_path / "out" / "report.md").read_text()
+    assert "1 of 4 images could not be read and were left out: 1.png" in (tmp_path / "out" / "report.md").read_text()
     # mended, and the evaluation goes on with what it has of the originals
     next((tmp_path / "out" / "records" / "reconstruction").iterdir()).unlink()
     shutil.copy(folder / "0.png", folder / "1.png")
@@ -140,7 +140,7 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
     ) == ["1.png"]
     for file in folder.iterdir():
         file.write_bytes(b"no picture")
-    with pytest.raises(FeatInvError, match="none of the 4 pictures .* can be read; the first, 0.png"):
+    with pytest.raises(FeatInvError, match="none of the 4 images .* can be read; the first, 0.png"):
         evaluate.main(["--data", str(folder), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "none")])
 
 
@@ -157,7 +157,7 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
         (["--suite", "sweep", "--write-back"], "copy its file"),
         (["--suite", "variability", "--samples", "1"], "at least 2"),
         (["--device", "nonsense"], "--device nonsense"),
-        (["--suite", "mixing", "--best-of", "4"], "suite mixing draws each picture once"),
+        (["--suite", "mixing", "--best-of", "4"], "suite mixing draws each image once"),
         (["--suite", "mixing", "--weights", "2"], "between 0 and 1"),
         (["--data", "/nowhere"], "neither"),
     ],

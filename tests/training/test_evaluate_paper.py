@@ -78,13 +78,13 @@ def test_a_run_with_paper_says_what_still_differs(tmp_path, monkeypatch):
     monkeypatch.setattr(InversionPipeline, "noise", lambda self, seeds: noises.append(list(seeds)) or real(self, seeds))
     evaluate.main(["--paper", "--steps", "1", "--count", "8", "--device", "cpu", "--out", str(tmp_path)])
     result, text = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "report.md").read_text()
-    assert {seed for seeds in noises for seed in seeds} == {100} and result["seeds"] == "100 for every picture"
+    assert {seed for seeds in noises for seed in seeds} == {100} and result["seeds"] == "100 for every image"
     drawn = result["sampling"]["reconstruction"]
     assert (drawn["guidance"], drawn["negative"], drawn["gradient"], drawn["steps"]) == (1.75, "text", 0.0, 1)
     assert result["sets"] == "compared at 64 x 64 pixels, bilinear, antialiased; the originals as JPEG"
     assert "steps is 1 here; --paper sets 50." in text and "strength is" not in text
-    assert "8 pictures of drawn; the paper's are the first ten of each class" in text
-    assert "draws pictures of 64 pixels; the paper's, MiniSD, of 256" in text and "--paper" in result["command"]
+    assert "8 images of drawn; the paper's are the first ten of each class" in text
+    assert "draws images of 64 pixels; the paper's, MiniSD, of 256" in text and "--paper" in result["command"]
 
 
 def test_ten_pictures_of_each_class_are_the_default(tmp_path):

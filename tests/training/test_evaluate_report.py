@@ -49,12 +49,12 @@ def test_every_report_says_how_its_figures_were_made(tmp_path):
     page = html.unescape((tmp_path / "index.html").read_text())
     command = "python training/evaluate.py --steps 1 --strength 0.5 --gradient 0.0 --count 1 --seed 3 --space tiny-vit"
     assert result["command"] == command and result["count"] == 1 and result["data"] == "drawn"
-    assert result["seeds"] == "picture number + 3" and result["digests"]["tiny_cnn_last"]
+    assert result["seeds"] == "image number + 3" and result["digests"]["tiny_cnn_last"]
     assert result["digests"]["space tiny-vit"] == open_backbone("tiny-vit").weights
-    said = ["1 picture", "drawn", "picture number + 3", "strength 0.5", result["digests"]["tiny_cnn_last"], command]
+    said = ["1 image", "drawn", "image number + 3", "strength 0.5", result["digests"]["tiny_cnn_last"], command]
     said += ["64 x 64 pixels, bicubic, antialiased"]
     assert [words for words in said if words not in text or words not in page] == []
-    assert result["reconstruction"]["cosine"]["low"] is None and "(-)" in text and "one picture has no interval" in text
+    assert result["reconstruction"]["cosine"]["low"] is None and "(-)" in text and "one image has no interval" in text
     again = arguments().parse_args(shlex.split(command)[2:])
     assert command_of(again) == command  # the command gives these settings
 

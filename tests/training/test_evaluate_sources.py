@@ -1,4 +1,4 @@
-"""Which pictures an evaluation takes, in which order, and what it says of those that it cannot use."""
+"""Which images an evaluation takes, in which order, and what it says of those that it cannot use."""
 
 import tarfile
 

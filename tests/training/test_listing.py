@@ -1,4 +1,4 @@
-"""Folders, tar shards and Hugging Face sets give the same pictures at the same indices."""
+"""Folders, tar shards and Hugging Face sets give the same images at the same indices."""
 
 import json
 import os
@@ -191,10 +191,10 @@ def test_what_is_no_hugging_face_set_of_pictures_is_refused_with_the_way_out(pac
         "hf:": "names no data set: expected hf:NAME",
         "hf::train": "names no data set",
         "hf:a:b:c:d": "names no data set",
-        two: f"2 columns of pictures, image, mask: say which, such as {two}:train:image",
-        f"{two}::depth": "no column of pictures 'depth'; it has image, mask",
+        two: f"2 columns of images, image, mask: say which, such as {two}:train:image",
+        f"{two}::depth": "no column of images 'depth'; it has image, mask",
         f"{two}:test": "holds the split train alone",
-        none: "no column of pictures; it has label",
+        none: "no column of images; it has label",
         of: f"has no split 'train'; it has validation: write {of}:validation",
     }.items():
         with pytest.raises(FeatInvError, match=re.escape(message)):
@@ -215,7 +215,7 @@ def test_pictures_that_changed_under_their_names_are_told_apart(photographs, pac
     file = photographs / "05.png"
     content, status = file.read_bytes(), file.stat()
     os.utime(file, ns=(0, status.st_mtime_ns + 1))
-    assert what_changed(first, identity(Folder(photographs))).startswith("modification times: where the pictures were")
+    assert what_changed(first, identity(Folder(photographs))).startswith("modification times: where the images were")
     file.write_bytes(content[:-20] + b"x" * 20)
     os.utime(file, ns=(0, status.st_mtime_ns))
     assert what_changed(first, identity(Folder(photographs))) == "contents"

@@ -111,7 +111,7 @@ def test_too_little_is_refused_by_the_program(make, tmp_path):
 
 def test_folders_without_enough_photographs_are_refused(data, tmp_path, capsys):
     says("neither .* nor a folder", lambda: read_photographs([str(tmp_path / "none")], 64))
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     says(rf"no images \(.*\.jpg.*\) below {tmp_path}", lambda: read_photographs([str(tmp_path)], 64))
     for number in range(5):
         shutil.copy(data / f"{number:03}.png", tmp_path)

@@ -76,7 +76,7 @@ def test_every_method_draws_the_same_maps_and_says_what_it_costs(tmp_path, decod
     gmac = {name: cost["gmac"] for name, cost in result["costs"].items()}
     assert gmac["feature decoder"] == 0 < gmac["decoder, then trained"] < gmac["trained"] < gmac["trained, gradient"]
     assert (tmp_path / "panel.png").exists() and (tmp_path / "index.html").exists()
-    assert "A KID of 2 pictures says little" in text and "are left out" not in text
+    assert "A KID of 2 images says little" in text and "are left out" not in text
     drawn = result["trained, gradient"]
     evaluate.main(
         f"--count 2 --steps 2 --gradient-steps 1 --device cpu --out {tmp_path}/quality".split()

@@ -1,4 +1,4 @@
-"""What reconstruct.py asks for where several pictures are mixed, or a linear map changes one."""
+"""What reconstruct.py asks for where several images are mixed, or a linear map changes one."""
 
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def test_several_regions_the_earlier_on_top_the_last_picture_around_them(opened,
     assert torch.equal(values[:, half, :4], maps[1][:, half, :4]) and torch.equal(
         values[:, half, half], maps[2][:, half, half]
     )
-    with pytest.raises(FeatInvError, match="got 3 pictures and 1 masks"):
+    with pytest.raises(FeatInvError, match="got 3 images and 1 masks"):
         asked(opened, "--mask", files[0])
 
 

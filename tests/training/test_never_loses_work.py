@@ -224,12 +224,12 @@ def photographs(tmp_path):
 def test_pictures_that_cannot_be_read_are_replaced_counted_and_named(photographs, tmp_path, capsys):
     good = (photographs / "03.png").read_bytes()
     (photographs / "03.png").write_bytes(good[: len(good) // 2])
-    (photographs / "07.png").write_text("no picture")
+    (photographs / "07.png").write_text("no image")
     one = here(tmp_path / "one", data=str(photographs), max_images="24", save_every="8")
     said = capsys.readouterr().out
     assert (
         said.count("03.png cannot be read") == 1
-        and "2 pictures could not be read and were replaced (03.png, 07.png" in said
+        and "2 images could not be read and were replaced (03.png, 07.png" in said
     )
     assert [line.split("\t")[0] for line in (tmp_path / "one" / "unreadable.txt").read_text().splitlines()] == [
         "03.png",
@@ -240,8 +240,8 @@ def test_pictures_that_cannot_be_read_are_replaced_counted_and_named(photographs
     a, b = load_file(one), load_file(two)
     assert all(torch.equal(a[k], b[k]) for k in a)
     for file in photographs.iterdir():
-        file.write_text("no picture")
-    with pytest.raises(FeatInvError, match="100 pictures in a row could not be read"):
+        file.write_text("no image")
+    with pytest.raises(FeatInvError, match="100 images in a row could not be read"):
         here(tmp_path / "three", data=str(photographs))
 
 
@@ -290,18 +290,18 @@ def test_what_was_learned_is_saved_where_the_pictures_go_away(photographs, tmp_p
         real(*args)
 
     monkeypatch.setattr(running, "set_lr", vanishing)
-    with pytest.raises(FeatInvError, match="^100 pictures in a row could not be read"):
+    with pytest.raises(FeatInvError, match="^100 images in a row could not be read"):
         here(tmp_path / "run", data=str(photographs), workers=workers, save_every="1000")
     assert len(saved(tmp_path / "run")) == 1
 
 
 def test_a_panel_that_cannot_be_drawn_does_not_end_a_run(photographs, tmp_path, monkeypatch, capsys):
     def nothing(*_):
-        raise FeatInvError("no picture to show could be read")
+        raise FeatInvError("no image to show could be read")
 
     monkeypatch.setattr("training.loop.panel.held_out", nothing)
     assert here(tmp_path, panel_every="4", max_images="6").exists()
-    assert "no panel at 4 images: no picture to show" in capsys.readouterr().out
+    assert "no panel at 4 images: no image to show" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, monkeypatch):

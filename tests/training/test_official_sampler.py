@@ -1,4 +1,4 @@
-"""A converted checkpoint draws the pictures of the paper's code, whose sampler is that of Stable Diffusion."""
+"""A converted checkpoint draws the images of the paper's code, whose sampler is that of Stable Diffusion."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What a run says before it begins, and `train.py --check`: pictures, models, precision, memory, disk and time."""
+"""What a run says before it begins, and `train.py --check`: images, models, precision, memory, disk and time."""
 
 import re
 import sys
@@ -48,7 +48,7 @@ def test_a_check_says_what_a_run_says_and_writes_nothing(photographs, tmp_path, 
     assert below(tmp_path) == before
     assert topics(checked) == TOPICS and "checked: nothing was written" in checked
     for expected in (
-        "pictures: 1 in 1 tar file, and 12 in 1 folder; left out: 1 of kind .txt (labels.txt)",
+        "images: 1 in 1 tar file, and 12 in 1 folder; left out: 1 of kind .txt (labels.txt)",
         "velocity prediction over 1000 timesteps",
         "precision: fp32, as asked for, on cpu",
         "the 8 images left",
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_keeps_its_precision_and_says_where_seed_or_pictures_
     assert "precision: fp32, as the run began" in said
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["precision"] == "fp32"
     assert "began with seed 0 and continues with seed 5" in said
-    assert "holds other pictures than before, by their" in said and "contents" in said
+    assert "holds other images than before, by their" in said and "contents" in said
 
 
 @pytest.mark.parametrize(

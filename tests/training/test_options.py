@@ -182,12 +182,12 @@ def test_trackers_get_numbers_and_panels(tmp_path, monkeypatch):
 
 def test_a_tracker_that_fails_does_not_end_a_run(tmp_path, monkeypatch, capsys):
     def fails(*_, **__):
-        raise RuntimeError("no picture of mine")
+        raise RuntimeError("no image of mine")
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "remembering", Remembering)
     monkeypatch.setattr(Remembering, "log_images", fails)
     assert here(tmp_path, trackers="[remembering]", panel_every="4", max_images="6").exists()
-    assert "the tracker remembering did not take the panel: no picture of mine" in capsys.readouterr().out
+    assert "the tracker remembering did not take the panel: no image of mine" in capsys.readouterr().out
 
 
 def test_tensorboard_gets_numbers_and_panels(tmp_path):

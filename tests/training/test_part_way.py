@@ -1,4 +1,4 @@
-"""Drawing that begins part way through the schedule, from a picture."""
+"""Drawing that begins part way through the schedule, from an image."""
 
 import json
 from unittest.mock import patch
@@ -134,7 +134,7 @@ def test_reconstruct_begins_from_the_decoders_picture(pipeline, features, pictur
         reconstruct.main([*words, "--start-share", "0.2"])
     result = json.loads((out / "results.json").read_text())
     assert result["start"] == {"from": "decoder", "share": 0.2}
-    assert "Drawn from a feature decoder's picture on, with 0.2 of the steps." in result["note"]
+    assert "Started from a feature decoder's image, with 0.2 of the steps." in result["note"]
     own = pipeline.features(pipeline.backbone.preprocess(torch.from_numpy(_pixels(picture))))
     part_way = PartWay(latents_of(pipeline.base, decoder.decode(own)), 0.2)
     expected = pipeline.draw(own, pipeline.recommended(), pipeline.noise([3]), part_way=part_way)

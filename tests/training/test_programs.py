@@ -173,7 +173,7 @@ def test_a_panel_enlarges_photographs_smoothly_and_has_room_for_every_caption():
 
 def bad_inputs(tmp_path):
     text = tmp_path / "text.jpg"
-    text.write_text("no picture")
+    text.write_text("no image")
     dot, huge = tmp_path / "dot.png", tmp_path / "huge.png"
     Image.new("RGB", (1, 1)).save(dot)
     Image.new("1", (20_000, 8)).save(huge)
@@ -188,8 +188,8 @@ def bad_inputs(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--image", "{text}"], "not a picture"),
-        (["--image", "{cut}"], "not a picture"),
+        (["--image", "{text}"], "not an image"),
+        (["--image", "{cut}"], "not an image"),
         (["--image", "{none}"], "does not exist"),
         (["--image", "{dot}"], "1 x 1"),
         (["--image", "{huge}"], "20000 x 8"),

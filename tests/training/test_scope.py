@@ -59,7 +59,7 @@ def test_fit_adds_statistics_and_changes_nothing_else(bare, tmp_path):
 
 def test_fit_reads_a_folder_and_leaves_out_what_it_cannot_read(bare, tmp_path, capsys):
     save_scenes(tmp_path / "p", range(200))
-    (tmp_path / "p" / "broken.png").write_text("no picture")
+    (tmp_path / "p" / "broken.png").write_text("no image")
     arguments = ["--model", str(bare), "--data", str(tmp_path / "p"), "--drawn", "0"]
     fit_scope.main([*arguments, "--count", "200"])
     assert load_scope(bare).maps == 200
@@ -78,7 +78,7 @@ def test_measure_writes_its_report(tmp_path, bare, monkeypatch):
         ["--count", "24", "--drawn", "2", "--unedited", "12", "--steps", "1", "--out", str(tmp_path / "m")]
     )
     results = json.loads((tmp_path / "m" / "results.json").read_text())
-    assert {"object x0.25", "mix 50/50", "half/half splice", "Gaussian noise", "noise pictures"} <= results[
+    assert {"object x0.25", "mix 50/50", "half/half splice", "Gaussian noise", "noise images"} <= results[
         "separation"
     ].keys()
     assert results["separation"]["white noise"]["auroc"]["score"]["value"] == 1

@@ -1,4 +1,4 @@
-"""Programs about feature spaces: linear maps fitted to changes of pictures, and backbones ranked by what they keep."""
+"""Programs about feature spaces: linear maps fitted to changes of images, and backbones ranked by what they keep."""
 
 import json
 from types import SimpleNamespace
@@ -102,14 +102,14 @@ def test_backbones_are_ranked_by_one_command(tmp_path, capsys):
         + ["--models", "tiny_cnn_last", "--drawn", "2"]
     )
     results = json.loads((tmp_path / "results.json").read_text())
-    shrunk = [results[f"picture itself, shrunk {n} x {n}"]["r2"]["value"] for n in (4, 8, 16, 32)]
+    shrunk = [results[f"image itself, shrunk {n} x {n}"]["r2"]["value"] for n in (4, 8, 16, 32)]
     assert shrunk == sorted(shrunk) and shrunk[-1] > 0.8
     last, vit = results["resnet10t.tiny_world last"], results["vit_tiny_patch16_224.tiny_world blocks.0"]
     assert last["channels"] == 128 and last["values_per_pixel_value"] == pytest.approx(128 * 64 / (3 * 64 * 64))
     assert 0 < results["resnet10t.tiny_world layer2"]["gmac"] < last["gmac"]
     assert vit["r2"]["value"] > last["r2"]["value"] and last["cosine"]["n"] == last["independent"]["n"] == 2
     printed = capsys.readouterr().out
-    assert printed.index("blocks.0") < printed.index("resnet10t.tiny_world last") and "8 held-out pictures" in printed
+    assert printed.index("blocks.0") < printed.index("resnet10t.tiny_world last") and "8 held-out images" in printed
     assert {f.name for f in tmp_path.iterdir()} == {"results.json", "report.md", "index.html", "ranking.png"}
 
 
@@ -121,8 +121,8 @@ def test_a_linear_map_is_fitted_measured_drawn_and_kept(tmp_path, capsys):
     assert linear.settings["change"] == "channels:bgr" and linear.settings["maps"] == 36
     assert linear.measured == about["kinds"]["affine"] and linear.measured["explained"]["n"] == 12
     assert linear.measured["cosine_mapped"]["value"] > linear.measured["cosine_before"]["value"] + 0.02
-    assert set(about["drawn"]) == {"unchanged map", "mapped map", "changed picture's map"}
-    assert about["drawn"]["changed picture's map"]["cosine"]["value"] > 0.7
+    assert set(about["drawn"]) == {"unchanged map", "mapped map", "changed image's map"}
+    assert about["drawn"]["changed image's map"]["cosine"]["value"] > 0.7
     page, printed = file.with_suffix(".html").read_text(), capsys.readouterr().out
     assert "data:image/png" in page and "share of the change" in page and "by tiny_cnn_last" in printed
 
@@ -133,7 +133,7 @@ def test_any_change_is_learned_from_two_folders_of_pictures(tmp_path):
         for folder, one in (("before", image), ("after", ImageOps.invert(image))):
             (tmp_path / folder).mkdir(exist_ok=True)
             one.save(tmp_path / folder / f"{n}.png")
-    (tmp_path / "before" / "3.png").write_text("no picture")
+    (tmp_path / "before" / "3.png").write_text("no image")
     common = ["--data", str(tmp_path / "before"), "--changed", str(tmp_path / "after"), "--layer", "layer2"]
     common += ["--kind", "direction", "--model", "none", "--out", str(tmp_path / "map.safetensors")]
     fit_linear_map.main(common)

@@ -1,4 +1,4 @@
-"""The stages that make the embedded world run, stop and go on; at a few pictures each, for their wiring."""
+"""The stages that make the embedded world run, stop and go on; at a few images each, for their wiring."""
 
 import json
 import shutil

@@ -122,7 +122,7 @@ def test_what_cannot_be_read_is_replaced_and_named(tmp_path, monkeypatch):
         f"{spoilt}, file 1, row 1",
     ]
     monkeypatch.setattr(stream, "TRIES", 8)
-    with pytest.raises(FeatInvError, match="8 pictures in a row could not be read, stream:.*UnidentifiedImageError"):
+    with pytest.raises(FeatInvError, match="8 images in a row could not be read, stream:.*UnidentifiedImageError"):
         next(reading(pack(tmp_path / "none", 1, spoilt=range(5))))
 
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_streamed_is_explained(data, tmp_path):
         stream.Stream(f"stream:{saved}", {}, "none", 0)
     (tmp_path / "texts").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "texts" / "0.parquet")
-    with pytest.raises(FeatInvError, match="no column of pictures; it has text"):
+    with pytest.raises(FeatInvError, match="no column of images; it has text"):
         stream.Stream(f"stream:{tmp_path / 'texts'}", {}, "none", 0)
     with pytest.raises(FeatInvError, match="cannot be counted or cached; leave out --cache, --views and --images"):
         read_config(DEFAULT, {"data": data, "images": "8"})

@@ -184,7 +184,7 @@ def test_cycle_consistency_counts_from_a_number_of_images_on(tmp_path):
 
 def test_cycle_consistency_that_does_not_count_yet_costs_nothing(tmp_path, monkeypatch):
     def refused(*_):
-        raise AssertionError("the features of the predicted picture were computed")
+        raise AssertionError("the features of the predicted image were computed")
 
     monkeypatch.setattr("training.loop.objective.cycle_distance", refused)
     monkeypatch.setattr("training.loop.run.step_gmac", lambda *_: 1.0)

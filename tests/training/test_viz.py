@@ -102,7 +102,7 @@ def test_the_program_writes_pictures_and_slopes(tmp_path, capsys):
     assert all(m["scope"]["verdict"] in ("inside", "at the edge", "outside") and -1 <= m["cosine"] <= 1 for m in result)
     printed = capsys.readouterr().out
     assert all(f"slope {m['own']:.2f} for factor 0.25 (" in printed for m in result) and (
-        "NOT as asked" in printed
+        "NOT as requested" in printed
     ) == any(not m["passed"] for m in result)
     for name in ("grid.png", "details.png", result[0]["difference"], result[0]["mask"]):
         assert Image.open(tmp_path / "out" / name).size[0] >= 64

@@ -1,4 +1,4 @@
-"""A page that shows concepts: where each is strongest, where it is on example pictures, and what it is worth."""
+"""A page that shows concepts: where each is strongest, where it is on example images, and what it is worth."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def page(concepts: Concepts, collected: Collected, stats: Statistics) -> str:
     listed = [*order[:MOST], len(concepts)]
     others = (
         f"<section><h2>{len(order) - MOST} more, without"
-        f" pictures</h2>{summary(concepts, stats, order[MOST:], False)}</section>"
+        f" images</h2>{summary(concepts, stats, order[MOST:], False)}</section>"
         if order[MOST:]
         else ""
     )
@@ -39,8 +39,8 @@ def page(concepts: Concepts, collected: Collected, stats: Statistics) -> str:
     lines = [
         f"{len(concepts)} concepts by {concepts.method}, from {collected.describe()}.",
         (
-            f"The pictures below are among {len(collected.names)} of these. A feature map is the sum of its concepts"
-            " and a rest: relevance is a concept's share of what the map adds to the logits of the picture's own"
+            f"The images below are among {len(collected.names)} of these. A feature map is the sum of its concepts"
+            " and a rest: relevance is a concept's share of what the map adds to the logits of the image's own"
             " classes, norm its length against that of the map (concepts overlap, so these sum to more than one)."
             " Crops are centred on the place where it is longest."
         ),

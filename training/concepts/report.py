@@ -1,4 +1,4 @@
-"""What measure_concepts.py found, as JSON, Markdown, HTML and a picture."""
+"""What measure_concepts.py found, as JSON, Markdown, HTML and an image."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def verdicts(kind: str, located: dict, true: dict, asked: float) -> list[str]:
         lines.append(
             f"{kind}, {method}: mean slope {value:.2f} for factor {asked:g},"
             f" {'inside' if low <= value <= high else 'OUTSIDE'} {low:.2f} to {high:.2f};"
-            f" {row['within range']['value']:.0%} of the pictures inside."
+            f" {row['within range']['value']:.0%} of the images inside."
         )
     for method in true:
         own, bar = located[method]["boundary F"], located[BAR]["boundary F"]
@@ -171,7 +171,7 @@ def as_html(table: Table) -> str:
 
 def write_report(out: Path, about: dict, trials_of: dict[str, list[Trial]]) -> str:
     """Writes everything to `out` and returns the Markdown. trials_of: the trials of each track, scenes in order."""
-    results, lines, body, rows, titles = {**about}, ["# Is a concept picture true?", "", summary(about), ""], [], [], []
+    results, lines, body, rows, titles = {**about}, ["# Is a concept image true?", "", summary(about), ""], [], [], []
     for track, trials in trials_of.items():
         results[track] = {}
         for kind in ("object", "background"):
@@ -203,7 +203,7 @@ def write_report(out: Path, about: dict, trials_of: dict[str, list[Trial]]) -> s
     write_json(out / "results.json", results)
     text = "\n".join(lines) + "\n![best, median and worst cases](panel.webp)\n"
     write_text(out / "report.md", text)
-    write_text(out / "index.html", page("Is a concept picture true?", picture, [summary(about)], "".join(body)))
+    write_text(out / "index.html", page("Is a concept image true?", picture, [summary(about)], "".join(body)))
     return text
 
 

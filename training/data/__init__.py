@@ -1,1 +1,1 @@
-"""Pictures for training: listed, read, cropped, cached."""
+"""Images for training: listed, read, cropped, cached."""

@@ -1,4 +1,4 @@
-"""Hugging Face data sets as pictures."""
+"""Hugging Face data sets as images."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def _column(library: ModuleType, dataset: Any, data: str, name: str, split: str,
         return column
     if column or not known:
         has = ", ".join(known if column and known else features) or "columns of unknown kinds"
-        raise FeatInvError(f"data {data} has no column of pictures{column and f' {column!r}'}; it has {has}")
+        raise FeatInvError(f"data {data} has no column of images{column and f' {column!r}'}; it has {has}")
     if len(known) > 1:
         raise FeatInvError(
-            f"data {data} has {len(known)} columns of pictures, {', '.join(known)}: say which, such as"
+            f"data {data} has {len(known)} columns of images, {', '.join(known)}: say which, such as"
             f" {data.partition(':')[0]}:{name}:{split or 'train'}:{known[0]}"
         )
     return known[0]

@@ -1,4 +1,4 @@
-"""Detects changed pictures by their names, sizes, modification times and sampled contents."""
+"""Detects changed images by their names, sizes, modification times and sampled contents."""
 
 from __future__ import annotations
 
@@ -74,5 +74,5 @@ def what_changed(before: dict[str, str], now: dict[str, str]) -> str:
     """Which of identity's digests differ, and what to do where it is the times alone; empty where none does."""
     differing = [key for key in now if before.get(key) != now[key]]
     if differing == ["modification times"]:
-        return "modification times: where the pictures were only copied, copy them with their times (rsync -a, cp -p)"
+        return "modification times: where the images were only copied, copy them with their times (rsync -a, cp -p)"
     return ", ".join(differing)

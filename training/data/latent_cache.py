@@ -1,8 +1,8 @@
 """Latents and features that training/cache.py computed once, read by index and view.
 
 A cache is a folder with one folder per part, "latents" and "features-BACKBONE-LAYER". A part has a manifest.json, which
-says what its rows are of, and shards of SHARD pictures of one view, whose names end with the digest of what is inside.
-One folder serves every backbone: the latents depend on the pictures, the crops and the autoencoder alone.
+says what its rows are of, and shards of SHARD images of one view, whose names end with the digest of what is inside.
+One folder serves every backbone: the latents depend on the images, the crops and the autoencoder alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Part:
             )
         if changed := what_changed(there, self.identity):
             raise FeatInvError(
-                f"{self.folder} was made from other pictures than those that are there now, by their {changed}; to make"
+                f"{self.folder} was made from other images than those that are there now, by their {changed}; to make"
                 " it again choose another --cache folder, or remove this one"
             )
 
@@ -98,9 +98,7 @@ class Part:
         for view, first in self.shards()[rank::processes]:
             file = self.file(view, first)
             if file is None or not is_whole(file):
-                wrong.append(
-                    f"{file or f'view {view}, pictures from {first} on'} is {'damaged' if file else 'missing'}"
-                )
+                wrong.append(f"{file or f'view {view}, images from {first} on'} is {'damaged' if file else 'missing'}")
         if wrong:
             raise FeatInvError(f"the cache {self.folder} is not complete: {'; '.join(wrong[:5])}; {COMMAND} again")
 

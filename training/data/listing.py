@@ -1,4 +1,4 @@
-"""The list of pictures for training. Each is addressed by its index and read when needed."""
+"""The list of images for training. Each is addressed by its index and read when needed."""
 
 from __future__ import annotations
 

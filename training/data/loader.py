@@ -1,4 +1,4 @@
-"""Pictures for training: batches addressed by the count of images seen, so that a resumed run goes on exactly."""
+"""Images for training: batches addressed by the count of images seen, so that a resumed run goes on exactly."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def fill(source: Photographs, numbers: list[int]) -> Batch:
             skipped.append((source.name(index), reason))
         else:
             raise FeatInvError(
-                f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({skipped[-1][1]})"
+                f"{TRIES} images in a row could not be read, {skipped[-1][0]} the last ({skipped[-1][1]})"
             )
     return Batch(tensors, skipped)
 

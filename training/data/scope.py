@@ -1,4 +1,4 @@
-"""Scope statistics of an inversion model: fits them to pictures that training did not see, and evaluates maps."""
+"""Scope statistics of an inversion model: fits them to images that training did not see, and evaluates maps."""
 
 from __future__ import annotations
 

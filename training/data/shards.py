@@ -1,4 +1,4 @@
-"""Pictures in tar files, each read alone: where they begin is kept in an index beside each file."""
+"""Images in tar files, each read alone: where they begin is kept in an index beside each file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Streams pictures of a Hugging Face data set without downloading it first.
+"""Streams images of a Hugging Face data set without downloading it first.
 
 A set is a number of files (parquet, tar shards and others). Each belongs to one reader, a worker of a process, so that
-nothing is read twice in an epoch. A reader takes its files in a new order each epoch and shuffles BLOCK pictures at a
+nothing is read twice in an epoch. A reader takes its files in a new order each epoch and shuffles BLOCK images at a
 time, still encoded. Where it stands is four numbers, from which a run goes on exactly.
 """
 
@@ -67,7 +67,7 @@ class Stream:
         return number, 0
 
     def name(self, position: int) -> str:
-        return f"{self.data}, picture {position} of the run"
+        return f"{self.data}, image {position} of the run"
 
     def rows(self, file: int, first: int = 0) -> Iterator[dict]:
         """A file's encoded pictures from row `first` on, {"bytes", "path"}."""
@@ -114,7 +114,7 @@ class Reader:
                 yield begin, after, block
             elif begin == Position(begin.epoch):
                 raise FeatInvError(
-                    f"data {self.stream.data}: the files {', '.join(map(str, sorted(files)))} hold no pictures"
+                    f"data {self.stream.data}: the files {', '.join(map(str, sorted(files)))} hold no images"
                 )
             begin = after
 
@@ -145,7 +145,7 @@ class Reader:
                 failed += 1
                 if failed == TRIES:
                     raise FeatInvError(
-                        f"{TRIES} pictures in a row could not be read, {skipped[-1][0]} the last ({error})"
+                        f"{TRIES} images in a row could not be read, {skipped[-1][0]} the last ({error})"
                     ) from error
             if len(rows) == size:
                 yield (

@@ -138,7 +138,7 @@ class EvalContext:
     @property
     def seeds(self) -> str:
         """The seeds in words."""
-        return f"{self.seed_of(0)} for every picture" if self.papers else f"picture number + {self.seed}"
+        return f"{self.seed_of(0)} for every image" if self.papers else f"image number + {self.seed}"
 
     @property
     def resize(self) -> str:

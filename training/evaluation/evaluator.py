@@ -1,5 +1,5 @@
-"""A backbone that compares pictures with their originals: the paper's measures of faithfulness (Sec. 4.1), per
-picture."""
+"""A backbone that compares images with their originals: the paper's measures of faithfulness (Sec. 4.1), per
+image."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Ways from feature maps to pictures: the trained model, guidance by features alone, a feature decoder, and a decoder's
-picture as what the diffusion model begins from. Each says what a picture of it costs."""
+"""Ways from feature maps to images: the trained model, guidance by features alone, a feature decoder, and a decoder's
+image as what the diffusion model begins from. Each says what an image of it costs."""
 
 from __future__ import annotations
 

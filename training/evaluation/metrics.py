@@ -1,5 +1,5 @@
-"""Figures with their sample counts and 95 % intervals: of means over pictures, and of the distance of two sets of
-pictures.
+"""Figures with their sample counts and 95 % intervals: of means over images, and of the distance of two sets of
+images.
 
 The distances are between sets of feature vectors. In Inception's feature space they are FID (Heusel et al. 2017) and
 KID (Binkowski et al. 2018); in any other they are not, and are named after the space.

@@ -103,10 +103,10 @@ def departures(source: FeatureSource, base: BaseModel, count: int, data: str) ->
     lines = []
     if count != PICTURES:
         lines.append(
-            f"{count} pictures of {data}; the paper's are the first ten of each class of ImageNet's validation set."
+            f"{count} images of {data}; the paper's are the first ten of each class of ImageNet's validation set."
         )
     if base.resolution != SIDE:
-        lines.append(f"The base model draws pictures of {base.resolution} pixels; the paper's, MiniSD, of {SIDE}.")
+        lines.append(f"The base model generates images of {base.resolution} pixels; the paper's, MiniSD, of {SIDE}.")
     side = INPUT.get(source.backbone)
     if side and source.input_size != (side, side):
         lines.append(f"{source.backbone} reads {source.input_size[0]} pixels here; in the paper {side}.")

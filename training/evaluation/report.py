@@ -112,7 +112,7 @@ def marks(figures: dict[str, Figures]) -> str:
     lines = []
     if any(entry.get("biased") for entry in entries):
         lines.append(
-            "Biased: a Frechet distance of so few pictures is too large, by as much as depends on their number; compare"
+            "Biased: a Frechet distance of so few images is too large, by as much as depends on their number; compare"
             " it at equal n, or read KID."
         )
     if any(entry.get("few") for entry in entries):
@@ -163,7 +163,7 @@ def how_made(about: dict) -> list[Grid]:
         f"{name} {sampled[name]}" for sampled in list(sampling.values())[:1] for name in fields if name not in differing
     )
     rows = {
-        "n": f"{about['count']} picture{'s' * (about['count'] != 1)}",
+        "n": f"{about['count']} image{'s' * (about['count'] != 1)}",
         "data": about.get("data"),
         "seeds": about.get("seeds"),
         "sampling": common,

@@ -1,4 +1,4 @@
-"""Runs a suite: its options, the records of its pictures, its report."""
+"""Runs a suite: its options, the records of its images, its report."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def arguments(description: str = "") -> argparse.ArgumentParser:
     parser.add_argument(
         "--count",
         type=int,
-        help="how many pictures, evenly spread over their names (default: all; of the drawn world what the suite sets)",
+        help="how many images, evenly spread over their names (default: all; of the drawn world what the suite sets)",
     )
     parser.add_argument("--per-class", type=int, help="take this many of each class folder, the first by name")
     parser.add_argument(
         "--kept-back",
         action="store_true",
-        help="use only every 25th picture, on which make_world.py never trains: to choose settings",
+        help="use only every 25th image, on which make_world.py never trains: to choose settings",
     )
     parser.add_argument(
         "--models",
@@ -98,7 +98,7 @@ def arguments(description: str = "") -> argparse.ArgumentParser:
             " (default: embedded ones)"
         ),
     )
-    parser.add_argument("--seed", type=int, default=0, help="added to a picture's number")
+    parser.add_argument("--seed", type=int, default=0, help="added to an image's number")
     parser.add_argument(
         "--paper",
         action="store_true",
@@ -111,7 +111,7 @@ def arguments(description: str = "") -> argparse.ArgumentParser:
     parser.add_argument(
         "--set-size",
         type=int,
-        help="side in pixels of the pictures that are compared as sets (default: what the base model draws)",
+        help="side in pixels of the images that are compared as sets (default: what the base model generates)",
     )
     parser.add_argument(
         "--space",
@@ -179,7 +179,7 @@ def run_suite(args: argparse.Namespace) -> None:
     changes = {name: getattr(args, name) for name in SAMPLING}
     if (args.best_of or 1) > 1 and not chosen.chooses:
         raise FeatInvError(
-            f"--best-of {args.best_of}: suite {args.suite} draws each picture once; quality, layers and others choose"
+            f"--best-of {args.best_of}: suite {args.suite} samples each image once; quality, layers and others choose"
             " among several"
         )
     context = EvalContext(
@@ -213,9 +213,7 @@ def run_suite(args: argparse.Namespace) -> None:
     originals = {name: store.table(name) for name in first}
     if any(not table.numbers for table in originals.values()):
         name, reason = next(iter(originals[next(iter(first))].skipped.items()))
-        raise FeatInvError(
-            f"none of the {store.count} pictures of {args.data} can be read; the first, {name}: {reason}"
-        )
+        raise FeatInvError(f"none of the {store.count} images of {args.data} can be read; the first, {name}: {reason}")
     suite.centre(originals)
     record(
         store,
@@ -236,7 +234,7 @@ def finish(store: Store, source: Source, suite: Suite, conditions: list[str], se
     if skipped:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:20])
         more = " and more, see results.json" if len(skipped) > 20 else ""
-        notes.append(f"{len(skipped)} of {store.count} pictures could not be read and were left out: {named}{more}.")
+        notes.append(f"{len(skipped)} of {store.count} images could not be read and were left out: {named}{more}.")
     count = len(tables[conditions[0]].numbers)
     notes += suite.departures(count)
     about = {

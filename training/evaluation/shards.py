@@ -1,7 +1,7 @@
-"""Records of an evaluation on disk: a file per condition and 64 pictures, whole or not at all, so that a run can go on.
+"""Records of an evaluation on disk: a file per condition and 64 images, whole or not at all, so that a run can go on.
 
-A condition is one way of making pictures, a row or a cell of a report. A shard holds a row per picture that could be
-read, the first pictures themselves, and the names of those that could not be read.
+A condition is one way of making images, a row or a cell of a report. A shard holds a row per image that could be
+read, the first images themselves, and the names of those that could not be read.
 """
 
 from __future__ import annotations

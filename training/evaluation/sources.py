@@ -1,7 +1,7 @@
-"""Where the pictures come from that a model is evaluated on, and which of them are taken, in which order.
+"""Where the images come from that a model is evaluated on, and which of them are taken, in which order.
 
-The order is by name, and by class where --per-class asks for as many of each. A picture's number is its index in that
-order; it is the seed of everything random that is done for the picture.
+The order is by name, and by class where --per-class asks for as many of each. An image's number is its index in that
+order; it is the seed of everything random that is done for the image.
 """
 
 from __future__ import annotations

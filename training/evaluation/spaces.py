@@ -1,4 +1,4 @@
-"""Feature spaces in which sets of pictures are compared."""
+"""Feature spaces in which sets of images are compared."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
 
 The first takes hours.
 
-All rows are trained on equally many of the same pictures with one seed, and evaluated on the same held-out pictures
+All rows are trained on equally many of the same images with one seed, and evaluated on the same held-out images
 with the same noise: by the inverted backbone, and by an independent backbone that took no part in training or sampling.
 The same command continues a stopped run. Writes DIR/ROW (the runs), DIR/measured (the records), results.json,
 report.md, index.html and panel.png.
@@ -198,10 +198,10 @@ def report_of(model: str, rows: dict[str, Row], chosen: list[Row], tables: dict[
     head = [
         "row",
         "change",
-        "from row",
+        "relative to",
         "cosine",
         "change of the cosine",
-        "of the way from unconditional to round trip",
+        "gap closed",
         "cosine, mean removed",
         "top-1 match",
     ]
@@ -210,13 +210,14 @@ def report_of(model: str, rows: dict[str, Row], chosen: list[Row], tables: dict[
             "By the inverted backbone",
             head,
             first,
-            "The change of the cosine is that of the same pictures, from the row that is named.",
+            "Change of the cosine: the paired difference from the row under *relative to*. Gap closed: where the cosine"
+            " lies between unconditional (0 %) and round trip (100 %).",
         ),
         Grid(
             "By the independent backbone, and as sets",
-            ["row", "cosine", "top-1 match", *kid_names, "passes per picture", "GMAC"],
+            ["row", "cosine", "top-1 match", *kid_names, "passes per image", "GMAC"],
             second,
-            "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of drawing a picture, decoding and"
+            "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of sampling an image, decoding and"
             " gradients included.",
         ),
     ]
@@ -224,7 +225,7 @@ def report_of(model: str, rows: dict[str, Row], chosen: list[Row], tables: dict[
     panel = condition_panel(
         tables,
         [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP],
-        "Ablation: the same pictures in every row",
+        "Ablation: the same images in every row",
         most=5,
     )
     return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": panel})
@@ -259,7 +260,7 @@ def result(
         f" is {cell(compared, 'distance_ratio')} times as large; {RECOMMENDED}'s top-1 match is"
         f" {_signed(compared['top1_match'])} higher, the independent backbone's"
         f" {_signed(compared['independent: top1_match'])}, its cosine {_signed(compared['independent: cosine'])};"
-        f" {'; '.join(kid_names)}; {cost[0]:.1f} GMAC per picture against {cost[1]:.1f}."
+        f" {'; '.join(kid_names)}; {cost[0]:.1f} GMAC per image against {cost[1]:.1f}."
     ]
 
 
@@ -284,12 +285,12 @@ def write_page(page: Path, report: Report, notes: list[str], panel: bool) -> Non
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=ABLATIONS, default="drawn")
-    parser.add_argument("--data", help="photographs to train on, a folder of pictures or of tar files")
+    parser.add_argument("--data", help="photographs to train on, a folder of images or of tar files")
     parser.add_argument("--photos", help="folder of held-out photographs")
     parser.add_argument("--rows", nargs="+", default=[], help="these rows only, see ablation_rows.py")
     parser.add_argument("--images", type=int, help="images that each row is trained on")
-    parser.add_argument("--count", type=int, help="held-out pictures")
-    parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once")
+    parser.add_argument("--count", type=int, help="held-out images")
+    parser.add_argument("--batch", type=int, default=32, help="images sampled at once")
     parser.add_argument("--out", type=Path, default=Path("out/ablation"))
     parser.add_argument(
         "--page",
@@ -329,14 +330,14 @@ def main(argv: list[str] | None = None) -> None:
     }
     report = report_of(Path(ablation.config).stem, rows, chosen, measured(rows, chosen, files, args))
     notes = [
-        f"{args.images:,} training pictures a trained row, seed 1; {args.count} held-out pictures; 95 % bootstrap"
+        f"{args.images:,} training images a trained row, seed 1; {args.count} held-out images; 95 % bootstrap"
         " intervals."
     ]
     about = {
         "images": args.images,
         "count": args.count,
         "data": args.photos or args.world,
-        "seeds": "picture number",
+        "seeds": "image number",
         "command": shlex.join(["python", "training/experiments/ablation.py", *sys.argv[1:]]),
         "configs": {name: asdict(config) for name, config in configs.items()},
         "sampling": {row.name: asdict(sampling_of(rows, row)) for row in chosen},

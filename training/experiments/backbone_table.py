@@ -123,22 +123,22 @@ TRIED: list[tuple[str, str, dict]] = [
 
 PROSE = """# Backbones that were tried
 
-Each row tries a timm model with random weights on two random pictures. Three columns give the largest difference,
+Each row tries a timm model with random weights on two random images. Three columns give the largest difference,
 relative to the largest value:
 
 - *head*: between the head's output for the extracted last map and the model's own output;
-- *pictures*: between the model's outputs for the two pictures;
+- *images*: between the model's outputs for the two images;
 - *map*: between the extracted map and the last one of timm's `forward_intermediates`. It is "-" if their sizes differ,
   and not 0 if further modules follow the last named layer.
 
-*Equal* means that *head* is at most 1e-5 and at most a thousandth of *pictures*.
+*Equal* means that *head* is at most 1e-5 and at most a thousandth of *images*.
 `python training/experiments/backbone_table.py` writes this page. With a timm name it prints that model's row.
 timm {timm}, torch {torch}, float32 on the CPU.
 
 """
 HEADER = (
     "| family | timm model | input | prefix tokens | last map, C x H x W | named layers, C x H x W | outputs | head |"
-    " pictures | map | verdict |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+    " images | map | verdict |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 

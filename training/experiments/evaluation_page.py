@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folders = {"held-out": args.photos, "training": args.training_photos, "": "drawn"}
     if args.count is not None and args.count < 8:
-        raise FeatInvError(f"--count {args.count}: the panels show eight pictures; give at least as many")
+        raise FeatInvError(f"--count {args.count}: the panels show eight images; give at least as many")
     if lacking := [name for name in args.only or () if not folders[RUNS[name].photos]]:
         raise FeatInvError(f"{', '.join(lacking)}: name the folders with --photos and --training-photos")
     chosen = args.only or [name for name, one in RUNS.items() if folders[one.photos]]

@@ -6,7 +6,7 @@
 Uses two kinds of concepts: fitted to the true masks (so that FeatInv-Viz has good concepts), and discovered without
 them by MCD and k-means (each object and background gets the one that fits its cells best on training scenes). In each
 scene the object and the background are attenuated in turn. Localisation: does the heat map find the pixels?
-Faithfulness: when the backbone reads the pictures again, does the concept have the requested strength, are the others
+Faithfulness: when the backbone reads the images again, does the concept have the requested strength, are the others
 unchanged, and do the logits move as predicted? Writes results.json, report.md, index.html and panel.webp.
 """
 

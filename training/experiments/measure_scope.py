@@ -4,7 +4,7 @@ can be drawn?
     python training/experiments/measure_scope.py                                      the embedded model
     python training/experiments/measure_scope.py --model FILE --data FOLDER --out DIR
 
-FOLDER holds pictures that neither training nor fit_scope.py saw. Writes results.json, scope.md and scope.webp.
+FOLDER holds images that neither training nor fit_scope.py saw. Writes results.json, scope.md and scope.webp.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHOWN = (
     "half/half splice",
     "locations shuffled",
     "Gaussian noise",
-    "noise pictures",
+    "noise images",
 )
 DRAWS = 1000  # of the bootstrap
 Edit = Callable[[FeatureMap, torch.Generator], FeatureMap]
@@ -136,7 +136,7 @@ def edits(pipeline: InversionPipeline, maps: FeatureMap) -> dict[str, Edit]:
     if not maps.source.pooled:
         chosen |= {"half/half splice": spliced, "locations shuffled": shuffled_locations}
     chosen |= {"channels shuffled": shuffled_channels, "Gaussian noise": gaussian, "white noise": white}
-    return chosen | {"noise pictures": noise_pictures}
+    return chosen | {"noise images": noise_pictures}
 
 
 def auroc(inside: Tensor, edited: Tensor, seed: int = 0) -> dict:
@@ -243,15 +243,15 @@ def to_markdown(results: dict) -> str:
     return f"""# What the scope statistics see: {results["model"]}
 
 A weights file can hold statistics of held-out feature maps (`python training/fit_scope.py` adds them). They rate an
-edited map before it is drawn: *inside*; *at the edge*, more unusual than 95 % of held-out maps; *outside*, more unusual
-than 99 %. There are four statistics: the **direction** of each feature vector (distance to the nearest of a bank), its
-**magnitude**, its **distance** from the mean vector (Mahalanobis; both too near and too far count), and how well its
-eight **neighbours** predict it. The score is that of the most unusual statistic.
+edited map before it is inverted: *inside*; *at the edge*, more unusual than 95 % of held-out maps; *outside*, more
+unusual than 99 %. There are four statistics: the **direction** of each feature vector (distance to the nearest of a
+bank), its **magnitude**, its **distance** from the mean vector (Mahalanobis; both too near and too far count), and how
+well its eight **neighbours** predict it. The score is that of the most unusual statistic.
 
 `python training/experiments/measure_scope.py --model {results["model"]}` evaluates {results["count"]} held-out maps of
 {results["features"]}. None of them was used to fit the statistics. The AUROC is the probability that an edited map
 scores higher than an unedited one; at 0.5 the two cannot be told apart. 95 % bootstrap intervals are given for the
-score and the cycle cosine. The cycle cosine compares the features of the reconstruction with the map that was drawn:
+score and the cycle cosine. The cycle cosine compares the features of the reconstruction with the inverted map:
 one seed, {results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.
 {digests_text(results["digests"])}
 
@@ -260,7 +260,7 @@ one seed, {results["drawn"]["each edit"]} maps of each edit and {results["drawn"
 Edits that the score misses (AUROC below 0.9): {", ".join(missed) or "none"}.
 If their reconstructions differ from the map, the cycle cosine finds them after rendering.
 
-Edits that the score finds, but whose maps are drawn about as well as unedited ones (AUROC of the cycle cosine below
+Edits that the score finds, but whose maps are inverted about as well as unedited ones (AUROC of the cycle cosine below
 0.6): {", ".join(harmless) or "none"}.
 The cosine ignores the length of vectors.
 
@@ -276,8 +276,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = model_parser(__doc__, gradient=0.0)
     parser.add_argument("--data", default="drawn", help='folder of images, or "drawn" for held-out scenes')
     parser.add_argument("--count", type=int, default=500, help="how many held-out maps")
-    parser.add_argument("--drawn", type=int, default=24, help="how many maps of each edit are drawn")
-    parser.add_argument("--unedited", type=int, default=200, help="how many unedited maps are drawn")
+    parser.add_argument("--drawn", type=int, default=24, help="how many maps of each edit are inverted")
+    parser.add_argument("--unedited", type=int, default=200, help="how many unedited maps are inverted")
     parser.add_argument("--out", type=Path, default=Path("out/scope"))
     args = parser.parse_args(argv)
     if not 2 <= args.drawn <= args.count or not 2 <= args.unedited <= args.count:

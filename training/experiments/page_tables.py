@@ -45,7 +45,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def figures_by_condition(
-    results: dict, conditions: Sequence[str], names: dict[str, str], interval: bool = True, what: str = "drawn from"
+    results: dict, conditions: Sequence[str], names: dict[str, str], interval: bool = True, what: str = "images of"
 ) -> list[str]:
     """A row per condition. names: heading -> measure."""
     return table(
@@ -82,7 +82,7 @@ def quality(results: dict) -> list[str]:
     ]
     return [
         *table(["measure", *conditions], rows),
-        f"The cosine comes {results['gap_closed']:.1%} of the way from the unconditional baseline to the round trip.",
+        f"The cosine closes {results['gap_closed']:.1%} of the gap between unconditional and round trip.",
     ]
 
 
@@ -131,7 +131,7 @@ def rcdm(results: dict) -> list[str]:
     lines = []
     for title, prefix in (
         ("At the backbone's 64 pixels:", ""),
-        ("All pictures scaled to 32 pixels, RCDM's own:", NATIVE),
+        ("All images scaled to 32 pixels, RCDM's own:", NATIVE),
     ):
         names = {WORDS[name]: prefix + name for name in ("cosine", "cosine_pooled", "top1_match", "top5_match")}
         for kind in ("frechet_distance", "kid_paired"):
@@ -176,7 +176,7 @@ def mixing(results: dict) -> list[str]:
         *table(
             ["cosine", "inside", "outside"],
             [
-                ["with the map that was asked for", mixed["inside"], mixed["outside"]],
+                ["with the requested map", mixed["inside"], mixed["outside"]],
                 ["with the other scene's map", mixed["inside_with_other"], mixed["outside_with_other"]],
             ],
         ),
@@ -340,11 +340,11 @@ def photo_depths(results: dict) -> list[str]:
             ]
         )
     head = [
-        "drawn from",
+        "model",
         "cosine at its own layer",
         "unconditional",
         "round trip",
-        "way closed",
+        "gap closed",
         "cosine, last layer",
         "top-1 match",
         "top-5 match",

@@ -1,4 +1,4 @@
-"""What goes wrong without ending a run: pictures that cannot be read, steps whose gradients are not finite."""
+"""What goes wrong without ending a run: images that cannot be read, steps whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class FaultTracker:
                 file, {"first_image": first, "images": self.per_step, "pictures": names, "config": asdict(self.config)}
             )
         return FeatInvError(
-            f"the loss or its gradients are not finite in the step from image {first} on{more} (its pictures and the"
+            f"the loss or its gradients are not finite in the step from image {first} on{more} (its images and the"
             f" configuration: {file}). The last checkpoint is from before it. Continue"
             f" with a lower --lr{'' if more else ', with --nan skip, which skips such steps,'} or with --precision fp32"
         )
@@ -112,7 +112,7 @@ class FaultTracker:
         if self.pictures:
             some = ", ".join(sorted(self.pictures)[:NAMED])
             lines.append(
-                f"{len(self.pictures)} pictures could not be read and were replaced ({some}; all in"
+                f"{len(self.pictures)} images could not be read and were replaced ({some}; all in"
                 f" {self.output / 'unreadable.txt'})"
             )
         if self.steps:

@@ -43,7 +43,7 @@ def require(device: torch.device, *parts: object) -> None:
     required, there = needed(*parts), available(device)
     if required > there:
         raise FeatInvError(
-            f"training needs {required:.1f} GB for weights and optimizer alone, and more with each picture of the"
+            f"training needs {required:.1f} GB for weights and optimizer alone, and more with each image of the"
             f" batch; {device} has {there:.1f} GB"
         )
 

@@ -38,9 +38,9 @@ def opening(run: Run) -> list[str]:
     config, required = run.config, memory.needed(*run.memory_parts[1:])
     checkpoints, free = room(run.output, run.checkpoint_bytes, config.keep)
     return [
-        f"pictures: {run.pictures.describe()}",
+        f"images: {run.pictures.describe()}",
         *tried(run.base, run.backbone, run.images, config),
-        f"memory: weights and optimizer take {required:.2f} GB, and the pictures of a batch come on top;"
+        f"memory: weights and optimizer take {required:.2f} GB, and the images of a batch come on top;"
         f" {run.device} has {memory.available(run.device):.1f} GB",
         f"disk: checkpoints need {checkpoints / 1e9:.2f} GB more; {run.output} has {free / 1e9:.1f} GB left",
     ]
@@ -61,7 +61,7 @@ def tried(base: BaseModel, backbone: Backbone, batch: dict[str, Tensor], config:
     latents, source = moments.chunk(2, 1)[0], backbone.source(config.layer, config.pooled)
     for values, what in ((latents, f"latents of {base.name}"), (features, f"features of {backbone.name}")):
         if not values.isfinite().all():
-            raise FeatInvError(f"the {what} of the first pictures are not finite; --precision fp32 may help")
+            raise FeatInvError(f"the {what} of the first images are not finite; --precision fp32 may help")
     losses, spread = own_losses(base, latents, config.prompt), latents.std().item()
     doubt = "" if SPREAD[0] < spread < SPREAD[1] else ", which should be about 1: its scaling factor may be wrong"
     said, other = KINDS[kind], next(name for name in losses if name != KINDS[kind])
@@ -70,7 +70,7 @@ def tried(base: BaseModel, backbone: Backbone, batch: dict[str, Tensor], config:
     )
     same = len(features) > 1 and not features.flatten(1).std(0).any()
     return [
-        f"base model: {base.name}; the first pictures' latents have standard deviation {spread:.2f}{doubt}",
+        f"base model: {base.name}; the first images' latents have standard deviation {spread:.2f}{doubt}",
         f"scheduler: {said} prediction over {len(left)} timesteps; at half of them the base model's own loss is"
         f" {losses[said]:.3f} (1 is a guess){better if losses[other] < losses[said] else ''}",
         f"backbone: {source.describe()}{'; but the first pictures all have the same features' if same else ''}",

@@ -1,4 +1,4 @@
-"""The sample panel of a run: held-out pictures and their reconstructions."""
+"""The sample panel of a run: held-out images and their reconstructions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def held_out(config: TrainConfig) -> Tensor:
         chosen = Part(listing, min(COUNT, len(listing.names)))
         pictures = [x for index in range(len(chosen.names)) if (x := _read(chosen, index)) is not None]
     if not pictures:
-        raise FeatInvError(f"data {config.data}: no picture to show could be read")
+        raise FeatInvError(f"data {config.data}: no image to show could be read")
     return torch.stack(pictures)
 
 

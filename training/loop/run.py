@@ -183,7 +183,7 @@ class Run:
             before = self._identity | {next(iter(self._identity)): before}
         if changed := what_changed(before, self._identity):
             self.say(
-                f"{config.data} holds other pictures than before, by their {changed}: the run continues, but not as if"
+                f"{config.data} holds other images than before, by their {changed}: the run continues, but not as if"
                 " it had never stopped"
             )
         if (seed := state.get("seed", self._began.get("seed", config.seed))) != config.seed:
@@ -309,7 +309,7 @@ class Run:
                 return
             self._record(cosine=cosine)
             show(self.accelerator, image, file, self.images_seen, self.say)
-            self.say(f"{self.images_seen} images: cosine of the panel's pictures {cosine:.3f}, see {file.name}")
+            self.say(f"{self.images_seen} images: cosine of the panel's images {cosine:.3f}, see {file.name}")
 
     def save(self, must: bool) -> None:
         """Writes a checkpoint. must: it is the last before the process ends, and an error is raised."""

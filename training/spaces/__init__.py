@@ -1,1 +1,1 @@
-"""Feature spaces without an inversion model: linear maps of them, and how much of a picture they keep."""
+"""Feature spaces without an inversion model: linear maps of them, and how much of an image they keep."""

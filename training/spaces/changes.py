@@ -1,4 +1,4 @@
-"""Changes of a picture whose effect on feature vectors a linear map learns."""
+"""Changes of an image whose effect on feature vectors a linear map learns."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def changed_pictures(folder: Path, names: list[str]) -> list[Tensor]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FeatInvError(
-            f"--changed {folder} has no {missing[0]}; expected a changed picture of the same name for each picture"
+            f"--changed {folder} has no {missing[0]}; expected a changed image of the same name for each image"
         )
     return [read_image(folder / name)[0] for name in names]
 

@@ -1,4 +1,4 @@
-"""The pictures that something is fitted to, and others on which it is measured."""
+"""The images that something is fitted to, and others on which it is measured."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Part:
         if pictures:
             yield names, pictures
         if not read:
-            raise FeatInvError(f"none of the {len(self)} pictures can be read; the first: {self.unreadable[0]}")
+            raise FeatInvError(f"none of the {len(self)} images can be read; the first: {self.unreadable[0]}")
 
 
 def split(data: str, count: int | None, held_out: str | None, held_out_count: int | None) -> tuple[Part, Part]:
@@ -57,14 +57,12 @@ def split(data: str, count: int | None, held_out: str | None, held_out_count: in
     source = open_source(data, count)
     numbers = range(len(source.names))
     if len(numbers) < 2 * EVERY:
-        raise FeatInvError(f"{data} holds {len(numbers)} pictures; expected at least {2 * EVERY}")
+        raise FeatInvError(f"{data} holds {len(numbers)} images; expected at least {2 * EVERY}")
     if held_out is None:
         return tuple(
             Part(source, [n for n in numbers if wanted((n + 1) % EVERY == 0)]) for wanted in (lambda x: not x, bool)
         )
     if held_out == data:
-        raise FeatInvError(
-            f"--held-out {held_out} is the data itself; leave it out to hold out every {EVERY}th picture"
-        )
+        raise FeatInvError(f"--held-out {held_out} is the data itself; leave it out to hold out every {EVERY}th image")
     other = open_source(held_out, held_out_count)
     return Part(source, numbers), Part(other, range(len(other.names)))

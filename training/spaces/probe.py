@@ -1,9 +1,9 @@
-"""How much of the picture the vectors of a feature map keep: a linear probe, the same for every map.
+"""How much of the image the vectors of a feature map keep: a linear probe, the same for every map.
 
-Ridge regression from the vector at a location, with its neighbours where asked, to the pixels of its cell. Pictures are
-compared at one resolution, whatever the map's grid: a cell has as many pixels as give at least SIDE along the picture,
-and the predicted picture is averaged to SIDE x SIDE. All maps have as many training vectors, and the strength of the
-ridge is chosen on pictures that are neither fitted to nor measured on.
+Ridge regression from the vector at a location, with its neighbours where asked, to the pixels of its cell. Images are
+compared at one resolution, whatever the map's grid: a cell has as many pixels as give at least SIDE along the image,
+and the predicted image is averaged to SIDE x SIDE. All maps have as many training vectors, and the strength of the
+ridge is chosen on images that are neither fitted to nor measured on.
 """
 
 from __future__ import annotations

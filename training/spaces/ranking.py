@@ -1,4 +1,4 @@
-"""Ranks feature maps by how much of the picture they keep, beside what they cost and how large they are."""
+"""Ranks feature maps by how much of the image they keep, beside what they cost and how large they are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .parts import EVERY, Part
 from .probe import assembled, compared, fit_probe, inputs, targets
 
 THUMBNAILS = (4, 8, 16, 32)  # cells a side of shrunk pictures, ranked as maps of three channels
-SHRUNK = "picture itself, shrunk"
+SHRUNK = "image itself, shrunk"
 
 
 @dataclass
@@ -201,18 +201,18 @@ def report_of(ranked: list[Ranked], around: int, fitted: int, measured: int) -> 
         figures.append(figure_text(one.figures["ssim"]))
         figures += [figure_text(one.figures[name]) if name in one.figures else "" for name in drawn]
         rows.append([str(place), one.label(), size, f"{one.share:.3g}", *cost, *figures])
-    names = {"cosine": "cosine of drawn pictures", "independent": "the same, independent backbone"}
-    grid = Grid("Maps by what they keep of the picture", ["", *HEADER, *(names[n] for n in drawn)], rows)
+    names = {"cosine": "cosine of reconstructions", "independent": "the same, independent backbone"}
+    grid = Grid("Maps by what they keep of the image", ["", *HEADER, *(names[n] for n in drawn)], rows)
     read = "the vector of a location" if around == 1 else "the vectors of 3 x 3 locations"
     lines = [
-        f"R2, PSNR and SSIM are of pictures that a ridge regression predicts cell by cell from {read}, at 64 x 64"
-        f" pixels; {measured} held-out pictures, {fitted} for fit and ridge, as many vectors of each map.",
+        f"R2, PSNR and SSIM are of images that a ridge regression predicts cell by cell from {read}, at 64 x 64"
+        f" pixels; {measured} held-out images, {fitted} for fit and ridge, as many vectors of each map.",
         "The probe is linear: what a map keeps without being read so does not count. Compare layers of one kind, and"
         " where there are inversion models their cosines too.",
-        "Values / pixels is the number of values in the map for each value of the picture: a map that keeps more may"
-        " only be larger. The shrunk pictures show what so many values keep where they are pixels.",
+        "Values / pixels is the number of values in the map for each value of the image: a map that keeps more may"
+        " only be larger. The shrunk images show what so many values keep where they are pixels.",
     ]
     labels = [f"{one.label()} ({one.share:.2g})" for one in ranked]
-    plot = bars(labels, [one.figures["r2"] for one in ranked], [one.name for one in ranked], "R2 of the picture")
+    plot = bars(labels, [one.figures["r2"] for one in ranked], [one.name for one in ranked], "R2 of the image")
     figures = {one.label(): one.entry() for one in ranked}
-    return Report("How much of the picture feature maps keep", figures, [grid], lines, panels={"ranking.png": plot})
+    return Report("How much of the image feature maps keep", figures, [grid], lines, panels={"ranking.png": plot})

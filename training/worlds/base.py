@@ -1,7 +1,7 @@
 """A world's base model: a diffusers UNet2DConditionModel with the SD 1.x noise schedule.
 
 It predicts velocity (Salimans and Ho 2022): with noise prediction the loss hardly sees high noise, where the content
-of a small picture is decided. Its "text" is a fixed embedding of the prompt and one of the empty prompt.
+of a small image is decided. Its "text" is a fixed embedding of the prompt and one of the empty prompt.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ The backbones and the autoencoder were trained on two processor cores, the rest 
     python training/make_world.py drawn --stage tiny_cnn_stage --further --images 5263616 --batch 256 \\
         --lr 1e-3 --graph                                                                                       5 min
 
-The second line trained the three models of spatial maps, at the same time as tiny_cnn_pooled (529,664 pictures).
+The second line trained the three models of spatial maps, at the same time as tiny_cnn_pooled (529,664 images).
 
 Minutes on two processor cores at the default counts, two or three stages at a time: cnn 19, vit 112, autoencoder 7,
-decoder 23, base 120 (1,000,000 pictures), and about 20 per 100,000 pictures of an inversion model.
+decoder 23, base 120 (1,000,000 images), and about 20 per 100,000 images of an inversion model.
 
 The feature decoder, on one core:
 
@@ -77,7 +77,7 @@ def model_rows() -> list[str]:
     with the first of each backbone and layer."""
     rows = [
         (
-            "| model | cosine | unconditional | round trip | way closed | cosine, mean removed | shape % | colour % |"
+            "| model | cosine | unconditional | round trip | gap closed | cosine, mean removed | shape % | colour % |"
             " texture % | background % | other backbone: cosine | shape % |"
         ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -130,13 +130,13 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         ),
         (
             "measured by `python training/make_world.py drawn --stage card`. Licence: GPL-3.0, like the code; the"
-            " pictures are"
+            " images are"
         ),
         "drawn by the code, without other data. All files are safetensors, in fp16, the decoder in 8 bits.",
         "",
         "## Parts",
         "",
-        "| part | what it is | pictures seen | seed | score on held-out scenes |",
+        "| part | what it is | images seen | seed | score on held-out scenes |",
         "|---|---|---|---|---|",
     ]
     for short in DRAWN.backbones:
@@ -171,7 +171,7 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         f"## Reconstruction of {COUNT} held-out scenes",
         "",
         (
-            "At each file's recommended setting, with the picture's number as seed and 95 % bootstrap intervals."
+            "At each file's recommended setting, with the image's number as seed and 95 % bootstrap intervals."
             " Unconditional: the base model without"
         ),
         (

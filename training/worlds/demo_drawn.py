@@ -1,4 +1,4 @@
-"""The demo on drawn scenes: held-out ones and the user's pictures, with figures; one interpolation and one
+"""The demo on drawn scenes: held-out ones and the user's images, with figures; one interpolation and one
 composition."""
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def show(
     """The panel, what there is to say, and the numbers. own: the user's pictures [1, 3, h, w] by name. steps: of the
     solver, None for the model's own. count: held-out pictures to measure on."""
     if count < LEAST:
-        raise FeatInvError(f"--count {count}: the demo shows {LEAST} pictures; give at least as many")
+        raise FeatInvError(f"--count {count}: the demo shows {LEAST} images; give at least as many")
     say("opening the embedded backbone, diffusion model and inversion model")
     pipeline = load_pipeline(model)
     sampling = pipeline.recommended(steps=steps)
     pixel_values, objects = load_pictures(pipeline, "drawn", count)
     say(
-        f"inverting {count} held-out pictures, then drawing as many without features for comparison ({sampling.steps}"
+        f"inverting {count} held-out images, then generating as many without features for comparison ({sampling.steps}"
         " steps each)"
     )
     results, drawn = evaluate_in_memory(pipeline, pixel_values, sampling, objects == 1)
@@ -86,12 +86,12 @@ def show(
         captions(drawn["reconstruction"][:SHOWN], scores),
         [(x, "") for x in drawn["unconditional"][:SHOWN]],
     ]
-    titles = ["original", "reconstruction\nfrom features", "drawn without\nfeatures"]
+    titles = ["original", "reconstruction\nfrom features", "generated without\nfeatures"]
     notes = [pipeline.world.outside] if own else []
     if own:
-        say(f"inverting your {len(own)} picture(s)")
+        say(f"inverting your {len(own)} image(s)")
         rows += inverted(pipeline, own, sampling)
-        titles += ["your pictures,\nas seen"] + [""] * (len(rows) - len(titles) - 1)
+        titles += ["your images,\nas seen"] + [""] * (len(rows) - len(titles) - 1)
     say("interpolating between two feature maps")
     cells, interpolation = mixed(pipeline, pixel_values, sampling)
     rows.append(cells)
@@ -126,8 +126,8 @@ def figures_of(results: dict, count: int) -> tuple[str, dict]:
     }
     measured, unconditional, autoencoded = r["reconstruction"], r["unconditional"]["cosine"], r["round trip"]["cosine"]
     summary = (
-        f"{count} held-out pictures: cosine {measured['cosine']:.3f} (without features {unconditional:.3f}, autoencoder"
-        f" alone {autoencoded:.3f}: {gap_closed(results):.0%} of the way); shape match {measured['top1_match']:.0%}"
+        f"{count} held-out images: cosine {measured['cosine']:.3f} (without features {unconditional:.3f}, autoencoder"
+        f" alone {autoencoded:.3f}: {gap_closed(results):.0%} of the gap); shape match {measured['top1_match']:.0%}"
     )
     return summary, {
         "n": count,

@@ -226,7 +226,7 @@ def show(
     sheet = panel(
         rows,
         titles,
-        f"What {depths.backbone.name} still knows of a picture, by depth",
+        f"What {depths.backbone.name} still knows of an image, by depth",
         "\n".join([*explained(depths), *notes]),
     )
     models = dict(zip(depths.models, PHOTO.models))
@@ -248,11 +248,11 @@ def explained(depths: Depths) -> list[str]:
     """What the panel shows, in sentences."""
     return [
         (
-            "Every picture but the originals is drawn from features alone, at random where they say nothing: another"
-            " seed shows what they leave open."
+            "Every image but the originals is generated from features alone. What the features leave open is random:"
+            " another seed shows it."
         ),
         (
-            "Below it: the cosine similarity of its features with those asked for, and the network's three most"
+            "Below it: the cosine similarity of its features with the requested ones, and the network's three most"
             " probable classes."
         ),
         f"Depths: {depths.legend()}.",
@@ -272,6 +272,6 @@ def summaries(inversions: list[dict], concept: dict | None) -> list[str]:
     if concept:
         lines.append(
             f"Strongest concept of {inversions[0]['name']}: {concept['share']:.0%} of the features' length; turned down"
-            f" to {concept['factor']:g}, it comes back in the drawn picture as {concept['slope']:.2f}"
+            f" to {concept['factor']:g}, its measured slope in the generated image is {concept['slope']:.2f}"
         )
     return lines

@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         (rows, columns), (height, width) = source.grid, source.input_size
         if rows != columns or height != width or height % rows or source.pooled:
             raise FeatInvError(
-                "a feature decoder reads square maps that part the picture into whole cells; got"
+                "a feature decoder reads square maps that part the image into whole cells; got"
                 f" {source.describe()} of {height} x {width} pixels"
             )
         if sizes.width % (4 * sizes.heads):

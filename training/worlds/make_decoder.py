@@ -1,7 +1,7 @@
-"""Makes a feature decoder: one picture straight from a feature map, for any timm backbone whose maps are square.
+"""Makes a feature decoder: one image straight from a feature map, for any timm backbone whose maps are square.
 
 --out becomes a folder in the layout of diffusers' AutoencoderRAE without an encoder, for Load Feature Decoder and
---decoder. Under --work are the checkpoint and panel_decoder.png of pictures that the training did not see.
+--decoder. Under --work are the checkpoint and panel_decoder.png of images that the training did not see.
 """
 
 from __future__ import annotations

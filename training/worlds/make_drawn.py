@@ -132,9 +132,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         type=int,
-        help="pictures seen by the base, inversion model or RCDM (default: what two processor cores do in hours)",
+        help="images seen by the base, inversion model or RCDM (default: what two processor cores do in hours)",
     )
-    parser.add_argument("--batch", type=int, help="pictures per step of these")
+    parser.add_argument("--batch", type=int, help="images per step of these")
     parser.add_argument("--lr", type=float, help="peak learning rate of these")
     parser.add_argument(
         "--graph", action="store_true", help="one CUDA graph per step instead of torch.compile, for these"

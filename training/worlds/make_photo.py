@@ -1,8 +1,8 @@
-"""Makes a world of photographs: from folders of pictures or tar shards, for any timm backbone.
+"""Makes a world of photographs: from folders of images or tar shards, for any timm backbone.
 
 Stages: autoencoder (principal components of patches, then its decoder), base, an inversion model per depth in the order
 given, each from the ControlNet of the one before. The results are under --out: base/ (a diffusers folder for --base),
-the weights files (for --model); under --work checkpoints and panel_STAGE.png of pictures that no stage saw.
+the weights files (for --model); under --work checkpoints and panel_STAGE.png of images that no stage saw.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backbone-weights", help="its .safetensors file")
     parser.add_argument(
-        "--input-size", type=int, help="side in pixels of the pictures the backbone reads, where not its own"
+        "--input-size", type=int, help="side in pixels of the images the backbone reads, where not its own"
     )
     parser.add_argument(
         "--name", default="photo_lite0", help="the weights files are NAME_DEPTH.safetensors (default: %(default)s)"
@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lr", type=float, default=1.5e-3, help="peak learning rate of the base and the inversion models"
     )
-    parser.add_argument("--side", type=int, default=Sizes.side, help="side of the pictures that are drawn, in pixels")
+    parser.add_argument("--side", type=int, default=Sizes.side, help="side of the generated images, in pixels")
     parser.add_argument("--patch", type=int, default=Sizes.patch, help="pixels per latent cell")
     parser.add_argument("--latents", type=int, default=Sizes.latents, help="channels of a latent cell")
     parser.add_argument(
@@ -283,7 +283,7 @@ class Maker:
         drawn = base.decode(
             sample(base, None, None, self.noise(base, SHOWN), Sampling(steps=50, guidance=1.0), PHOTO.prompt)
         )
-        self.show("base", "drawn from noise", drawn)
+        self.show("base", "generated from noise", drawn)
 
     def inversion(self, depth: str, **length: float) -> None:
         base = self.opened()

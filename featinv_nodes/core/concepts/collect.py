@@ -1,4 +1,4 @@
-"""Feature vectors out of many pictures: evenly, at random locations, in bounded memory."""
+"""Feature vectors out of many images: evenly, at random locations, in bounded memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Collected:
 
     def describe(self) -> str:
         classes = f" in {self.classes:,} class folder{'s' * (self.classes != 1)}" if self.classes else ""
-        return f"{self.read:,} picture{'s' * (self.read != 1)}{classes}: {len(self.vectors):,} feature vectors"
+        return f"{self.read:,} image{'s' * (self.read != 1)}{classes}: {len(self.vectors):,} feature vectors"
 
 
 @dataclass
@@ -98,15 +98,14 @@ class Folder:
                 yield names, torch.cat(pixel_values)
         if len(self.unreadable) == len(self.files):
             raise FeatInvError(
-                f"none of the {len(self.files)} pictures below {self.folder} can be read; the first:"
-                f" {self.unreadable[0]}"
+                f"none of the {len(self.files)} images below {self.folder} can be read; the first: {self.unreadable[0]}"
             )
 
     def skipped(self) -> str:
         """What was not read, or nothing."""
         if not self.unreadable:
             return ""
-        return "\n  ".join([f"skipped {len(self.unreadable)} of {len(self.files)} pictures:", *self.unreadable])
+        return "\n  ".join([f"skipped {len(self.unreadable)} of {len(self.files)} images:", *self.unreadable])
 
 
 def collect(

@@ -108,11 +108,11 @@ def _checked(
             f"vectors of shape {tuple(vectors.shape)}; expected [N, {source.channels}] from {source.describe()}"
         )
     if not vectors.isfinite().all():
-        raise FeatInvError("the feature vectors hold NaN or infinite values; check the pictures and the weights")
+        raise FeatInvError("the feature vectors hold NaN or infinite values; check the images and the weights")
     if len(vectors) < vectors.shape[1]:
         raise FeatInvError(
             f"{len(vectors)} vectors of {vectors.shape[1]} channels; expected at least as many vectors as channels:"
-            " give more pictures"
+            " give more images"
         )
     if concepts == 0 and (not method.startswith("mcd") or weights is None):
         raise FeatInvError(
@@ -125,7 +125,7 @@ def _checked(
     if active is not None and (method != "sae" or not 1 <= active <= concepts):
         raise FeatInvError(f"{active} active atoms by {method}; expected 1 to {concepts}, by sae")
     if (vectors - vectors.mean(0)).norm() <= 1e-5 * vectors.norm():
-        raise FeatInvError("all feature vectors are alike; give more varied pictures, or another layer")
+        raise FeatInvError("all feature vectors are alike; give more varied images, or another layer")
     if method == "nmf" and (vectors < 0).any():
         raise FeatInvError(
             "NMF needs features without negative values, as after a ReLU; choose another layer or method"
@@ -179,7 +179,7 @@ def _mcd(result: tuple[list[Tensor], list[str]], source: FeatureSource, method: 
     if len(bases) < 2:
         raise FeatInvError(
             f"the vectors fall into a single cluster ({'; '.join(rejected)}); ask for another number of concepts, more"
-            " varied pictures or method 'pca'"
+            " varied images or method 'pca'"
         )
     return Concepts(bases, numbered(len(bases)), source, None, method, {**settings, "rejected": rejected})
 

@@ -70,7 +70,7 @@ def relevance_map(backbone: Backbone, concepts: Concepts, features: FeatureMap, 
                 backbone.logits(features.with_values(v, keep_prefix=True)) for v in (values, torch.zeros_like(values))
             )
         if not 0 <= classes.min() <= classes.max() < logits.shape[1]:
-            raise FeatInvError(f"class {classes.tolist()}: expected one per picture, 0 to {logits.shape[1] - 1}")
+            raise FeatInvError(f"class {classes.tolist()}: expected one per image, 0 to {logits.shape[1] - 1}")
         towards = classes.to(logits.device)[:, None]
         (weights,) = torch.autograd.grad(affine.gather(1, towards).sum(), values)
     contributions = torch.stack(

@@ -1,4 +1,4 @@
-"""The base model alone, told each picture's class and superclass in words (paper Table 3, class-conditional
+"""The base model alone, told each image's class and superclass in words (paper Table 3, class-conditional
 baseline)."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Baseline(Suite):
         unnamed = [n for n, c in zip(context.source.names, context.source.classes) if c not in context.source.labels]
         if unnamed:
             raise FeatInvError(
-                f"suite baseline needs ImageNet's layout, a folder per synset; {len(unnamed)} pictures have none,"
+                f"suite baseline needs ImageNet's layout, a folder per synset; {len(unnamed)} images have none,"
                 f" {unnamed[0]} the first"
             )
         self.tested = self.one_model()
@@ -91,7 +91,7 @@ class Baseline(Suite):
             condition: figures_of(tables[condition], tables[ORIGINAL])
             for condition in (NAMED, UNCONDITIONAL, ROUND_TRIP)
         }
-        grid = by_measure("Pictures drawn from the class's name", figures, [UNCONDITIONAL, NAMED, ROUND_TRIP])
+        grid = by_measure("Images generated from the class's name", figures, [UNCONDITIONAL, NAMED, ROUND_TRIP])
         lines = [
             f'Prompt: "{PROMPT.format("CLASS", "SUPERCLASS")}", by WordNet. Paper, Table 3: top-5 (top-1) accuracy 88'
             " to 93 % (65 to 72 %)."

@@ -59,7 +59,7 @@ class Corruptions(Suite):
         self.tested, sampling = self.one_model(), context.sampling(self.spec)
         if min(self.tested.backbone.input_size) < SMALLEST:
             raise FeatInvError(
-                f"suite corruptions needs pictures of {SMALLEST} pixels a side or more; the backbone reads"
+                f"suite corruptions needs images of {SMALLEST} pixels a side or more; the backbone reads"
                 f" {self.tested.backbone.input_size}"
             )
         self.kinds = {
@@ -118,7 +118,7 @@ class Corruptions(Suite):
             "Corruptions by level (paper Figs. 15 to 18)", figures, conditions, names, "corruption and level"
         )
         lines = [
-            "Every figure of a corruption compares with the corrupted pictures; unconditional, round trip and clean"
+            "Every figure of a corruption compares with the corrupted images; unconditional, round trip and clean"
             " with the originals."
         ]
         pairs = {}

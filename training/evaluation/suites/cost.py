@@ -102,7 +102,7 @@ class Cost(Suite):
         ]
         lines = [
             (
-                "Evaluations of the steered model for a picture, each branch of guidance one; GMAC of drawing it with"
+                "Evaluations of the steered model for an image, each branch of guidance one; GMAC of sampling it with"
                 " one map, decoding included."
             ),
             (
@@ -145,7 +145,7 @@ class Cost(Suite):
         for condition, sampling in self.tried.items():
             lines.setdefault(GUIDED if sampling.gradient else sampling.solver, []).append(points[condition])
         title = f"{self.score} against cost, {self.args.model}"
-        return curves(lines, {PAPER: points[PAPER]}, title, "GMAC for a picture")
+        return curves(lines, {PAPER: points[PAPER]}, title, "GMAC for an image")
 
 
 def bounded(entry: dict) -> dict:

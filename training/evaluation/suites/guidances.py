@@ -94,7 +94,7 @@ class Guidances(Suite):
             for name, condition in best.items()
         ]
         lines.append(
-            f"The best of {len(tried)} settings on these pictures: their figures are too favourable; measure the chosen"
+            f"The best of {len(tried)} settings on these images: their figures are too favourable; measure the chosen"
             " one on others."
         )
         grid = by_condition(

@@ -1,4 +1,4 @@
-"""All ways from features to pictures side by side, with what each costs."""
+"""All ways from features to images side by side, with what each costs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Methods(Suite):
             nargs="*",
             choices=COSTS,
             default=list(COSTS),
-            help="which lengths of guidance alone are drawn; best is slow on a processor",
+            help="which lengths of guidance alone are measured; best is slow on a processor",
         )
         parser.add_argument(
             "--decoder", help="a feature decoder's folder or name (default: the embedded one of the model's maps)"
@@ -66,7 +66,7 @@ class Methods(Suite):
             "--start-share",
             type=float,
             default=0.5,
-            help="share of the steps that are taken from the decoder's picture on, above 0 and up to 1",
+            help="share of the steps that are taken from the decoder's image on, above 0 and up to 1",
         )
 
     @property
@@ -167,16 +167,16 @@ class Methods(Suite):
         clock = f"on {torch.cuda.get_device_name()}" if on_gpu else "processor time of all threads"
         lines = [
             (
-                "A picture's cost begins with its feature map and ends with its pixels. GMAC counts only what is run."
-                f" Seconds: of a picture in the fastest batch of up to {self.args.batch}, {clock}; another computer"
+                "An image's cost begins with its feature map and ends with its pixels. GMAC counts only what is run."
+                f" Seconds: of an image in the fastest batch of up to {self.args.batch}, {clock}; another computer"
                 " gives others."
             )
         ]
         if self.independent:
-            lines.append(f"Independent: {self.independent}, which took no part in training or drawing.")
+            lines.append(f"Independent: {self.independent}, which took no part in training or sampling.")
         if count < SEVERAL:
             lines.append(
-                f"A KID of {count} pictures says little: compare the intervals, and take {SEVERAL} pictures or more to"
+                f"A KID of {count} images says little: compare the intervals, and take {SEVERAL} images or more to"
                 " choose by it."
             )
         if self.decoder is None:

@@ -44,7 +44,7 @@ class Mixing(Suite):
             type=float,
             nargs="+",
             default=[0, 0.25, 0.5, 0.75, 1],
-            help="shares of the second picture's map",
+            help="shares of the second image's map",
         )
 
     def partners(self, originals: Originals) -> Originals:
@@ -121,7 +121,7 @@ class Mixing(Suite):
             )
         ]
         if not self.pooled:
-            grids.append(by_measure("The next picture's map in the middle quarter (Fig. 8)", figures, [COMPOSED]))
+            grids.append(by_measure("The next image's map in the middle quarter (Fig. 8)", figures, [COMPOSED]))
         lines = ["Pooled maps have no locations to compose."] if self.pooled else []
         rows = [ORIGINAL, *self.weights, *([] if self.pooled else [COMPOSED]), ROUND_TRIP, UNCONDITIONAL]
         return Report(

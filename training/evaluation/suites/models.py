@@ -186,7 +186,7 @@ class CrossModel(Several):
             by_condition("Distance of the sets", figures, conditions, set_measures(figures[UNCONDITIONAL]), "model")
         )
         lines = [
-            "An evaluator sees the originals cut as the model's own backbone sees them, so that both pictures show the"
+            "An evaluator sees the originals cut as the model's own backbone sees them, so that both images show the"
             " same."
         ]
         return Report(

@@ -1,4 +1,4 @@
-"""How faithful the reconstructions of pictures are (paper Tables 1 and 3, Sec. 4.2 for other data)."""
+"""How faithful the reconstructions of images are (paper Tables 1 and 3, Sec. 4.2 for other data)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Quality(Suite):
         way = gap_closed(figures)
         source = self.context.info(self.spec).source
         lines = [
-            f"Cosine: {way:.1%} of the way from the unconditional baseline to the round trip.",
+            f"Cosine: {way:.1%} of the gap between the unconditional baseline and the round trip.",
             paper.beside(source.backbone, source.layer, source.pooled),
         ]
         grids = [by_measure("Faithfulness", figures, columns)]

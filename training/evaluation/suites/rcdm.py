@@ -130,7 +130,7 @@ class BesideRCDM(Several):
                 "At the backbone's resolution (paper Table 4)", figures, conditions, [*measures, *sets[False]], "model"
             ),
             by_condition(
-                f"Both pictures scaled to {side} pixels, RCDM's own",
+                f"Both images scaled to {side} pixels, RCDM's own",
                 figures,
                 conditions,
                 [*(NATIVE + name for name in measures), *sets[True]],

@@ -90,7 +90,7 @@ class Sweep(Suite):
         )
         lines = [
             f"Highest {', highest '.join(f'{title} at {highest[name]}' for name, title in scored)}: the best of"
-            f" {len(self.settings_of)} settings on these pictures, whose figures are therefore too favourable; measure"
+            f" {len(self.settings_of)} settings on these images, whose figures are therefore too favourable; measure"
             " the chosen one on others."
         ]
         if self.args.write_back:
