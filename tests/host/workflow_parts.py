@@ -6,7 +6,7 @@ from graph import Node, Ref
 from layout import SEEN
 from workflow_worlds import World
 
-RESULT, REPORT, SIMILARITY = "Result", "What came of it", "Cosine similarity"
+RESULT, REPORT, SIMILARITY = "Result", "Report", "Cosine similarity"
 ORIGINAL = "Original, as the model saw it"
 
 

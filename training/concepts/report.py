@@ -18,6 +18,7 @@ from ..files import write_json, write_text
 from ..report import FEW_NOTE, Cell, digests_text, figure_text, page, panel, save_image
 from .localisation import auroc, best_threshold, boundary_f, iou, measures
 
+TITLE = "Does FeatInv-Viz show the right pixels?"
 VIZ, CLOSED, BAR = "FeatInv-Viz", "FeatInv-Viz, closed loop", "occlusion of the concept"
 COLUMNS = ("AUROC", "IoU", "IoU at 0.33", "pointing", "boundary F", "boundary F at 0.33", "deletion", "insertion")
 SLOPES = (
@@ -171,7 +172,13 @@ def as_html(table: Table) -> str:
 
 def write_report(out: Path, about: dict, trials_of: dict[str, list[Trial]]) -> str:
     """Writes everything to `out` and returns the Markdown. trials_of: the trials of each track, scenes in order."""
-    results, lines, body, rows, titles = {**about}, ["# Is a concept image true?", "", summary(about), ""], [], [], []
+    results, lines, body, rows, titles = (
+        {**about},
+        [f"# {TITLE}", "", summary(about), ""],
+        [],
+        [],
+        [],
+    )
     for track, trials in trials_of.items():
         results[track] = {}
         for kind in ("object", "background"):
@@ -179,7 +186,7 @@ def write_report(out: Path, about: dict, trials_of: dict[str, list[Trial]]) -> s
             reported = own[: about["count"]]
             located, true = localise(own, about["validation"]), faithful(reported)
             results[track][kind] = {"localisation": located, "faithfulness": true}
-            tables = [as_table(located, COLUMNS, f"{track}: {kind}"), as_table(true, SLOPES, "what came of the edit")]
+            tables = [as_table(located, COLUMNS, f"{track}: {kind}"), as_table(true, SLOPES, "effect of the edit")]
             said = verdicts(kind, located, true, about["factor"])
             lines += [
                 f"## {track}: {kind}",
@@ -203,7 +210,7 @@ def write_report(out: Path, about: dict, trials_of: dict[str, list[Trial]]) -> s
     write_json(out / "results.json", results)
     text = "\n".join(lines) + "\n![best, median and worst cases](panel.webp)\n"
     write_text(out / "report.md", text)
-    write_text(out / "index.html", page("Is a concept image true?", picture, [summary(about)], "".join(body)))
+    write_text(out / "index.html", page(TITLE, picture, [summary(about)], "".join(body)))
     return text
 
 
