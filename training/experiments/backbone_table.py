@@ -123,8 +123,11 @@ TRIED: list[tuple[str, str, dict]] = [
 
 PROSE = """# Backbones that were tried
 
-Each row tries a timm model with random weights on two random images. Three columns give the largest difference,
-relative to the largest value:
+Which timm models work as backbones, for those who choose one. Other models may work too; this page lists those that
+were tried. A model with the verdict *equal* can be inverted at its last layer and at its named layers.
+
+Each row is a model with random weights on two random images. Three columns give the largest difference, relative to the
+largest value:
 
 - *head*: between the head's output for the extracted last map and the model's own output;
 - *images*: between the model's outputs for the two images;

@@ -1,5 +1,5 @@
 """Measures scope statistics: do they tell edited feature maps from held-out ones, and do they predict how well a map
-can be drawn?
+can be inverted?
 
     python training/experiments/measure_scope.py                                      the embedded model
     python training/experiments/measure_scope.py --model FILE --data FOLDER --out DIR
@@ -233,32 +233,44 @@ def to_markdown(results: dict) -> str:
     scores = {label: row["auroc"]["score"]["value"] for label, row in results["separation"].items() if row["auroc"]}
     after = {label: x["value"] for label, x in results["cycle_auroc"].items()}
     missed = [
-        f"{label} ({value:.2f}, after rendering {after[label]:.2f})" for label, value in scores.items() if value < 0.9
+        f"{label} ({value:.2f}, after sampling {after[label]:.2f})" for label, value in scores.items() if value < 0.9
     ]
     harmless = [f"{label} ({value:.2f})" for label, value in after.items() if value < 0.6 and scores[label] >= 0.9]
     r = {
         name: f"{x['value']:.2f} (95 % interval {x['low']:.2f} to {x['high']:.2f}, n = {x['n']})"
         for name, x in results["rank_correlation"].items()
     }
-    return f"""# What the scope statistics see: {results["model"]}
+    return f"""# Does the scope tell edited feature maps from real ones? ({results["model"]})
 
-A weights file can hold statistics of held-out feature maps (`python training/fit_scope.py` adds them). They rate an
-edited map before it is inverted: *inside*; *at the edge*, more unusual than 95 % of held-out maps; *outside*, more
-unusual than 99 %. There are four statistics: the **direction** of each feature vector (distance to the nearest of a
-bank), its **magnitude**, its **distance** from the mean vector (Mahalanobis; both too near and too far count), and how
-well its eight **neighbours** predict it. The score is that of the most unusual statistic.
+An edited feature map may be one that no image has. Its *scope* says so before the map is inverted. This page explains
+the scope to users of the nodes and programs, and measures which edits it finds.
+
+A weights file can hold statistics of held-out feature maps (`python training/fit_scope.py` adds them). They rate a map
+as *inside*; *at the edge*, more unusual than 95 % of held-out maps; or *outside*, more unusual than 99 %. The rating is
+that of the most unusual of four statistics:
+
+- **direction** of each feature vector: its distance to the nearest of a bank of held-out ones;
+- **magnitude**: its length;
+- **distance** from the mean vector (Mahalanobis; both too near and too far count);
+- **neighbours**: how well its eight neighbours predict it.
 
 `python training/experiments/measure_scope.py --model {results["model"]}` evaluates {results["count"]} held-out maps of
-{results["features"]}. None of them was used to fit the statistics. The AUROC is the probability that an edited map
-scores higher than an unedited one; at 0.5 the two cannot be told apart. 95 % bootstrap intervals are given for the
-score and the cycle cosine. The cycle cosine compares the features of the reconstruction with the inverted map:
-one seed, {results["drawn"]["each edit"]} maps of each edit and {results["drawn"]["unedited"]} unedited ones.
+{results["features"]}. None of them was used to fit the statistics. The columns of the table:
+
+- *direction* to *neighbours*, and *score* (all four together): the AUROC, the probability that an edited map is more
+  unusual than an unedited one. At 0.5 the two cannot be told apart.
+- *inside / at the edge / outside*: how the edited maps are rated.
+- *cycle cosine*: between the features of the reconstruction and the inverted map, and how well it tells edited maps
+  from unedited ones (*its AUROC*): one seed, {results["drawn"]["each edit"]} maps of each edit and
+  {results["drawn"]["unedited"]} unedited ones.
+
+Intervals are 95 % bootstrap intervals.
 {digests_text(results["digests"])}
 
 {chr(10).join(lines)}
 
 Edits that the score misses (AUROC below 0.9): {", ".join(missed) or "none"}.
-If their reconstructions differ from the map, the cycle cosine finds them after rendering.
+If their reconstructions differ from the map, the cycle cosine finds them after sampling.
 
 Edits that the score finds, but whose maps are inverted about as well as unedited ones (AUROC of the cycle cosine below
 0.6): {", ".join(harmless) or "none"}.
