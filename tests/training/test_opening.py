@@ -23,7 +23,7 @@ from training.loop.training import train
 from training.models.base_model import load_base
 
 CPU = torch.device("cpu")
-TOPICS = ["precision", "pictures", "base model", "scheduler", "backbone", "memory", "disk", "time"]
+TOPICS = ["precision", "images", "base model", "scheduler", "backbone", "memory", "disk", "time"]
 
 
 def config(**changes):

@@ -124,15 +124,10 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
     lines = [
         "# The drawn world: card",
         "",
-        (
-            "Weights of a complete FeatInv set-up at 64 pixels, trained from scratch by `python training/make_world.py"
-            " drawn` and"
-        ),
-        (
-            "measured by `python training/make_world.py drawn --stage card`. Licence: GPL-3.0, like the code; the"
-            " images are"
-        ),
-        "drawn by the code, without other data. All files are safetensors, in fp16, the decoder in 8 bits.",
+        "What the embedded weights for drawn scenes are, how they were made, and how faithful they are. They are a",
+        "complete FeatInv set-up at 64 pixels, trained from scratch by `python training/make_world.py drawn` and measured",
+        "by `python training/make_world.py drawn --stage card`. Licence: GPL-3.0, like the code. The code draws the",
+        "scenes; no other data was used. All files are safetensors, in fp16, the decoder in 8 bits.",
         "",
         "## Parts",
         "",
@@ -170,15 +165,13 @@ def write_card(file: Path = FOLDER / "CARD.md") -> None:
         HISTORY,
         f"## Reconstruction of {COUNT} held-out scenes",
         "",
-        (
-            "At each file's recommended setting, with the image's number as seed and 95 % bootstrap intervals."
-            " Unconditional: the base model without"
-        ),
-        (
-            "features. Round trip: the autoencoder alone; guidance by the gradient searches for latents, and can be"
-            " better than"
-        ),
-        "that. Matches: the backbone's own top-1 class on scenes of one object.",
+        "At each file's recommended setting, with the scene's number as seed and 95 % bootstrap intervals.",
+        "",
+        "- *unconditional*: the base model without features. *round trip*: the autoencoder alone. Guidance by the",
+        "  gradient searches for latents, and can be better than the round trip.",
+        "- *gap closed*: where the cosine lies between unconditional (0 %) and round trip (100 %).",
+        "- *shape %* and others: how often the backbone's top-1 class is the original's, on scenes of one object.",
+        "- *other backbone*: by the embedded backbone that took no part in training or sampling.",
         "",
         *model_rows(),
         "",
