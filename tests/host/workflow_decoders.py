@@ -144,12 +144,12 @@ def guide(world: World) -> str:
     compare(world, features[0], backbone, g.add("VAEDecode", samples=sampled[0], vae=vae)[0])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     g.needs = (
-        "To use your own checkpoint, use Load Checkpoint, and the decoder of DINOv2 with its backbone, instead of"
-        " the embedded ones. Set the checkpoint's size in *At the base model's size*."
+        "To use your own checkpoint, replace the embedded models by Load Checkpoint and by DINOv2 with its decoder."
+        " Set the checkpoint's size in *At the base model's size*."
     )
     return (
         "**A sharp image without an inversion model.** The decoder's image says what is where. Noise is added"
-        " (*denoise*), and two guided steps of a diffusion model make it sharp. On photographs this was about as"
+        " (*denoise*), and two guided steps of a diffusion model make it sharp. On photographs this is about as"
         " faithful as the trained model without the gradient (docs/methods.md)."
     )
 

@@ -33,11 +33,11 @@ def seeds(world: World) -> str:
     compare(world, features[0], backbone, pictures[0])
     world.graph.add("FeatInv_PreviewFeatures", features=features[0])
     classes = world.graph.add("FeatInv_ClassifyImage", backbone=backbone, image=pictures[0], fit="stretch", top=1)
-    world.graph.add("PreviewImage", title="What the model takes them for", images=classes[0])
+    world.graph.add("PreviewImage", title="Predicted classes", images=classes[0])
     world.graph.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
-        "**What does the model not see?** Four images of one feature map, each from other noise. The model sees what"
-        " stays the same, and ignores what varies."
+        "**What does the model not see?** Four images of one feature map, each from different noise. The model sees"
+        " what stays the same, and ignores what varies."
     )
 
 
@@ -132,9 +132,9 @@ def two_guidances(world: World) -> str:
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
         "**How much features, how much prompt?** Guidance has two parts, each with its own scale:"
-        " `cfg_cond2_negative` towards the features, from no features at all; `cfg_conds` from there towards the"
-        " prompt. With equal scales the image is KSampler's. Raise the first for an image more like the feature map,"
-        " the second for one more like the prompt; 0 for the second leaves the prompt out."
+        " `cfg_cond2_negative` pushes towards the features, `cfg_conds` from there towards the prompt. With equal"
+        " scales the image is KSampler's. Raise the first for an image more like the feature map, the second for one"
+        " more like the prompt. 0 for the second leaves the prompt out."
     )
 
 
@@ -152,8 +152,8 @@ def faithful(world: World) -> str:
     g.add("PreviewAny", title="The best, and the range of all", source=kept[1])
     g.add("PreviewImage", title=ORIGINAL, images=world.as_seen(features))
     return (
-        "**The most faithful image.** Two methods give a higher cosine similarity, for more time. In the last steps,"
-        " Feature Guidance decodes the image so far, lets the backbone read it, and moves the latents towards the"
+        "**The most faithful image.** Two nodes raise the cosine similarity, and take more time. In the last steps,"
+        " Feature Guidance decodes the predicted image, lets the backbone read it, and moves the latents towards the"
         " feature map. Keep Most Similar keeps the best of several images from different noise. Bypass Feature"
         " Guidance to compare. Both raise the very cosine that is shown; that of another backbone may rise less."
     )

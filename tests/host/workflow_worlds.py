@@ -84,7 +84,7 @@ class Drawn(World):
     """The world of drawn scenes: nothing to download."""
 
     name, prefix, side, scaled, embedded = "drawn", "tiny", 64, "nearest-exact", True
-    note = "Runs at once, even without a GPU: the pack contains models and images."
+    note = "Runs at once, even without a GPU: the pack contains the models, and makes the images."
 
     def __init__(self, graph: Graph, workflow: str) -> None:
         super().__init__(graph, workflow)
@@ -92,7 +92,7 @@ class Drawn(World):
         self.model, self.positive, self.negative, self.vae = (world[i] for i in range(4))
 
     def settings(self, kind: str) -> dict:
-        """How the inversion model is best drawn with."""
+        """The recommended settings of the inversion model."""
         return read_info(model_file(f"tiny_{kind}_last")).recommended
 
     def backbone(self, kind: str) -> Ref:
@@ -128,8 +128,8 @@ class Photo(World):
     batch = ("amount", "Repeat Latent Batch")
     note = (
         "Runs at once, even without a GPU: the pack contains the models. Load your own photograph in place of the"
-        " example. blocks.2 gives back nearly the photograph; blocks.4 things, places and colours; the last layer the"
-        " kind of thing."
+        " example. The layer blocks.2 keeps nearly the whole photograph, blocks.4 its things, layout and colours, the"
+        " last layer only the kind of thing."
     )
     second = (
         "Image b is the example, mirrored. Load your own in the second Load Image, and bypass the node that mirrors it."
@@ -259,7 +259,7 @@ class MiniSD(World):
 
     @property
     def note(self) -> str:
-        return "\n".join(["Files that it needs:", *(f"- {file}" for file in self.files)])
+        return "\n".join(["Files that this workflow needs:", *(f"- {file}" for file in self.files)])
 
     def settings(self, kind: str) -> dict:
         """The paper's (Table 3's caption); what the gradient gains at real size is not measured."""
@@ -320,8 +320,8 @@ class StableDiffusion15(World):
         repository, name = self.CHECKPOINT
         small = f"{self.SMALL}_encoder` and `{self.SMALL}_decoder"
         return (
-            f"Files that it needs:\n- a checkpoint in `models/checkpoints`: choose yours in Load Checkpoint, or fetch"
-            f" `{name}` ([its page]({HUB}/{repository}))\n- `{self.BACKBONE}.safetensors`, the backbone, in"
+            f"Files that this workflow needs:\n- a checkpoint in `models/checkpoints`: choose yours in Load Checkpoint,"
+            f" or fetch `{name}` ([its page]({HUB}/{repository}))\n- `{self.BACKBONE}.safetensors`, the backbone, in"
             f" `models/backbones` ([timm]({HUB}/timm/{self.BACKBONE})); `python3 run.py download {self.CONFIG}` also"
             f" fetches it, into a folder of its name\n\nTo save time and memory, add Load VAE with `{self.SMALL}`"
             f" (files `{small}` in `models/vae_approx`) and connect it to the *vae* of Feature Guidance Sampler only."
