@@ -43,7 +43,9 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     parser.add_argument("--model", default=MODEL, help=f"weights file, or one of {', '.join(MODELS)}")
     other = "".join(f", but --{name} {value:g}" for name, value in defaults.items())
     parser.add_argument(
-        "--steps", type=int, help=f"number of steps (default for this and the next nine: the weights file's own{other})"
+        "--steps",
+        type=int,
+        help=f"sampling steps (default for this and all up to --timestep-spacing: the weights file's own{other})",
     )
     parser.add_argument("--strength", type=float, help="control strength")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none")
@@ -95,7 +97,8 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
             " autoencoder, backbone and encoder stay in fp32 (default fp32)"
         ),
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
     parser.set_defaults(**defaults)
     return parser
 

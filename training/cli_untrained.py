@@ -1,4 +1,4 @@
-"""The options of drawing without an inversion model."""
+"""The options of sampling without an inversion model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_untrained(parser: argparse.ArgumentParser) -> None:
     costs = ", ".join(f"{name} {gradients}" for name, gradients in COSTS.items())
     group = parser.add_argument_group(
         "without a trained model",
-        f"with --base (default drawn; also {', '.join(WORLDS)} by name), --backbone, --steps (default"
+        f"with --base (an embedded {' or '.join(WORLDS)}, default drawn, or a folder), --backbone, --steps (default"
         f" {default['steps']}) and --guidance (of the text, default {default['guidance']:g})",
     )
     group.add_argument("--untrained", action="store_true", help="use no inversion model, but universal guidance")
@@ -41,7 +41,7 @@ def add_untrained(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cost",
         choices=list(COSTS),
-        help=f"gradients per image: {costs} (default quick); the next six replace its settings",
+        help=f"gradients per image: {costs} (default quick); --moves to --distance replace its settings",
     )
     group.add_argument("--moves", type=int, help=f"moves in each step (default {default['moves']})")
     group.add_argument(

@@ -55,7 +55,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resize-mode", choices=RESIZE_MODES, default="crop", help="how an image comes to the backbone's input size"
     )
-    parser.add_argument("--method", choices=METHODS, default="mcd")
+    parser.add_argument("--method", choices=METHODS, default="mcd", help="how concepts are found (default: mcd)")
     parser.add_argument(
         "--directions",
         type=Path,
@@ -77,7 +77,8 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/concepts.safetensors"), help="the concept file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
     return parser
 
 

@@ -11,8 +11,8 @@ Suites: quality (Tables 1, 3), layers (Figs. 4, 14), cross-model (Table 2), swee
 methods (the trained model, guidance alone, a feature decoder, and its image as the start, with their costs).
 
 SOURCE: "drawn", a folder of images or of tar shards, one .tar file, or "hf:" and a Hugging Face data set. Images
-are sorted by name, and an image's number is its seed. Unconditional: images that the base model draws without
-features. Round trip: originals, encoded and decoded by the autoencoder. The same command continues a stopped
+are sorted by name, and an image's number is its seed. Unconditional: images that the base model generates
+without features. Round trip: originals, encoded and decoded by the autoencoder. The same command continues a stopped
 evaluation. Writes results.json, report.md, index.html and their images.
 """
 

@@ -41,11 +41,11 @@ NO_MODEL = "none"
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="drawn", help="folder of images or tar shards, a .tar file, or drawn")
-    parser.add_argument("--count", type=int, help="as many of them, evenly spread (default: all; 500 drawn scenes)")
+    parser.add_argument("--count", type=int, help="how many of them, evenly spread (default: all; 500 drawn scenes)")
     parser.add_argument(
         "--held-out", help=f"other images to measure on (default: every {EVERY}th of the data, left out of the fit)"
     )
-    parser.add_argument("--held-out-count", type=int, help="as many of these, evenly spread (default: all)")
+    parser.add_argument("--held-out-count", type=int, help="how many of these, evenly spread (default: all)")
     change = parser.add_mutually_exclusive_group(required=True)
     change.add_argument("--change", help=f"what is done to the images: {FORMS}")
     change.add_argument("--changed", type=Path, help="folder with a changed image of the same name for each image")
@@ -63,7 +63,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--drawn", type=int, default=16, help="held-out images to invert")
     parser.add_argument("--batch", type=int, default=16, help="images sampled at once")
     parser.add_argument("--out", type=Path, default=Path("out/linear_map.safetensors"), help="the file to write")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
     return parser
 
 

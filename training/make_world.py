@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         own = worlds.add_parser(
             name, help=summary, description=kind.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        own.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
         own.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
         kind.add_arguments(own)
     args = parser.parse_args(argv)

@@ -39,11 +39,11 @@ def arguments() -> argparse.ArgumentParser:
         help=f"timm-hub folders or names of local weights, or {', '.join(BACKBONES)}; without layers all of them",
     )
     parser.add_argument("--data", default="drawn", help="folder of images or tar shards, a .tar file, or drawn")
-    parser.add_argument("--count", type=int, help="as many of them, evenly spread (default: all; 500 drawn scenes)")
+    parser.add_argument("--count", type=int, help="how many of them, evenly spread (default: all; 500 drawn scenes)")
     parser.add_argument(
         "--held-out", help=f"other images to measure on (default: every {EVERY}th of the data, left out of the fit)"
     )
-    parser.add_argument("--held-out-count", type=int, help="as many of these, evenly spread (default: all)")
+    parser.add_argument("--held-out-count", type=int, help="how many of these, evenly spread (default: all)")
     parser.add_argument(
         "--per-picture", type=int, default=16, help="vectors of each image that a probe is fitted to, at most"
     )
@@ -57,7 +57,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--drawn", type=int, default=32, help="held-out images that each of these inverts")
     parser.add_argument("--batch", type=int, default=16, help="images sampled at once")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Draws images from a feature map: that of an image, a mixture of several, several composed by masks, or one that a
+"""Generates images from a feature map: that of an image, a mixture of several, several composed by masks, or one that a
 linear map changed.
 
     python training/reconstruct.py --model tiny_cnn_last --image photo.jpg --out DIR
@@ -14,7 +14,7 @@ linear map changed.
 Writes every image, panel.png with the cosine similarity under each, and results.json. With --best-of N each image
 is the best of N by cosine. If the weights file has scope statistics, results.json says whether each map is in scope,
 and the panel names those that are not. With --untrained, universal guidance moves the base model's predictions towards
-the features, without an inversion model. With --decoder, a feature decoder draws each map in one pass. With
+the features, without an inversion model. With --decoder, a feature decoder decodes each map in one pass. With
 --start-from, noise is added to a feature decoder's image, and sampling starts from there.
 """
 

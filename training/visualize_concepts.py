@@ -70,7 +70,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="factors that the closed loop tries at most")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="reconstructions of each map")
-    parser.add_argument("--seed", type=int, default=0, help="of their noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of their noise")
     parser.add_argument(
         "--threshold",
         type=float,

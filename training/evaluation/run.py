@@ -98,12 +98,12 @@ def arguments(description: str = "") -> argparse.ArgumentParser:
             " (default: embedded ones)"
         ),
     )
-    parser.add_argument("--seed", type=int, default=0, help="added to an image's number")
+    parser.add_argument("--seed", type=int, default=0, help="added to an image's number, which is its seed")
     parser.add_argument(
         "--paper",
         action="store_true",
         help=(
-            "timesteps, cut, sampling, noise, counts and reference set as in the paper's tables; other options change"
+            "timesteps, crop, sampling, noise, counts and reference set as in the paper's tables; other options change"
             " single settings of it"
         ),
     )

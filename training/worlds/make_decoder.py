@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="images seen with the loss on pixels alone, at less cost, before the backbone's own stages join",
+        help="images seen with the loss on pixels alone, at less cost; then it also compares the backbone's stages",
     )
     parser.add_argument("--backbone", help="an embedded one, or a timm name or timm-hub folder (default: the world's)")
     parser.add_argument("--backbone-weights", help="its .safetensors file")
