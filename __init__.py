@@ -1,4 +1,4 @@
-"""ComfyUI's door to the pack."""
+"""ComfyUI's entry point to the pack."""
 
 from __future__ import annotations
 

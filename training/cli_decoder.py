@@ -1,4 +1,4 @@
-"""Drawing with a feature decoder instead of an inversion model."""
+"""Options for a feature decoder instead of an inversion model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beginning from a feature decoder's image, with noise, instead of from noise alone."""
+"""Options for starting from a feature decoder's image, with noise, instead of from noise alone."""
 
 from __future__ import annotations
 

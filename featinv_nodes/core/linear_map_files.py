@@ -1,4 +1,4 @@
-"""The file of a linear map: safetensors with `matrix` and `shift` where there are such, the source and what was
+"""The file of a linear map: safetensors with `matrix` and `shift` if the kind has them, the source and what was
 measured."""
 
 from __future__ import annotations

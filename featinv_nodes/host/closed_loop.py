@@ -1,4 +1,4 @@
-"""The closed loop of FeatInv-Viz around the host's custom sampling: a guider draws, the backbone reads again."""
+"""The closed loop of FeatInv-Viz around the host's custom sampling: a guider samples, the backbone reads again."""
 
 from __future__ import annotations
 

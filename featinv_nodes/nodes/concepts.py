@@ -1,4 +1,4 @@
-"""Nodes that take feature maps apart into concepts, turn concepts down, and show where they are active."""
+"""Nodes that decompose feature maps into concepts, turn concepts down, and show where they are active."""
 
 from __future__ import annotations
 

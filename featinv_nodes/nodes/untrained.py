@@ -1,4 +1,4 @@
-"""Features without a trained inversion model."""
+"""The sampler node that inverts features without an inversion model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is drawn and measured of concepts."""
+"""FeatInv-Viz on inversion models, other heat maps, and pages about concepts."""

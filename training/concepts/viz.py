@@ -1,4 +1,4 @@
-"""FeatInv-Viz on an inversion model: draws the original and the edited maps with equal seeds and measures what came of
+"""FeatInv-Viz on an inversion model: inverts the original and the edited maps with equal seeds and measures what came of
 it."""
 
 from __future__ import annotations

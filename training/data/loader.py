@@ -1,4 +1,4 @@
-"""Images for training: batches addressed by the count of images seen, so that a resumed run goes on exactly."""
+"""Images for training: batches addressed by the count of images seen, so that a resumed run continues exactly."""
 
 from __future__ import annotations
 

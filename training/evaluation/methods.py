@@ -1,4 +1,4 @@
-"""Ways from feature maps to images: the trained model, guidance by features alone, a feature decoder, and a decoder's
+"""Methods from feature maps to images: the trained model, guidance by features alone, a feature decoder, and a decoder's
 image as what the diffusion model begins from. Each says what an image of it costs."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests that a run that is killed many times ends like an undisturbed one.
+"""Tests that a run that is killed many times ends like one that was never stopped.
 
     python training/experiments/kill_test.py --kills 20                       the drawn world's CNN at a small size
     python training/experiments/kill_test.py --kills 20 --layer layer2 ...    any field of the configuration

@@ -1,1 +1,1 @@
-"""What the loop of train.py is made of."""
+"""The parts of the training loop of train.py."""

@@ -1,4 +1,4 @@
-"""The layout of the FeatInv paper's own code, and tensors from there to here and back."""
+"""The layout of the FeatInv paper's own code, and the conversion of tensors from it and to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fits linear maps of feature space to images and changed images, measures them, and draws what they make."""
+"""Fits linear maps of feature space to images and changed images, measures them, and inverts the mapped maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feature vectors out of many images: evenly, at random locations, in bounded memory."""
+"""Collects feature vectors of many images: evenly, at random locations, in bounded memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The concept file: safetensors with `basis.i` per concept, `mean` and `encoder.*` where there are such, and the
+"""The concept file: safetensors with `basis.i` per concept, `mean` and `encoder.*` if the method has them, and the
 source."""
 
 from __future__ import annotations

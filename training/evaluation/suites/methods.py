@@ -1,4 +1,4 @@
-"""All ways from features to images side by side, with what each costs."""
+"""All methods from features to images side by side, with what each costs."""
 
 from __future__ import annotations
 
