@@ -1,5 +1,5 @@
-"""FeatInv-Viz on an inversion model: inverts the original and the edited maps with equal seeds and measures what came of
-it."""
+"""FeatInv-Viz on an inversion model: inverts the original and the edited maps with equal seeds and measures the
+effect."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The paper's own figures, which a report puts beside the measured ones, and the settings that they were made with (arXiv
-2505.21032, Sec. 4.1, Tables 1 and 3, and its released program for ConvNeXt)."""
+"""The paper's own figures, which a report puts beside the measured ones, and the settings that they were made with
+(arXiv 2505.21032, Sec. 4.1, Tables 1 and 3, and its released program for ConvNeXt)."""
 
 from __future__ import annotations
 
