@@ -1,5 +1,5 @@
-"""Methods from feature maps to images: the trained model, guidance by features alone, a feature decoder, and a diffusion
-model that starts from the decoder's image. Each says what one of its images costs."""
+"""Methods from feature maps to images: the trained model, guidance by features alone, a feature decoder, and a
+diffusion model that starts from the decoder's image. Each says what one of its images costs."""
 
 from __future__ import annotations
 
