@@ -97,6 +97,6 @@ def with_decoder(
     pipeline: DecoderPipeline, _: None, args: argparse.Namespace, target: FeatureMap, maps: int
 ) -> tuple[Tensor, Tensor]:
     """Pictures [B, 3, h, w] of the target maps [B, ...], and attempt 0 for each [B]."""
-    with tqdm(total=len(target), desc="drawing", unit="picture") as bar:
+    with tqdm(total=len(target), desc="drawing", unit="image") as bar:
         drawn = pipeline.decoder.decode(target, args.batch, lambda done, _: bar.update(done - bar.n))
     return drawn.cpu(), torch.zeros(len(target), dtype=torch.int64)

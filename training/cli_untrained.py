@@ -114,7 +114,7 @@ def without_training(
     the last finite pictures are written before it raises."""
     part_way = part_way_of(pipeline, args, target)
     try:
-        with tqdm(total=len(target), desc="drawing", unit="picture") as bar:
+        with tqdm(total=len(target), desc="drawing", unit="image") as bar:
             drawn = pipeline.draw(target, sampling, args.seed, args.samples, args.batch, bar.update, part_way)
     except NotFinite as error:
         if error.latents is None:

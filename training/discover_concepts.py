@@ -91,7 +91,7 @@ def read(backbone: Backbone, args: argparse.Namespace) -> Collected:
         pictures = Folder(Path(args.data), backbone, args.resize_mode, args.count, args.seed)
     else:
         raise FeatInvError(f"data {args.data!r} is neither 'drawn' nor a folder")
-    with tqdm(total=len(pictures), desc="features", unit="picture") as bar:
+    with tqdm(total=len(pictures), desc="features", unit="image") as bar:
         collected = collect(
             pictures, lambda x: backbone.extract(x.to(args.device), args.layer), args.count, args.seed, advance(bar)
         )

@@ -133,7 +133,7 @@ def with_model(
         return noise(pipeline.base, args.seed + ATTEMPT * attempt, args.samples).repeat(maps, 1, 1, 1)
 
     part_way = part_way_of(pipeline, args, target)
-    with tqdm(total=len(target) * sampling.best_of, desc="drawing", unit="picture") as bar:
+    with tqdm(total=len(target) * sampling.best_of, desc="drawing", unit="image") as bar:
         return pipeline.best(target, sampling, start_of, args.batch, bar.update, part_way)
 
 

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     features = pipeline.features(pixel_values)
     settings = VizSettings(args.factor, args.seeds, args.seed, args.keep_length, args.rounds if args.closed_loop else 1)
     rows = []
-    with tqdm(desc="drawing", unit="picture") as bar:
+    with tqdm(desc="drawing", unit="image") as bar:
         for i in range(len(pixel_values)):
             rows.append(
                 visualize(pipeline, features.select(i), concepts, groups, settings, sampling, args.batch, bar.update)

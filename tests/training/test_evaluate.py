@@ -157,7 +157,7 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
         (["--suite", "sweep", "--write-back"], "copy its file"),
         (["--suite", "variability", "--samples", "1"], "at least 2"),
         (["--device", "nonsense"], "--device nonsense"),
-        (["--suite", "mixing", "--best-of", "4"], "suite mixing draws each image once"),
+        (["--suite", "mixing", "--best-of", "4"], "suite mixing samples each image once"),
         (["--suite", "mixing", "--weights", "2"], "between 0 and 1"),
         (["--data", "/nowhere"], "neither"),
     ],

@@ -84,7 +84,7 @@ def test_a_run_with_paper_says_what_still_differs(tmp_path, monkeypatch):
     assert result["sets"] == "compared at 64 x 64 pixels, bilinear, antialiased; the originals as JPEG"
     assert "steps is 1 here; --paper sets 50." in text and "strength is" not in text
     assert "8 images of drawn; the paper's are the first ten of each class" in text
-    assert "draws images of 64 pixels; the paper's, MiniSD, of 256" in text and "--paper" in result["command"]
+    assert "generates images of 64 pixels; the paper's, MiniSD, of 256" in text and "--paper" in result["command"]
 
 
 def test_ten_pictures_of_each_class_are_the_default(tmp_path):

@@ -179,7 +179,7 @@ def _pixels(file):
         (["--start-from", "decoder", "--model", "tiny_cnn_pooled"], "no feature decoder of .* pooled is embedded"),
         (["--start-from", "nowhere"], "no feature decoder 'nowhere'"),
         (["--start-share", "0.5"], "--start-share goes with --start-from"),
-        (["--start-from", "decoder", "--decoder", "decoder_tiny_vit_last"], "--decoder draws no other"),
+        (["--start-from", "decoder", "--decoder", "decoder_tiny_vit_last"], "--decoder gives no other"),
     ],
 )
 def test_a_start_that_means_nothing_is_refused(picture, tmp_path, options, words):

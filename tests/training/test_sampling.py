@@ -255,7 +255,7 @@ def test_reconstruct_keeps_the_best_and_says_so(pipeline, tmp_path):
 
 
 def test_a_program_that_draws_once_refuses_best_of():
-    with pytest.raises(FeatInvError, match="draws each image once"):
+    with pytest.raises(FeatInvError, match="samples each image once"):
         pipeline_from(model_parser("").parse_args(["--best-of", "4"]))
 
 

@@ -76,7 +76,7 @@ def fit(
     some: list[FeatureMap] = []
 
     def maps() -> Iterator[FeatureMap]:
-        with tqdm(total=count, desc="reading", unit="picture") as bar:
+        with tqdm(total=count, desc="reading", unit="image") as bar:
             for pixel_values in pictures(pipeline, data, count, batch, kept_back=kept_back):
                 features = pipeline.features(pixel_values).to("cpu")
                 if sum(len(m) for m in some) < drawn:
@@ -88,7 +88,7 @@ def fit(
     if not drawn:
         return scope
     target = concatenate(some).select(slice(0, drawn))
-    with tqdm(total=len(target), desc="drawing", unit="picture") as bar:
+    with tqdm(total=len(target), desc="drawing", unit="image") as bar:
         redrawn = pipeline.draw(target, sampling, pipeline.noise(range(len(target))), batch, bar.update)
     return replace(
         scope, quantiles=scope.quantiles | {"cycle": quantiles_of(cosine(target, pipeline.extract(redrawn).to("cpu")))}

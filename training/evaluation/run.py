@@ -59,7 +59,7 @@ def evaluate_in_memory(
         TimmSpace(pipeline.backbone),
     )
     original, start = pipeline.features(pixel_values), pipeline.noise(range(len(pixel_values)))
-    with tqdm(total=2 * len(pixel_values), desc="drawing", unit="picture") as bar:
+    with tqdm(total=2 * len(pixel_values), desc="drawing", unit="image") as bar:
         drawn = {"reconstruction": pipeline.draw(original, sampling, start, batch, bar.update)}
         drawn["unconditional"] = pipeline.draw(None, sampling, start, batch, bar.update)
     drawn["round trip"] = torch.cat([round_trip(pipeline.base, part) for part in pixel_values.split(64)])

@@ -168,7 +168,7 @@ def record(
     tasks = broadcast_object_list(shared)[0][dist_state.process_index :: dist_state.num_processes]
     spans = {task: range(task[1], min(task[1] + SHARD, store.count)) for task in tasks}
     with tqdm(
-        total=sum(map(len, spans.values())), unit="picture", disable=not dist_state.is_main_process or not tasks
+        total=sum(map(len, spans.values())), unit="image", disable=not dist_state.is_main_process or not tasks
     ) as bar:
         for (condition, first), numbers in spans.items():
             bar.set_description(condition)

@@ -187,7 +187,7 @@ def drawings(
     label -> cosines [n])."""
     some = {label: batch.select(slice(0, unedited if label == UNEDITED else each)) for label, batch in maps.items()}
     target = concatenate([batch.with_values(batch.values) for batch in some.values()])
-    with tqdm(total=len(target), desc="drawing", unit="picture") as bar:
+    with tqdm(total=len(target), desc="drawing", unit="image") as bar:
         drawn = pipeline.draw(target, sampling, pipeline.noise([0]).expand(len(target), -1, -1, -1), 32, bar.update)
     agreement = cosine(target, pipeline.extract(drawn).to("cpu"))
     score = scope.evaluate(target).score

@@ -33,7 +33,7 @@ class Part:
         names: list[str] = []
         pictures: list[Tensor] = []
         read = 0
-        for number in tqdm(self.numbers, desc=what, unit="picture"):
+        for number in tqdm(self.numbers, desc=what, unit="image"):
             name = self.source.names[number]
             try:
                 pictures.append(self.source.read(number)[0])
