@@ -126,6 +126,7 @@ def test_it_trains_measures_and_reports_once(quick, tmp_path, monkeypatch):
     ablation.main([*arguments, "--rows", *ROWS, "--page"])  # nothing is done twice
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "\n### By the inverted backbone" in text and "\n## " not in text  # the page has its own headings
     assert "| gradient |" in text and "](page.webp)" in text and (tmp_path / "page.webp").is_file()
     ablation.main([*arguments, "--rows", *ROWS, "--page"])
     assert (tmp_path / "page.md").read_text() == text

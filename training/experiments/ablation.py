@@ -276,7 +276,8 @@ def write_page(page: Path, report: Report, notes: list[str], panel: bool) -> Non
     if any(text.count(mark) != 1 for mark in MARKS):
         raise FeatInvError(f"{page}: expected the lines {MARKS[0]} and {MARKS[1]} once each")
     before, rest = text.split(MARKS[0])
-    body = to_markdown(replace(report, panels=panels), notes).split("\n", 2)[2]  # without the title
+    _, body = to_markdown(replace(report, panels=panels), notes).split("\n", 1)  # without the title
+    body = body.replace("\n## ", "\n### ")  # below the page's own heading
     if panel:
         save_image(report.panels["panel.png"], picture)
     write_text(page, "\n".join([before + MARKS[0], "", body.strip(), "", MARKS[1] + rest.split(MARKS[1])[1]]))
