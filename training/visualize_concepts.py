@@ -90,7 +90,7 @@ def title(visualization: Visualization) -> str:
 
 def grid_row(picture: torch.Tensor, row: list[Visualization], threshold: float) -> list[Cell]:
     """A row of Fig. 6: the picture, its reconstruction, and that with unaffected pixels darkened, per variant."""
-    cells = [(picture, "picture"), (row[0].original[0], "reconstruction")]
+    cells = [(picture, "image"), (row[0].original[0], "reconstruction")]
     for visualization in row:
         mask = affected(visualization.distance, threshold)
         verdict = "" if visualization.slope.passed else ", NOT as requested"
