@@ -146,7 +146,7 @@ def _require_pairs(original: Tensor, changed: Tensor) -> None:
     if original.shape != changed.shape:
         raise FeatInvError(
             f"{tuple(original.shape)} original and {tuple(changed.shape)} attenuated reconstructions; "
-            "draw both with the same seed, size and number of images"
+            "sample both with the same seed, size and number of images"
         )
 
 

@@ -167,9 +167,9 @@ class FeatureControl(comfy.controlnet.ControlNet):
             chunks.append(hint if fits else part.cut(hint, area))
         if any(tuple(chunk.shape[2:]) != size for chunk in chunks):
             raise FeatInvError(
-                f"the sampler draws {size[1]} x {size[0]} latent cells of {part.size[1]} x {part.size[0]}, and FeatInv"
-                " ControlNet is not told which. Use ComfyUI's own areas or Context Windows, or draw the image as a"
-                " whole"
+                f"the sampler processes {size[1]} x {size[0]} latent cells of {part.size[1]} x {part.size[0]}, and"
+                " FeatInv ControlNet is not told which. Use ComfyUI's own areas or Context Windows, or sample the image"
+                " as a whole"
             )
         dtype = self.manual_cast_dtype or self.control_model.dtype
         self.cond_hint = torch.cat(chunks).to(x_noisy.device, dtype)
@@ -191,7 +191,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
             scale = trained.pixels // trained.cells
             wrong.append(
                 f"The latents are {cells[1]} x {cells[0]} cells, {cells[1] * scale} x {cells[0] * scale} pixels. The"
-                f" inversion model was trained at {trained.describe()}, and draws other sizes less faithfully. Empty"
+                f" inversion model was trained at {trained.describe()}, and inverts other sizes less faithfully. Empty"
                 " Latent for FeatInv gives that size."
             )
         tell_counts(steering.node, number, batches, wrong)

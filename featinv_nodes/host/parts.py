@@ -85,9 +85,9 @@ def find_part(rows: int, size: tuple[int, int], options: dict, shared: bool) -> 
     if shared:
         return Part(range(rows), whole[2:], None, areas)
     raise FeatInvError(
-        f"the sampler draws {rows} of {whole[0]} latents at a time, and this version of ComfyUI does not tell FeatInv"
-        " ControlNet which. Use ComfyUI's own Context Windows, or draw the batch as a whole, or give a single feature"
-        " map"
+        f"the sampler processes {rows} of {whole[0]} latents at a time, and this version of ComfyUI does not tell"
+        " FeatInv ControlNet which. Use ComfyUI's own Context Windows, or sample the batch as a whole, or give a single"
+        " feature map"
     )
 
 

@@ -71,7 +71,7 @@ class Steering:
         advice = "Connect the latent output of the Paired Latents that gives the features, as one batch"
         if len(latents) != len(maps):
             raise FeatInvError(
-                f"the features are Paired Latents' {len(maps)} maps, and the sampler draws {len(latents)} latents, so"
+                f"the features are Paired Latents' {len(maps)} maps, and the sampler has {len(latents)} latents, so"
                 f" that FeatInv-Viz would compare other maps than it says. {advice}"
             )
         first, *others = latents.unflatten(0, (-1, maps.seeds))

@@ -56,7 +56,7 @@ def test_a_context_window_along_the_width_has_its_columns_of_the_map(seen):
 def test_a_part_is_known_by_the_host_s_window_or_refused(seen):
     result = seen["parts"]
     assert result["window"] == [3, 0] and result["one before"] == [1, 2, 3]
-    assert "draws 2 of 3 latents at a time" in result["some latents"]
+    assert "processes 2 of 3 latents at a time" in result["some latents"]
     assert "4 x 8 latent cells of 8 x 8" in result["some columns"]
 
 
@@ -95,7 +95,7 @@ def test_empty_latents_have_the_size_of_the_inversion_model(seen):
 def test_maps_of_paired_latents_are_drawn_and_shown_as_pairs_or_not_at_all(seen):
     result = seen["pairs"]
     assert result["own"] == result["pictures"] == "no error"
-    assert "4 maps, and the sampler draws 2 latents" in result["fewer"]
+    assert "4 maps, and the sampler has 2 latents" in result["fewer"]
     assert "same noise for equal seeds" in result["other noise"]
     assert "2 images of Paired Latents' 4 maps" in result["fewer images"]
     assert "not those that Paired Latents makes" in result["other maps"]

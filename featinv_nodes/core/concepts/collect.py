@@ -44,7 +44,7 @@ class Pictures:
     images: Tensor
     backbone: Backbone
     resize_mode: str = "crop"
-    name: str = "picture"
+    name: str = "image"
 
     def __len__(self) -> int:
         return len(self.images)
