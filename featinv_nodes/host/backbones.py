@@ -18,8 +18,8 @@ from . import folders, models
 
 def open_file(weights: str, timm_name: str = "", input_size: int = 0) -> Backbone:
     """The backbone of Load Backbone's widgets. Raises FeatInvError as models.open_file and open_backbone do."""
-    if weights.endswith(folders.EMBEDDED):
-        return open_backbone(weights.removesuffix(folders.EMBEDDED), input_size=input_size or None)
+    if (short := folders.embedded(weights, BACKBONES)) is not None:
+        return open_backbone(short, input_size=input_size or None)
     return models.open_file(folders.path(folders.BACKBONES, weights), timm_name.strip(), input_size or None)
 
 

@@ -10,7 +10,7 @@ from ..core.feature_decoder import FeatureDecoder
 from ..core.feature_map import FeatureMap, FeatureSource
 from ..core.waiting import Progress, ask_after_layers, attended
 from ..feature_decoders import find_decoder, open_feature_decoder
-from ..worlds import DECODERS, decoder_folder
+from ..worlds import DECODERS
 from . import folders
 from .models import ManagedBackbone, managed, require_memory, shown, stop_if_cancelled
 
@@ -57,7 +57,7 @@ class ManagedDecoder:
 def open_decoder(name: str, backbone: ManagedBackbone | None, other_weights: bool) -> ManagedDecoder:
     """The decoder of Load Feature Decoder's widgets. Raises FeatInvError as open_feature_decoder does, and for one that
     is larger than the memory."""
-    files = find_decoder(folders.decoder(name, decoder_folder))
+    files = find_decoder(folders.decoder(name))
     require_memory(f"the decoder {name}", files.bytes, _smaller)
     reads = backbone.backbone if backbone else None
     return ManagedDecoder(attended(lambda: open_feature_decoder(files, reads, other_weights), stop_if_cancelled))

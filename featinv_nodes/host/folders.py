@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from ..core.checkpoints import SUFFIXES
 from ..core.feature_files import KEY
 from ..core.feature_map import FeatInvError
 from ..core.files import HUB, read_metadata, require_name
+from ..worlds import DECODERS as SHIPPED_DECODERS
+from ..worlds import World
 
 BACKBONES, CONTROLS, CONCEPTS = "backbones", "featinv", "featinv_concepts"
 DECODERS, LINEAR_MAPS = "featinv_decoders", "featinv_linear_maps"
@@ -80,9 +82,22 @@ def path(folder: str, name: str) -> Path:
     return Path(full)
 
 
-def located(folder: str, name: str, embedded: Callable[[str], Path]) -> Path:
-    """The file that a widget names: `embedded` finds those of the pack. Raises FeatInvError as path does."""
-    return embedded(name.removesuffix(EMBEDDED)) if name.endswith(EMBEDDED) else path(folder, name)
+def embedded(name: str, known: Collection[str]) -> str | None:
+    """The short name in "NAME (embedded)"; None for a name without that ending. Raises FeatInvError for one that the
+    pack does not have: a workflow can hold any text, and must not open files elsewhere on the disk by it."""
+    if not name.endswith(EMBEDDED):
+        return None
+    short = name.removesuffix(EMBEDDED)
+    if short not in known:
+        raise FeatInvError(f"{name} is not part of the pack; it has {', '.join(known) or 'none'}. Choose from the list")
+    return short
+
+
+def located(folder: str, name: str, shipped: Mapping[str, World]) -> Path:
+    """The file that a widget names: one of the pack's, shipped with the world that has it, or one in the folder. Raises
+    FeatInvError as embedded and path do."""
+    short = embedded(name, shipped)
+    return path(folder, name) if short is None else shipped[short].file(short)
 
 
 def modified(folder: str, name: str) -> str:
@@ -93,19 +108,18 @@ def modified(folder: str, name: str) -> str:
         return name
 
 
-def decoders(embedded: Collection[str]) -> list[str]:
+def decoders() -> list[str]:
     """What Load Feature Decoder lists: the embedded ones, and the folders of models/featinv_decoders; NO_DECODER alone
     where there is none."""
     files = [Path(name) for name in names(DECODERS)]
     found = [file.parent.as_posix() for file in files if file.name == CONFIG and file.parent.name]
-    return [*(name + EMBEDDED for name in embedded), *found] or [NO_DECODER]
+    return [*(name + EMBEDDED for name in SHIPPED_DECODERS), *found] or [NO_DECODER]
 
 
-def decoder(name: str, embedded: Callable[[str], Path]) -> Path:
-    """The folder behind a name of decoders; `embedded` finds those of the pack. Raises FeatInvError, which says
-    where it should be."""
-    if name.endswith(EMBEDDED):
-        return embedded(name.removesuffix(EMBEDDED))
+def decoder(name: str) -> Path:
+    """The folder behind a name of decoders. Raises FeatInvError, which says where it should be."""
+    if (short := embedded(name, SHIPPED_DECODERS)) is not None:
+        return SHIPPED_DECODERS[short].folder / short
     file = folder_paths.get_full_path(DECODERS, f"{name}/{CONFIG}")
     if file is None:
         asked = "Load Feature Decoder: no decoder is chosen" if name == NO_DECODER else f"{name} is not there"
@@ -116,10 +130,10 @@ def decoder(name: str, embedded: Callable[[str], Path]) -> Path:
     return Path(file).parent
 
 
-def decoder_modified(name: str, embedded: Callable[[str], Path]) -> str:
+def decoder_modified(name: str) -> str:
     """Changes when a file of a decoder's folder changes. Missing files are reported when they are opened."""
     try:
-        folder = decoder(name, embedded)
+        folder = decoder(name)
         return " ".join([name, *(f"{file.name} {stamp(file)}" for file in sorted(folder.iterdir()) if file.is_file())])
     except (FeatInvError, OSError):
         return name
@@ -157,13 +171,22 @@ def _read_kind(file: Path, stamp: str) -> bool:
 
 
 def features_file(name: str) -> Path:
-    """The file behind a name of saved_features. Raises FeatInvError if nothing was saved, or it is gone."""
+    """The file behind a name of saved_features. Raises FeatInvError if nothing was saved, it is gone, or the name leads
+    out of the output and the input folder."""
     if name == NOTHING_SAVED:
         raise FeatInvError(
             "Load Features: no feature file is chosen. Save a feature map with Save Features, press R to refresh the"
             " list, and choose the file"
         )
-    file = Path(folder_paths.get_annotated_filepath(name))
+    try:
+        file = Path(os.path.abspath(folder_paths.get_annotated_filepath(name)))
+    except ValueError:  # newer hosts refuse a name that leads out
+        file = None
+    roots = (folder_paths.get_output_directory(), folder_paths.get_input_directory())
+    if file is None or not any(file.is_relative_to(os.path.abspath(root)) for root in roots):
+        raise FeatInvError(
+            f"Load Features: {name!r} leads out of the output and the input folder; choose from the list"
+        )
     if not file.is_file():
         raise FeatInvError(f"Load Features: {file} does not exist any more; press R to refresh the list")
     return file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..core.feature_map import FeatInvError
 from ..core.files import read_metadata
-from ..worlds import MODELS, model_file
+from ..worlds import MODELS
 from . import folders
 
 
@@ -21,7 +21,7 @@ def listed() -> dict[str, dict[str, str]]:
     result: dict[str, dict[str, str]] = {}
     for name in [*(name + folders.EMBEDDED for name in MODELS), *folders.names(folders.CONTROLS)]:
         try:
-            file = folders.located(folders.CONTROLS, name, model_file)
+            file = folders.located(folders.CONTROLS, name, MODELS)
             inverted = _inverts(file, folders.stamp(file))
         except (FeatInvError, OSError):  # gone meanwhile, or a broken link
             continue

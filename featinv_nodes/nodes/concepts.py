@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..core.viz import FACTOR, edit, parse_groups
 from ..host import folders
-from ..worlds import CONCEPTS, concepts_file
+from ..worlds import CONCEPTS
 from .types import WITHOUT_MODEL, Change, ConceptSet, Control, Features, Menu, channels_last, schema
 
 SHIPPED = [name + folders.EMBEDDED for name in CONCEPTS]
@@ -53,7 +53,7 @@ class LoadConcepts(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         from ..core.concepts import load_concepts
 
-        concepts = load_concepts(folders.located(folders.CONCEPTS, file, concepts_file))
+        concepts = load_concepts(folders.located(folders.CONCEPTS, file, CONCEPTS))
         names = "\n".join(f"{i} {name}" for i, name in enumerate(concepts.names))
         return io.NodeOutput(concepts, names, ui=ui.PreviewText(names))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..host import folders
-from ..worlds import DECODERS, decoder_folder
 from .types import Backbone, Decoder, Features, Menu, channels_last, schema
 
 ALIASES = ("RAE", "AutoencoderRAE", "representation autoencoder", "DINOv2", "SigLIP", "MAE", "without diffusion")
@@ -27,7 +26,7 @@ class LoadFeatureDecoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "decoder",
-                    options=folders.decoders(DECODERS),
+                    options=folders.decoders(),
                     tooltip="A folder in models/featinv_decoders, or an embedded decoder.",
                 ),
                 Backbone.Input(
@@ -57,7 +56,7 @@ class LoadFeatureDecoder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, decoder: str, backbone: object = None, other_weights: bool = False) -> str:
-        return folders.decoder_modified(decoder, decoder_folder)
+        return folders.decoder_modified(decoder)
 
     @classmethod
     def execute(cls, decoder, backbone=None, other_weights=False) -> io.NodeOutput:

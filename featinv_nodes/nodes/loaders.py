@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..host import folders
-from ..worlds import BACKBONES, MODELS, model_file
+from ..worlds import BACKBONES, MODELS
 from .types import Backbone, Control, Menu, schema
 
 
@@ -137,7 +137,7 @@ class LoadFeatInvControlNet(io.ComfyNode):
         from ..host.about import about
         from ..host.controlnet import load_feature_control
 
-        control = load_feature_control(folders.located(folders.CONTROLS, weights, model_file), other_weights)
+        control = load_feature_control(folders.located(folders.CONTROLS, weights, MODELS), other_weights)
         text = about(control.info, other_weights)
         return io.NodeOutput(control, text, ui=ui.PreviewText(text))
 

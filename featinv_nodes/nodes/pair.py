@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..core.feature_map import FeatInvError
 from ..host import folders, pairs
+from ..worlds import MODELS
 from .types import Backbone, Control, Menu, schema
 
 
@@ -82,10 +83,9 @@ class FeatInvLoader(io.ComfyNode):
         from ..host.backbones import open_for
         from ..host.controlnet import load_feature_control
         from ..host.models import ManagedBackbone
-        from ..worlds import model_file
 
         name = pairs.find(backbone, layer)
-        control = load_feature_control(folders.located(folders.CONTROLS, name, model_file))
+        control = load_feature_control(folders.located(folders.CONTROLS, name, MODELS))
         opened = open_for(control.info.source)
         text = about(control.info)
         return io.NodeOutput(ManagedBackbone(opened), control, text, ui=ui.PreviewText(text))

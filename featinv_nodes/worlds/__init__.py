@@ -64,7 +64,7 @@ def open_backbone(
 def model_file(name: str) -> Path:
     """The file of a shipped inversion model, or an existing weights file. Raises FeatInvError, listing the names."""
     if name in MODELS:
-        return MODELS[name].folder / f"{name}.safetensors"
+        return MODELS[name].file(name)
     if Path(name).is_file():
         return Path(name)
     raise FeatInvError(f"there is no model {name!r}: neither a file nor one of the shipped models {', '.join(MODELS)}")
@@ -73,7 +73,7 @@ def model_file(name: str) -> Path:
 def concepts_file(name: str) -> Path:
     """The file of shipped concepts, or an existing concept file. Raises FeatInvError, listing the names."""
     if name in CONCEPTS:
-        return CONCEPTS[name].folder / f"{name}.safetensors"
+        return CONCEPTS[name].file(name)
     if Path(name).is_file():
         return Path(name)
     raise FeatInvError(

@@ -118,6 +118,10 @@ class World:
     def base_folder(self) -> Path:
         return self.folder / "base"
 
+    def file(self, name: str) -> Path:
+        """The file of a shipped inversion model or of shipped concepts."""
+        return self.folder / f"{name}.safetensors"
+
     @property
     def latent_size(self) -> int:
         """Side of its latents in cells."""

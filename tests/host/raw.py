@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -125,5 +126,34 @@ def pictures() -> dict:
     }
 
 
+def elsewhere() -> dict[str, str]:
+    """What the loaders say of names that lead to existing files and folders outside of the host's folders."""
+    Path(BASE, "output").mkdir(exist_ok=True)
+    outside = shutil.copytree(DRAWN, Path(BASE) / "elsewhere")
+    image, _ = run("FeatInv_TinyWorldScenes", first=0, count=1)
+    backbone, _ = run("FeatInv_LoadBackbone", weights="tiny-cnn (embedded)", timm_name="", input_size=0)
+    inputs = {"backbone": backbone, "image": image, "layer": "last", "pooled": False, "fit": "crop"}
+    features, _ = run("FeatInv_ExtractFeatures", **inputs)
+    NODES["FeatInv_SaveFeatures"].execute(features=features, filename_prefix="inside")
+    (saved,) = Path(folder_paths.get_output_directory()).glob("inside*")
+    shutil.copyfile(saved, outside / "map.safetensors")
+    backbone = {"timm_name": "", "input_size": 0}
+    return {
+        "model": error_of(
+            run, "FeatInv_LoadFeatInvControlNet", weights=f"{outside / 'tiny_cnn_last.safetensors'} (embedded)"
+        ),
+        "concepts": error_of(
+            run, "FeatInv_LoadConcepts", file=f"{outside / 'tiny_cnn_concepts.safetensors'} (embedded)"
+        ),
+        "backbone": error_of(run, "FeatInv_LoadBackbone", weights=f"{outside / 'backbone_cnn'} (embedded)", **backbone),
+        "decoder": error_of(
+            run, "FeatInv_LoadFeatureDecoder", decoder=f"{outside / 'decoder_tiny_vit_last'} (embedded)"
+        ),
+        "features": error_of(run, "FeatInv_LoadFeatures", file="../elsewhere/map.safetensors [output]"),
+        "own features": error_of(run, "FeatInv_LoadFeatures", file=f"{saved.name} [output]"),
+    }
+
+
 def raw() -> dict:
-    return {"start": start(), "models": models(), "backbones": backbones(), "pictures": pictures()}
+    parts = (start, models, backbones, pictures, elsewhere)
+    return {part.__name__: part() for part in parts}

@@ -44,3 +44,11 @@ def test_pictures_masks_and_names_of_any_kind(told):
     assert "expected 1 to 4 channels" in said["five"] and "the mask has NaN" in said["mask"]
     assert said["shown"] == [1, 256, 256, 3]  # a pooled vector does not stop the prompt
     assert all("a name takes at most 250. Give a shorter one" in said[case] for case in ("long", "folder"))
+
+
+def test_a_workflow_opens_no_files_elsewhere_on_the_disk(told):
+    said = told["elsewhere"]
+    for case in ("model", "concepts", "backbone", "decoder"):
+        assert "is not part of the pack" in said[case], said[case]
+    assert "leads out of the output and the input folder" in said["features"]
+    assert said["own features"] == "no error"
