@@ -6,9 +6,10 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -25,16 +26,23 @@ HARMLESS = re.compile(
 #: where trainers keep the weights, an average before the last ones, as timm chooses too
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 MOST = 64  # kinds of objects
+_ONE_AT_A_TIME = Lock()  # what torch's loader may make is one list for the whole process
 
 
 class Checkpoint(dict[str, Tensor]):
     """The tensors of a checkpoint by name. entry: under which they stood, "" for a bare state dict. left: the names of
     the other entries. replaced: kinds of objects that were not made. other: the entries that are plain values."""
 
-    entry: str = ""
-    left: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = ()
-    other: dict[str, object] = {}
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        entry: str = "",
+        left: tuple[str, ...] = (),
+        replaced: tuple[str, ...] = (),
+        other: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(tensors)
+        self.entry, self.left, self.replaced, self.other = entry, left, replaced, dict(other or {})
 
 
 def read_checkpoint(file: str | Path) -> Checkpoint:
@@ -55,12 +63,15 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
             f"{file} holds a {type(state).__name__}; expected a state dict, or a checkpoint of Lightning or timm with"
             " one. Save model.state_dict() where the model was made"
         )
-    checkpoint = Checkpoint({str(name): value for name, value in state.items() if isinstance(value, Tensor)})
-    checkpoint.entry, checkpoint.replaced = entry, replaced
-    if entry:
-        checkpoint.left = tuple(str(name) for name in entries if name != entry)
-        checkpoint.other = {str(name): value for name, value in entries.items() if isinstance(value, (str, list, dict))}
-    return checkpoint
+    return Checkpoint(
+        {str(name): value for name, value in state.items() if isinstance(value, Tensor)},
+        entry,
+        tuple(str(name) for name in entries if name != entry) if entry else (),
+        replaced,
+        {str(name): value for name, value in entries.items() if isinstance(value, (str, list, dict))}
+        if entry
+        else None,
+    )
 
 
 def _loaded(file: Path) -> tuple[object, tuple[str, ...]]:
@@ -68,7 +79,7 @@ def _loaded(file: Path) -> tuple[object, tuple[str, ...]]:
     replaced: list[str] = []
     while True:
         try:
-            with _allowed(replaced):
+            with _ONE_AT_A_TIME, _allowed(replaced):
                 # mapped, so that what is left behind is not read either; files of before PyTorch 1.6 are no zip
                 mapped = zipfile.is_zipfile(file)
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), tuple(replaced)

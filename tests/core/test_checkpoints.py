@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
+import threading
 import types
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -65,6 +67,30 @@ def test_what_lightning_and_timm_write_beside_the_weights_is_passed_over(tmp_pat
     assert result.entry == "state_dict" and "callbacks" in result.left and result.other["classes"] == ["cat", "dog"]
     assert "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint" in result.replaced and not made
     assert set(torch.serialization.get_safe_globals()) == before  # nothing stays allowed for others
+
+
+def test_two_threads_leave_nothing_allowed(tmp_path, monkeypatch):
+    """A page that lists layers opens a file while a node opens another one."""
+    torch.save({"state_dict": STATE, "args": argparse.Namespace(lr=0.1)}, tmp_path / "last.ckpt")
+    before, load, results = torch.serialization.get_safe_globals(), torch.load, []
+    second_loads = Event()
+    first, second = (Thread(target=lambda: results.append(read_checkpoint(tmp_path / "last.ckpt"))) for _ in range(2))
+
+    def slow(*args, **kwargs):
+        """The second thread would begin within the first one's load, and end after it."""
+        if threading.current_thread() is second:
+            second_loads.set()
+            first.join()
+        elif torch.serialization.get_safe_globals() and not second.ident:
+            second.start()
+            second_loads.wait(0.1)  # in vain, as it has to wait
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", slow)
+    first.start()
+    first.join()
+    second.join()
+    assert len(results) == 2 and torch.serialization.get_safe_globals() == before
 
 
 @pytest.mark.parametrize("entry", ["", "model", "state_dict_ema"])
