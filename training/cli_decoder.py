@@ -94,7 +94,7 @@ def decoder_from(args: argparse.Namespace) -> DecoderPipeline:
 
 
 def with_decoder(
-    pipeline: DecoderPipeline, _: None, args: argparse.Namespace, target: FeatureMap, maps: int
+    pipeline: DecoderPipeline, _: None, args: argparse.Namespace, target: FeatureMap
 ) -> tuple[Tensor, Tensor]:
     """Pictures [B, 3, h, w] of the target maps [B, ...], and attempt 0 for each [B]."""
     with tqdm(total=len(target), desc="drawing", unit="image") as bar:

@@ -108,7 +108,7 @@ def require_trained(args: argparse.Namespace) -> None:
 
 
 def without_training(
-    pipeline: UntrainedPipeline, sampling: UntrainedSampling, args: argparse.Namespace, target: FeatureMap, maps: int
+    pipeline: UntrainedPipeline, sampling: UntrainedSampling, args: argparse.Namespace, target: FeatureMap
 ) -> tuple[Tensor, Tensor]:
     """Pictures [B, 3, h, w] of the target maps [B, ...], and attempt 0 for each [B]. Where latents become not finite,
     the last finite pictures are written before it raises."""

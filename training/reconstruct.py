@@ -125,12 +125,14 @@ def target_maps(
 
 
 def with_model(
-    pipeline: InversionPipeline, sampling: Sampling, args: argparse.Namespace, target: FeatureMap, maps: int
+    pipeline: InversionPipeline, sampling: Sampling, args: argparse.Namespace, target: FeatureMap
 ) -> tuple[Tensor, Tensor]:
     """Pictures [B, 3, h, w] of the target maps [B, ...] from the inversion model, and which attempt each is [B]."""
 
     def start_of(attempt: int) -> Tensor:
-        return noise(pipeline.base, args.seed + ATTEMPT * attempt, args.samples).repeat(maps, 1, 1, 1)
+        return noise(pipeline.base, args.seed + ATTEMPT * attempt, args.samples).repeat(
+            len(target) // args.samples, 1, 1, 1
+        )
 
     part_way = part_way_of(pipeline, args, target)
     with tqdm(total=len(target) * sampling.best_of, desc="drawing", unit="image") as bar:
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     pixel_values = torch.cat([pipeline.backbone.preprocess(x, args.resize_mode) for x in pictures])
     maps = target_maps(pipeline, args, pixel_values)
     target = concatenate([m for _, m in maps]).repeat(args.samples)
-    drawn, attempts = draw(pipeline, settings, args, target, len(maps))
+    drawn, attempts = draw(pipeline, settings, args, target)
     scores = pipeline.score(target, drawn).tolist()
     scopes = scope_entries(model_file(args.model), target, scores, settings) if trained else [{}] * len(target)
     off = [

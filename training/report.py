@@ -89,8 +89,9 @@ def panel(rows: Sequence[Sequence[Cell]], titles: Sequence[str], heading: str = 
     return sheet
 
 
-def shortened(line: str, font: ImageFont.FreeTypeFont, width: int = TILE + GAP) -> str:
-    """The line, or as much of it as fits into `width` pixels with an ellipsis."""
+def shortened(line: str, font: ImageFont.FreeTypeFont) -> str:
+    """The line, or as much of it as fits below a picture with an ellipsis."""
+    width = TILE + GAP
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(f"{line}…") > width:

@@ -20,6 +20,7 @@ from .preprocess import evaluation_view, require_known, stretched
 
 LAST = "last"
 RESIZE_MODES = ("crop", "stretch")
+BATCH = 64  # pictures that go through a model together
 #: begins the name of a backbone of one's own, module:FILE.py:NAME
 MODULE = "module:"
 #: what models raise that cannot read what they get; not all exceptions, of which one says that the user has cancelled
@@ -176,16 +177,16 @@ class Backbone(nn.Module):
         return (pixel_values.to(self._mean) - self._mean) / self._std
 
     @torch.inference_mode()
-    def extract(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False, batch: int = 64) -> FeatureMap:
-        """Feature maps of any number of preprocessed pictures, `batch` at a time, without gradients."""
-        return concatenate([self(part, layer, pooled) for part in pixel_values.split(batch)])
+    def extract(self, pixel_values: Tensor, layer: str = LAST, pooled: bool = False) -> FeatureMap:
+        """Feature maps of any number of preprocessed pictures, 64 at a time, without gradients."""
+        return concatenate([self(part, layer, pooled) for part in pixel_values.split(BATCH)])
 
     @torch.inference_mode()
-    def extract_several(self, pixel_values: Tensor, layers: Collection[str], batch: int = 64) -> dict[str, FeatureMap]:
+    def extract_several(self, pixel_values: Tensor, layers: Collection[str]) -> dict[str, FeatureMap]:
         """What extract gives of several layers, without prefix tokens, from one pass."""
         if not layers:
             return {}
-        parts = [self.several(part, layers) for part in pixel_values.split(batch)]
+        parts = [self.several(part, layers) for part in pixel_values.split(BATCH)]
         return {
             layer: FeatureMap(torch.cat([part[layer] for part in parts]).float(), self.source(layer))
             for layer in layers

@@ -67,11 +67,10 @@ def as_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)[None].contiguous()
 
 
-def read_image(file: str | Path, square: int | None = None) -> Tensor:
+def read_image(file: str | Path) -> Tensor:
     """[1, 3, h, w] in 0..1 from any format Pillow reads; turned upright, transparency on white.
 
-    square: centre-cropped and scaled to this side. Raises FeatInvError for a missing, unreadable or foreign file and
-    for sides outside 8..16,384 pixels.
+    Raises FeatInvError for a missing, unreadable or foreign file and for sides outside 8..16,384 pixels.
     """
     try:
         with Image.open(file) as opened:
@@ -87,6 +86,4 @@ def read_image(file: str | Path, square: int | None = None) -> Tensor:
         if isinstance(error, FeatInvError):
             raise
         raise FeatInvError(f"{file} is not an image that Pillow can read: {error}") from error
-    if square:
-        image = ImageOps.fit(image, (square, square), Image.Resampling.BICUBIC)
     return as_tensor(image)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .feature_map import FeatInvError, FeatureMap
 
+SIDE = 256  # pixels that a small map is enlarged to at least, so that it can be looked at
 #: dark to bright, equal steps in lightness (colours of matplotlib's viridis)
 HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 #: blue by way of near white to red, both ends equally dark
@@ -37,7 +38,7 @@ def principal_components(features: FeatureMap) -> Tensor:
     return rearrange(colours, "(b h w) c -> b c h w", b=batch, h=height)
 
 
-def bars(features: FeatureMap, side: int = 256) -> Tensor:
+def bars(features: FeatureMap, side: int = SIDE) -> Tensor:
     """[B, 3, side, side] in 0..1: feature vectors without a place, their channels from left to right as bars from the
     middle line, red up for positive values and blue down for negative ones; the longest of the batch reaches the edge.
 
@@ -54,16 +55,16 @@ def bars(features: FeatureMap, side: int = 256) -> Tensor:
     return diverging(F.pad(bar, (0, 0, 0, side - 2 * half)))
 
 
-def preview(features: FeatureMap, side: int = 256) -> Tensor:
+def preview(features: FeatureMap, side: int = SIDE) -> Tensor:
     """[B, 3, h, w] in 0..1: principal components as colours where there are locations, bars where there are none."""
     if features.values.shape[2:].numel() == 1:
         return bars(features, side)
     return enlarge(principal_components(features), side)
 
 
-def heat_map(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """[B, H, W] -> [B, 3, H, W] colours in 0..1, from `low` (dark) to `high` (bright)."""
-    return _coloured((values.float() - low) / (high - low), HEAT)
+def heat_map(values: Tensor) -> Tensor:
+    """[B, H, W] -> [B, 3, H, W] colours in 0..1, from 0 and below (dark) to 1 and above (bright)."""
+    return _coloured(values.float(), HEAT)
 
 
 def diverging(values: Tensor, limit: float = 1.0) -> Tensor:
@@ -85,18 +86,18 @@ def spotlight(pictures: Tensor, mask: Tensor) -> Tensor:
     return pictures * (0.2 + 0.8 * mask.unsqueeze(-3))
 
 
-def enlarge(pictures: Tensor, side: int) -> Tensor:
+def enlarge(pictures: Tensor, side: int = SIDE) -> Tensor:
     """Pictures [B, C, h, w] repeated cell by cell until the longer side reaches `side` pixels or little more."""
     factor = max(1, -(-side // max(pictures.shape[2:])))
     return pictures.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
-def captioned(pictures: Tensor, captions: list[str], side: int = 256) -> Tensor:
-    """Pictures [B, 3, h, w] in 0..1, enlarged to at least `side`, each with its caption on white below it.
+def captioned(pictures: Tensor, captions: list[str]) -> Tensor:
+    """Pictures [B, 3, h, w] in 0..1, enlarged to at least SIDE, each with its caption on white below it.
 
     Captions may have several lines; all are set in the largest size in which the longest line fits.
     """
-    pictures = enlarge(pictures, side)
+    pictures = enlarge(pictures)
     width = pictures.shape[3]
     lines = [line for text in captions for line in text.splitlines()]
     font = _font(lines, width)

@@ -63,7 +63,7 @@ class FeatureSimilarity(io.ComfyNode):
         text = lines[0] if len(lines) == 1 else "\n".join([f"mean cosine {mean:.3f}", *lines])
         return io.NodeOutput(
             channels_last(captioned(pictures, lines)),
-            channels_last(enlarge(heat_map(similarity), 256)),
+            channels_last(enlarge(heat_map(similarity))),
             mean,
             ui=ui.PreviewText(text),
         )

@@ -154,7 +154,7 @@ class FeatInvViz(io.ComfyNode):
 
         overlay = captioned(spotlight(first[:1], masks), [caption(t, s) for t, s in zip(edit.titles(), slopes)])
         heat = heat_map(torch.stack([viz.normalised(d) for d in distance]))
-        images = (channels_last(x) for x in (overlay, enlarge(heat, 256), enlarge(diverging(signed / limit), 256)))
+        images = (channels_last(x) for x in (overlay, enlarge(heat), enlarge(diverging(signed / limit))))
         report = "\n".join(f"{title}: {slope.describe()}" for title, slope in zip(edit.titles(), slopes))
         slope = sum(s.own for s in slopes) / len(slopes)
         return io.NodeOutput(*images, masks, report, slope, ui=ui.PreviewText(report))

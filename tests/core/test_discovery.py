@@ -20,7 +20,7 @@ from featinv_nodes.core.concepts import (
     sparse,
 )
 from featinv_nodes.core.concepts.discovery import dependent
-from featinv_nodes.core.concepts.relevance import class_weights, relevance, relevance_map
+from featinv_nodes.core.concepts.relevance import class_weights, relevance
 from featinv_nodes.core.concepts.statistics import Statistics, concept_statistics, top_weights
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 
@@ -299,27 +299,6 @@ def test_relevance_sums_to_the_logits_exactly(head):
     assert (contributions[:-1, 0] - expected).norm() <= 1e-4 * expected.norm()
     some, _ = relevance(backbone, concepts, features, torch.tensor([[3], [0], [6]]))
     assert torch.equal(some[..., 0], contributions[:, [0, 1, 2], [3, 0, 6]])
-
-
-@pytest.mark.parametrize("method", ["pca", "sae"])
-@pytest.mark.parametrize("head", HEADS)
-def test_relevance_of_the_locations_sums_to_that_of_the_concept(head, method):
-    name, arguments = HEADS[head]
-    backbone = network(name, **arguments)
-    with torch.inference_mode():
-        features = backbone(torch.rand(3, 3, *backbone.input_size, generator=generator()))
-    c, towards = features.source.channels, torch.tensor([3, 0, 6])
-    concepts = discover(torch.randn(4 * c, c, generator=generator(1)), features.source, method, 5)
-    placed = relevance_map(backbone, concepts, features, towards)
-    assert placed.shape == (6, 3, *features.source.grid)
-    assert close(placed.sum((2, 3)), relevance(backbone, concepts, features, towards[:, None])[0][..., 0])
-    weights = class_weights(backbone, features)[:, 3] / len(placed[0, 0].flatten())  # of the first picture
-    expected = torch.einsum("nchw,c->nhw", concepts.parts(features)[:, 0], weights)  # w . phi_i(h, w)
-    assert (placed[:, 0] - expected).norm() <= 1e-4 * expected.norm()
-    with torch.inference_mode():  # as hosts run; their models are made so too
-        assert close(relevance_map(network(name, **arguments), concepts, features, towards), placed)
-    with pytest.raises(FeatInvError, match="expected one per image, 0 to 6"):
-        relevance_map(backbone, concepts, features, torch.tensor([0, 1, 7]))
 
 
 def test_a_head_that_reads_the_class_token_has_no_relevance():

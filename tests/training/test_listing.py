@@ -18,8 +18,9 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen, find_images
 from featinv_nodes.core.picture_files import without_decoder
 from training.data.identity import fingerprint, identity, what_changed
-from training.data.listing import Folder, Part, TarShards, open_listing
+from training.data.listing import Folder, Part, open_listing
 from training.data.loader import Photographs, loader
+from training.data.shards import TarShards
 from training.data.stream import Stream
 
 

@@ -88,11 +88,11 @@ def iou(pred: Tensor, mask: Tensor) -> float:
     return float((pred & mask).sum() / (pred | mask).sum().clamp(min=1))
 
 
-def boundary_f(pred: Tensor, mask: Tensor, tolerance: int = TOLERANCE) -> float:
-    """F score of the outlines of two bool masks [H, W]: pixels of either outline within `tolerance` pixels of the other
+def boundary_f(pred: Tensor, mask: Tensor) -> float:
+    """F score of the outlines of two bool masks [H, W]: pixels of either outline within TOLERANCE of the other
     (Martin et al. 2004, without their one-to-one matching). 0 if one has no outline."""
     own, true = _outline(pred), _outline(mask)
-    near_own, near_true = (F.max_pool2d(x[None, None], 2 * tolerance + 1, 1, tolerance)[0, 0] for x in (own, true))
+    near_own, near_true = (F.max_pool2d(x[None, None], 2 * TOLERANCE + 1, 1, TOLERANCE)[0, 0] for x in (own, true))
     precision = float((own * near_true).sum() / own.sum().clamp(min=1))
     recall = float((true * near_own).sum() / true.sum().clamp(min=1))
     return 2 * precision * recall / max(precision + recall, 1e-8)

@@ -17,7 +17,6 @@ from featinv_nodes.core.picture_files import Found, look_below
 from ..config import STREAM
 from .hugging_face import FORM, HUGGING_FACE, HuggingFace
 from .identity import Stamp, stamp_of
-from .identity import fingerprint as fingerprint
 from .shards import TarShards
 
 #: every 25th picture is left aside where a world of photographs is made: settings are chosen on these

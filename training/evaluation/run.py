@@ -33,10 +33,10 @@ from .sources import Source, open_source, read
 from .spaces import TimmSpace, scaled
 from .suites import SUITES
 from .suites.base import Suite
-from .suites.quality import gap_closed as gap_closed
 
 #: options that decide no figure
 IDLE = ("out", "batch", "device", "write_back")
+IN_MEMORY = 32  # pictures drawn at once where there is no --batch
 
 
 def load_pictures(pipeline: InversionPipeline, data: str, count: int) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +48,7 @@ def load_pictures(pipeline: InversionPipeline, data: str, count: int) -> tuple[T
 
 
 def evaluate_in_memory(
-    pipeline: InversionPipeline, pixel_values: Tensor, sampling: Sampling, single: Tensor | None = None, batch: int = 32
+    pipeline: InversionPipeline, pixel_values: Tensor, sampling: Sampling, single: Tensor | None = None
 ) -> tuple[dict, dict[str, Tensor]]:
     """The suite quality for a few pictures in memory, without files: ({"reconstruction", "unconditional", "round
     trip"}, the pictures of each). Picture i is drawn with seed i; single [N]: scenes of one object, None for
@@ -60,8 +60,8 @@ def evaluate_in_memory(
     )
     original, start = pipeline.features(pixel_values), pipeline.noise(range(len(pixel_values)))
     with tqdm(total=2 * len(pixel_values), desc="drawing", unit="image") as bar:
-        drawn = {"reconstruction": pipeline.draw(original, sampling, start, batch, bar.update)}
-        drawn["unconditional"] = pipeline.draw(None, sampling, start, batch, bar.update)
+        drawn = {"reconstruction": pipeline.draw(original, sampling, start, IN_MEMORY, bar.update)}
+        drawn["unconditional"] = pipeline.draw(None, sampling, start, IN_MEMORY, bar.update)
     drawn["round trip"] = torch.cat([round_trip(pipeline.base, part) for part in pixel_values.split(64)])
     side = pipeline.base.resolution
     target, vectors, results = evaluator.extract(pixel_values), space(scaled(pixel_values, side)), {}

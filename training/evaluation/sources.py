@@ -22,8 +22,11 @@ from featinv_nodes.worlds import drawing_world
 from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..data.batch import Unreadable
-from ..data.listing import HUGGING_FACE, Chosen, Listing, Part, TarShards, fingerprint, open_listing
+from ..data.hugging_face import HUGGING_FACE
+from ..data.identity import fingerprint
+from ..data.listing import Chosen, Listing, Part, open_listing
 from ..data.listing import kept_back as listing_kept_back
+from ..data.shards import TarShards
 
 SYNSET = re.compile(r"n\d{8}")
 

@@ -25,7 +25,7 @@ from training.files import write_json
 from .backbones import normalise
 from .loop import train_stage
 
-WIDTHS, TOKENS, CONTEXT = (64, 96), 4, 64
+WIDTHS, HEADS, TOKENS, CONTEXT = (64, 96), 4, 4, 64
 PROMPT = DRAWN.prompt
 IMAGES, BATCH, LR = 1_000_000, 64, 1.5e-3
 CACHED, PART = 2_000_000, 10_000  # scenes whose latents are kept at most; else each is used about three times
@@ -41,7 +41,7 @@ SCHEDULE = {
 }
 
 
-def build(side: int = 8, channels: int = 24, widths: tuple[int, ...] = WIDTHS, heads: int = 4) -> UNet2DConditionModel:
+def build(side: int = 8, channels: int = 24, widths: tuple[int, ...] = WIDTHS) -> UNet2DConditionModel:
     """The untrained base model: side x side x channels latents, a level per width, cross-attention below the first."""
     below = len(widths) - 1
     return UNet2DConditionModel(
@@ -53,7 +53,7 @@ def build(side: int = 8, channels: int = 24, widths: tuple[int, ...] = WIDTHS, h
         down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * below),
         up_block_types=(*["CrossAttnUpBlock2D"] * below, "UpBlock2D"),
         cross_attention_dim=CONTEXT,
-        attention_head_dim=heads,
+        attention_head_dim=HEADS,
         norm_num_groups=32,
     )
 

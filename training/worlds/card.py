@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
 from featinv_nodes.core.metrics import bootstrap, cosine, top_k_match
@@ -11,7 +9,8 @@ from featinv_nodes.feature_decoders import open_feature_decoder
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 
-from ..evaluation.run import evaluate_in_memory, gap_closed, load_pictures
+from ..evaluation.run import evaluate_in_memory, load_pictures
+from ..evaluation.suites.quality import gap_closed
 from ..models.pipeline import InversionPipeline, load_pipeline
 from ..report import figure_text
 from . import autoencoder, backbones, base
@@ -119,8 +118,9 @@ def model_rows() -> list[str]:
     return [*rows, autoencoder_row]
 
 
-def write_card(file: Path = FOLDER / "CARD.md") -> None:
+def write_card() -> None:
     """Measures everything that is shipped and writes the card."""
+    file = FOLDER / "CARD.md"
     lines = [
         "# The drawn world: card",
         "",

@@ -14,10 +14,11 @@ OBJECT = "object"
 SCENES, COVER, FAR, LEAST = 4000, 0.9, 0.02, 4
 #: of the objects' subspace: 12 hold what tells one object from another; 24 take backgrounds along
 DIMENSIONS = 12
+SEED = 0  # of the scenes
 
 
 @torch.inference_mode()
-def fit_concepts(backbone: Backbone, layer: str = "last", seed: int = 0, dimensions: int = DIMENSIONS) -> Concepts:
+def fit_concepts(backbone: Backbone, layer: str = "last") -> Concepts:
     """Subspaces of training scenes' feature vectors, not centred.
 
     A background's direction is the mean of the cells that it covers by nine tenths. The objects' subspace holds the
@@ -27,15 +28,15 @@ def fit_concepts(backbone: Backbone, layer: str = "last", seed: int = 0, dimensi
     source = backbone.source(layer)
     contrasts, grounds = [], [[] for _ in BACKGROUNDS]
     for start in range(0, SCENES, 500):
-        scenes = draw(seed, torch.arange(start, start + 500))
+        scenes = draw(SEED, torch.arange(start, start + 500))
         values = backbone(backbone.preprocess(scenes.image), layer).values.movedim(1, -1)  # [B, H, W, C]
         cover = F.interpolate(scenes.masks.sum(1, keepdim=True), source.grid, mode="area")[:, 0]
         for number, cells in enumerate(grounds):
             cells.append(values[(cover <= 1 - COVER) & (scenes.background == number)[:, None, None]])
         contrasts.append(_contrasts(values, cover))
     bases = [F.normalize(torch.cat(cells).mean(0, keepdim=True)) for cells in grounds]
-    bases.append(_principal(torch.cat(contrasts), dimensions))
-    settings = {"scenes": SCENES, "cover": COVER, "dimensions": dimensions, "seed": seed}
+    bases.append(_principal(torch.cat(contrasts), DIMENSIONS))
+    settings = {"scenes": SCENES, "cover": COVER, "dimensions": DIMENSIONS, "seed": SEED}
     return Concepts(bases, [*BACKGROUNDS, OBJECT], source, None, "directions fitted to the true masks", settings)
 
 

@@ -14,7 +14,8 @@ from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 from featinv_nodes.core.sampling import Sampling
 
-from ..evaluation.run import evaluate_in_memory, gap_closed, load_pictures
+from ..evaluation.run import evaluate_in_memory, load_pictures
+from ..evaluation.suites.quality import gap_closed
 from ..models.pipeline import InversionPipeline, load_pipeline
 from ..report import Cell, panel
 

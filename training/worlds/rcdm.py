@@ -25,15 +25,13 @@ COST, INVERSION_COST, INVERSION_IMAGES = 1.513 + 0.047, 0.584 + 0.127, 529_664
 IMAGES = round(INVERSION_IMAGES * INVERSION_COST / COST) // BATCH * BATCH
 
 
-def train_rcdm(
-    work: Path, backbone: Backbone, images: int, device: str = "cpu", seed: int = 0, compile: bool = True
-) -> RCDM:
+def train_rcdm(work: Path, backbone: Backbone, images: int, device: str = "cpu", seed: int = 0) -> RCDM:
     """Trains it to predict the noise in training scenes at 32 pixels (Ho et al. 2020), given the backbone's averaged
     last feature map of the same scenes at its own resolution."""
     torch.manual_seed(seed)
     backbone = backbone.to(device, memory_format=torch.channels_last)
     model = RCDM(backbone.source(LAST, True).channels, WIDTHS, RESOLUTION).to(device, memory_format=torch.channels_last)
-    forward, scheduler = torch.compile(model) if compile else model, DDIMScheduler(**SCHEDULE)
+    forward, scheduler = torch.compile(model), DDIMScheduler(**SCHEDULE)
 
     def loss_of(numbers: Tensor) -> Tensor:
         pictures = draw(seed, numbers).image

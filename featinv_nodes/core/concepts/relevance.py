@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 from timm.layers import LayerNorm2d
@@ -17,6 +16,7 @@ from .decomposition import Concepts
 
 TOLERANCE = 1e-3  # of the largest logit: what float32 leaves of an exact sum
 ROUNDING = 1e-6  # likewise: of nothing
+CHANNELS = 64  # whose maps go through the head together
 
 
 def relevance(
@@ -49,44 +49,12 @@ def relevance(
     return contributions, bias
 
 
-def relevance_map(backbone: Backbone, concepts: Concepts, features: FeatureMap, classes: Tensor) -> Tensor:
-    """[n + 1, B, H, W]: w . phi_i(h, w), what each location of a concept contributes to the logit of one class.
-
-    Summed over the locations it is what `relevance` gives: w(h, w) is the gradient of the affine head, with its pooling
-    (for a mean over the grid, the published w over H W). classes: the number of a class [B] for each picture.
-    Raises as relevance does, and the same for a class that there is not.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        if next(backbone.parameters()).is_inference():  # made where no gradients are kept, as hosts do
-            backbone = deepcopy(backbone)
-        features = FeatureMap(
-            features.values.clone(), features.source, None if features.prefix is None else features.prefix.clone()
-        )
-        with frozen_scales(backbone) as freeze:
-            logits = backbone.logits(features)
-            freeze()
-            values = features.values.requires_grad_()
-            affine, bias = (
-                backbone.logits(features.with_values(v, keep_prefix=True)) for v in (values, torch.zeros_like(values))
-            )
-        if not 0 <= classes.min() <= classes.max() < logits.shape[1]:
-            raise FeatInvError(f"class {classes.tolist()}: expected one per image, 0 to {logits.shape[1] - 1}")
-        towards = classes.to(logits.device)[:, None]
-        (weights,) = torch.autograd.grad(affine.gather(1, towards).sum(), values)
-    contributions = torch.stack(
-        [(part * weights).sum(1) for part in concepts.each_part(features.with_values(values.detach()))]
-    )
-    total = contributions.sum((0, 2, 3)).to(logits.device)[:, None] + bias.gather(1, towards)
-    _require_affine(backbone, total.detach(), logits.gather(1, towards).detach())
-    return contributions
-
-
-def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64, check: Check = unchecked) -> Tensor:
+def class_weights(backbone: Backbone, features: FeatureMap, check: Check = unchecked) -> Tensor:
     """w [C, classes]: each logit's response to each channel, one everywhere on the grid, in the affine head of the
     first map.
 
     A LayerNorm's scale makes w longer or shorter from picture to picture, but turns it nowhere. check:
-    called for each `batch` of channels. Raises as relevance does.
+    called for every 64 channels. Raises as relevance does.
     """
     first = features.select(0)
     unit = torch.eye(first.values.shape[1], device=first.values.device)[:, :, None, None].expand(
@@ -97,7 +65,7 @@ def class_weights(backbone: Backbone, features: FeatureMap, batch: int = 64, che
         freeze()
         bias = backbone.logits(first.with_values(torch.zeros_like(first.values), keep_prefix=True))
         rows = []
-        for part in unit.split(batch):
+        for part in unit.split(CHANNELS):
             check()
             rows.append(backbone.logits(_like(first, part)) - bias)
         weights = torch.cat(rows)

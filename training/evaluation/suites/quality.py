@@ -75,7 +75,8 @@ class NaturalAdversarial(Quality):
         ]
 
 
-def gap_closed(results: dict, name: str = "cosine") -> float:
-    """How far the reconstruction comes on the way from the unconditional baseline (0) to the round trip (1)."""
-    low, mid, high = (results[k][name]["value"] for k in (UNCONDITIONAL, RECONSTRUCTION, ROUND_TRIP))
+def gap_closed(results: dict) -> float:
+    """How far the reconstruction's cosine comes on the way from the unconditional baseline's (0) to the round trip's
+    (1)."""
+    low, mid, high = (results[k]["cosine"]["value"] for k in (UNCONDITIONAL, RECONSTRUCTION, ROUND_TRIP))
     return (mid - low) / (high - low)
