@@ -81,8 +81,8 @@ RANGES = {
 }
 
 
-def option(help: str, default: object = MISSING) -> Any:  # noqa: ANN401 - of whatever type the field has
-    """A field with its line in --help."""
+def option(help: str, default: object = MISSING) -> Any:
+    """A field, of whatever type its annotation says, with its line in --help."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: deepcopy(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})

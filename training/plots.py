@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from featinv_nodes.core.feature_map import FeatInvError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Point = tuple[float, dict]  # x, and y as {"value", "low", "high"}
 
 
 def curves(lines: Mapping[str, Sequence[Point]], crosses: Mapping[str, Point], title: str, x_label: str) -> Image.Image:
     """Lines of points with their intervals, and single points as black crosses."""
 
-    def draw(axes) -> None:  # noqa: ANN001
+    def draw(axes: Axes) -> None:
         for name, points in lines.items():
             x, y = zip(*sorted(points, key=lambda point: point[0]))
             value, low, high = (np.array([entry[key] for entry in y]) for key in ("value", "low", "high"))
@@ -33,7 +37,7 @@ def curves(lines: Mapping[str, Sequence[Point]], crosses: Mapping[str, Point], t
 def matrix(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, digits: int = 2) -> Image.Image:
     """A matrix [rows, columns] as colours with its numbers, brighter where it is higher, as in the paper's Fig. 10."""
 
-    def draw(axes) -> None:  # noqa: ANN001
+    def draw(axes: Axes) -> None:
         axes.imshow(values, "viridis", aspect="auto")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
@@ -50,7 +54,7 @@ def bars(labels: Sequence[str], values: Sequence[dict], groups: Sequence[str], t
     """A horizontal bar per label with its interval, the first on top, in one colour for each group."""
     kinds = list(dict.fromkeys(groups))
 
-    def draw(axes) -> None:  # noqa: ANN001
+    def draw(axes: Axes) -> None:
         for kind in kinds:
             rows = [n for n, group in enumerate(groups) if group == kind]
             value, low, high = (
@@ -66,7 +70,7 @@ def bars(labels: Sequence[str], values: Sequence[dict], groups: Sequence[str], t
     return _figure(draw, 8.0, 1 + 0.28 * len(labels))
 
 
-def _figure(draw: Callable, width: float, height: float) -> Image.Image:
+def _figure(draw: Callable[[Axes], None], width: float, height: float) -> Image.Image:
     """What `draw` puts on one pair of axes, as an RGB picture; width and height in inches of 100 pixels."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

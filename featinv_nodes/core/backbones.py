@@ -45,13 +45,13 @@ class TimmModel(Protocol):
 
     num_classes: int
 
-    def forward_features(self, x: Tensor, /) -> Any:  # noqa: ANN401
+    def forward_features(self, x: Tensor, /) -> Any:
         """Normalised pictures to the input of the head: a tensor, in some models several."""
 
     def forward_head(self, x: Tensor, /) -> Tensor:
         """What forward_features gives to logits [B, num_classes]."""
 
-    def forward_intermediates(self, x: Tensor, /, **options: Any) -> Any:  # noqa: ANN401
+    def forward_intermediates(self, x: Tensor, /, **options: Any) -> Any:
         """The maps of stages or blocks; before them what forward_features gives, unless intermediates_only."""
 
 
@@ -279,12 +279,12 @@ class Backbone(nn.Module):
         return channels, (height, width)
 
     @torch.inference_mode()
-    def forward_blank(self) -> Any:  # noqa: ANN401
+    def forward_blank(self) -> Any:
         """What the model's forward_features gives of a picture of zeros. Raises whatever the model stumbles over."""
         return self._timm.forward_features(self._blank())
 
     @torch.inference_mode()
-    def _tried(self, run: Callable[[Tensor], Any]) -> Any:  # noqa: ANN401
+    def _tried(self, run: Callable[[Tensor], Any]) -> Any:
         """What comes of a picture of zeros. Raises FeatInvError if the model cannot read one."""
         try:
             return run(self._blank())

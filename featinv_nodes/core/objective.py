@@ -62,7 +62,7 @@ def drop_jointly(features: Tensor, text: Tensor, empty: Tensor, dropped: Tensor)
     return features.masked_fill(dropped[:, None, None, None], 0.0), torch.where(dropped[:, None, None], empty, text)
 
 
-def target_of(scheduler: Any, latents: Tensor, sample: NoiseSample) -> Tensor:  # noqa: ANN401
+def target_of(scheduler: Any, latents: Tensor, sample: NoiseSample) -> Tensor:
     """What the base model is to predict: the noise (Ho et al. 2020, Eq. 14), or the velocity sqrt(a) noise - sqrt(1 -
     a) latents, a = alphas_cumprod[t] (Salimans & Ho 2022, App. D). [B, C, H, W]."""
     return scheduler.get_velocity(latents, sample.noise, sample.t) if predicts_velocity(scheduler) else sample.noise
@@ -91,7 +91,7 @@ class Cycle(NamedTuple):
 
 def cycle_loss(
     scheduler: Any, noisy: Tensor, pred: Tensor, features: Tensor, sample: NoiseSample, cycle: Cycle
-) -> Tensor:  # noqa: ANN401
+) -> Tensor:
     """Mean distance between the features of the predicted picture, F(D(x0_hat)), and the given ones f.
 
     As many rows are decoded as count on average, so that memory and shapes stay the same from step to step.
@@ -108,7 +108,7 @@ def training_loss(
     predict: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     scheduler: Any,
     latents: Tensor,
-    features: Tensor,  # noqa: ANN401
+    features: Tensor,
     text: Tensor,
     empty: Tensor,
     sample: NoiseSample,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -107,7 +108,8 @@ def look_below(folder: str | Path) -> Found:
     return found
 
 
-def _is(kind) -> bool:  # noqa: ANN001 - a method of os.DirEntry
+def _is(kind: Callable[[], bool]) -> bool:
+    """What a method of os.DirEntry says, False where it cannot."""
     try:
         return kind()
     except OSError:  # a link to itself

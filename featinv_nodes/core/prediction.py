@@ -37,7 +37,7 @@ class Frozen(Protocol):
 class UNet(Frozen, Protocol):
     """A base model's U-Net, called as above."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: ANN401
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def without_autocast(device: str) -> AbstractContextManager:
@@ -90,7 +90,7 @@ def controlled_prediction(
         ).sample
 
 
-def predicted_clean(scheduler: Any, noisy: Tensor, pred: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401
+def predicted_clean(scheduler: Any, noisy: Tensor, pred: Tensor, t: Tensor) -> Tensor:
     """The clean latents x0_hat [B, C, H, W] that a prediction amounts to.
 
     With a = alphas_cumprod[t]: (x_t - sqrt(1 - a) e) / sqrt(a) for a prediction e of the noise (Ho et al. 2020, Eq.
@@ -100,26 +100,26 @@ def predicted_clean(scheduler: Any, noisy: Tensor, pred: Tensor, t: Tensor) -> T
     return signal * noisy - spread * pred if predicts_velocity(scheduler) else (noisy - spread * pred) / signal
 
 
-def prediction_of(scheduler: Any, noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401
+def prediction_of(scheduler: Any, noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:
     """The prediction at timestep t that amounts to the clean latents: the inverse of predicted_clean."""
     signal, spread = _scales(scheduler, noisy, t)
     return (signal * noisy - clean) / spread if predicts_velocity(scheduler) else (noisy - signal * clean) / spread
 
 
-def noised(scheduler: Any, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401
+def noised(scheduler: Any, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Clean latents [B, C, H, W] with as much noise as they have at timestep t (Ho et al. 2020, Eq. 4):
     sqrt(a) x_0 + sqrt(1 - a) noise."""
     signal, spread = _scales(scheduler, clean, t)
     return signal * clean + spread * noise
 
 
-def predicts_velocity(scheduler: Any) -> bool:  # noqa: ANN401
+def predicts_velocity(scheduler: Any) -> bool:
     """Whether the base model predicts the velocity; else it predicts the noise. Raises FeatInvError if neither."""
     if (kind := scheduler.config.prediction_type) not in PREDICTIONS:
         raise FeatInvError(f"the base model has prediction_type {kind!r}; expected {' or '.join(PREDICTIONS)}")
     return kind == "v_prediction"
 
 
-def _scales(scheduler: Any, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def _scales(scheduler: Any, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     alpha_bar = scheduler.alphas_cumprod.to(noisy.device)[t].reshape(-1, 1, 1, 1)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()

@@ -138,7 +138,7 @@ def sample_latents(
     controlnet: Callable[..., Any] | None,
     hints: Mapping[bool, Tensor],
     solver: Any,
-    noise: Tensor,  # noqa: ANN401
+    noise: Tensor,
     text: Mapping[bool, Tensor],
     sampling: Sampling,
     toward: Callable[[Tensor], Tensor] | None = None,
@@ -174,7 +174,7 @@ def sample_latents(
     return x
 
 
-def set_timesteps(solver: Any, steps: int) -> None:  # noqa: ANN401
+def set_timesteps(solver: Any, steps: int) -> None:
     """The solver's timesteps, `steps` of them.
 
     For some numbers diffusers' "trailing" spacing, which counts down in floating point, gives one more, below zero: 61,

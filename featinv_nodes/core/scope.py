@@ -4,9 +4,9 @@ Four statistics of a map, each turned into a share of held-out maps by stored qu
 
 direction   how far the unit vector of a location is from the nearest of a bank of directions: 1 - max_k u . c_k, the
             centres c_k from k-means on held-out unit vectors; a map's is the mean over its locations.
-magnitude   ln |x|; a map's is the mean. Read on both sides. distance    from the mean vector, of Mahalanobis: |W (x -
-mu)|^2 / C with the shrunk covariance of Ledoit and Wolf (2004);
-            a map's is the mean. Read on both sides: a mixture of two maps lies nearer to mu than real ones do.
+magnitude   ln |x|; a map's is the mean. Read on both sides.
+distance    from the mean vector, of Mahalanobis: |W (x - mu)|^2 / C with the shrunk covariance of Ledoit and Wolf
+            (2004); a map's is the mean. Read on both sides: a mixture of two maps lies nearer to mu than real ones do.
 neighbours  how badly the eight neighbours predict a location: z = V (u - m) in the first principal directions of the
             unit vectors, r = z - R n with n the mean of the neighbours' z, |S r|^2 / d; a map's is the mean of its
             worst tenth. Seams and shuffled locations show here alone. A pooled map has none.
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from math import log
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -26,6 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .feature_map import FeatInvError, FeatureMap, FeatureSource
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: statistic -> what is said of a map in which it is unusually high, and, where both sides are read, unusually low
 STATISTICS = {
@@ -354,8 +358,8 @@ def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled:
     return parts | {"centre": centre.half(), "axes": axes.half(), "predict": predict.half(), "residual": residual}
 
 
-def whitening(covariance) -> Tensor:  # noqa: ANN001
-    """The symmetric root of a covariance's inverse, fp16. covariance: numpy [D, D], of vectors of about unit length."""
+def whitening(covariance: np.ndarray) -> Tensor:
+    """The symmetric root of a covariance's inverse, fp16. covariance: [D, D], of vectors of about unit length."""
     values, vectors = torch.linalg.eigh(torch.from_numpy(covariance))
     return (vectors * values.clamp(min=1e-8).rsqrt() @ vectors.T).half()  # the floor keeps fp16's range
 

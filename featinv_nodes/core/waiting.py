@@ -42,7 +42,7 @@ def attended(call: Callable[[], Result], check: Check) -> Result:
         try:
             with torch.inference_mode(inference):
                 outcome.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - told to the caller
+        except BaseException as error:  # the caller gets it
             outcome.set_exception(error)
 
     Thread(target=work, name="featinv-attended").start()

@@ -32,10 +32,10 @@ class Whole(comfy.model_patcher.ModelPatcher):
     """A plain module is loaded whole or not at all, however short memory is: only the host's own layers can have their
     weights brought one by one."""
 
-    def load(self, *args, full_load: bool = False, **kwargs) -> None:  # noqa: ANN002, ANN003
+    def load(self, *args, full_load: bool = False, **kwargs) -> None:
         super().load(*args, full_load=True, **kwargs)
 
-    def partially_unload(self, *_, **__) -> int:  # noqa: ANN002, ANN003
+    def partially_unload(self, *_, **__) -> int:
         return 0  # bytes; the host then unloads all of it
 
 

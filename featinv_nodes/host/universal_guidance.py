@@ -33,7 +33,7 @@ class Wrapped(Protocol):
 
     inner_model: Any
 
-    def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor: ...  # noqa: ANN401
+    def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor: ...
 
 
 def guidance_sampler(

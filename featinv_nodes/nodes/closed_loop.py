@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.viz import ROUNDS
+from ..core.viz import ROUNDS, Visualization
 from .types import Backbone, Change, Features, Menu, channels_last, schema
 
 
@@ -131,7 +131,7 @@ class ClosedLoop(io.ComfyNode):
         )
 
 
-def caption(one) -> str:  # noqa: ANN001 - core.viz.Visualization
+def caption(one: Visualization) -> str:
     """A variant in three lines: what was requested, applied and measured, and the verdict."""
     asked, reached = one.slope.asked, one.slope.own
     verdict = "as requested" if one.slope.passed else "NOT as requested"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
-from ..core.viz import THRESHOLD
+from ..core.viz import THRESHOLD, Slope
 from .types import Backbone, Change, Features, Menu, channels_first, channels_last, schema
 
 
@@ -160,8 +160,8 @@ class FeatInvViz(io.ComfyNode):
         return io.NodeOutput(*images, masks, report, slope, ui=ui.PreviewText(report))
 
 
-def caption(title: str, slope) -> str:
-    """The variant, and on a line of its own its slope (a core.viz.Slope) with the verdict."""
+def caption(title: str, slope: Slope) -> str:
+    """The variant, and on a line of its own its slope with the verdict."""
     return f"{title} x{slope.asked:g}\nslope {slope.own:.2f}, {'as requested' if slope.passed else 'NOT as requested'}"
 
 

@@ -41,7 +41,7 @@ def provenance(world: World) -> dict[str, str]:
     key = next(k for k in patched.model.model.state_dict() if k.endswith("input_blocks.0.0.weight"))
     patched.model.add_patches({key: (torch.ones_like(patched.model.model.state_dict()[key]),)})
 
-    def picture(opened: World, control, features=world.features) -> str:  # noqa: ANN001
+    def picture(opened: World, control, features=world.features) -> str:
         return error_of(lambda: opened.draw(opened.apply(control_net=control, features=features), steps=1))
 
     return {

@@ -38,7 +38,7 @@ class Answer(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self):  # noqa: N802 - the server's name for it
+    def do_GET(self):
         self.server.asked.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
         _, *parts = self.path.partition("?")[0].split("/")
         if parts[:2] == ["api", "models"]:

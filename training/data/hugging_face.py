@@ -60,8 +60,8 @@ def hugging_face(data: str, streaming: bool = False) -> tuple[ModuleType, Any, s
     return datasets, dataset, _column(datasets, dataset, data, name, split, column)
 
 
-def _split_of(dataset: Any, split: str, data: str, name: str) -> Any:  # noqa: ANN401 - of a library that may be missing
-    """The wanted split of a set that save_to_disk wrote."""
+def _split_of(dataset: Any, split: str, data: str, name: str) -> Any:
+    """The wanted split of a set of the library, which may be missing, as save_to_disk wrote it."""
     if not isinstance(dataset, dict):  # one split
         if split and split != (there := str(dataset.split or "train")):
             raise FeatInvError(f"data {data}: {name} holds the split {there} alone; leave {split!r} out")
@@ -74,7 +74,7 @@ def _split_of(dataset: Any, split: str, data: str, name: str) -> Any:  # noqa: A
     return dataset[split or "train"]
 
 
-def _column(library: ModuleType, dataset: Any, data: str, name: str, split: str, column: str) -> str:  # noqa: ANN401
+def _column(library: ModuleType, dataset: Any, data: str, name: str, split: str, column: str) -> str:
     """The column of pictures."""
     features = dataset.features or {}  # unknown in some streams
     known = [key for key, kind in features.items() if isinstance(kind, library.Image)]
@@ -109,7 +109,8 @@ class HuggingFace:
         return self._set[index][self._column]
 
     @cached_property
-    def _encoded(self) -> Any:  # noqa: ANN401 - the set with its pictures as {"bytes", "path"}
+    def _encoded(self) -> Any:
+        """The set with its pictures as {"bytes", "path"}."""
         from datasets import Image as ImageColumn
 
         return self._set.cast_column(self._column, ImageColumn(decode=False))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,7 +138,7 @@ class Reader:
         for name, encoded, position in self.pictures():
             try:
                 rng = random.Random(f"{stream.seed}/{name}")
-                rows.append(crops(lambda: decode(encoded), stream.sides, stream.flips, rng))  # noqa: B023 - called at once
+                rows.append(crops(partial(decode, encoded), stream.sides, stream.flips, rng))
                 failed = 0
             except Unreadable as error:
                 skipped.append((f"{stream.data}, {name.partition(', ')[2]}", str(error)))

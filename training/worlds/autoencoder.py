@@ -108,7 +108,7 @@ def train_decoder(
     noise: tuple[float, float] = DECODER_NOISE,
     later: int = DECODER_IMAGES // 4,
     compile: bool = True,
-    **stage,  # noqa: ANN003 - of train_stage
+    **stage,  # of train_stage
 ) -> PatchAutoencoder:
     """Trains the decoder alone to forgive noisy latents, as those that a diffusion model draws are (RAE, Zheng et al.
     2025, trains its decoder so). The latents stay as they are, so models trained on them stay valid.

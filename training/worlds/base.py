@@ -91,7 +91,7 @@ def train_base(
     batch: int = BATCH,
     lr: float = LR,
     compile: bool = True,
-    **stage,  # noqa: ANN003 - of train_stage
+    **stage,  # of train_stage
 ) -> UNet2DConditionModel:
     """Trains the base model to predict velocity; one text in ten is empty. latents: a number -> so many random ones."""
     unet = unet.to(device, memory_format=torch.channels_last)

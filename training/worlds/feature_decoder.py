@@ -119,7 +119,7 @@ def train_feature_decoder(
     sizes: Sizes = Sizes(),
     device: str = "cpu",
     later: int = 0,
-    **stage,  # noqa: ANN003 - of train_stage
+    **stage,  # of train_stage
 ) -> Decoder:
     """Trains on pixels and on the backbone's own stages. pictures: image numbers [B] -> [B, 3, h, w] in 0..1, as the
     backbone reads them. later: images seen on pixels alone, at less cost, before the stages join."""

@@ -161,7 +161,7 @@ def train_inversion(
     file: Path,
     device: str = "cpu",
     dtype: torch.dtype = torch.int8,
-    **stage,  # noqa: ANN003 - of train_stage
+    **stage,  # of train_stage
 ) -> None:
     """One inversion model, written to `file` after each minute and at the end. config.init_from: a weights file whose
     ControlNet it starts from. The encoder standardises its features."""

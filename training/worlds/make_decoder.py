@@ -93,8 +93,11 @@ def make(args: argparse.Namespace) -> None:
 def source_of(data: list[str], backbone: Backbone, device: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Image numbers -> pictures [B, 3, h, w] in 0..1 as the backbone reads them; and pictures that those are not."""
     if data == [DRAWN.name]:
-        view = lambda pictures: backbone.preprocess(pictures, "stretch")  # noqa: E731
-        return lambda numbers: view(draw(0, numbers).image), view(DRAWN.draw(torch.arange(SHOWN, device=device)))
+
+        def pictures(numbers: Tensor) -> Tensor:
+            return backbone.preprocess(draw(0, numbers).image, "stretch")
+
+        return pictures, backbone.preprocess(DRAWN.draw(torch.arange(SHOWN, device=device)), "stretch")
     photographs = read_photographs(data, max(backbone.input_size), device)
     return lambda numbers: photographs.random(len(numbers)), photographs.held_out(SHOWN)
 

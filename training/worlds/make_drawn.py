@@ -77,7 +77,10 @@ def load_cnn() -> torch.nn.Module:
 def ship_autoencoder(work: Path, device: str, decoder: bool) -> None:
     if decoder:
         cnn = load_cnn().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        pictures = lambda numbers: backbones.normalise(draw(0, numbers + autoencoder.IMAGES).image)  # noqa: E731
+
+        def pictures(numbers: torch.Tensor) -> torch.Tensor:
+            return backbones.normalise(draw(0, numbers + autoencoder.IMAGES).image)
+
         maps_of, images = autoencoder.stages_of(cnn), autoencoder.DECODER_IMAGES
         vae = autoencoder.train_decoder(
             work, load_vae(DRAWN.base_folder / "vae"), pictures, maps_of, device, images=images
@@ -92,7 +95,10 @@ def ship_base(work: Path, device: str, further: bool, scale: dict) -> None:
     vae, scale = load_vae(DRAWN.base_folder / "vae"), {"images": base.IMAGES} | scale
     start = load_base(DRAWN.base, DRAWN.prompt).unet.requires_grad_(True) if further else base.build()
     latents = base.cached_latents(work, vae, device, min(base.CACHED, scale["images"] // 3)).to(device)
-    some = lambda count: latents[torch.randint(len(latents), (count,), device=device)].float()  # noqa: E731
+
+    def some(count: int) -> torch.Tensor:
+        return latents[torch.randint(len(latents), (count,), device=device)].float()
+
     unet = base.train_base(work, start, some, device, **scale).cpu()
     base.write_base(DRAWN.base_folder, unet, vae.cpu(), DRAWN.prompt)
 

@@ -230,7 +230,10 @@ class Maker:
             vae.start_from_patches(some)
             standardise(vae, some)
             self.write(None, vae)
-        maps_of = lambda x: self.backbone.stages(self.backbone.preprocess(x / 2 + 0.5, "stretch"))  # noqa: E731
+
+        def maps_of(x: Tensor) -> list[Tensor]:
+            return self.backbone.stages(self.backbone.preprocess(x / 2 + 0.5, "stretch"))
+
         batch = min(self.batch, 128)
         vae = train_decoder(
             self.work,
@@ -262,7 +265,6 @@ class Maker:
                 self.targets(self.photographs.random(count)).contiguous(memory_format=torch.channels_last)
             ).float()
 
-        keep = lambda average: self.write(average, vae)  # noqa: E731
         torch.manual_seed(0)
         made = self.args.further and (self.folder / "unet" / "config.json").exists()
         start = self.opened().unet.requires_grad_(True) if made else build_unet(self.sizes)
@@ -274,7 +276,7 @@ class Maker:
             self.batch,
             self.args.lr,
             self.args.compile,
-            keep=keep,
+            keep=lambda average: self.write(average, vae),
             **self.step,
             **length,
         )
