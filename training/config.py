@@ -223,7 +223,7 @@ class TrainConfig:
         if not file.exists():
             return {}
         try:
-            old, new = yaml.safe_load(file.read_text()), asdict(self)
+            old, new = yaml.safe_load(file.read_text(encoding="utf-8")), asdict(self)
         except (yaml.YAMLError, UnicodeDecodeError):
             old = None
         if not isinstance(old, dict):
@@ -269,7 +269,7 @@ def _values(file: Path, extending: tuple[Path, ...] = ()) -> dict:
     if file.resolve() in extending:
         raise FeatInvError(f"{file} extends itself, through {', '.join(f.name for f in extending)}")
     try:
-        own = yaml.safe_load(file.read_text())
+        own = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FeatInvError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):

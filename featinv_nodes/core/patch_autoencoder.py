@@ -83,7 +83,7 @@ class PatchAutoencoder(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> PatchAutoencoder:
         """Reads a diffusers folder (config.json, diffusion_pytorch_model.safetensors), in float32, for evaluation."""
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         vae = cls(**{name: config[name] for name in ("patch", "latents", "refined") if name in config})
         vae.load_state_dict(read_weights(folder / "diffusion_pytorch_model.safetensors"))
         return vae.eval().requires_grad_(False)

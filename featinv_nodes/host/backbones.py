@@ -60,7 +60,7 @@ def find_weights(name: str) -> str:
 def _hub_name(file: Path) -> str | None:
     """The full timm name in the configuration beside a weights file; None where there is none."""
     try:
-        config = json.loads((file.parent / "config.json").read_text())
+        config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
         return f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -74,7 +74,7 @@ def layers(weights: str, timm_name: str = "") -> list[str]:
     file, name = folders.path(folders.BACKBONES, weights), timm_name.strip()
     config = file.parent / "config.json"
     if not name and file.name in HUB_FILES and config.is_file():
-        name = json.loads(config.read_text())["architecture"]
+        name = json.loads(config.read_text(encoding="utf-8"))["architecture"]
     return _layers(None, name or file.stem)
 
 

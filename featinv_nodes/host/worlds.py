@@ -48,7 +48,7 @@ class BaseModel(comfy.supported_models.SD15):
 def load_model(world: World, vae: PatchAutoencoder) -> ModelPatcher:
     """The base model in float32."""
     folder = world.base_folder / "unet"
-    settings = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tensors = read_weights(folder / "diffusion_pytorch_model.safetensors")
     config = ldm_config(tensors, settings["attention_head_dim"])
     described = BaseModel(config)

@@ -125,5 +125,5 @@ class World:
     @property
     def latent_size(self) -> int:
         """Side of its latents in cells."""
-        settings = json.loads((self.base_folder / "unet" / "config.json").read_text())
+        settings = json.loads((self.base_folder / "unet" / "config.json").read_text(encoding="utf-8"))
         return settings["sample_size"]

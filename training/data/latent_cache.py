@@ -49,7 +49,7 @@ class Part:
     def open(self) -> None:
         """Raises FeatInvError, naming the difference, if the folder holds rows of something else, or nothing."""
         try:
-            there = json.loads((self.folder / "manifest.json").read_text())
+            there = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FeatInvError(f"there is no cache in {self.folder}; {COMMAND}") from error
         except ValueError as error:

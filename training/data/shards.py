@@ -67,7 +67,7 @@ def _index(shard: Path, write: bool) -> dict:
     index_file, (size, modified) = shard.with_name(shard.stem + INDEX), stamp_of(shard)
     current = {"size": size, "modified": modified, "contents": sampled(shard)}
     try:
-        known = json.loads(index_file.read_text())
+        known = json.loads(index_file.read_text(encoding="utf-8"))
         if current == {key: known[key] for key in current}:
             return known
     except (OSError, ValueError, KeyError, TypeError):

@@ -76,7 +76,7 @@ class Store:
         """Notes what decides the figures. Raises FeatInvError if the folder holds the records of another evaluation."""
         file, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
         if file.is_file():
-            known, settings_now = _leaves(json.loads(file.read_text())), _leaves(settings)
+            known, settings_now = _leaves(json.loads(file.read_text(encoding="utf-8"))), _leaves(settings)
             keys = [
                 key for key in sorted(known.keys() | settings_now.keys()) if known.get(key) != settings_now.get(key)
             ]

@@ -82,7 +82,7 @@ def trained(config: TrainConfig, folder: Path) -> Path:
     holds another run."""
     file, noted = folder / f"{config.name}.safetensors", folder / "config.yaml"
     if noted.is_file():
-        known, current = yaml.safe_load(noted.read_text()), asdict(config)
+        known, current = yaml.safe_load(noted.read_text(encoding="utf-8")), asdict(config)
         differing = [
             f"{f.name}: {known[f.name]} there, {current[f.name]} now"
             for f in fields(config)

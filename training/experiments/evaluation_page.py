@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
                 [*command, "--data", folders[RUNS[name].photos], *args.options.split(), "--out", str(args.out / name)]
             )
         )
-        results = json.loads((args.out / name / "results.json").read_text())
+        results = json.loads((args.out / name / "results.json").read_text(encoding="utf-8"))
         write_text(page, fill(page_text(args.page, RUNS[name]), name, block(results, command, TABLES[name])))
         for there, here in PANELS.get(name, {}).items():
             with Image.open(args.out / name / there) as picture:
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def page_text(page: Path | None, one: Run) -> str:
     """The page as it is so far."""
-    return (page if page and page.is_file() else one.page).read_text()
+    return (page if page and page.is_file() else one.page).read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

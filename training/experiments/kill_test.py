@@ -47,7 +47,7 @@ START = multiprocessing.get_context("fork")
 
 def attempt(values: dict[str, str], folder: Path) -> None:
     """A process that trains; silent, on one thread, so that sums are added in one order."""
-    with open(folder.with_suffix(".txt"), "a") as out:
+    with open(folder.with_suffix(".txt"), "a", encoding="utf-8") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def differences(one: Path, two: Path) -> list[str]:
     differing = [key for key in a.keys() | b.keys() if key not in a or key not in b or not torch.equal(a[key], b[key])]
     logs = []
     for folder in (one, two):
-        lines = map(json.loads, (folder / "stats.jsonl").read_text().splitlines())
+        lines = map(json.loads, (folder / "stats.jsonl").read_text(encoding="utf-8").splitlines())
         logs.append([{k: line.get(k) for k in ("images", "loss", "lr", "cosine")} for line in lines])
     return differing + (["stats.jsonl"] if logs[0] != logs[1] else [])
 
@@ -105,7 +105,8 @@ def main() -> None:
                         flush=True,
                     )
                 elif process.exitcode:
-                    sys.exit(f"run {number} did not go on: {killed.with_suffix('.txt').read_text()[-2000:]}")
+                    said = killed.with_suffix(".txt").read_text(encoding="utf-8")
+                    sys.exit(f"run {number} did not go on: {said[-2000:]}")
             wrong += differences(baseline_run, killed)
             if kills == args.kills:
                 break

@@ -54,7 +54,9 @@ def curve(config: TrainConfig, folder: Path, images: int, every: int) -> list[tu
     are kept beside it. Raises FeatInvError if they belong to another configuration."""
     make_folder(folder)
     points_file, about = folder / "points.json", json.loads(json.dumps(asdict(config) | {"max_images": None}))
-    saved = json.loads(points_file.read_text()) if points_file.is_file() else {"config": about, "points": []}
+    saved = {"config": about, "points": []}
+    if points_file.is_file():
+        saved = json.loads(points_file.read_text(encoding="utf-8"))
     other = [name for name in about if saved["config"].get(name) != about[name]]
     if other:
         raise FeatInvError(

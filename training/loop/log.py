@@ -34,11 +34,11 @@ def open_log(file: Path, images_seen: int) -> IO[str]:
             file,
             "".join(
                 line
-                for line in file.read_text().splitlines(True)
+                for line in file.read_text(encoding="utf-8").splitlines(True)
                 if line.endswith("}\n") and json.loads(line)["images"] <= images_seen
             ),
         )
-    return open(file, "a")
+    return open(file, "a", encoding="utf-8")
 
 
 def write_line(log: IO[str], values: dict[str, float], say: Callable[[str], object]) -> None:

@@ -11,6 +11,7 @@ from featinv_nodes.worlds.drawn import DRAWN, FOLDER
 
 from ..evaluation.run import evaluate_in_memory, load_pictures
 from ..evaluation.suites.quality import gap_closed
+from ..files import write_text
 from ..models.pipeline import InversionPipeline, load_pipeline
 from ..report import figure_text
 from . import autoencoder, backbones, base
@@ -180,5 +181,5 @@ def write_card() -> None:
         "Recommended settings: " + "; ".join(f"{n} {load_pipeline(n).info.recommended}" for n in DRAWN.models) + ".",
         "",
     ]
-    file.write_text("\n".join(lines))
+    write_text(file, "\n".join(lines))
     print(f"wrote {file}")

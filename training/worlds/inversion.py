@@ -74,7 +74,7 @@ class StageCache:
             "done": 0,
         }
         file = folder / "kept.json"
-        known = json.loads(file.read_text()) if file.exists() else manifest
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else manifest
         fits = {**known, "done": 0} == manifest
         manifest["done"] = known["done"] if fits else 0
         mode = "r+" if manifest["done"] and all((folder / f"{name}.npy").exists() for name in shapes) else "w+"

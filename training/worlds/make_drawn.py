@@ -23,6 +23,7 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import CONFIGS, read_config
 from training.data.scope import ship_scope
 from training.evaluation.rcdm import EMBEDDED, save_rcdm
+from training.files import write_json
 from training.loop.graph import check_device
 from training.loop.training import train
 from training.models.base_model import load_base
@@ -66,7 +67,7 @@ def ship_backbone(kind: str, work: Path, device: str) -> None:
         },
     }
     write_weights(folder / "model.safetensors", model.state_dict(), torch.float16)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     print(kind, json.dumps(backbones.accuracy(model)))
 
 

@@ -186,7 +186,7 @@ def checked(sizes: Sizes) -> Sizes:
 def require_same(folder: Path, sizes: Sizes) -> None:
     """Raises FeatInvError if the folder holds a base model, finished or not, of other sizes."""
     configs = {
-        part: json.loads(file.read_text())
+        part: json.loads(file.read_text(encoding="utf-8"))
         for part in ("vae", "unet")
         if (file := folder / part / "config.json").exists()
     }

@@ -107,7 +107,9 @@ class Baseline(Suite):
 
 def superclasses() -> dict[str, str]:
     """Synset of ImageNet-1k -> its superclass in WordNet."""
-    return dict(line.split("\t") for line in SUPERCLASSES.read_text().splitlines() if not line.startswith("#"))
+    return dict(
+        line.split("\t") for line in SUPERCLASSES.read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+    )
 
 
 def embeddings(base: str, prompts: list[str]) -> Tensor:

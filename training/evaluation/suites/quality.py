@@ -69,10 +69,8 @@ class NaturalAdversarial(Quality):
 
     def subset(self) -> list[int]:
         self.require_imagenet()
-        return [
-            int(line)
-            for line in (Path(timm.data.__file__).parent / "_info" / "imagenet_a_indices.txt").read_text().split()
-        ]
+        file = Path(timm.data.__file__).parent / "_info" / "imagenet_a_indices.txt"
+        return [int(line) for line in file.read_text(encoding="utf-8").split()]
 
 
 def gap_closed(results: dict) -> float:
