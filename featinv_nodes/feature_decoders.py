@@ -137,8 +137,7 @@ def _decoder(files: DecoderFiles) -> nn.Module:
     """diffusers' RAEDecoder with the folder's weights."""
     import torch
 
-    from .core.backbone_weights import misfits
-    from .core.files import as_float
+    from .core.files import as_float, misfits
 
     about, shapes = files.config, files.weights.shapes
     settings = {
@@ -265,7 +264,8 @@ def _require_weights(files: DecoderFiles, backbone: Backbone, other_weights: boo
     """Raises FeatInvError where the folder has the encoder's weights and the backbone's are others."""
     import torch
 
-    from .core.backbone_weights import at_grid, misfits
+    from .core.backbone_weights import at_grid
+    from .core.files import misfits
     from .core.transformers_weights import prefix_of, to_timm
 
     stored = files.weights.read("encoder.")

@@ -9,14 +9,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .checkpoints import SUFFIXES, Checkpoint, read_checkpoint
-from .digests import digest
+from .digests import COUNTER, digest
 from .errors import FeatInvError
-from .files import read_weights, require_finite
+from .files import misfits, read_weights, require_finite
 from .transformers_weights import from_transformers
 
 #: what a timm-hub folder's weights are called, the first that is there
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-COUNTER = "num_batches_tracked"  # BatchNorm's, which torch fills in
 POSITIONS = "pos_embed"
 
 
@@ -93,22 +92,3 @@ def fill(model: nn.Module, name: str, file: Path) -> str:
         ) from error
     require_finite(dict(model.named_parameters()), file)  # of a head that gives NaN, every picture is of one class
     return digest(state)
-
-
-def misfits(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> str:
-    """Which keys differ, a few of each kind by name; without BatchNorm's counters."""
-    wanted, found = ({k: v.shape for k, v in d.items() if not k.endswith(COUNTER)} for d in (expected, actual))
-    reshaped = [k for k in wanted if k in found and found[k] != wanted[k]]
-    kinds = {
-        "missing": [k for k in wanted if k not in found],
-        "unexpected": [k for k in found if k not in wanted],
-        "misshapen": [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in reshaped],
-    }
-    kinds = {kind: keys for kind, keys in kinds.items() if keys}
-    return "; ".join(f"{kind} {some(keys, 8 // len(kinds))}" for kind, keys in kinds.items())
-
-
-def some(names: Collection[str], most: int) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + more

@@ -12,9 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .backbone_weights import some
 from .classes import are_classes, label_groups, ranked
-from .errors import FeatInvError
+from .errors import FeatInvError, some_of
 from .feature_map import FeatureMap, FeatureSource, concatenate
 from .preprocess import evaluation_view, require_known, stretched
 
@@ -265,7 +264,7 @@ class Backbone(nn.Module):
         return LastMap("NLC", out.shape[2], grid, prefix)
 
     def _other_layers(self) -> str:
-        return f"choose one of the layers {some(self.layers[1:], 16)}"
+        return f"choose one of the layers {some_of(self.layers[1:], 16)}"
 
     def _blank(self) -> Tensor:
         return torch.zeros(1, 3, *self.input_size, device=self._mean.device, dtype=self._mean.dtype)
@@ -298,7 +297,7 @@ class Backbone(nn.Module):
     def _spatial(self, x: Tensor, layer: str) -> tuple[Tensor, Tensor | None]:
         """Normalised pictures to (values [B, C, H, W], prefix tokens [B, P, C] or None)."""
         if layer not in self.layers:
-            raise FeatInvError(f"{self.name} has no layer {layer!r}; choose one of {some(self.layers, 16)}")
+            raise FeatInvError(f"{self.name} has no layer {layer!r}; choose one of {some_of(self.layers, 16)}")
         if layer != LAST:
             (values,) = self._timm.forward_intermediates(
                 x, indices=[self._stages[layer]], stop_early=True, output_fmt="NCHW", intermediates_only=True

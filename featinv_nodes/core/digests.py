@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 SAMPLED = 4096  # values of a tensor that are read at most, the first and the last among them
 DIGITS = 16
-COUNTER = "num_batches_tracked"  # of batch normalisation: it says how long, not what was learned
+#: the last part of the name of batch normalisation's counter, which says how long a model learned, not what; torch
+#: fills it in where it is missing
+COUNTER = "num_batches_tracked"
 FULL_OR_HALF = (torch.float32, torch.float16, torch.float64)
 
 

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import FeatInvError
+from .digests import COUNTER
+from .errors import FeatInvError, some_of
 
 if TYPE_CHECKING:
     from .metadata import Kind
@@ -107,11 +108,23 @@ def require_finite(tensors: Mapping[str, Tensor], file: str | Path) -> None:
     suspects = [name for name, value in tensors.items() if not value.sum(dtype=torch.float32).isfinite()]  # fast
     wrong = [name for name in suspects if not tensors[name].isfinite().all()]
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise FeatInvError(
-            f"{file} holds NaN or infinite values in {', '.join(wrong[:8])}{more}; its training failed, or it is"
-            " damaged. Give an earlier checkpoint, or copy it again"
+            f"{file} holds NaN or infinite values in {some_of(wrong, 8)}; its training failed, or it is damaged. Give"
+            " an earlier checkpoint, or copy it again"
         )
+
+
+def misfits(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> str:
+    """Which tensors differ by name or shape, a few of each kind by name; without BatchNorm's counters. "" for none."""
+    wanted, found = ({k: v.shape for k, v in d.items() if not k.endswith(COUNTER)} for d in (expected, actual))
+    reshaped = [k for k in wanted if k in found and found[k] != wanted[k]]
+    kinds = {
+        "missing": [k for k in wanted if k not in found],
+        "unexpected": [k for k in found if k not in wanted],
+        "misshapen": [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in reshaped],
+    }
+    kinds = {kind: keys for kind, keys in kinds.items() if keys}
+    return "; ".join(f"{kind} {some_of(keys, 8 // len(kinds))}" for kind, keys in kinds.items())
 
 
 def _widened(value: Tensor, name: str, file: str | Path) -> Tensor:

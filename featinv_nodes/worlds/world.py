@@ -60,7 +60,7 @@ class Packaged:
         """Raises FeatInvError if the package is not installed, or its file is another."""
         from ..core.backbone_opening import untrained_backbone
         from ..core.checkpoints import read_checkpoint
-        from ..core.digests import digest
+        from ..core.digests import COUNTER, digest
 
         file = self.path()
         if hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256:
@@ -71,8 +71,8 @@ class Packaged:
         if input_size in (None, self.input_size):
             backbone.crop_pct = self.crop_pct or backbone.crop_pct
             backbone.crop_mode = self.crop_mode or backbone.crop_mode
-        published = {k: v for k, v in read_checkpoint(file).items() if not k.endswith("num_batches_tracked")}
-        own = {k: v for k, v in backbone.model.state_dict().items() if not k.endswith("num_batches_tracked")}
+        published = {k: v for k, v in read_checkpoint(file).items() if not k.endswith(COUNTER)}
+        own = {k: v for k, v in backbone.model.state_dict().items() if not k.endswith(COUNTER)}
         # the same layers in the same order under other names: the digest vouches for it
         backbone.model.load_state_dict(dict(zip(own, published.values(), strict=True)), strict=False)
         backbone.weights = digest(backbone.model)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError, some_of
 from featinv_nodes.core.images import LARGEST, SMALLEST, as_seen, as_tensor
 from featinv_nodes.worlds import drawing_world
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -94,9 +94,8 @@ def imagenet_labels(classes: set[str]) -> tuple[dict[str, str], list[str]]:
     labels = {c: info.label_name_to_description(c, detailed=False) for c in sorted(known)}
     if not foreign:
         return labels, []
-    more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
     return labels, [
-        f"Class folders that are no synsets of ImageNet-1k, treated as plain folders: {', '.join(foreign[:8])}{more}."
+        f"Class folders that are no synsets of ImageNet-1k, treated as plain folders: {some_of(foreign, 8)}."
     ]
 
 
@@ -158,10 +157,9 @@ def first_of_each(data: str, names: Sequence[str], classes: Sequence[str | None]
         raise FeatInvError(f"--per-class {count}: {data} has no class folders or labels; use --count")
     few = [f"{name} ({len(members)})" for name, members in sorted(indices.items()) if len(members) < count]
     if few or count < 1:
-        more = f" and {len(few) - 8} more" if len(few) > 8 else ""
         raise FeatInvError(
             f"--per-class {count}: expected at least 1, and as many images in each class folder of {data}; fewer in"
-            f" {', '.join(few[:8])}{more}"
+            f" {some_of(few, 8)}"
         )
     return [index for name in sorted(indices) for index in indices[name][:count]]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from featinv_nodes.core.checkpoints import read_checkpoint
 from featinv_nodes.core.encoders import build_encoder
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import opened
+from featinv_nodes.core.files import misfits, opened
 from featinv_nodes.core.weights import ENCODER_PREFIX
 
 CONTROL = "control_model."
@@ -125,25 +125,10 @@ def skeleton(config: dict, encoder: dict) -> dict[str, Tensor]:
 
 
 def require_fit(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: str | Path) -> None:
-    """Raises FeatInvError, listing up to eight of each, for missing, unexpected and misshapen tensors."""
-    shapes = [
-        f"{k} {tuple(actual[k].shape)} instead of {tuple(expected[k].shape)}"
-        for k in actual
-        if k in expected and actual[k].shape != expected[k].shape
-    ]
-    groups = {
-        "missing": [k for k in expected if k not in actual],
-        "unexpected": [k for k in actual if k not in expected],
-        "misshapen": shapes,
-    }
-    texts = [
-        f"{name}: {', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}"
-        for name, keys in groups.items()
-        if keys
-    ]
-    if texts:
+    """Raises FeatInvError, naming some of each kind, for missing, unexpected and misshapen tensors."""
+    if differing := misfits(expected, actual):
         raise FeatInvError(
-            f"{file} does not fit the ControlNet that its blocks describe. {'; '.join(texts)}. Is it a complete FeatInv"
+            f"{file} does not fit the ControlNet that its blocks describe: {differing}. Is it a complete FeatInv"
             " checkpoint of the SD 1.x kind?"
         )
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError, some_of
 from featinv_nodes.core.files import is_in_8_bits, read_weights
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.prediction import PREDICTIONS
@@ -168,11 +168,7 @@ def load_part(kind: type, folder: Path, **options: bool) -> nn.Module:
 
 def require_no_misfits(what: str, wrong: dict[str, list[str]]) -> None:
     """Raises FeatInvError that names some tensors of each kind, where there are any."""
-    texts = [
-        f"{name} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
-        for name, keys in wrong.items()
-        if keys
-    ]
+    texts = [f"{name} {some_of(keys, 4)}" for name, keys in wrong.items() if keys]
     if texts:
         raise FeatInvError(
             f"{what}: the weights are not those of its configuration: {'; '.join(texts)}; download or copy them again"

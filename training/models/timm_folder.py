@@ -12,11 +12,11 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from featinv_nodes.core.backbone_opening import untrained_backbone
-from featinv_nodes.core.backbone_weights import HUB_FILES, misfits, prefix_in, read_backbone_weights, some
+from featinv_nodes.core.backbone_weights import HUB_FILES, prefix_in, read_backbone_weights
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.checkpoints import Checkpoint
-from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.files import require_finite, require_name
+from featinv_nodes.core.errors import FeatInvError, some_of
+from featinv_nodes.core.files import misfits, require_finite, require_name
 
 #: entries in which trainers keep the classes' names
 NAMES = ("class_names", "classes", "label_names", "class_to_idx")
@@ -57,14 +57,14 @@ def write_timm_folder(
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    named = some(labels, 3) if labels else "without names"
+    named = some_of(labels, 3) if labels else "without names"
     said = [f"{name.partition('.')[0]}.{tag}, {model.num_classes} classes ({named}), {len(state)} tensors"]
     prefix = prefix_in(checkpoint, state)
     said += [f"taken from the entry {checkpoint.entry!r}"] if checkpoint.entry else []
     said += [f"took the prefix {prefix!r} off the names"] if prefix else []
     left = [*checkpoint.left, *(k for k in checkpoint if k.removeprefix(prefix) not in state)]
-    said += [f"left out {some(left, 6)}"] if left else []
-    said += [f"did not make objects of {some(checkpoint.replaced, 4)}"] if checkpoint.replaced else []
+    said += [f"left out {some_of(left, 6)}"] if left else []
+    said += [f"did not make objects of {some_of(checkpoint.replaced, 4)}"] if checkpoint.replaced else []
     return "; ".join(said)
 
 
