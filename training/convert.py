@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,7 +40,7 @@ from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.backbones import LAST, MODULE
 from featinv_nodes.core.encoders import build_encoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
-from featinv_nodes.core.files import require_finite, write_safetensors
+from featinv_nodes.core.files import require_finite, write_safetensors, written_whole
 from featinv_nodes.core.guidance import NEGATIVES
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import ENCODER_PREFIX, InversionInfo, load_inversion, save_inversion
@@ -122,12 +120,8 @@ def write_official(args: argparse.Namespace) -> str:
     if args.output.suffix == ".safetensors":
         write_safetensors(args.output, state, {"format": "pt"})
         return f"{len(state)} tensors"
-    part = args.output.with_name(args.output.name + ".part")
-    try:
+    with written_whole(args.output) as part:
         torch.save({"state_dict": state}, part)
-        os.replace(part, args.output)
-    finally:
-        part.unlink(missing_ok=True)
     return f"{len(state)} tensors"
 
 
@@ -176,9 +170,7 @@ def write_diffusers(args: argparse.Namespace) -> str:
         model = ControlNetModel(**config)
     # diffusers' own embedding, for pictures, stands where our encoder does; without it, opening the folder would warn
     blank = {k: torch.zeros(v.shape) for k, v in model.state_dict().items() if k.startswith(ENCODER_PREFIX)}
-    part = args.output.with_name(args.output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with written_whole(args.output) as part:
         part.mkdir(parents=True)
         model.save_config(part)
         write_safetensors(part / "diffusion_pytorch_model.safetensors", {**blank, **tensors}, {"format": "pt"})
@@ -193,9 +185,6 @@ def write_diffusers(args: argparse.Namespace) -> str:
             **info.encoder,
         )
         write_text(part / "README.md", text)
-        os.replace(part, args.output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return f"config.json, diffusion_pytorch_model.safetensors, {ENCODER_FILE}, README.md"
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.files import written_whole
 
 
 def make_folder(folder: Path) -> None:
@@ -22,9 +22,8 @@ def make_folder(folder: Path) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    with written_whole(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, values: dict) -> None:

@@ -12,6 +12,8 @@ from string import Template
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from featinv_nodes.core.files import written_whole
+
 TEMPLATE = Path(__file__).with_name("page.html")
 TILE, GAP = 144, 8  # pixels: a picture's side, between pictures
 CAPTION, LINE = 20, 16  # a caption's first line, each further one
@@ -122,12 +124,11 @@ def page(title: str, image: Image.Image, paragraphs: Sequence[str], body: str = 
 def save_image(image: Image.Image, file: Path) -> None:
     """Writes an RGB image whole or not at all, in the format of the file's suffix; for .webp, which the pages of docs/
     show, in the smaller of two forms."""
-    part = file.with_name(f"{file.stem}.part{file.suffix}")
-    if file.suffix == ".webp":
-        part.write_bytes(small_webp(image))
-    else:
-        image.save(part)
-    part.replace(file)
+    with written_whole(file) as part:
+        if file.suffix == ".webp":
+            part.write_bytes(small_webp(image))
+        else:
+            image.save(part, Image.registered_extensions()[file.suffix])
 
 
 def small_webp(image: Image.Image) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,18 +37,31 @@ def require_name(file: str | Path) -> None:
         raise FeatInvError(f"the name {str(file)!r} holds a zero byte; give one without")
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside a file or a folder, and renames it to that at the end: it is there whole or not at
+    all, and what is there already stays until then. Where writing fails, nothing is left under the temporary name."""
+    part = path.with_name(path.name + ".part")
+    if part.is_dir():  # of a process that was killed
+        shutil.rmtree(part)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
 def write_safetensors(file: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file under a temporary name and renames it. Raises FeatInvError for a name that is too
     long."""
     require_name(file)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    try:
+    with written_whole(file) as part:
         part.write_bytes(save(tensors, metadata))  # save_file would make a file that only its owner can read
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from featinv_nodes.core.backbone_weights import HUB_FILES, prefix_in, read_backb
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.checkpoints import Checkpoint
 from featinv_nodes.core.errors import FeatInvError, some_of
-from featinv_nodes.core.files import misfits, require_finite, require_name
+from featinv_nodes.core.files import misfits, require_finite, require_name, written_whole
 
 #: entries in which trainers keep the classes' names
 NAMES = ("class_names", "classes", "label_names", "class_to_idx")
@@ -48,15 +47,10 @@ def write_timm_folder(
             f"{classes or file} names {len(labels)} classes, but the classifier has {model.num_classes}; give as many"
             " names, in the order of the logits"
         )
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with written_whole(folder) as part:
         model.pretrained_cfg = {**model.pretrained_cfg, "tag": tag}
         save_for_hf(model, str(part), {"label_names": labels} if labels else {}, safe_serialization=True)
         shutil.copymode(part / "config.json", part / HUB_FILES[0])  # safetensors lets only its owner read a file
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     named = some_of(labels, 3) if labels else "without names"
     said = [f"{name.partition('.')[0]}.{tag}, {model.num_classes} classes ({named}), {len(state)} tensors"]
     prefix = prefix_in(checkpoint, state)

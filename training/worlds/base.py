@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from featinv_nodes.core.files import write_safetensors, write_weights
+from featinv_nodes.core.files import write_safetensors, write_weights, written_whole
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -77,8 +77,8 @@ def cached_latents(work: Path, vae: PatchAutoencoder, device: str, count: int, s
                 x = normalise(draw(seed, numbers).image).to(memory_format=torch.channels_last)
                 with torch.autocast(device, torch.bfloat16):
                     chunk.append(vae.encode(x).half().cpu())
-            torch.save(torch.cat(chunk), f"{file}.part")
-            Path(f"{file}.part").rename(file)
+            with written_whole(file) as part:
+                torch.save(torch.cat(chunk), part)
         parts.append(torch.load(file, weights_only=True))
     return torch.cat(parts)[:count]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.files import written_whole
 from training.loop.ema import update_average
 from training.loop.graph import check_device, make_plain, set_lr, training_step
 
@@ -120,13 +120,10 @@ def save_checkpoint(
     """Writes the state of a stage to a temporary name and renames it. spent: seconds of training."""
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "average": average.state_dict(), "seen": images_seen, "spent": spent}
-    written, part = io.BytesIO(), Path(f"{file}.part")
-    torch.save({**state, "optimizer": optimizer.state_dict()}, written)  # which hides the error of a full disk
-    try:
-        part.write_bytes(written.getbuffer())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    content = io.BytesIO()
+    torch.save({**state, "optimizer": optimizer.state_dict()}, content)  # which hides the error of a full disk
+    with written_whole(file) as part:
+        part.write_bytes(content.getbuffer())
 
 
 def read_images_seen(work: Path, name: str) -> int:
