@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from ..core.sampling import SPACINGS
+from ..core.sampling import SPACINGS, Sampling
 from ..core.weights import InversionInfo
 from ..worlds import find_world
 from .sizes import trained_size
 
 #: the weights file's name of what guidance pushes away from -> FeatInv ControlNet's guide_away_from
 AWAY = {"features": "text and features", "text": "text"}
-GRADIENT_STEPS = 10  # of the last, where the file does not say; see InversionInfo
 
 
 def about(info: InversionInfo, other_weights: bool = False) -> str:
@@ -36,7 +35,7 @@ def about(info: InversionInfo, other_weights: bool = False) -> str:
 def settings(recommended: dict) -> list[str]:
     """The settings that a weights file recommends, as lines "node: widget value, ..."."""
     away, steps = recommended.get("negative"), recommended.get("steps")
-    step, last = recommended.get("gradient", 0.0), recommended.get("gradient_steps", GRADIENT_STEPS)
+    step, last = recommended.get("gradient", 0.0), recommended.get("gradient_steps", Sampling.gradient_steps)
     nodes = {
         "FeatInv ControlNet": {
             "strength": recommended.get("strength"),

@@ -4,23 +4,63 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import torch
 
-from ..core.backbone_opening import untrained_backbone
+from ..core.backbone_opening import load_backbone, smaller_backbone, untrained_backbone
 from ..core.backbone_weights import HUB_FILES
 from ..core.backbones import Backbone
-from ..core.feature_map import FeatInvError, FeatureSource
+from ..core.errors import FeatInvError, UnknownBackbone
+from ..core.feature_map import FeatureSource
+from ..core.model_folder import stored_shapes
 from ..worlds import BACKBONES, open_backbone
-from . import folders, models
+from . import folders
+from .models import in_gb, require_memory
 
 
 def open_file(weights: str, timm_name: str = "", input_size: int = 0) -> Backbone:
-    """The backbone of Load Backbone's widgets. Raises FeatInvError as models.open_file and open_backbone do."""
+    """The backbone of Load Backbone's widgets. Raises FeatInvError as _open_path and open_backbone do."""
     if (short := folders.embedded(weights, BACKBONES)) is not None:
         return open_backbone(short, input_size=input_size or None)
-    return models.open_file(folders.path(folders.BACKBONES, weights), timm_name.strip(), input_size or None)
+    return _open_path(folders.path(folders.BACKBONES, weights), timm_name.strip(), input_size or None)
+
+
+def _open_path(file: Path, timm_name: str, input_size: int | None) -> Backbone:
+    """The backbone in a file of models/backbones. timm_name: "" for the file's own name, or its folder's. Raises
+    FeatInvError as load_backbone does, and for a name that is not timm's where to write one."""
+    _require_room(file, timm_name)
+    hub = file.name in HUB_FILES
+    described = hub and not timm_name and (file.parent / "config.json").is_file()
+    try:
+        if described:
+            return load_backbone(str(file.parent), input_size=input_size)
+        return load_backbone(timm_name or file.stem, file, input_size)
+    except UnknownBackbone as error:
+        bare = hub and not described
+        missing = f"{file.parent} has no config.json, which would say what model it is. " if bare else ""
+        raise FeatInvError(
+            f"Load Backbone: {missing}{error}. Write the model's timm name, architecture.tag, into timm_name, or choose"
+            f" an embedded model: {', '.join(BACKBONES)}"
+        ) from error
+
+
+def _require_room(file: Path, timm_name: str) -> None:
+    """Raises FeatInvError, before it is read, for a backbone's weights that are larger than the memory: how much they
+    need, and what smaller one there is."""
+    if not file.is_file():
+        return  # said where it is opened
+    name = timm_name or (file.parent.name if file.name in HUB_FILES else file.stem)
+    size = 4 * sum(map(prod, stored_shapes(file).values())) if file.suffix == ".safetensors" else file.stat().st_size
+    require_memory(f"the backbone {name}", size, lambda: _smaller(name))
+
+
+def _smaller(name: str) -> str:
+    smaller = smaller_backbone(name)
+    if smaller is None:
+        return f"Choose a smaller backbone, or an embedded one: {', '.join(BACKBONES)}"
+    return f"A smaller one of its family is {smaller[0]}, which needs {in_gb(smaller[1])}"
 
 
 def open_for(source: FeatureSource) -> Backbone:

@@ -32,7 +32,7 @@ class Noise(Protocol):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class CustomSampling:
     """What the host's SamplerCustomAdvanced takes, and the autoencoder. latent: a LATENT of one row per seed. The
     guider's conditionings come from FeatInv ControlNet, whatever its feature map."""
 
@@ -44,7 +44,9 @@ class Sampling:
     vae: comfy.sd.VAE
 
 
-def find(sampling: Sampling, backbone: ManagedBackbone, change: Edit, rounds: int) -> list[Visualization]:
+def search_factors(
+    sampling: CustomSampling, backbone: ManagedBackbone, change: Edit, rounds: int
+) -> list[Visualization]:
     """core.viz.visualize of an edit's groups, with up to this many factors for each; a bar over all of them.
 
     Raises FeatInvError if the edit is of several maps, or the guider steers towards no map of its kind.
@@ -75,7 +77,7 @@ def find(sampling: Sampling, backbone: ManagedBackbone, change: Edit, rounds: in
     return visualize(draw, change.original.to("cpu"), change.concepts, change.groups, settings, stop_if_cancelled)
 
 
-def ready(sampling: Sampling, times: int) -> dict:
+def ready(sampling: CustomSampling, times: int) -> dict:
     """The latents repeated, with as many channels as the model has."""
     latent = with_equal_noise(sampling.latent, times)
     scales = {key: value for key, value in latent.items() if key.startswith("downscale_ratio")}  # of newer hosts
@@ -117,7 +119,7 @@ class Bar:
     """The host's progress bar and preview over all drawings. first: parts of the first drawing; more: those that may
     follow, a part each."""
 
-    def __init__(self, sampling: Sampling, first: int, more: int) -> None:
+    def __init__(self, sampling: CustomSampling, first: int, more: int) -> None:
         self.steps = len(sampling.sigmas) - 1
         model = sampling.guider.model_patcher
         self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)

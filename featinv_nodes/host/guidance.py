@@ -33,7 +33,7 @@ def guided(
     FeatInvError if the map is not the backbone's or the autoencoder not the model's.
     """
     decoding, node = Decoding(vae), executing_node()
-    check(model.model, vae, backbone, target)
+    require_fit(model.model, vae, backbone, target)
 
     def predict(executor, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None) -> Tensor:  # noqa: ANN001
         base, sigmas = executor.class_obj.inner_model, model_options["transformer_options"]["sample_sigmas"]
@@ -51,7 +51,7 @@ def guided(
     return clone
 
 
-def check(model: BaseModel, vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap) -> None:
+def require_fit(model: BaseModel, vae: comfy.sd.VAE, backbone: ManagedBackbone, target: FeatureMap) -> None:
     """Raises FeatInvError if the map is not the backbone's, or the autoencoder not the model's."""
     target.source.require(
         backbone.backbone.source(target.source.layer, target.source.pooled), "the feature map", "the backbone"

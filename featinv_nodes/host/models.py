@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
-from pathlib import Path
 from typing import TypeVar
 
 import comfy.model_management as management
@@ -13,15 +11,11 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..core.backbone_opening import load_backbone, smaller_backbone
-from ..core.backbone_weights import HUB_FILES
 from ..core.backbones import LAST, Backbone
-from ..core.errors import FeatInvError, UnknownBackbone
+from ..core.errors import FeatInvError
 from ..core.feature_map import FeatureMap, FeatureSource, concatenate
 from ..core.guidance import kept_bytes
-from ..core.model_folder import stored_shapes
 from ..core.waiting import Progress, ask_after_layers
-from ..worlds import BACKBONES
 
 Result = TypeVar("Result", Tensor, FeatureMap)
 #: newer hosts have a patcher for models that take part in their own memory scheme
@@ -44,42 +38,6 @@ def managed(model: nn.Module, load: torch.device | None = None) -> Whole:
     return Whole(
         model, load_device=load or management.get_torch_device(), offload_device=management.unet_offload_device()
     )
-
-
-def open_file(file: Path, timm_name: str, input_size: int | None) -> Backbone:
-    """The backbone in a file of models/backbones. timm_name: "" for the file's own name, or its folder's. Raises
-    FeatInvError as load_backbone does, and for a name that is not timm's where to write one."""
-    require_room(file, timm_name)
-    hub = file.name in HUB_FILES
-    described = hub and not timm_name and (file.parent / "config.json").is_file()
-    try:
-        if described:
-            return load_backbone(str(file.parent), input_size=input_size)
-        return load_backbone(timm_name or file.stem, file, input_size)
-    except UnknownBackbone as error:
-        bare = hub and not described
-        missing = f"{file.parent} has no config.json, which would say what model it is. " if bare else ""
-        raise FeatInvError(
-            f"Load Backbone: {missing}{error}. Write the model's timm name, architecture.tag, into timm_name, or choose"
-            f" an embedded model: {', '.join(BACKBONES)}"
-        ) from error
-
-
-def require_room(file: Path, timm_name: str) -> None:
-    """Raises FeatInvError, before it is read, for a backbone's weights that are larger than the memory: how much they
-    need, and what smaller one there is."""
-    if not file.is_file():
-        return  # said where it is opened
-    name = timm_name or (file.parent.name if file.name in HUB_FILES else file.stem)
-    size = 4 * sum(map(prod, stored_shapes(file).values())) if file.suffix == ".safetensors" else file.stat().st_size
-    require_memory(f"the backbone {name}", size, lambda: _smaller(name))
-
-
-def _smaller(name: str) -> str:
-    smaller = smaller_backbone(name)
-    if smaller is None:
-        return f"Choose a smaller backbone, or an embedded one: {', '.join(BACKBONES)}"
-    return f"A smaller one of its family is {smaller[0]}, which needs {in_gb(smaller[1])}"
 
 
 def require_memory(what: str, size: int, advice: Callable[[], str]) -> None:

@@ -17,12 +17,12 @@ from ..core.feature_map import FeatInvError, FeatureMap
 from ..core.universal_guidance import Level, NotFinite, UniversalGuidance, sample_toward
 from ..core.waiting import cancellable
 from .decoding import Decoding
-from .guidance import check, moved
+from .guidance import moved, require_fit
 from .models import ManagedBackbone, stop_if_cancelled
 from .notices import executing_node, tell, tell_counts
 
 
-class Sampling(Protocol):
+class ModelSampling(Protocol):
     """A model's sampling, as the host's model_sampling has it."""
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor) -> Tensor: ...
@@ -57,7 +57,7 @@ def guidance_sampler(
     ) -> Tensor:
         guider, extra_args = model.inner_model, extra_args or {}
         base = guider.inner_model
-        check(base, vae, backbone, target)
+        require_fit(base, vae, backbone, target)
         if x.ndim != 4:
             raise FeatInvError(
                 f"Feature Guidance Sampler: latents of shape {list(x.shape)}; expected images, [batch, channels,"
@@ -126,7 +126,7 @@ class Bar:
         self.printed.update(1)
 
 
-def levels_of(model_sampling: Sampling, sigmas: Tensor) -> list[Level]:
+def levels_of(model_sampling: ModelSampling, sigmas: Tensor) -> list[Level]:
     """Signal and noise of latents at each of the sigmas, from what the model's own noise_scaling makes of clean latents
     and of noise: (1, sigma) for models of noise and velocity, (1 - sigma, sigma) for flows. Raises FeatInvError for a
     model that adds no noise."""

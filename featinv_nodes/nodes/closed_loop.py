@@ -110,9 +110,10 @@ class ClosedLoop(io.ComfyNode):
 
         from ..core.pictures import captioned
         from ..core.viz import as_commanded
-        from ..host.closed_loop import Sampling, find
+        from ..host.closed_loop import CustomSampling, search_factors
 
-        found = find(Sampling(noise, guider, sampler, sigmas, latent_image, vae), backbone, edit, rounds)
+        sampling = CustomSampling(noise, guider, sampler, sigmas, latent_image, vae)
+        found = search_factors(sampling, backbone, edit, rounds)
         change, pictures = as_commanded(found)
         seeds = len(found[0].original)
         report = "\n".join(one.describe() for one in found)

@@ -127,7 +127,7 @@ class DiscoverConcepts(io.ComfyNode):
         from ..core.concepts import save_concepts
         from ..core.concepts.collect import Folder, Pictures
         from ..core.concepts.statistics import remarks, table, with_statistics
-        from ..host.discovery import find
+        from ..host.discovery import discover_concepts
 
         if (images is None) == (not folder.strip()):
             raise FeatInvError("Discover Concepts: connect images or name a folder of images, one of the two")
@@ -136,7 +136,7 @@ class DiscoverConcepts(io.ComfyNode):
             pictures = Folder(located(folder), backbone.backbone, fit, vectors, seed)
         else:
             pictures = Pictures(channels_first(images), backbone.backbone, fit)
-        result, worth, collected = find(backbone, pictures, layer.strip(), method, concepts, vectors, seed)
+        result, worth, collected = discover_concepts(backbone, pictures, layer.strip(), method, concepts, vectors, seed)
         if file:
             save_concepts(file, with_statistics(result, worth, read=collected.read, classes=collected.classes))
         lines = [
