@@ -13,7 +13,7 @@ import yaml
 
 from featinv_nodes.core.encoders import KINDS
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.sampling import PAPER_SAMPLING, Sampling
 from featinv_nodes.core.scope import FEWEST
 from featinv_nodes.worlds import drawing_world
 
@@ -157,10 +157,7 @@ class TrainConfig:
     save_every: int = option("images between checkpoints", 10_000)
     keep: int = option("checkpoints kept", 2)
     trackers: list = option("accelerate's trackers, such as [tensorboard]", [])
-    recommended: dict = option(
-        "sampling settings written into the weights file",
-        {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50},
-    )
+    recommended: dict = option("sampling settings written into the weights file", PAPER_SAMPLING)
     scope: int = option("images for the scope statistics that are fitted at the end (see fit_scope.py), 0 for none", 0)
     scope_data: str | None = option("folder of these images, which training does not see", None)
 

@@ -42,7 +42,7 @@ from featinv_nodes.core.encoders import build_encoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
 from featinv_nodes.core.files import require_finite, write_safetensors, written_whole
 from featinv_nodes.core.guidance import NEGATIVES
-from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.sampling import PAPER_POOLED, PAPER_SAMPLING, Sampling
 from featinv_nodes.core.weights import ENCODER_PREFIX, InversionInfo, load_inversion, save_inversion
 from featinv_nodes.worlds import BACKBONES, model_file, open_backbone
 from training.cli import run
@@ -74,7 +74,7 @@ def write_weights_file(args: argparse.Namespace) -> str:
         )
     if args.output.suffix != ".safetensors":
         raise FeatInvError(f"{args.output}: a weights file's name ends in .safetensors")
-    uniform = {"strength": 1.5, "guidance": 8.0} if args.pooled else {"strength": 1.0, "guidance": 1.75}
+    uniform = PAPER_POOLED if args.pooled else PAPER_SAMPLING
     given = {k: getattr(args, k) for k in ("strength", "guidance") if getattr(args, k) is not None}
     recommended = {**uniform, **given, "negative": args.negative, "steps": args.steps}
     recommended["timestep_spacing"] = "leading"  # as the paper's code samples

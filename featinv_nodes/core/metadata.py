@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from .errors import FeatInvError
 from .feature_map import FeatureSource
-from .sampling import Sampling
+from .sampling import PAPER_SAMPLING, Sampling
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -128,7 +128,7 @@ class Recommended(create_model("Settings", __base__=Fields, **_SETTINGS)):  # ty
 
     def made(self) -> dict:
         """The settings that the file states, and the four that every file has."""
-        usual = {name: getattr(self, name) for name in ("strength", "guidance", "negative", "steps")}
+        usual = {name: getattr(self, name) for name in PAPER_SAMPLING}
         return usual | self.model_dump(exclude_unset=True)
 
 

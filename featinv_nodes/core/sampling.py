@@ -27,6 +27,10 @@ SOLVERS = ("ddim", "dpmpp_2m", "unipc")
 #: official code of Stable Diffusion, ControlNet and the paper does, wherever the steps divide the timesteps.
 SPACINGS = {"trailing": "simple", "leading": "ddim_uniform"}
 
+#: the paper's settings, of unpooled and of pooled features (Table 3's caption)
+PAPER_SAMPLING = {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
+PAPER_POOLED = PAPER_SAMPLING | {"strength": 1.5, "guidance": 8.0}
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .encoders import build_encoder
 from .feature_map import FeatInvError, FeatureSource
 from .files import as_float, read_about, read_metadata, read_tensors, read_weights, write_safetensors, write_weights
+from .sampling import PAPER_SAMPLING
 from .scope import Scope
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ class InversionInfo:
     encoder: dict
     base: dict
     prompt: str
-    recommended: dict = field(
-        default_factory=lambda: {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
-    )
+    recommended: dict = field(default_factory=PAPER_SAMPLING.copy)
     images_seen: int = 0
     config: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)

@@ -7,13 +7,12 @@ import yaml
 from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.sampling import PAPER_SAMPLING, Sampling
 from training.evaluation.metrics import RESAMPLES
 from training.experiments import ablation, ablation_rows
 from training.experiments.ablation_rows import (
     ABLATIONS,
     GUIDED,
-    PAPER_SAMPLING,
     RECOMMENDED,
     chain,
     chosen_rows,

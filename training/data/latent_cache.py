@@ -126,12 +126,12 @@ def parts_of(config: TrainConfig, source: Scenes | Photographs, base: BaseModel,
         "flips": config.flips if isinstance(source, Photographs) else "none",
         "shard": SHARD,
     }
-    latents = crops | {"resolution": base.resolution, "autoencoder": digest(base.vae)}
+    latents = crops | {"resolution": base.resolution, "autoencoder": exact_digest(base.vae)}
     parts = [Part(Path(config.cache) / "latents", "moments", latents, source.identity, len(source), views)]
     if config.cache_features:
         features = crops | {
             "features": replace(backbone.source(config.layer, config.pooled), weights="").to_dict(),
-            "backbone": digest(backbone.model),
+            "backbone": exact_digest(backbone.model),
         }
         name = re.sub(r"[^\w.-]+", "_", f"features-{backbone.name}-{config.layer}{'-pooled' if config.pooled else ''}")
         features = json.loads(json.dumps(features))
@@ -139,7 +139,7 @@ def parts_of(config: TrainConfig, source: Scenes | Photographs, base: BaseModel,
     return parts
 
 
-def digest(module: nn.Module) -> str:
+def exact_digest(module: nn.Module) -> str:
     """Of all of a model's weights as they are now, in bf16, which training may keep them in: a cache is read by runs of
     either precision. core/digests.py tells models apart as they were opened."""
     sha = hashlib.sha256()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.feature_map import FeatureSource
-from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.sampling import PAPER_POOLED, PAPER_SAMPLING, Sampling
 
 from ..models.base_model import BaseModel
 from .report import Grid
@@ -44,8 +44,7 @@ RECONSTRUCTION = {
 def sampling(pooled: bool) -> Sampling:
     """50 steps of DDIM at the released program's timesteps, 1, 21, ... 981, and the uniform strength and guidance of
     Table 3's caption; those chosen for each model are not published."""
-    strength, guidance = (1.5, 8.0) if pooled else (1.0, 1.75)
-    return Sampling(50, strength, guidance, "text", timestep_spacing="leading")
+    return Sampling(**(PAPER_POOLED if pooled else PAPER_SAMPLING), timestep_spacing="leading")
 
 
 def set_cut(backbone: Backbone) -> None:

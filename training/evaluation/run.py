@@ -127,7 +127,7 @@ def arguments(description: str = "") -> argparse.ArgumentParser:
     return parser
 
 
-def digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
     """Tells two weights files apart, by all but the recommended settings: those that are used are among the
     samplings."""
     sha = hashlib.sha256()
@@ -199,7 +199,7 @@ def run_suite(args: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(args).items() if name not in IDLE}
     settings = options | {
         "pictures": source.fingerprint,
-        "files": {name: digest(file) for name, file in suite.files().items()},
+        "files": {name: file_digest(file) for name, file in suite.files().items()},
         "weights": suite.weight_digests(),
         "sampling": suite.settings(),
         "sets": suite.sets(),

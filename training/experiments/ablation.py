@@ -31,7 +31,7 @@ from accelerate import PartialState
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.metrics import bootstrap
-from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.sampling import PAPER_SAMPLING, Sampling
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import drawing_world, model_file, open_backbone
 from training.cli import run
@@ -50,7 +50,7 @@ from training.evaluation.report import (
     to_markdown,
     write,
 )
-from training.evaluation.run import digest
+from training.evaluation.run import file_digest
 from training.evaluation.shards import Condition, Store, Table, record
 from training.evaluation.sources import open_source
 from training.evaluation.spaces import TimmSpace
@@ -58,7 +58,6 @@ from training.evaluation.suites.cost import drawing_gmac
 from training.evaluation.suites.quality import RECONSTRUCTION, gap_closed
 from training.experiments.ablation_rows import (
     ABLATIONS,
-    PAPER_SAMPLING,
     RECOMMENDED,
     Ablation,
     Row,
@@ -132,7 +131,7 @@ def measured(
         fill(
             row.name,
             {row.name: tested.reconstruction(sampling, ModelSpec(str(file)))},
-            {"sampling": asdict(sampling), "weights": digest(file)},
+            {"sampling": asdict(sampling), "weights": file_digest(file)},
         )
     return tables
 

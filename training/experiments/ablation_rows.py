@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.feature_map import FeatInvError
-from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.sampling import PAPER_SAMPLING, Sampling
 
 from ..config import CONFIGS, TrainConfig, read_config
 
-#: how all rows are drawn but those that change it: the paper's settings (Table 3's caption)
-PAPER_SAMPLING = {"strength": 1.0, "guidance": 1.75, "negative": "text", "steps": 50}
 #: what all trainings share beside the images: they can be compared, and their speed is not of interest
 SHARED = {"seed": "1", "compile": "true", "save_every": "12800", "panel_every": "12800", "scope": "0"}
 PAPER = {
@@ -165,6 +163,6 @@ def config_of(ablation: Ablation, rows: dict[str, Row], row: Row, images: int, d
 
 
 def sampling_of(rows: dict[str, Row], row: Row) -> Sampling:
-    """How a row's pictures are drawn."""
+    """How a row's pictures are drawn: by the paper's settings but for what the rows up to it change."""
     changes = {name: value for other in chain(rows, row) for name, value in other.sampling.items()}
     return Sampling(**(PAPER_SAMPLING | changes))

@@ -21,6 +21,7 @@ from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.worlds.drawn import DRAWN
 from featinv_nodes.worlds.drawn.scenes import draw
 from training.files import write_json
+from training.models import stable_diffusion
 
 from .backbones import normalise
 from .loop import train_stage
@@ -29,16 +30,7 @@ WIDTHS, HEADS, TOKENS, CONTEXT = (64, 96), 4, 4, 64
 PROMPT = DRAWN.prompt
 IMAGES, BATCH, LR = 1_000_000, 64, 1.5e-3
 CACHED, PART = 2_000_000, 10_000  # scenes whose latents are kept at most; else each is used about three times
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction",
-    "clip_sample": False,
-    "set_alpha_to_one": True,
-    "timestep_spacing": "trailing",
-}
+SCHEDULE = stable_diffusion.SCHEDULE | {"prediction_type": "v_prediction", "steps_offset": 0}
 
 
 def build(side: int = 8, channels: int = 24, widths: tuple[int, ...] = WIDTHS) -> UNet2DConditionModel:

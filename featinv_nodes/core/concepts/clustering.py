@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..waiting import Progress, attended
 
@@ -16,11 +17,6 @@ if TYPE_CHECKING:
 
 NEIGHBOURS, CHUNK, REDUCED = 20, 512, 128
 GAMMA, DROPPED = 10.0, 0.25  # of the elastic net, as published with MCD
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """Rows scaled to unit length."""
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def principal(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +34,7 @@ def reduced(vectors: Tensor) -> Tensor:
     """Unit vectors [N, C] along their 128 principal directions, of unit length again [N, 128]: subspaces stay
     subspaces."""
     rows, _ = principal(vectors)
-    return unit(vectors @ rows[:REDUCED].T)
+    return F.normalize(vectors @ rows[:REDUCED].T)
 
 
 def neighbour_affinity(points: Tensor, progress: Progress) -> csr_array:

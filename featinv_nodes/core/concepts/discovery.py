@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..feature_map import FeatInvError, FeatureSource
 from ..waiting import Check, Progress, attended, unchecked
-from .clustering import elastic_net_affinity, neighbour_affinity, principal, reduced, spectral_clusters, unit
+from .clustering import elastic_net_affinity, neighbour_affinity, principal, reduced, spectral_clusters
 from .decomposition import Concepts, completeness
 from .sparse import fit_dictionary
 
@@ -135,7 +136,7 @@ def _checked(
 
 def affinities(vectors: Tensor, published: bool, progress: Progress) -> tuple[Tensor, csr_array]:
     """MCD, first step: unit vectors [M, C] and which lie in a subspace with which [M, M]."""
-    points = unit(
+    points = F.normalize(
         vectors[vectors.norm(dim=1) > 1e-6 * vectors.norm(dim=1).max()]
     )  # a ReLU leaves vectors without direction
     short = attended(lambda: reduced(points), partial(progress, 0, len(points)))
@@ -225,7 +226,7 @@ def dependent(rows: Tensor) -> list[int]:
         if left.norm() <= SMALLEST_SINE:
             chosen.append(i)
         else:
-            span = torch.cat([span, unit(left[None])])
+            span = torch.cat([span, F.normalize(left[None])])
     return chosen
 
 
@@ -237,8 +238,8 @@ def _directions(vectors: Tensor, method: str, count: int, seed: int, progress: P
     if method == "nmf":
         rows = attended(lambda: _dictionary(vectors, count, seed), begun)
     else:
-        rows = _centres(unit(vectors), count, seed, progress)
-    return unit(torch.from_numpy(rows).float())
+        rows = _centres(F.normalize(vectors), count, seed, progress)
+    return F.normalize(torch.from_numpy(rows).float())
 
 
 def _dictionary(vectors: Tensor, count: int, seed: int) -> np.ndarray:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..feature_map import FeatInvError, FeatureSource
-from .clustering import unit
 from .decomposition import Concepts
 from .discovery import dependent, numbered
 from .sparse import SparseEncoder
@@ -48,7 +48,7 @@ def load_directions(file: str | Path, source: FeatureSource) -> Concepts:
                 f"{file}: {label!r} has the shape {tuple(basis.shape)}; expected [d, {source.channels}], finite, no row"
                 f" zero, for {source.describe()}"
             )
-    bases = [unit(b.float()) for b in bases]
+    bases = [F.normalize(b.float()) for b in bases]
     bad = dependent(torch.cat(bases)) if bases else []
     if bad or not bases:
         raise FeatInvError(

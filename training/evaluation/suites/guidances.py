@@ -7,7 +7,7 @@ from itertools import product
 
 import torch
 
-from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.sampling import PAPER_SAMPLING, Sampling
 
 from ...plots import matrix
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext, ModelUnderTest
@@ -16,7 +16,7 @@ from ..shards import Table
 from .base import INDEPENDENT, Suite, independent_evaluator, independent_name
 
 PAPER = "the paper's sampling"
-PAPERS_OWN = Sampling(50, 1.0, 1.75, "text")  # Sec. 4.1
+PAPERS_OWN = Sampling(**PAPER_SAMPLING)
 
 
 class Guidances(Suite):
