@@ -12,13 +12,12 @@ from tqdm import tqdm
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_decoder import FeatureDecoder
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
-from featinv_nodes.core.metrics import cosine
 from featinv_nodes.feature_decoders import find_decoder, open_feature_decoder
 from featinv_nodes.worlds import DECODERS, World, open_backbone
 
 from .cli import SAMPLING, require_device
 from .cli_untrained import OWN
-from .models.pipeline import PRECISIONS, UNKNOWN
+from .models.pipeline import PRECISIONS, UNKNOWN, FeaturePipeline
 
 #: options that say nothing to a decoder, beside the settings of sampling
 OTHER = ("base", "layer", "prompt", "pooled", "untrained", "precision")
@@ -37,7 +36,7 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass
-class DecoderPipeline:
+class DecoderPipeline(FeaturePipeline):
     """A decoder and the backbone whose maps it reads. allowed: other weights, where the user allows them."""
 
     name: str
@@ -58,14 +57,6 @@ class DecoderPipeline:
     def digests(self) -> dict[str, str]:
         """Of the weights that are open."""
         return {"backbone": self.backbone.weights or UNKNOWN}
-
-    def features(self, pixel_values: Tensor) -> FeatureMap:
-        """Feature maps of pictures [B, 3, *input_size]."""
-        return self.backbone.extract(pixel_values, self.source.layer, self.source.pooled)
-
-    def score(self, target: FeatureMap, pictures: Tensor) -> Tensor:
-        """[B] cosine similarity of the pictures' features with the target ones."""
-        return cosine(target, self.features(self.backbone.preprocess(pictures, "stretch")))
 
 
 def decoder_from(args: argparse.Namespace) -> DecoderPipeline:

@@ -30,7 +30,7 @@ def figure_text(entry: dict, digits: int = 3, scale: float = 1.0, sign: str = ""
     """A figure {"value", "low", "high", ...} with its interval: "0.414 (0.403 to 0.424)"; "(-)" for one picture's, and
     "few" after that of fewer than ten. sign: "+" to show one."""
     form = f"{sign}.{digits}f"
-    value, low, high = (entry.get(k) if entry.get(k) is None else entry[k] * scale for k in ("value", "low", "high"))
+    value, low, high = (None if entry.get(k) is None else entry[k] * scale for k in ("value", "low", "high"))
     if low is None:
         return f"{value:{form}} (-)"
     return f"{value:{form}} ({low:{form}} to {high:{form}}{', few' if entry.get('few') else ''})"

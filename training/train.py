@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.cli import run
 from training.config import chosen, run_parser
-from training.loop.opening import check
-from training.loop.training import train
+from training.loop.training import check, train
 
 
 def main() -> None:

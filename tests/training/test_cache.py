@@ -17,8 +17,7 @@ from training.data import latent_cache
 from training.data.latent_cache import open_pictures
 from training.data.loader import loader
 from training.loop.objective import observe
-from training.loop.opening import check
-from training.loop.training import train
+from training.loop.training import check, train
 from training.models.base_model import load_base
 
 PROMPT = "a drawing of the small world"

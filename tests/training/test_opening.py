@@ -17,9 +17,9 @@ from training import cli
 from training import train as program
 from training.config import DEFAULT, read_config
 from training.loop import memory, setup, training
-from training.loop.opening import check, duration, tried
+from training.loop.opening import duration, tried
 from training.loop.setup import with_precision
-from training.loop.training import train
+from training.loop.training import check, train
 from training.models.base_model import load_base
 
 CPU = torch.device("cpu")

@@ -25,11 +25,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, groups: int | None = Non
     """The learning rate of the first `groups` groups (default: all), 0 for the others; a captured one keeps its
     tensor."""
     for number, group in enumerate(optimizer.param_groups):
-        lr = lr if groups is None or number < groups else 0.0
+        own = lr if groups is None or number < groups else 0.0
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = lr
+            group["lr"] = own
 
 
 def make_plain(optimizer: torch.optim.Optimizer) -> None:

@@ -1,11 +1,7 @@
-"""The lines that a run prints before its first step, and `train.py --check`, which prints them without a run."""
+"""The lines that a run prints before its first step."""
 
 from __future__ import annotations
 
-import math
-import time
-from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -110,26 +106,3 @@ def time_left(run: Run, rate: float) -> str:
         f"time: a step of {run.per_step} images takes {run.per_step / rate:.3g} s, the {rest:,} images left"
         f" {duration(rest, rate)}, without panels and checkpoints; {peak_memory():.2f} GB of memory at most so far"
     )
-
-
-def check(config: TrainConfig, output: Path) -> None:
-    """Opens everything that a run opens, takes two steps, times the second, and prints a run's first lines.
-    Writes nothing. Raises FeatInvError if the configuration cannot be trained."""
-    from .run import Run
-
-    with ExitStack() as stack:
-        run = Run(config, output, stack, write=False)
-        if run.images_seen >= config.max_images:
-            return
-        began = 0.0
-        for _ in range(2):  # the first one compiles and warms up
-            began = time.perf_counter()
-            run.step()
-            run.next_batch(at_end=True)
-            loss = run.losses[-1].item()  # waits for the device
-        taken = time.perf_counter() - began
-        run.images_seen -= 2 * run.per_step
-        run.say(time_left(run, run.per_step / taken))
-        run.say(
-            f"checked: nothing was written{'' if math.isfinite(loss) else ', but the loss of a step is not finite'}"
-        )

@@ -1,14 +1,17 @@
-"""The training loop."""
+"""The training loop, and a check of what it would do."""
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from ..config import TrainConfig
 from .folder import only_run_in
 from .interrupts import Interrupts
+from .opening import time_left
 from .run import Run
 from .schedule import due
 
@@ -40,3 +43,24 @@ def train(config: TrainConfig, output: Path) -> Path:
                     run.say(f"stopped at {run.images_seen} images; the same command goes on from there")
                     sys.exit(128 + stop)
         return run.finish()
+
+
+def check(config: TrainConfig, output: Path) -> None:
+    """Opens everything that a run opens, takes two steps, times the second, and prints a run's first lines.
+    Writes nothing. Raises FeatInvError if the configuration cannot be trained."""
+    with ExitStack() as stack:
+        run = Run(config, output, stack, write=False)
+        if run.images_seen >= config.max_images:
+            return
+        began = 0.0
+        for _ in range(2):  # the first one compiles and warms up
+            began = time.perf_counter()
+            run.step()
+            run.next_batch(at_end=True)
+            loss = run.losses[-1].item()  # waits for the device
+        taken = time.perf_counter() - began
+        run.images_seen -= 2 * run.per_step
+        run.say(time_left(run, run.per_step / taken))
+        run.say(
+            f"checked: nothing was written{'' if math.isfinite(loss) else ', but the loss of a step is not finite'}"
+        )

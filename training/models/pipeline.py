@@ -32,7 +32,6 @@ ALLOWED = "Other weights are allowed by --other-weights: "
 class FeaturePipeline:
     """What every way from features to pictures does with its backbone, and the source of the maps that it inverts."""
 
-    base: BaseModel
     backbone: Backbone
 
     @property
@@ -78,7 +77,7 @@ class InversionPipeline(FeaturePipeline):
 
     @property
     def world(self) -> World | None:
-        """The drawn world that the model belongs to, if any."""
+        """The embedded world that the model belongs to, if any."""
         return find_world(self.info.base["name"])
 
     @property
