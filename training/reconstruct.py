@@ -47,8 +47,8 @@ from training.data.scope import scope_entries
 from training.files import make_folder, write_json
 from training.models.pipeline import ATTEMPT, InversionPipeline
 from training.models.sampling import noise
-from training.models.untrained import UntrainedPipeline
-from training.report import panel, save_image, to_image
+from training.models.untrained import UntrainedPipeline, UntrainedSampling
+from training.report import Cell, panel, save_image, to_image
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -167,37 +167,12 @@ def main(argv: list[str] | None = None) -> None:
         for m, (name, _) in enumerate(maps)
         if scopes[0] and scopes[m * args.samples]["verdict"] != VERDICTS[0]
     ]
-
-    rows, entries = [[(x, Path(f).name[:18]) for x, f in zip(pixel_values, args.image)]], []
-    for m, (name, _) in enumerate(maps):
-        picks = range(m * args.samples, (m + 1) * args.samples)
-        rows.append([(drawn[i], f"cos {scores[i]:.2f}") for i in picks])
-        for s, i in enumerate(picks):
-            file = args.out / f"{m:03d}_{name}_{s}.png"
-            save_image(to_image(drawn[i]), file)
-            entries.append(
-                {
-                    "file": file.name,
-                    "map": name,
-                    "sample": s,
-                    "seed": args.seed,
-                    "attempt": attempts[i].item(),
-                    "cosine": scores[i],
-                    "scope": scopes[i],
-                }
-            )
-    chosen = []
-    if args.decoder:
-        chosen = [f"Decoded by the feature decoder {Path(args.decoder).name}."]
-    elif args.untrained:
-        chosen = ["Sampled without a trained inversion model, by universal guidance."]
-    elif settings.best_of > 1:
-        chosen = [f"Each image is the one of the highest cosine among {settings.best_of}."]
-    if args.start_from:
-        chosen.append(f"Started from a feature decoder's image, with {args.start_share:g} of the steps.")
     outside = [pipeline.world.outside] if pipeline.world and pipeline.world.outside else []
-    note = "\n".join([*outside, *pipeline.allowed, *chosen, *off])
-    titles = ["original", *(name[:18] for name, _ in maps)]
+    note = "\n".join([*outside, *pipeline.allowed, *how_drawn(args, settings), *off])
+    names = [name for name, _ in maps]
+    rows, entries = save_images(args, names, drawn, attempts, scores, scopes)
+    rows.insert(0, [(x, Path(f).name[:18]) for x, f in zip(pixel_values, args.image)])
+    titles = ["original", *(name[:18] for name in names)]
     save_image(panel(rows, titles, pipeline.source.describe(), note), args.out / "panel.png")
     write_json(
         args.out / "results.json",
@@ -214,6 +189,51 @@ def main(argv: list[str] | None = None) -> None:
         },
     )
     print(f"wrote {len(entries)} images, panel.png and results.json to {args.out}")
+
+
+def how_drawn(args: argparse.Namespace, settings: Sampling | UntrainedSampling | None) -> list[str]:
+    """What the panel says of the way that the images were made, where it is not the usual one."""
+    lines = []
+    if args.decoder:
+        lines = [f"Decoded by the feature decoder {Path(args.decoder).name}."]
+    elif args.untrained:
+        lines = ["Sampled without a trained inversion model, by universal guidance."]
+    elif settings.best_of > 1:
+        lines = [f"Each image is the one of the highest cosine among {settings.best_of}."]
+    if args.start_from:
+        lines.append(f"Started from a feature decoder's image, with {args.start_share:g} of the steps.")
+    return lines
+
+
+def save_images(
+    args: argparse.Namespace,
+    names: list[str],
+    drawn: Tensor,
+    attempts: Tensor,
+    scores: list[float],
+    scopes: list[dict],
+) -> tuple[list[list[Cell]], list[dict]]:
+    """Writes the drawn images [maps * samples, 3, h, w], all samples of a map after each other; returns a row of the
+    panel for each map, and an entry of results.json for each image."""
+    rows, entries = [], []
+    for m, name in enumerate(names):
+        picks = range(m * args.samples, (m + 1) * args.samples)
+        rows.append([(drawn[i], f"cos {scores[i]:.2f}") for i in picks])
+        for s, i in enumerate(picks):
+            file = args.out / f"{m:03d}_{name}_{s}.png"
+            save_image(to_image(drawn[i]), file)
+            entries.append(
+                {
+                    "file": file.name,
+                    "map": name,
+                    "sample": s,
+                    "seed": args.seed,
+                    "attempt": attempts[i].item(),
+                    "cosine": scores[i],
+                    "scope": scopes[i],
+                }
+            )
+    return rows, entries
 
 
 if __name__ == "__main__":
