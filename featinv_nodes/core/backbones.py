@@ -75,9 +75,8 @@ class Backbone(nn.Module):
             raise FeatInvError(
                 f"{name} reads images with a channel count of {channels}; expected 3, red, green and blue"
             )
-        built_for = getattr(
-            getattr(model, "patch_embed", None), "img_size", None
-        )  # a transformer may be built for another size
+        # a transformer may be built for another size than its configuration's
+        built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
         self._prepare(model, name, classes, built_for or config["input_size"][1:], config)
         info = getattr(model, "feature_info", None) or []
         names = [stage["module"] for stage in getattr(info, "info", info)]

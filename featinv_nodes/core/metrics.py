@@ -62,9 +62,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     gap = (a.mean(0) - b.mean(0)).square().sum()
     a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))  # covariances a^T a and b^T b
-    if (
-        max(len(a), len(b)) < a.shape[1]
-    ):  # fewer vectors than channels: tr sqrt(a^T a b^T b) is the nuclear norm of a b^T
+    if max(len(a), len(b)) < a.shape[1]:  # the smaller matrix: tr sqrt(a^T a b^T b) is the nuclear norm of a b^T
         root = torch.linalg.matrix_norm(a @ b.T, "nuc")
     else:
         root = torch.linalg.eigvals(a.T @ a @ b.T @ b).real.clamp(min=0).sqrt().sum()

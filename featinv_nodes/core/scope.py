@@ -350,10 +350,9 @@ def describe_vectors(x: Tensor, around: Tensor, seed: int, centres: int, pooled:
     axes = torch.linalg.eigh(covariance).eigenvectors[:, -DIRECTIONS:].T.float().contiguous()
     z, n = ((v - centre) @ axes.T for v in (u, around))
     z, n = z.double(), n.double()
-    gram = n.T @ n
-    predict = torch.linalg.solve(
-        gram + 1e-3 * gram.trace() / len(gram) * torch.eye(len(gram)), n.T @ z
-    ).T  # ridge regression
+    gram = n.T @ n  # of a ridge regression of z on n, with a thousandth of the mean variance
+    ridge = 1e-3 * gram.trace() / len(gram) * torch.eye(len(gram))
+    predict = torch.linalg.solve(gram + ridge, n.T @ z).T
     residual = whitening(ledoit_wolf((z - n @ predict.T).numpy(), assume_centered=True)[0])
     return parts | {"centre": centre.half(), "axes": axes.half(), "predict": predict.half(), "residual": residual}
 

@@ -255,9 +255,8 @@ def load_feature_control(file: Path, other_weights: bool = False) -> FeatureCont
     config["hint_channels"] = 3  # the stock hint block, replaced below
     config.pop("out_channels")
     model = comfy.cldm.cldm.ControlNet(**config)
-    model.input_hint_block = (
-        comfy.ldm.modules.diffusionmodules.openaimodel.TimestepEmbedSequential()
-    )  # hints arrive encoded
+    # hints arrive encoded
+    model.input_hint_block = comfy.ldm.modules.diffusionmodules.openaimodel.TimestepEmbedSequential()
     missing, unexpected = model.load_state_dict(own, strict=False)
     if missing or unexpected:
         raise FeatInvError(

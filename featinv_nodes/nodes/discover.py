@@ -152,9 +152,8 @@ class DiscoverConcepts(io.ComfyNode):
 
 def located(folder: str) -> Path:
     """The folder that a text names, below the host's input folder unless it is absolute."""
-    return Path(
-        folder_paths.get_input_directory(), Path(folder.strip().strip("\"'")).expanduser()
-    )  # as paths are copied
+    unquoted = folder.strip().strip("\"'")  # as some systems copy paths
+    return Path(folder_paths.get_input_directory(), Path(unquoted).expanduser())
 
 
 NODES = [DiscoverConcepts]

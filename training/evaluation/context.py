@@ -23,11 +23,8 @@ from .shards import Condition, Table
 from .sources import Originals, Source
 from .spaces import RESIZE, Space, TimmSpace, scaled
 
-ORIGINAL, UNCONDITIONAL, ROUND_TRIP = (
-    "original",
-    "unconditional",
-    "round trip",
-)  # conditions of every suite; those that begin with the first go first
+#: conditions of every suite; those that begin with the first go first
+ORIGINAL, UNCONDITIONAL, ROUND_TRIP = "original", "unconditional", "round trip"
 
 
 @dataclass(frozen=True)
@@ -82,10 +79,8 @@ class EvalContext:
             )
             self._resolutions[spec] = pipeline.base.resolution
             self._weights[spec] = pipeline.digests, pipeline.allowed
-            self._pipeline = (
-                spec,
-                replace(pipeline, backbone=self.backbone(spec)),
-            )  # the evaluators' own: in memory once
+            # the evaluators' own backbone: in memory once
+            self._pipeline = spec, replace(pipeline, backbone=self.backbone(spec))
         return self._pipeline[1]
 
     def weights(self, spec: ModelSpec) -> tuple[dict[str, str], list[str]]:

@@ -165,9 +165,8 @@ def run_suite(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     require_device(args.device)
-    dist_state = PartialState(
-        cpu=args.device == "cpu", timeout=timedelta(days=7)
-    )  # processes that finish early wait for the others
+    # processes that finish early wait for the others
+    dist_state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))
     device = str(dist_state.device) if args.device == "cuda" else args.device
     chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
     count, per_class = args.count, args.per_class

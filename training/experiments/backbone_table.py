@@ -27,9 +27,8 @@ from featinv_nodes.core.feature_map import FeatInvError
 FILE = Path(__file__).resolve().parents[2] / "docs" / "backbones.md"
 TOLERANCE = 1e-5
 WIDE = {"img_size": (160, 224)}
-WIDE_CNN = {
-    "pretrained_cfg_overlay": {"input_size": (3, 160, 224)}
-}  # timm sizes a network without img_size by its configuration
+#: timm sizes a network without img_size by its configuration
+WIDE_CNN = {"pretrained_cfg_overlay": {"input_size": (3, 160, 224)}}
 
 TRIED: list[tuple[str, str, dict]] = [
     ("ResNet", "resnet50.tv_in1k", {}),

@@ -132,9 +132,9 @@ def trials(
             m: localisation.deletion(pipeline.backbone, track.concepts, name, pixel_values, heat, layer)
             for m, heat in trial.heats.items()
         }
-        trial.visualizations = {
+        trial.visualizations = {  # one seed is enough to look at
             m: replace(s, original=s.original[:1], changed=s.changed[:1]) for m, s in trial.visualizations.items()
-        }  # enough to look at
+        }
         yield trial
 
 

@@ -153,9 +153,8 @@ class Run:
         self.average = deepcopy(self.model) if config.ema else None
         self._trained, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, config))
         if self.average is not None and self.shares_weights:
-            self.average = fsdp2_prepare_model(
-                accelerator, self.average
-            )  # accelerator.prepare takes a model with its optimizer only
+            # accelerator.prepare takes a model with its optimizer only
+            self.average = fsdp2_prepare_model(accelerator, self.average)
         self.faults = FaultTracker(accelerator, self.output, config, self.pictures, self.per_step)
         if state:
             self._restore(state)
@@ -205,9 +204,8 @@ class Run:
             start_trackers(self.accelerator, asdict(config))
         batch = next(self.batches)
         self.faults.unread(batch.skipped)
-        self.images = {
-            name: rows.to(self.device) for name, rows in batch.tensors.items()
-        }  # the later batches are copied here
+        # the later batches are copied into these
+        self.images = {name: rows.to(self.device) for name, rows in batch.tensors.items()}
         if self.main:
             with self.accelerator.autocast():
                 self.say("\n".join(opening(self)))

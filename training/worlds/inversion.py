@@ -170,9 +170,8 @@ def train_inversion(
         base, backbone.source(config.layer, config.pooled), config.encoder_width, config.encoder
     )
     model = model.to(device, memory_format=torch.channels_last)
-    before = (
-        start_from(model, config.init_from, base) if config.init_from else None
-    )  # None: an encoder of its own, a new one
+    # images that the other model has seen; None where the encoder is a new one
+    before = start_from(model, config.init_from, base) if config.init_from else None
     if before is None:
         model.encoder.standardise(draw(SAMPLE)[1])
     forward = torch.compile(model) if config.compile else model

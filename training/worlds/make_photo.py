@@ -42,10 +42,8 @@ DEPTHS = ("blocks.4", "blocks.2", "last", POOLED)
 SHARES = {"autoencoder": 0.1, "base": 0.4}
 SHORTEST = 5.0  # seconds of a stage, below which nothing is learned
 SHOWN = 8
-CYCLE = {
-    "cycle": 0.5,
-    "cycle_below": 500,
-}  # of the inversion models; at equal time it brings more than twice the images do
+#: of the inversion models; at equal time it brings more than twice the images do
+CYCLE = {"cycle": 0.5, "cycle_below": 500}
 #: chosen on photographs that were kept back
 RECOMMENDED = {"strength": 1.0, "guidance": 3.0, "negative": "features", "steps": 10}
 #: of unpooled maps; with a pooled one the gradient pleases the network far more than an independent one:

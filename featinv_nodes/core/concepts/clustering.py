@@ -119,9 +119,8 @@ def spectral_clusters(affinity: csr_array, clusters: int, seed: int) -> Tensor:
     affinity = (affinity + affinity.T) / 2
     scale = diags(1 / np.sqrt(np.maximum(affinity.sum(1), 1e-12)))
     start = np.random.default_rng(seed).standard_normal(affinity.shape[0])
-    space = min(
-        len(start), max(4 * clusters, 120)
-    )  # wide: eigenvalues near one crowd together when the clusters are clean
+    # wide: eigenvalues near one crowd together when the clusters are clean
+    space = min(len(start), max(4 * clusters, 120))
     _, vectors = eigsh(scale @ affinity @ scale, clusters, which="LA", v0=start, ncv=space, maxiter=3000)
     labels = KMeans(clusters, n_init=10, random_state=seed).fit_predict(normalize(vectors))
     return torch.from_numpy(labels).long()

@@ -136,9 +136,8 @@ def _checked(
 
 def affinities(vectors: Tensor, published: bool, progress: Progress) -> tuple[Tensor, csr_array]:
     """MCD, first step: unit vectors [M, C] and which lie in a subspace with which [M, M]."""
-    points = F.normalize(
-        vectors[vectors.norm(dim=1) > 1e-6 * vectors.norm(dim=1).max()]
-    )  # a ReLU leaves vectors without direction
+    lengths = vectors.norm(dim=1)
+    points = F.normalize(vectors[lengths > 1e-6 * lengths.max()])  # a ReLU leaves vectors without direction
     short = attended(lambda: reduced(points), partial(progress, 0, len(points)))
     if not published:
         return points, neighbour_affinity(short, progress)

@@ -37,9 +37,8 @@ class Sweep(Suite):
             condition: context.sampling(self.spec, strength=s, guidance=g)
             for condition, (s, g) in self.settings_of.items()
         }
-        self.sampling[UNCONDITIONAL] = context.sampling(
-            self.spec, strength=1.0, guidance=1.0
-        )  # whatever the file recommends, before and after
+        # whatever the file recommends, before --write-back and after it
+        self.sampling[UNCONDITIONAL] = context.sampling(self.spec, strength=1.0, guidance=1.0)
         self.require_own_file()
 
     @staticmethod
