@@ -68,7 +68,7 @@ from training.experiments.ablation_rows import (
 )
 from training.files import make_folder, write_text
 from training.loop.training import train
-from training.models.pipeline import load_pipeline
+from training.models.pipeline import InversionPipeline, load_pipeline
 from training.report import figure_text, save_image
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -141,59 +141,53 @@ def report_of(model: str, rows: dict[str, Row], chosen: list[Row], tables: dict[
     figures = {
         condition: figures_of(table, tables[ORIGINAL]) for condition, table in tables.items() if condition != ORIGINAL
     }
-    kid_names = paired_kids(figures[UNCONDITIONAL])
-    first, second, extra, pipeline = [], [], {}, load_pipeline(model)
-    for row in chosen:
-        own = figures[row.name]
-        gain = (
-            mean_entry(tables[row.name].columns["cosine"] - tables[row.base].columns["cosine"])
-            if row.base in tables
-            else None
-        )
-        way = gap_closed({UNCONDITIONAL: figures[UNCONDITIONAL], RECONSTRUCTION: own, ROUND_TRIP: figures[ROUND_TRIP]})
-        extra[row.name] = {
-            "change": row.change,
-            "from": row.base,
-            "gain": gain,
-            "gap_closed": way,
-            "evaluations": (sampling := sampling_of(rows, row)).evaluations,
-            "gmac": drawing_gmac(pipeline, sampling),
-        }
-        begins = [row.name, row.change, row.base or ""]
-        first.append(
-            [
-                *begins,
-                cell(own, "cosine"),
-                _signed(gain),
-                f"{way:.1%}",
-                cell(own, "cosine_centred"),
-                cell(own, "top1_match"),
-            ]
-        )
-        second.append(
-            [
-                row.name,
-                *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")),
-                *(cell(own, kid) for kid in kid_names),
-                str(extra[row.name]["evaluations"]),
-                f"{extra[row.name]['gmac']:.1f}",
-            ]
-        )
-    for place, bound in ((0, UNCONDITIONAL), (len(chosen) + 1, ROUND_TRIP)):
-        own = figures[bound]
-        first.insert(
-            place, [bound, "", "", cell(own, "cosine"), "", "", cell(own, "cosine_centred"), cell(own, "top1_match")]
-        )
-        second.insert(
-            place,
-            [
-                bound,
-                *(cell(own, f"independent: {name}") for name in ("cosine", "top1_match")),
-                *(cell(own, kid) for kid in kid_names),
-                "",
-                "",
-            ],
-        )
+    pipeline = load_pipeline(model)
+    facts = {row.name: facts_of(rows, row, tables, figures, pipeline) for row in chosen}
+    compared, lines = result(chosen, tables, figures, {name: row["gmac"] for name, row in facts.items()})
+    panel = condition_panel(
+        tables,
+        [ORIGINAL, UNCONDITIONAL, *facts, ROUND_TRIP],
+        "Ablation: the same images in every row",
+        most=5,
+    )
+    grids = [by_inverted(facts, figures), by_independent(facts, figures)]
+    return Report("Ablation", figures, grids, lines, {"rows": facts, "result": compared}, {"panel.png": panel})
+
+
+def facts_of(
+    rows: dict[str, Row], row: Row, tables: dict[str, Table], figures: dict[str, Figures], pipeline: InversionPipeline
+) -> dict:
+    """What results.json says of a row beside its figures: its change, its gain over the row that it builds on, and what
+    an image costs."""
+    bounds = {bound: figures[bound] for bound in (UNCONDITIONAL, ROUND_TRIP)}
+    sampling, gain = sampling_of(rows, row), None
+    if row.base in tables:
+        gain = mean_entry(tables[row.name].columns["cosine"] - tables[row.base].columns["cosine"])
+    return {
+        "change": row.change,
+        "from": row.base,
+        "gain": gain,
+        "gap_closed": gap_closed(bounds | {RECONSTRUCTION: figures[row.name]}),
+        "evaluations": sampling.evaluations,
+        "gmac": drawing_gmac(pipeline, sampling),
+    }
+
+
+def by_inverted(facts: dict[str, dict], figures: dict[str, Figures]) -> Grid:
+    """The rows between their bounds, as the inverted backbone sees them."""
+    cells = []
+    for name in (UNCONDITIONAL, *facts, ROUND_TRIP):
+        own, row = figures[name], facts.get(name, {})
+        way = f"{row['gap_closed']:.1%}" if row else ""
+        begins = [
+            name,
+            row.get("change", ""),
+            row.get("from") or "",
+            cell(own, "cosine"),
+            _signed(row.get("gain")),
+            way,
+        ]
+        cells.append([*begins, cell(own, "cosine_centred"), cell(own, "top1_match")])
     head = [
         "row",
         "change",
@@ -204,30 +198,30 @@ def report_of(model: str, rows: dict[str, Row], chosen: list[Row], tables: dict[
         "cosine, mean removed",
         "top-1 match",
     ]
-    grids = [
-        Grid(
-            "By the inverted backbone",
-            head,
-            first,
-            "Change of the cosine: the paired difference from the row under *relative to*. Gap closed: where the cosine"
-            " lies between unconditional (0 %) and round trip (100 %).",
-        ),
-        Grid(
-            "By the independent backbone, and as sets",
-            ["row", "cosine", "top-1 match", *kid_names, "passes per image", "GMAC"],
-            second,
-            "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of sampling an image, decoding and"
-            " gradients included.",
-        ),
-    ]
-    compared, line = result(chosen, tables, figures, {name: row["gmac"] for name, row in extra.items()})
-    panel = condition_panel(
-        tables,
-        [ORIGINAL, UNCONDITIONAL, *(row.name for row in chosen), ROUND_TRIP],
-        "Ablation: the same images in every row",
-        most=5,
+    return Grid(
+        "By the inverted backbone",
+        head,
+        cells,
+        "Change of the cosine: the paired difference from the row under *relative to*. Gap closed: where the cosine"
+        " lies between unconditional (0 %) and round trip (100 %).",
     )
-    return Report("Ablation", figures, grids, line, {"rows": extra, "result": compared}, {"panel.png": panel})
+
+
+def by_independent(facts: dict[str, dict], figures: dict[str, Figures]) -> Grid:
+    """The rows between their bounds, as the independent backbone and the distances of sets see them, and their cost."""
+    measures = ["independent: cosine", "independent: top1_match", *(kids := paired_kids(figures[UNCONDITIONAL]))]
+    cells = []
+    for name in (UNCONDITIONAL, *facts, ROUND_TRIP):
+        row = facts.get(name)
+        cost = [str(row["evaluations"]), f"{row['gmac']:.1f}"] if row else ["", ""]
+        cells.append([name, *(cell(figures[name], measure) for measure in measures), *cost])
+    return Grid(
+        "By the independent backbone, and as sets",
+        ["row", "cosine", "top-1 match", *kids, "passes per image", "GMAC"],
+        cells,
+        "Passes of base model and ControlNet. GMAC: multiply-accumulates (10^9) of sampling an image, decoding and"
+        " gradients included.",
+    )
 
 
 def result(
