@@ -18,3 +18,9 @@ def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
         a.copy_(b)
     for pairs in kinds.values():
         torch._foreach_lerp_(*zip(*pairs), 1 - keep)
+
+
+def kept_at(decay: float, steps: float) -> float:
+    """The share of the average that a step keeps, after so many steps: `decay` in the end, less in the beginning, where
+    the weights still change much (as TensorFlow's and diffusers' averages do)."""
+    return min(decay, (1 + steps) / (10 + steps))

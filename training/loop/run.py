@@ -29,7 +29,7 @@ from ..data.stream import states
 from ..models.channels_last import move
 from ..models.controlnet import FeatureControlNet
 from . import checkpoints, memory
-from .ema import update_average
+from .ema import kept_at, update_average
 from .faults import FaultTracker
 from .flops import step_gmac
 from .folder import check_room
@@ -256,11 +256,7 @@ class Run:
             raise memory.explain(error, config.batch, *self.memory_parts) from error
         self.images_seen += self.per_step
         if self.average is not None:
-            update_average(
-                self.average,
-                self.model,
-                min(config.ema, (1 + self.images_seen / self.per_step) / (10 + self.images_seen / self.per_step)),
-            )
+            update_average(self.average, self.model, kept_at(config.ema, self.images_seen / self.per_step))
 
     def next_batch(self, at_end: bool = False) -> None:
         """Reads the next batch, unless the run is at its end, or `at_end` too. What was learned is saved before an

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import written_whole
-from training.loop.ema import update_average
+from training.loop.ema import kept_at, update_average
 from training.loop.graph import check_device, make_plain, set_lr, training_step
 
 CHECKPOINT_SECONDS = 60
+WARM_UP, LAST = 0.02, 0.02  # shares: of a stage in which the learning rate grows, and of its peak at the end
 
 
 def train_stage(
@@ -56,19 +57,8 @@ def train_stage(
     average = deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=decay, betas=(0.9, 0.99), fused=True)
-    images_seen, spent, file = 0, 0.0, work / f"{name}.pt"
-    if file.exists():
-        state = torch.load(file, map_location=device, weights_only=True)
-        try:
-            model.load_state_dict(state["model"])
-            average.load_state_dict(state["average"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise FeatInvError(
-                f"{file} is of a model of other sizes or of another backbone; go on with those, or give another --work"
-            ) from error
-        make_plain(optimizer)
-        images_seen, spent = state["seen"], state.get("spent", 0.0)
+    file = work / f"{name}.pt"
+    images_seen, spent = load_checkpoint(file, model, average, optimizer, device)
     indices = torch.arange(images_seen, images_seen + batch, device=device)
 
     def gradients() -> Tensor:
@@ -93,12 +83,12 @@ def train_stage(
         keep(average)
     progress = tqdm(total=images, initial=images_seen, desc=name, unit="img", smoothing=0.02, mininterval=5)
     while done < 1 and images_seen < (stop or math.inf):
-        set_lr(optimizer, lr * min(1, done / 0.02 + 1e-3) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done))))
+        set_lr(optimizer, lr_at(done, lr))
         torch.manual_seed(seed * 1_000_003 + images_seen)
         loss = take_step()
         images_seen += batch
         indices += batch
-        update_average(average, model, min(ema, (1 + images_seen / batch) / (10 + images_seen / batch)))
+        update_average(average, model, kept_at(ema, images_seen / batch))
         smooth = loss.clone() if smooth is None else smooth.lerp(loss, 0.02)
         if images_seen // batch % 50 == 0:  # reading the number waits for the device
             progress.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)
@@ -112,6 +102,36 @@ def train_stage(
             saved = time.monotonic()
     progress.close()
     return average
+
+
+def lr_at(done: float, peak: float) -> float:
+    """Learning rate when a share of a stage is done: a warm-up of WARM_UP, then a half cosine to LAST of the peak."""
+    falling = 0.5 + 0.5 * math.cos(math.pi * done)
+    return peak * min(1, done / WARM_UP + 1e-3) * (LAST + (1 - LAST) * falling)
+
+
+def load_checkpoint(
+    file: Path,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device | str,
+) -> tuple[int, float]:
+    """Puts back what save_checkpoint wrote: (images seen, seconds of training), 0 without a file. Raises FeatInvError
+    for a checkpoint of another model."""
+    if not file.exists():
+        return 0, 0.0
+    state = torch.load(file, map_location=device, weights_only=True)
+    try:
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise FeatInvError(
+            f"{file} is of a model of other sizes or of another backbone; go on with those, or give another --work"
+        ) from error
+    make_plain(optimizer)
+    return state["seen"], state.get("spent", 0.0)
 
 
 def save_checkpoint(
