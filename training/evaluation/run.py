@@ -160,69 +160,77 @@ def command_of(args: argparse.Namespace) -> str:
 
 
 def run_suite(args: argparse.Namespace) -> None:
-    """Makes a suite's missing records, and its report. args: of arguments()."""
+    """Makes a suite's missing records, and its report. args: of arguments(). Raises FeatInvError for what does not go
+    together, before any work."""
     for name in ("batch", "count", "per_class", "set_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     require_device(args.device)
     # processes that finish early wait for the others
     dist_state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))
-    device = str(dist_state.device) if args.device == "cuda" else args.device
-    chosen, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
-    count, per_class = args.count, args.per_class
-    if drawing_world(args.data):
-        count = count or chosen.count
-    elif args.paper and count is None and per_class is None:
-        per_class = PER_CLASS
-    source = open_source(args.data, count, per_class, args.kept_back)
-    changes = {name: getattr(args, name) for name in SAMPLING}
-    if (args.best_of or 1) > 1 and not chosen.chooses:
+    kind, out = SUITES[args.suite], args.out or Path("out/evaluate") / args.suite
+    source = source_of(args, kind)
+    if (args.best_of or 1) > 1 and not kind.chooses:
         raise FeatInvError(
             f"--best-of {args.best_of}: suite {args.suite} samples each image once; quality, layers and others choose"
             " among several"
         )
-    context = EvalContext(
-        source,
-        device,
-        changes,
-        args.seed,
-        args.inception,
-        args.space,
-        args.space_weights,
-        args.set_size,
-        args.paper,
-        args.precision,
-    )
-    suite = chosen(context, args)
+    suite = kind(context_of(args, source, str(dist_state.device) if args.device == "cuda" else args.device), args)
     conditions, store = suite.all_conditions(), Store(out, len(source.names))
-    options = {name: value for name, value in vars(args).items() if name not in IDLE}
-    settings = options | {
-        "pictures": source.fingerprint,
-        "files": {name: file_digest(file) for name, file in suite.files().items()},
-        "weights": suite.weight_digests(),
-        "sampling": suite.settings(),
-        "sets": suite.sets(),
-    }
+    settings = settings_of(args, suite, source)
     if dist_state.is_main_process:
         make_folder(out)
         store.begin(settings)
     dist_state.wait_for_everyone()
     first = {name: condition for name, condition in conditions.items() if name.startswith(ORIGINAL)}
+    others = {name: condition for name, condition in conditions.items() if name not in first}
     record(store, source, first, args.batch, dist_state)
     originals = {name: store.table(name) for name in first}
     if any(not table.numbers for table in originals.values()):
         name, reason = next(iter(originals[next(iter(first))].skipped.items()))
         raise FeatInvError(f"none of the {store.count} images of {args.data} can be read; the first, {name}: {reason}")
     suite.centre(originals)
-    record(
-        store,
-        source,
-        {name: condition for name, condition in conditions.items() if name not in first},
-        args.batch,
-        dist_state,
-    )
+    record(store, source, others, args.batch, dist_state)
     if dist_state.is_main_process:
         finish(store, source, suite, list(conditions), settings)
+
+
+def source_of(args: argparse.Namespace, kind: type[Suite]) -> Source:
+    """The pictures that the arguments name; of the drawn world as many as the suite sets, with --paper as many of each
+    class as the paper's."""
+    count, per_class = args.count, args.per_class
+    if drawing_world(args.data):
+        count = count or kind.count
+    elif args.paper and count is None and per_class is None:
+        per_class = PER_CLASS
+    return open_source(args.data, count, per_class, args.kept_back)
+
+
+def context_of(args: argparse.Namespace, source: Source, device: str) -> EvalContext:
+    """What the arguments say of models, sampling and feature spaces."""
+    return EvalContext(
+        source,
+        device,
+        changes={name: getattr(args, name) for name in SAMPLING},
+        seed=args.seed,
+        inception=args.inception,
+        space=args.space,
+        space_weights=args.space_weights,
+        side=args.set_size,
+        papers=args.paper,
+        precision=args.precision,
+    )
+
+
+def settings_of(args: argparse.Namespace, suite: Suite, source: Source) -> dict:
+    """Everything that decides a figure, by which a folder's records are known again."""
+    return {name: value for name, value in vars(args).items() if name not in IDLE} | {
+        "pictures": source.fingerprint,
+        "files": {name: file_digest(file) for name, file in suite.files().items()},
+        "weights": suite.weight_digests(),
+        "sampling": suite.settings(),
+        "sets": suite.sets(),
+    }
 
 
 def finish(store: Store, source: Source, suite: Suite, conditions: list[str], settings: dict) -> None:
