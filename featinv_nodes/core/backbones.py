@@ -111,6 +111,7 @@ class Backbone(nn.Module):
 
     @property
     def layers(self) -> list[str]:
+        """What can be read: "last", then the stages or blocks that timm names, in the order of the network."""
         return [LAST, *self._stages] if hasattr(self.model, "forward_intermediates") else [LAST]
 
     def source(self, layer: str = LAST, pooled: bool = False) -> FeatureSource:

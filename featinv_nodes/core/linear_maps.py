@@ -172,6 +172,7 @@ class Moments(NamedTuple):
         return cls(len(x), x.sum(0), y.sum(0), x.T @ x, y.T @ x, y.square().sum().item(), low)
 
     def plus(self, other: Moments) -> Moments:
+        """Of both sets of pairs together."""
         x, y, xx, yx = (a + b for a, b in zip(self[1:5], other[1:5]))
         return Moments(self.vectors + other.vectors, x, y, xx, yx, self.yy + other.yy, min(self.low, other.low))
 

@@ -134,6 +134,7 @@ class Scope:
 
     @property
     def statistics(self) -> tuple[str, ...]:
+        """The names of STATISTICS that maps of this source have."""
         return tuple(name for name in STATISTICS if name != "neighbours" or not self.source.pooled)
 
     @torch.inference_mode()
@@ -236,6 +237,7 @@ def _shapes(source: FeatureSource, tensors: Mapping[str, Tensor]) -> dict[str, t
 
 
 def two_sided(statistic: str) -> bool:
+    """Whether unusually low values count as well."""
     return len(STATISTICS[statistic]) == 2
 
 
@@ -245,6 +247,7 @@ def verdict_of(share: float) -> str:
 
 
 def per_cent(share: float) -> str:
+    """A share in 0..100 as text, which does not claim more than the quantiles know."""
     return "> 99.9 %" if share > 99.9 else f"{share:.0f} %"
 
 
@@ -274,6 +277,7 @@ def most(surprise: Mapping[str, Tensor]) -> Tensor:
 
 
 def less_unusual(surprise: Tensor) -> Tensor:
+    """Per cent of held-out values that are less unusual than one of this surprise, -log10 of the share that is not."""
     return 100 * (1 - 10 ** -surprise.clamp(min=0))
 
 

@@ -101,6 +101,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         return self.scope.evaluate(features).describe() if self.scope else "no scope statistics in this weights file"
 
     def copy(self) -> FeatureControl:
+        """As the host asks for one of each conditioning; the networks are shared."""
         other = FeatureControl(
             None,
             self.encoder,
@@ -115,6 +116,7 @@ class FeatureControl(comfy.controlnet.ControlNet):
         return other
 
     def pre_run(self, model: comfy.model_base.BaseModel, percent_to_timestep_function) -> None:  # noqa: ANN001
+        """The host's, before a run's first step. Raises FeatInvError as require_base does."""
         self.require_base(model)
         self.sigma_of, self.started = percent_to_timestep_function, False
         super().pre_run(model, percent_to_timestep_function)
@@ -149,6 +151,9 @@ class FeatureControl(comfy.controlnet.ControlNet):
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict, batched_number: int, transformer_options: dict
     ) -> dict | None:
+        """The host's, with the hint of each conditioning: the encoded maps, or the encoded zeros where guidance pushes
+        away from them, cut to what the latents x_noisy [conditionings * rows, C, H, W] are of the picture. Raises
+        FeatInvError where the host does not say which part that is."""
         steering, rows = self.steering, x_noisy.shape[0] // batched_number
         height, width = x_noisy.shape[2:]
         size = height, width

@@ -66,6 +66,8 @@ class EvalContext:
         self._space: Backbone | None = None
 
     def open(self, spec: ModelSpec) -> InversionPipeline:
+        """A spec's model, which stays in memory until another one is asked for. Raises FeatInvError as load_pipeline
+        does."""
         if self._pipeline is None or self._pipeline[0] != spec:
             self._pipeline = None  # let go before the next is read
             pipeline = load_pipeline(

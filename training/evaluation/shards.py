@@ -107,6 +107,8 @@ class Store:
         return todo
 
     def write(self, condition: str, first: int, numbers: list[int], columns: Columns, skipped: dict[str, str]) -> None:
+        """The shard of the pictures from `first` on, whole or not at all. numbers: of those that could be read, a row
+        of each column; skipped: name -> reason of the others. Raises FeatInvError where there is no room."""
         tensors = {"column." + name: values.contiguous() for name, values in columns.items() if name != "pictures"}
         tensors["numbers"] = torch.tensor(numbers, dtype=torch.int64)
         if first == 0 and "pictures" in columns:

@@ -91,6 +91,7 @@ class BaseModel:
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModel:
+        """Moves U-Net, autoencoder and embeddings, and returns itself, as nn.Module.to does."""
         move(self.unet, device, dtype)
         move(self.vae, device, dtype)
         self.text = {prompt: value.to(device, dtype) for prompt, value in self.text.items()}

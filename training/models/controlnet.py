@@ -59,6 +59,7 @@ class FeatureControlNet(nn.Module):
         return model.eval().requires_grad_(False), info
 
     def save(self, file: str | Path, info: InversionInfo, dtype: torch.dtype = torch.float32) -> None:
+        """Writes a weights file whole or not at all; dtype: as write_weights takes it."""
         save_inversion(file, info, self.controlnet.state_dict(), self.encoder, dtype)
 
     def hint(self, values: Tensor, size: tuple[int, int]) -> Tensor:

@@ -67,6 +67,8 @@ class Baseline(Suite):
         return self._text[synset]
 
     def named(self, originals: Originals) -> Columns:
+        """What the base model draws when it is told each picture's class; also whether the backbone finds that class
+        in it."""
         pipeline = self.context.open(self.spec)
         base, pixel_values = pipeline.base, originals.preprocess(self.tested.backbone)
         own = torch.cat([self.text(c) for c in originals.classes]).to(base.unet.device)

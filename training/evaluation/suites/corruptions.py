@@ -82,6 +82,7 @@ class Corruptions(Suite):
         )
 
     def corrupted(self, kind: str) -> Condition:
+        """Reconstructions of the pictures with one corruption at one level."""
         name, level = self.kinds[kind]
 
         def condition(originals: Originals) -> Columns:

@@ -103,6 +103,7 @@ class BesideRCDM(Several):
         return [*super().allowed(), *([ALLOWED + difference] if difference else [])]
 
     def competitor(self, originals: Originals) -> Columns:
+        """RCDM's pictures of the originals' pooled vectors, at its own resolution."""
         pixel_values, side = originals.preprocess(self.first.backbone), self.rcdm.resolution
         seeds = [torch.Generator().manual_seed(self.context.seed_of(n)) for n in originals.numbers]
         noise = torch.cat([torch.randn(1, 3, side, side, generator=seed) for seed in seeds])
