@@ -56,8 +56,8 @@ class Edit:
         Row i of every part belongs to seed i. Raises FeatInvError unless the edit is of a single map.
         """
         self._require_single()
-        maps = concatenate([self.original.with_values(self.original.values), self.changed]).repeat(seeds)
-        return PairedMaps(maps.values, maps.source, maps.prefix, seeds)
+        maps = concatenate([self.original, self.changed]).repeat(seeds)
+        return PairedMaps(maps.values, maps.source, seeds=seeds)
 
     def unpaired(self, pictures: Tensor) -> Tensor:
         """Pictures [(1 + groups) * seeds, 3, H, W], drawn from `paired` -> [1 + groups, seeds, 3, H, W]. Raises

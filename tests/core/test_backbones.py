@@ -124,6 +124,16 @@ def test_tokens_keep_their_place_on_the_grid():
     assert divmod(change.argmax().item(), 14) == (2, 10)
 
 
+def test_what_comes_after_the_layers_that_are_read_is_not_computed():
+    backbone, ran = random_backbone("vit_tiny_patch16_224", {"depth": 3}), []
+    for number, block in enumerate(backbone.model.blocks):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    x = torch.rand(1, 3, 224, 224)
+    backbone.values(x, "blocks.0")
+    backbone.several(x, ["blocks.1"])
+    assert ran == [0, 0, 1]
+
+
 @pytest.mark.parametrize("short", DRAWN.backbones)
 def test_embedded_backbones_classify_held_out_scenes(short):
     from featinv_nodes.worlds.drawn.scenes import draw

@@ -184,6 +184,7 @@ def test_difference_is_the_median_over_seeds_of_the_distance_in_colour():
     attenuated[1, 0, 0, 1] = 0.9
     distance = difference(original, attenuated)
     assert torch.allclose(distance, torch.tensor([[0.5, 0.0]]))
-    assert affected(distance).tolist() == [[1.0, 0.0]] and normalised(torch.zeros(2, 2)).abs().max() == 0
+    assert affected(distance).tolist() == affected(distance, 1.0).tolist() == [[1.0, 0.0]]
+    assert affected(distance, 0.0).all() and normalised(torch.zeros(2, 2)).abs().max() == 0
     with pytest.raises(FeatInvError, match="same seed"):
         difference(original, attenuated[:2])

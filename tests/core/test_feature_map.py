@@ -14,8 +14,11 @@ from featinv_nodes.core.mixing import at_grid, compose, compose_regions, interpo
 SOURCE = FeatureSource("net.tag", "last", False, 5, (3, 4), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
 
-def random_map(seed=0, batch=2):
-    return FeatureMap(torch.randn(batch, 5, 3, 4, generator=torch.Generator().manual_seed(seed)), SOURCE)
+def random_map(seed=0, batch=2, prefix=False):
+    """prefix: with three tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(batch, 5, 3, 4, generator=generator)
+    return FeatureMap(values, SOURCE, torch.randn(batch, 3, 5, generator=generator) if prefix else None)
 
 
 def test_source_survives_json():
@@ -46,6 +49,29 @@ def test_maps_of_different_sources_do_not_combine(field, value):
             combine()
 
 
+def test_prefix_tokens_stay_with_their_maps():
+    """A head that reads the class token would answer for another map, or be refused."""
+    a, b = random_map(0, prefix=True), random_map(1, prefix=True)
+    for maps, expected in (
+        (a.to("cpu"), a.prefix),
+        (a.select(-1), a.prefix[1:]),
+        (a.select(torch.tensor([1, 0])), a.prefix.flip(0)),
+        (a.repeat(2), a.prefix[[0, 0, 1, 1]]),
+        (a.in_turn(3), a.prefix[[0, 1, 0]]),
+        (concatenate([a, b]), torch.cat([a.prefix, b.prefix])),
+        (interpolate([a, b], [1, 3]), 0.25 * a.prefix + 0.75 * b.prefix),
+    ):
+        assert torch.allclose(maps.prefix, expected, atol=1e-6) and len(maps) == len(expected)  # float32
+    assert torch.equal(a.select(-1).values, a.values[1:])
+    for maps in (
+        concatenate([a, random_map(1)]),
+        interpolate([a, random_map(1)], [1, 3]),
+        compose(a, b, torch.ones(1, 3, 4)),
+        a.with_values(b.values),
+    ):
+        assert maps.prefix is None
+
+
 def test_interpolation_is_convex():
     a, b = random_map(0), random_map(1)
     assert torch.equal(interpolate([a, b], [1, 0]).values, a.values)
@@ -62,6 +88,9 @@ def test_composition_takes_each_cell_from_its_side():
     mixed = compose(a, b, mask).values
     assert torch.equal(mixed[:, :, 0, :2], a.values[:, :, 0, :2])
     assert torch.equal(mixed[:, :, 1:], b.values[:, :, 1:]) and torch.equal(mixed[:, :, 0, 2:], b.values[:, :, 0, 2:])
+    each = compose(a, b, torch.stack([mask[0], 1 - mask[0]])).values  # a mask for each map
+    assert torch.equal(each[0], mixed[0]) and torch.equal(each[1, :, 0, 2:], a.values[1, :, 0, 2:])
+    assert torch.equal(each[1, :, 0, :2], b.values[1, :, 0, :2])
     mask[:, :48] = 1  # half of the second row
     assert at_grid(mask, (3, 4), soft=True)[0, 0, 1, 3] == 0.5
     with pytest.raises(FeatInvError, match="pooled"):
@@ -126,12 +155,16 @@ def test_frechet_distance_of_known_gaussians():
     # |mu|^2 + sum (s1 - s2)^2 = 3 + 3; sampling error of 20,000 draws is about 1 %
     assert abs(frechet_distance(a, b) - 6) < 0.2
     assert frechet_distance(a, a) < 1e-6
+    few = a[:20], b[:20]  # with more channels than vectors, of which the further ones say nothing
+    wide = frechet_distance(*(torch.nn.functional.pad(x, (0, 30)) for x in few))
+    assert wide == pytest.approx(frechet_distance(*few), rel=1e-6)  # float64
 
 
 def test_bootstrap_interval_covers_the_mean():
     result = bootstrap(torch.arange(100.0))
     assert result["n"] == 100 and result["low"] < result["value"] == 49.5 < result["high"]
     assert 4 < result["value"] - result["low"] < 8  # 1.96 * 28.9 / 10 = 5.7
+    assert bootstrap(torch.arange(100.0)) == result
     assert "few" not in result and bootstrap(torch.arange(9.0))["few"]
     assert bootstrap(torch.ones(1)) == {"value": 1.0, "low": None, "high": None, "n": 1, "few": True}
 

@@ -95,6 +95,10 @@ def test_the_ridge_follows_from_how_much_the_pairs_say():
         for n in (2, 400)
     ]
     assert chosen[0] > chosen[1]
+    single, few = Pairs(), many.select(slice(0, 8))
+    for i in range(8):  # read one by one, as in any batches
+        single.add(few.select(i), true.apply(few.select(i)))
+    assert single.fit().settings["ridge"] == from_pairs(few, true.apply(few)).settings["ridge"] == RIDGES[0]
     assert from_pairs(many.select(0), true.apply(many.select(0))).settings["ridge"] == RIDGES[-1]
     x, y = torch.randn(2, 20, CHANNELS, dtype=torch.float64).unbind()
     matrix, shift = torch.randn(CHANNELS, CHANNELS).double(), torch.randn(CHANNELS).double()
@@ -108,6 +112,7 @@ def test_values_of_a_relu_stay_above_zero_and_only_those():
     relu = maps.with_values(maps.values.relu())
     linear = fitted("direction", lambda m: m.with_values((m.values + down[:, None, None]).relu()), relu)
     assert linear.low == 0 and linear.apply(relu).values.min() == 0
+    assert torch.equal(linear.apply(maps, 0.0).values, maps.values)  # 0 changes nothing
     assert fitted("direction", lambda m: m, maps).low is None
 
 
@@ -129,6 +134,10 @@ def test_a_map_of_two_batches_is_measured_on_pairs_that_its_fit_did_not_see():
     spoilt[3::4] = torch.randn(2, CHANNELS, 3, 4, generator=torch.Generator().manual_seed(5))
     linear = from_pairs(maps, after.with_values(spoilt), "direction")
     assert linear.measured["explained"]["value"] < 0.3 and linear.measured["explained"]["n"] == 2
+    seen, other = (after.with_values(spoilt).select(rows) for rows in (torch.arange(8) % 4 != 3, slice(3, None, 4)))
+    fit, centre = from_pairs(maps.select(torch.arange(8) % 4 != 3), seen, "direction"), seen.values.mean((0, 2, 3))
+    expected = measure(fit, maps.select(slice(3, None, 4)), other, centre)["centred_mapped"].mean().item()
+    assert linear.measured["centred_mapped"]["value"] == pytest.approx(expected, abs=1e-6)  # float32
     whole = from_pairs(maps, after, "direction")
     assert whole.measured["explained"]["value"] == pytest.approx(1) and "2 held-out pairs" in whole.report()
     alone = from_pairs(maps.select(0), after.select(0), "direction")
@@ -144,6 +153,7 @@ def test_arithmetic_adds_the_difference_of_two_means():
     assert torch.allclose(arithmetic(a, plus, minus, 1.0, True).values, a.values + at_each, atol=1e-6)
     relu = [m.with_values(m.values.relu()) for m in (a, plus, minus)]
     assert arithmetic(*relu, -4.0).values.min() == 0 > arithmetic(a, plus, minus, -4.0).values.min()
+    assert arithmetic(relu[0], plus, minus, -4.0).values.min() < 0  # the layer has such values
 
 
 def test_what_does_not_fit_is_refused():

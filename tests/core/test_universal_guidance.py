@@ -95,6 +95,10 @@ def test_the_step_is_the_same_for_every_kind_of_model():
 def test_a_flow_of_pure_noise_keeps_nothing_of_the_clean_latents():
     clean, noise = torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 3.0)
     assert torch.equal(noise_again(clean, (0.9, 0.1), (0.0, 1.0), noise), noise)
+    twice = noise_again(
+        clean, (0.5, 0.5), (0.5 + 1e-9, 0.5), noise
+    )  # a level that a schedule has twice, but for rounding
+    assert torch.allclose(twice, clean)
 
 
 def test_squared_distance_has_the_gradient_of_its_formula():

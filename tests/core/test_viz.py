@@ -245,6 +245,7 @@ def test_a_closed_loop_that_finds_nothing_ends_with_the_nearest():
     factor, result = closed_loop(slope_at, 0.25)
     assert len(tried) == 5 and result == -0.1 and factor <= 0 and not passes(0.25, result)
     assert min(tried) >= -0.5 and closed_loop(lambda f: 0.9, 0.25, rounds=1) == (0.25, 0.9)
+    assert closed_loop(lambda f: 1.0 if f > 0 else -0.9, 0.25) == (0.25, 1.0)  # too little is nearer than too much
 
 
 def test_a_slope_that_passes_is_taken_though_another_was_nearer():

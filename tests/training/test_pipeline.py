@@ -1,6 +1,7 @@
 """The diffusion side: ControlNet starts as nothing, steers as told, and reads and writes the weights file."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.prediction import predicted_clean
-from featinv_nodes.core.sampling import Sampling
+from featinv_nodes.core.sampling import Sampling, sample_latents
 from featinv_nodes.core.weights import InversionInfo
 from featinv_nodes.worlds import model_file, open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -234,6 +235,23 @@ def test_in_bf16_the_diffusion_model_is_rounded_and_nothing_else(features):
         pictures, rounded = (p.draw(given, settings, p.noise([0, 1])) for p in (full, half))
         difference = (pictures - rounded).abs().mean()
         assert 0 < difference < 0.01  # bf16 has 8 bits; pictures of other seeds are 0.06 and 0.3 apart
+
+
+def test_guidance_weighs_predictions_in_bf16_without_rounding_them_again():
+    """One step of a solver that gives back what it is told: 1.3 (1 + 1/128) - 0.3."""
+    text = {True: torch.tensor([[[1 + 2**-7]]]), False: torch.ones(1, 1, 1)}
+    config = SimpleNamespace(timestep_spacing="trailing", num_train_timesteps=10)
+    solver = SimpleNamespace(config=config, timesteps=torch.tensor([9]), set_timesteps=lambda steps: None)
+    solver.step = lambda pred, t, x: SimpleNamespace(prev_sample=pred)
+
+    class Half:
+        dtype, device = torch.bfloat16, torch.device("cpu")
+
+        def __call__(self, x, t, context):
+            return SimpleNamespace(sample=context[..., None].expand_as(x))
+
+    result = sample_latents(Half(), None, {}, solver, torch.zeros(2, 1, 1, 1), text, Sampling(1, guidance=1.3))
+    assert torch.allclose(result, torch.tensor(1 + 1.3 / 128), atol=1e-5)  # float32; bf16 is off by 0.002
 
 
 def test_an_inversion_model_in_8_bits_draws_the_same_pictures(tmp_path):

@@ -263,8 +263,12 @@ def test_pictures_of_every_mode_are_read_alike(tmp_path):
         x = read_image(file)
         assert x.shape == (1, 3, 30, 20) and x.dtype == torch.float32
     grey = tmp_path / "grey.png"
-    Image.fromarray(np.full((20, 20), 32_768, np.uint16)).save(grey)
-    assert read_image(grey).unique().tolist() == [pytest.approx(0.5, abs=1 / 255)]  # 16 bits are scaled, not cut off
+    Image.fromarray(np.resize(np.uint16([0, 32_768, 65_535]), (20, 21))).save(grey)
+    assert read_image(grey).unique().tolist() == pytest.approx([0, 0.5, 1], abs=1 / 255)  # 16 bits are scaled, not cut
+    for mode in ("F", "I"):
+        Image.new(mode, (20, 20), 1).save(tmp_path / f"{mode}.tif")
+        with pytest.raises(FeatInvError, match="whose black and white are unknown; save it with 8 or 16 bits"):
+            read_image(tmp_path / f"{mode}.tif")
     clear = tmp_path / "clear.png"
     Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(clear)
     assert read_image(clear).min() == 1  # transparent is white

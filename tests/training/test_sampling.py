@@ -1,6 +1,7 @@
 """Sampling beyond the paper: two guidances apart, solvers, guidance by the gradient, best of N."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -292,6 +293,7 @@ def test_settings_that_make_no_sense_are_refused():
     for wrong in (
         {"solver": "euler"},
         {"text_guidance": -1.0, "negative": "features"},
+        {"guidance": math.inf},
         {"gradient": -0.1},
         {"gradient_steps": -1},
         {"best_of": 0},

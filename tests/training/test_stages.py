@@ -124,6 +124,9 @@ def test_autoencoder_starts_from_patches_and_standardises(tmp_path, monkeypatch,
     plain.start_from_patches(x)
     error = (plain.decode(plain.encode(x)) - x).square().mean()
     assert error < 0.15 * x.var()  # 24 of 192 components keep most of a drawn picture
+    assert plain.encode(x).square().mean().item() == pytest.approx(
+        1, rel=0.01
+    )  # what networks that start at zero add to
     for name, value in {"IMAGES": 32, "STOP": 32, "BATCH": 16, "PERCEPTUAL_FROM": 16}.items():
         monkeypatch.setattr(autoencoder, name, value)
     vae = autoencoder.train_autoencoder(tmp_path, cnn, compile=False)
@@ -156,12 +159,16 @@ def test_components_of_16_pixel_patches_keep_a_photograph(latents, kept):
     vae = PatchAutoencoder(16, latents)
     vae.start_from_patches(x[:40])
     with torch.no_grad():
-        plain = vae.decode(vae.encode(x[40:]))
+        plain, spread = vae.decode(vae.encode(x[40:])), vae.encode(x[:40]).std((0, 2, 3))
         autoencoder.standardise(vae, x[:40])
         z, again = vae.encode(x), vae.decode(vae.encode(x[40:]))
     assert z.shape == (60, latents, 8, 8) and z[:40].mean((0, 2, 3)).abs().max() < 1e-3 and abs(z[:40].std() - 1) < 0.01
+    ratios = z[:40].std((0, 2, 3)).square() / spread  # of the deviations their square root is kept
+    assert ratios.max() < 1.001 * ratios.min()
     share = 1 - (again - x[40:]).square().mean() / x[40:].var()
     assert kept < share < 1 and torch.allclose(plain, again, atol=1e-4)
+    vae.mean += torch.linspace(-1, 1, latents)[:, None, None]
+    assert torch.allclose(vae.decode(vae.encode(x[40:])), again, atol=1e-4)
 
 
 @pytest.mark.parametrize("patch, latents", [(4, 8), (8, 24), (16, 64)])
