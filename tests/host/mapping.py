@@ -8,6 +8,7 @@ from opening import BASE, NODES, World, error_of, relative, run
 
 from featinv_nodes.core.linear_maps import KINDS, arithmetic, from_pairs
 from featinv_nodes.core.metrics import cosine
+from featinv_nodes.core.mixing import compose, interpolate
 
 MIX = {"mode": "compose", "weight_a": 0.5, "weight_b": 0.5, "steps": 5, "soft_edge": False}
 PAIRS, APPLY = "FeatInv_LinearMapFromPairs", "FeatInv_ApplyLinearMap"
@@ -44,6 +45,7 @@ def mapping(world: World) -> dict:
             run("FeatInv_FeatureArithmetic", **inputs).values, arithmetic(fresh, after, before, -0.5, True).values
         ),
         "regions": regions(world),
+        "mixes": mixes(world),
         "said": NODES[PAIRS].execute(before=before, after=after, kind="affine", name="").ui.value,
         "other backbone": error_of(run, APPLY, features=foreign, linear_map=linear, strength=1.0),
         "uneven": error_of(run, PAIRS, before=before, after=fresh, kind="affine", name=""),
@@ -66,4 +68,27 @@ def regions(world: World) -> dict:
         "right": all(one.equal(other) for one, other in parts),
         "no mask": error_of(run, "FeatInv_FeatureMix", **maps),
         "no map": error_of(run, "FeatInv_FeatureMix", **maps, mask_c=top, mask_d=top),
+    }
+
+
+def mixes(world: World) -> dict[str, float]:
+    """Each mode of Feature Mix against the method: four weights, a single map beside a batch, a sweep, a soft edge."""
+    a, b, c, d = (world.extract(0, 4).select(i) for i in range(4))
+    inputs = {**MIX, "mode": "interpolate", "features_a": a, "features_b": b, "weight_a": 0.1, "weight_b": 0.2}
+    weighted = {"features_c": c, "weight_c": 0.3, "features_d": d, "weight_d": 0.4}
+    one, both = {"features_a": c}, {"features_b": world.features.select(slice(0, 2))}
+    half = torch.zeros(1, 64, 64)
+    half[..., :28] = 1  # three columns of eight, and half of the fourth
+    edge = {"mode": "compose", "mask": half}
+
+    def mixed(**changes):
+        return run("FeatInv_FeatureMix", **inputs | changes).values
+
+    return {
+        "weights": relative(mixed(**weighted), interpolate([a, b, c, d], [0.1, 0.2, 0.3, 0.4]).values),
+        "batch": relative(mixed(**one, **both), c.values / 3 + 2 / 3 * both["features_b"].values),
+        "sweep": relative(mixed(mode="sweep", steps=3), torch.cat([a.values, (a.values + b.values) / 2, b.values])),
+        "hard": relative(mixed(**edge), compose(b, a, half).values),
+        "soft": relative(mixed(**edge, soft_edge=True), compose(b, a, half, True).values),
+        "edges differ": relative(mixed(**edge, soft_edge=True), mixed(**edge)),
     }

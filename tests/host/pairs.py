@@ -6,6 +6,7 @@ import torch
 from opening import SEED, STEPS, World, relative, run
 
 from featinv_nodes.core import viz
+from featinv_nodes.core.pictures import diverging, heat_map
 from featinv_nodes.core.sampling import Sampling
 from training.concepts.viz import visualize
 from training.models.pipeline import load_pipeline
@@ -61,6 +62,15 @@ def paired(world: World) -> dict:
             "mask": float((outputs[3] - torch.stack([viz.affected(one.distance) for one in theirs])).abs().mean()),
             "shapes": [list(x.shape) for x in outputs[:4]],
         }
+    again, distances = {"pictures": pictures, "edit": change, "backbone": world.backbone}, [d.distance for d in theirs]
+    signed = torch.stack([viz.signed_difference(one.original, one.changed) for one in theirs])
+    signed = signed / signed.abs().amax((1, 2), keepdim=True)
+    expected = (heat_map(torch.stack([viz.normalised(d) for d in distances])), diverging(signed))
+    result["maps"] = [
+        float((shown[:, ::4, ::4] - maps.movedim(1, -1)).abs().mean()) for shown, maps in zip(outputs[1:3], expected)
+    ]
+    stricter = run("FeatInv_Viz", threshold=0.6, **again)[3]
+    result["stricter"] = float((stricter - torch.stack([viz.affected(d, 0.6) for d in distances])).abs().mean())
     starts = comfy.sample.prepare_noise(torch.zeros(9, 24, 8, 8), SEED, latent["batch_index"])
     cut = nodes.LatentFromBatch().frombatch(nodes.EmptyLatentImage().generate(64, 64, 8)[0], 2, 2)[0] | {
         "noise_mask": torch.rand(2, 1, 8, 8)

@@ -40,3 +40,9 @@ def test_several_regions_lie_in_their_masks(measured):
     assert result["right"]
     assert "needs a mask for features_c; connect mask_c" in result["no mask"]
     assert "mask_d is connected, features_d is not" in result["no map"]
+
+
+def test_feature_mix_is_the_method_in_every_mode(measured):
+    result = dict(measured["mapping"]["mixes"])
+    assert result.pop("edges differ") > 0.01
+    assert {name: value for name, value in result.items() if not value <= CLOSE} == {}
