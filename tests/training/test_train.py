@@ -18,7 +18,7 @@ from training.data.loader import Photographs, Scenes, loader
 from training.loop import memory
 from training.loop.graph import check_device
 from training.loop.objective import observed_features, training_loss
-from training.loop.schedule import lr_at, step_seed
+from training.loop.schedule import due, lr_at, step_seed
 from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
@@ -148,6 +148,8 @@ def test_the_perceiver_encoder_trains_and_opens(tmp_path):
     assert pipeline.draw(
         pipeline.features(draw(0, torch.arange(1)).image), pipeline.recommended(steps=1), pipeline.noise([0])
     ).shape == (1, 3, 64, 64)
+    oblong = FeatureControlNet.start(pipeline.base, replace(pipeline.source, grid=(3, 4)), 16, "perceiver")
+    assert oblong.hint(torch.zeros(1, 128, 3, 4), (8, 12)).shape == (1, 64, 8, 12)
 
 
 def test_the_encoder_on_the_maps_own_grid_trains_and_opens(tmp_path):
@@ -340,6 +342,13 @@ def test_learning_rate_warms_up_and_falls():
     config = read_config(DEFAULT, {"warmup": "1000", "max_images": "10000", "lr": "1.0"})
     assert lr_at(0, config, 128) == 128 / 1000
     assert 0.9 < lr_at(1000, config, 128) <= 1.0 and lr_at(10_000, config, 128) < 1e-6
+    assert (
+        lr_at(5000, config, 128) == pytest.approx(0.5) and lr_at(9000, replace(config, schedule="constant"), 128) == 1
+    )
+
+
+def test_what_is_due_comes_with_the_step_that_reaches_its_number_of_images():
+    assert [n for n in range(4, 41, 4) if due(10, n, 4)] == [12, 20, 32, 40]
 
 
 def test_the_random_numbers_of_a_step_are_the_same_on_every_computer():
