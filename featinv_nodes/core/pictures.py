@@ -29,8 +29,8 @@ def principal_components(features: FeatureMap) -> Tensor:
     x = x - x.mean(0)
     _, _, directions = torch.linalg.svd(x, full_matrices=False)
     colours = x @ directions[:3].T
-    colours = colours * colours.pow(3).sum(0).sign()  # a sign that does not depend on the solver
-    colours = F.pad(colours, (0, 3 - colours.shape[1]))
+    sign = torch.where(colours.pow(3).sum(0) < 0, -1.0, 1.0)  # that does not depend on the solver; never 0
+    colours = F.pad(colours * sign, (0, 3 - colours.shape[1]))
     low, high = colours.quantile(0.01, 0), colours.quantile(0.99, 0)
     colours = ((colours - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
     batch, _, height, _ = features.values.shape

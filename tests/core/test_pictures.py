@@ -23,6 +23,8 @@ def test_like_features_have_like_colours():
     assert colours.shape == (1, 3, 4, 4) and 0 <= colours.min() and colours.max() <= 1
     one, other = colours[0][:, indices == 0], colours[0][:, indices == 1]
     assert one.std(1).max() < 1e-3 and other.std(1).max() < 1e-3 and (one[:, 0] - other[:, 0]).abs().max() > 0.9
+    even = torch.tensor([0.0, 1.0]).repeat(1, 6, 4, 2)  # as many of each, of which neither is the rarer one
+    assert principal_components(FeatureMap(even, SOURCE))[0].flatten(1).std(1).max() > 0.4
     pooled = FeatureMap(values.mean((2, 3), keepdim=True), FeatureSource(**{**SOURCE.to_dict(), "pooled": True}))
     with pytest.raises(FeatInvError, match="pooled"):
         principal_components(pooled)

@@ -3,6 +3,8 @@ choice."""
 
 import json
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import killed
 import pytest
@@ -15,9 +17,12 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.objective import min_snr_weight
 from featinv_nodes.worlds import open_backbone
+from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import CONFIGS, DEFAULT, read_config
+from training.loop import panel
 from training.loop.flops import step_gmac
 from training.loop.optimizer import build_optimizer, fused_step
 from training.loop.training import train
@@ -81,8 +86,9 @@ def test_the_encoder_alone_learns_first(tmp_path):
     assert any(not torch.equal(start[k], further[k]) for k in start if not k.startswith("controlnet_cond_embedding"))
 
 
-def test_weights_without_a_gradient_decay_as_the_configuration_says():
-    """AdamW (Loshchilov & Hutter 2019): by lr times the decay at each step, in both groups."""
+def test_weights_without_a_gradient_decay_as_the_configuration_says(monkeypatch):
+    """AdamW (Loshchilov & Hutter 2019): by lr times the decay at each step, in both groups; and as bitsandbytes' is
+    told."""
     base, config = load_base("tiny", ""), read_config(DEFAULT, {"lr": "0.5", "weight_decay": "0.2"})
     model = FeatureControlNet.start(base, open_backbone("tiny-cnn").source(), 16)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -91,6 +97,11 @@ def test_weights_without_a_gradient_decay_as_the_configuration_says():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert all(torch.allclose(p, 0.9 * before[name]) for name, p in model.named_parameters())
+    package = SimpleNamespace(AdamW8bit=lambda groups, **given: (len(groups), given))
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, package)
+    small = build_optimizer(model, replace(config, optimizer="adamw8bit"))
+    assert small == (2, {"lr": 0.5, "weight_decay": 0.2})
 
 
 def test_a_step_clips_the_norm_of_all_gradients_together():
@@ -188,6 +199,21 @@ def test_a_tracker_that_fails_does_not_end_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Remembering, "log_images", fails)
     assert here(tmp_path, trackers="[remembering]", panel_every="4", max_images="6").exists()
     assert "the tracker remembering did not take the panel: no image of mine" in capsys.readouterr().out
+
+
+def test_a_panel_scores_whole_pictures_of_the_weights_alone_and_leaves_the_model_learning(monkeypatch):
+    """Held-out scenes as the backbone is evaluated, here by their middle; no guidance by the gradient."""
+    base, backbone = load_base("tiny", "a drawing of the small world"), open_backbone("tiny-cnn")
+    backbone.crop_pct, asked = 0.5, []
+    model = FeatureControlNet.start(base, backbone.source(), 16)
+    latents = base.encode(draw(1, torch.arange(8)).image)
+    monkeypatch.setattr(panel, "sample", lambda *given: asked.append((*given, model.training)) or latents)
+    config = read_config(DEFAULT, SMALL | {"recommended": "{steps: 1, gradient: 0.5}"})
+    _, score = panel.sample_panel(base, backbone, model, config)
+    (_, _, features, _, sampling, _, learning), shown = asked[0], base.decode(latents)
+    assert torch.equal(features.values, backbone(backbone.preprocess(panel.held_out(config))).values)
+    assert score == pytest.approx(cosine(features, backbone(backbone.preprocess(shown, "stretch"))).mean().item())
+    assert not learning and model.training and (sampling.steps, sampling.gradient) == (1, 0)
 
 
 def test_tensorboard_gets_numbers_and_panels(tmp_path):

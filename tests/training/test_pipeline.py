@@ -99,14 +99,17 @@ def test_guidance_follows_its_formula(base, controlnet, features):
 
 
 def test_rows_of_a_batch_do_not_touch_each_other(base, controlnet, features):
-    start, sampling = noise(base, 0, 2), Sampling(steps=3, guidance=2.0, negative="features")
+    """Of latents that are not square, either."""
+    start, sampling = noise(base, 0, 2, (6, 12)), Sampling(steps=3, guidance=2.0, negative="features")
     both = sample(base, controlnet, features, start, sampling, PROMPT)
     second = sample(base, controlnet, features.select(1), start[1:], sampling, PROMPT)
     assert (both[1:] - second).abs().max() <= 1e-4 * both.abs().max()  # float32, batches of another size
 
 
 def test_noise_is_the_hosts(base):
-    assert torch.equal(noise(base, 5, 3), torch.randn(3, 24, 8, 8, generator=torch.Generator().manual_seed(5)))
+    for size, (height, width) in ((None, (8, 8)), ((6, 12), (6, 12))):
+        expected = torch.randn(3, 24, height, width, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(noise(base, 5, 3, size), expected)
 
 
 def test_weights_file_gives_the_same_pictures(base, controlnet, features, tmp_path):
