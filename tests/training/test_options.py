@@ -24,6 +24,7 @@ from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import CONFIGS, DEFAULT, read_config
 from training.loop import panel
 from training.loop.flops import step_gmac
+from training.loop.objective import cast_frozen
 from training.loop.optimizer import build_optimizer, fused_step
 from training.loop.training import train
 from training.models.base_model import load_base
@@ -74,6 +75,11 @@ def test_frozen_parts_in_bf16_change_the_loss_by_its_rounding(whole, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     here(tmp_path, precision="bf16")
     assert lines(tmp_path)[0]["loss"] == pytest.approx(lines(whole[0])[0]["loss"], rel=2**-7)  # bf16 has eight bits
+    base, backbone = load_base("tiny", ""), open_backbone("tiny-cnn")
+    for precision in ("fp16", "fp32", "bf16"):  # each of them, in bf16 alone
+        cast_frozen(read_config(DEFAULT, {"precision": precision}), base, backbone)
+        kinds = {p.dtype for part in (base.unet, base.vae, backbone) for p in part.parameters()}
+        assert kinds == {torch.bfloat16 if precision == "bf16" else torch.float32}
 
 
 def test_the_encoder_alone_learns_first(tmp_path):

@@ -19,6 +19,7 @@ from training.loop import memory
 from training.loop.graph import check_device
 from training.loop.objective import observed_features, training_loss
 from training.loop.schedule import due, lr_at, step_seed
+from training.loop.setup import start_from
 from training.loop.training import train
 from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
@@ -93,6 +94,9 @@ def test_a_taken_over_encoder_keeps_its_own_statistics(tmp_path, monkeypatch):
         mean,
     )
     assert not observed
+    source = replace(info.source, weights="0" * 16)  # features of the same name, by other weights
+    other = FeatureControlNet.start(base, source, info.encoder["width"])
+    assert start_from(other, str(file), base) is None and not other.encoder.mean.any()
     run(tmp_path / "other", 8, init_from=str(file), layer="layer2", **given)
     assert sum(observed) == 256 and max(observed) == 8  # no more at once than a step sees
 
