@@ -2,6 +2,7 @@
 choice."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from featinv_nodes.core.objective import min_snr_weight
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
 from training.config import CONFIGS, DEFAULT, read_config
-from training.loop import panel
+from training.loop import log, panel
 from training.loop.flops import step_gmac
 from training.loop.objective import cast_frozen
 from training.loop.optimizer import build_optimizer, fused_step
@@ -140,8 +141,10 @@ def test_min_snr_weights_are_those_of_the_paper():
 
 
 def test_min_snr_lowers_the_weight_of_small_noise(whole, tmp_path):
-    here(tmp_path, min_snr="1.0")
-    assert 0 < lines(tmp_path)[0]["loss"] < 0.9 * lines(whole[0])[0]["loss"]
+    here(tmp_path, min_snr="1.0", schedule="cosine", lr="1e-5")
+    (line,) = lines(tmp_path)
+    assert 0 < line["loss"] < 0.9 * lines(whole[0])[0]["loss"]
+    assert line["lr"] == pytest.approx(1e-5 * (1 + math.cos(math.pi * 38 / 40)) / 2)  # that of the last step
 
 
 def test_the_log_says_what_a_step_costs(whole):
@@ -165,6 +168,24 @@ def test_the_log_says_what_a_step_costs(whole):
         base.unet(torch.zeros(1, 24, 8, 8), torch.zeros(1, dtype=torch.long), base.text[""])
     # forward and the gradient through the decoder of the base model, and the ControlNet, about half of it, three times
     assert 2 < step_gmac(base, backbone, model, config) / (counter.get_total_flops() / 2e9) < 4
+
+
+def test_speed_is_of_all_steps_since_the_last_report_without_the_first_and_what_is_done_elsewhere(monkeypatch):
+    """By a clock that stands still but for what is told here."""
+    now = [0.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    pace = log.Pace(5.0, 1e12)
+    for seconds in (100, 1, 1):  # the first step compiles
+        now[0] += seconds
+        pace.step(8)
+    with pace.waiting():
+        now[0] += 0.5
+    with pace.elsewhere():
+        now[0] += 60
+    now[0] += 1.5
+    figures = pace.report()
+    assert (figures["images_per_second"], figures["gflops"], figures["data_wait"]) == (4, 40, 0.125)
+    assert figures["share_of_peak"] == pytest.approx(0.04) and pace.report().keys() == {"memory_gb"}
 
 
 class Remembering(GeneralTracker):

@@ -59,8 +59,10 @@ def test_a_step_encodes_the_crop_of_the_base_models_resolution_and_reads_feature
     batch = {"pictures": scenes, "target": small(scenes)}
     moments, features = observe(base, backbone, batch, read_config(DEFAULT))
     assert torch.equal(moments, moments_of(base, small(scenes))) and moments.shape == (2, 8, 8, 8)
+    _, pooled = observe(base, backbone, batch, read_config(DEFAULT, {"pooled": "true"}))
     with torch.no_grad():
         assert apart(features, backbone(scenes).values) < 1e-5
+        assert pooled.shape == (2, 128, 1, 1) and apart(pooled, backbone(scenes, pooled=True).values) < 1e-5
 
 
 def test_a_share_of_the_samples_is_dropped_and_every_timestep_of_the_base_model_occurs(base):
@@ -134,4 +136,8 @@ def test_cycle_consistency_looks_at_the_picture_that_the_latents_stand_for(base,
         expected = feature_distance(scaled.picture_of(base, latents), backbone, values, "last", False)
         wrong = feature_distance(scaled.picture_of(base, latents * FACTOR), backbone, values, "last", False)
         result = cycle_distance(base, backbone, latents, values, read_config(DEFAULT))
+        mean, config = values.mean((2, 3), keepdim=True), read_config(DEFAULT, {"pooled": "true"})
+        seen = backbone(backbone.preprocess(scaled.picture_of(base, latents), "stretch"), pooled=True).values
+        pooled = cycle_distance(base, backbone, latents, mean, config)
     assert apart(result, expected) < 1e-5 < 1e-3 < apart(wrong, expected)
+    assert apart(pooled, 1 - F.cosine_similarity(seen, mean).flatten()) < 1e-5
