@@ -170,7 +170,7 @@ class Checkpoint:
 def in_little_memory(checkpoint: Checkpoint) -> dict:
     """Latents where memory has room for one row's gradient, and then only by computing blocks again; how many rows are
     decoded at once, and how often a block runs."""
-    module, result, counts = part("decoding"), {}, []
+    module, result, few, counts = part("decoding"), {}, {}, []
     block = checkpoint.vae.first_stage_model.decoder.mid.block_1.conv1
     hook = block.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
     row = checkpoint.vae.memory_used_decode((1, checkpoint.channels, CELLS, CELLS), torch.float32)
@@ -185,11 +185,12 @@ def in_little_memory(checkpoint: Checkpoint) -> dict:
             counts.clear()
             latents = checkpoint.draw(batch=2)
             result[name] = {"latents": latents, "rows": max(counts), "runs": sum(counts)}
+            few[name] = checkpoint.draw(batch=2, moves=1, recurrence=1)
     finally:
         module.management, backbone._kept["last"] = management, kept
         hook.remove()
     _, kept, _, again = (one.pop("latents") for one in result.values())
-    return result | {"difference": relative(again, kept)}
+    return result | {"difference": relative(again, kept), "one by one": relative(few["a row"], few["plenty"])}
 
 
 def cancelled(checkpoint: Checkpoint) -> dict:

@@ -89,7 +89,9 @@ def masks(world: World) -> dict:
     half[..., 40:] = 1
     full, none = world.draw(world.apply(), steps=FEW), world.draw((world.positive, world.negative), steps=FEW)
     each = world.draw(world.apply(mask=torch.cat([black, white, black])), steps=FEW)
-    plain, masked = (residuals_of(world, world.apply(**mask)) for mask in ({}, {"mask": half}))
+    stripes = torch.zeros(1, 50, 80)
+    stripes[..., ::3] = 1
+    plain, masked, fine = (residuals_of(world, world.apply(**m)) for m in ({}, {"mask": half}, {"mask": stripes}))
     positive, negative = world.apply(mask=half)
     inside, outside = (residuals_of(world, (in_area(positive, area), negative)) for area in (RIGHT, LEFT))
     positive, negative = world.apply()
@@ -100,6 +102,7 @@ def masks(world: World) -> dict:
         "one each": max(relative(each[i], (none, full, none)[i][i]) for i in range(3)),
         "kept": relative(masked[0][..., 5:], plain[0][..., 5:]),
         "kept in an area": relative(inside[0][..., 1:], unmasked[0][..., 1:]),
+        "finer than a cell": relative(fine[0], plain[0] / 3),
         "left": float(masked[0][..., :3].abs().max()),
         "left in an area": float(outside[0][..., :3].abs().max()),
         "every depth": [float(m.norm() / p.norm()) for m, p in zip(masked, plain)],
@@ -129,8 +132,8 @@ def curves(world: World) -> dict:
 
 
 def windows(world: World) -> dict:
-    """Context windows along the batch and along the width: which of four maps each latent gets, and which columns; or
-    the host's own error, where its windows fail."""
+    """Context windows along the batch, the width and the height: which of four maps each latent gets, and which columns
+    and rows; or the host's own error, where its windows fail."""
     maps, own = world.extract(0, 4), world.model
     whole = world.control.encoder.model(maps.values, (8, 8))
 
@@ -159,9 +162,10 @@ def windows(world: World) -> dict:
     else:
         result["maps"] = [[int((whole - one).flatten(1).norm(dim=1).argmin()) for one in hint] for hint in hints]
         result["exact"] = max(relative(hint, whole[n]) for hint, n in zip(hints, result["maps"]))
-    across = drawn(3, 6, maps.select(0), 1)[-1]
+    across, down = (drawn(dim, 6, maps.select(0), 1)[-1] for dim in (3, 2))
     result["across"] = max(relative(one, whole[0, ..., -one.shape[-1] :]) for one in across)
-    return result | {"columns": across.shape[-1]}
+    result["down"] = max(relative(one, whole[0, :, -one.shape[-2] :]) for one in down)
+    return result | {"columns": across.shape[-1], "rows": down.shape[-2]}
 
 
 def parts(world: World) -> dict:
@@ -228,6 +232,7 @@ def warnings(world: World) -> dict:
         "in turn": told(lambda: world.draw(two, batch=4, steps=FEW)),
         "masks": told(lambda: world.draw(one, batch=1, steps=FEW)),
         "size": told(lambda: world.draw(world.apply(), size=(6, 12), steps=FEW)),
+        "wide": told(lambda: world.draw(world.apply(), size=(8, 12), steps=FEW)),
     }
 
 
@@ -268,6 +273,11 @@ def pairs(world: World, edited) -> dict:
     def drawn(latent):
         return nodes.KSampler().sample(world.model, 1, 2, 3.0, "ddim", "simple", *world.apply(features=maps), latent)
 
+    def continued(latent):
+        conditioning = world.apply(features=maps)
+        settings = ("disable", 1, 4, 3.0, "ddim", "simple", *conditioning, latent, 2, 4, "disable")
+        return nodes.KSamplerAdvanced().sample(world.model, *settings)
+
     def viz(count, features=maps):
         inputs = {"edit": change, "backbone": world.backbone, "threshold": 0.33, "features": features}
         return error_of(run, "FeatInv_Viz", pictures=torch.rand(count, 64, 64, 3), **inputs)
@@ -277,6 +287,7 @@ def pairs(world: World, edited) -> dict:
         "own": error_of(drawn, latent),
         "fewer": error_of(drawn, {"samples": torch.zeros(2, 24, 8, 8)}),
         "other noise": error_of(drawn, blank),
+        "part way": error_of(continued, {"samples": torch.randn(4, 24, 8, 8)}),
         "pictures": viz(4),
         "fewer images": viz(2),
         "other maps": viz(4, world.extract(0, 4)),

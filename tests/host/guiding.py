@@ -104,6 +104,7 @@ def best(world: World) -> dict:
     kept, text = run("FeatInv_KeepMostSimilar", image=pictures, keep=2, **inputs)
     return {
         "kept": relative(kept, pictures[order[0] + order[1]]),
+        "together": cosine_of(world, maps, pictures) - sum(scores) / 8,
         "text": text.splitlines(),
         "expected": [f"number {i}: cosine {scores[i]:.3f}" for i in order[0] + order[1]],
         "uneven": error_of(run, "FeatInv_KeepMostSimilar", image=pictures[:7], keep=1, **inputs),

@@ -118,6 +118,11 @@ def features_nodes(world: World) -> dict:
         run("FeatInv_ClassifyImage", backbone=world.backbone, image=picture, fit="stretch", top=top)[0]
         for top in (1, 10)
     ]
+    said, ranked = [], []
+    for fit in ("crop", "stretch"):
+        said.append(run("FeatInv_ClassifyImage", backbone=world.backbone, image=wide, fit=fit, top=2)[1])
+        logits = network.logits(network.extract(network.preprocess(wide.movedim(-1, 1), fit)))
+        ranked.append("; ".join(f"{name} {share:.0%}" for name, share in network.top_classes(logits, 2)[0]))
     pictures = Path(BASE) / "pictures"
     (pictures / "a" / "deep").mkdir(parents=True)
     fingerprints = []
@@ -131,6 +136,7 @@ def features_nodes(world: World) -> dict:
         "names": names,
         "folders": len({*fingerprints, NODES["FeatInv_DiscoverConcepts"].fingerprint_inputs(folder=None, name=None)}),
         "caption": relative(lines[1], lines[0]),
+        "classes": [said, ranked],
         "similar": three,
         "small mask": error_of(run, "FeatInv_FeatureMix", **mix, mask=torch.zeros(1, 64, 160), backbone=world.backbone),
         "masks": error_of(run, "FeatInv_FeatureMix", **mix, mask=torch.ones(2, 64, 160), backbone=world.backbone),

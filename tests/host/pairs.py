@@ -6,7 +6,7 @@ import torch
 from opening import SEED, STEPS, World, relative, run
 
 from featinv_nodes.core import viz
-from featinv_nodes.core.pictures import diverging, heat_map
+from featinv_nodes.core.pictures import captioned, diverging, heat_map
 from featinv_nodes.core.sampling import Sampling
 from training.concepts.viz import visualize
 from training.models.pipeline import load_pipeline
@@ -70,6 +70,10 @@ def paired(world: World) -> dict:
         float((shown[:, ::4, ::4] - maps.movedim(1, -1)).abs().mean()) for shown, maps in zip(outputs[1:3], expected)
     ]
     stricter = run("FeatInv_Viz", threshold=0.6, **again)[3]
+    activation = change.concepts.activation(change.original)[:, 0]
+    peaks = [f"{name} {one.max():.2f}" for name, one in zip(change.concepts.names, activation)]
+    shown = run("FeatInv_ConceptMap", features=world.features, concepts=change.concepts)
+    result["concept map"] = relative(shown.movedim(-1, 1), captioned(heat_map(activation), peaks))
     result["stricter"] = float((stricter - torch.stack([viz.affected(d, 0.6) for d in distances])).abs().mean())
     starts = comfy.sample.prepare_noise(torch.zeros(9, 24, 8, 8), SEED, latent["batch_index"])
     cut = nodes.LatentFromBatch().frombatch(nodes.EmptyLatentImage().generate(64, 64, 8)[0], 2, 2)[0] | {

@@ -18,6 +18,8 @@ def test_blocks_are_computed_again_where_memory_is_short_and_nothing_changes(mea
     assert result["plenty"] == {"rows": 2, "runs": 24} and result["a row"] == {"rows": 1, "runs": 24}
     assert result["large backbone"] == result["too little for a row"] == {"rows": 1, "runs": 48}
     assert result["difference"] <= 1e-5
+    # each row towards its own map; moves enlarge what float32 makes of batches of another size
+    assert result["one by one"] <= 5e-4
 
 
 def test_guidance_ends_at_the_next_layer_when_cancelled_and_leaves_nothing_behind(measured):

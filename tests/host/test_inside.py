@@ -49,6 +49,7 @@ def test_two_guidances_are_the_command_line_s(measured):
 
 def test_the_best_of_many_are_kept_map_by_map(measured):
     result = measured["best"]
+    assert abs(result["together"]) <= CLOSE  # Feature Similarity, too, takes the maps in turn
     assert (
         result["kept"] == 0 and result["text"][:-1] == result["expected"] and result["text"][-1].startswith("all 8: ")
     )
@@ -117,6 +118,9 @@ def test_a_run_of_paired_latents_is_the_command_line_s_feat_inv_viz(measured):
         assert result["report"] == result["expected"] and result["report"][1].startswith("sky + night: slope ")
         (k, height, width, _), heat, signed, mask = result["shapes"]
         assert (k, width) == (2, 256) and height > 256 and heat == signed == [2, 256, 256, 3] and mask == [2, 64, 64]
+    # heat and sign as colours, and the mask of another threshold
+    assert max(*measured["paired"]["maps"], measured["paired"]["stricter"]) <= 1e-3
+    assert measured["paired"]["concept map"] <= 1e-3  # of the first map, a number below each
 
 
 def test_the_closed_loop_is_the_command_line_s(measured):
@@ -212,6 +216,8 @@ def test_masks_names_and_classes_are_what_the_user_meant(measured):
         "saved features/cat[1]_00002.safetensors"
     )
     assert result["folders"] == 4  # a folder's picture replaced, one added below it, none named: each is another
+    said, expected = result["classes"]  # the two best of each group of labels, of the middle and of the whole picture
+    assert said == expected and said[0] != said[1]
     assert result["caption"] == 0 and 0 < result["similar"] <= 1
     assert (
         "covers no cell of the 8 x 8 feature map" in result["small mask"]
