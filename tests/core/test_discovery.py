@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from sklearn.cluster import KMeans
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.concepts import (
@@ -23,6 +24,7 @@ from featinv_nodes.core.concepts.discovery import dependent
 from featinv_nodes.core.concepts.relevance import class_weights, relevance
 from featinv_nodes.core.concepts.statistics import Statistics, concept_statistics, top_weights
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.waiting import unchecked
 
 CHANNELS = 48
 SOURCE = FeatureSource("net.tag", "last", False, CHANNELS, (3, 4), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -78,6 +80,14 @@ def test_the_same_data_and_seed_give_the_same_concepts(method):
     with torch.inference_mode():  # as hosts run
         second = discover(vectors.clone(), SOURCE, method, 3, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(first.bases, second.bases))
+
+
+def test_the_best_of_several_runs_counts_and_a_direction_points_to_its_largest_channel():
+    """k-means as scikit-learn's with as many runs; a principal direction whose sign no solver chooses."""
+    points = torch.nn.functional.normalize(torch.randn(80, CHANNELS, generator=generator()))
+    own = KMeans(6, n_init=discovery.RUNS, random_state=3).fit(points.numpy()).cluster_centers_
+    assert torch.allclose(torch.from_numpy(discovery._centres(points, 6, 3, unchecked)), torch.from_numpy(own))
+    assert all(b[0, b.abs().argmax()] > 0 for b in discover(union(0.02, 0.3)[1], SOURCE, "pca", 9).bases)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
