@@ -146,6 +146,8 @@ def test_embedded_backbones_classify_held_out_scenes(short):
     right = (logits[:, :10].argmax(1) == scenes.shape[:, 0])[single].float().mean()
     assert right > {"tiny-cnn": 0.99, "tiny-vit": 0.97}[short]  # measured 1.00 and 0.99 on 2,000 scenes
     assert backbone.classes[0].startswith("shape: ")
+    (best,) = top_classes(backbone, backbone(backbone.preprocess(scenes.image[:1])))  # one of each group
+    assert [backbone.classes[number].partition(": ")[0] for number in best] == list(backbone.groups)
 
 
 def test_frame_crops_the_centre_or_takes_the_whole_picture():

@@ -4,7 +4,7 @@ import torch
 
 from featinv_nodes.core.concepts import clustering
 from featinv_nodes.core.concepts.clustering import neighbour_affinity, unit
-from featinv_nodes.core.concepts.discovery import cluster_basis, dependent
+from featinv_nodes.core.concepts.discovery import cluster_basis, dependent, subspaces
 from featinv_nodes.core.waiting import unchecked
 
 
@@ -17,6 +17,14 @@ def test_each_vector_is_joined_with_the_nearest_others_by_their_angle(monkeypatc
     largest, where = cosine.topk(3)
     expected = torch.zeros(20, 20, dtype=torch.float64).scatter(1, where, torch.exp(-2 * torch.arccos(largest)))
     assert torch.allclose(torch.from_numpy(neighbour_affinity(points, unchecked).toarray()), expected, atol=1e-6)
+
+
+def test_clusters_follow_the_seed():
+    """Of vectors without any structure, so that another beginning ends elsewhere."""
+    points = unit(torch.randn(200, 40, generator=torch.Generator().manual_seed(0)))
+    affinity = neighbour_affinity(points, unchecked)
+    one, again, other = (subspaces(points, affinity, 12, seed, False)[0] for seed in (1, 1, 2))
+    assert all(map(torch.equal, one, again)) and not all(map(torch.equal, one, other))
 
 
 def test_a_basis_has_the_directions_above_a_twentieth_of_the_largest_eigenvalue():

@@ -85,6 +85,14 @@ def test_vectors_come_evenly_from_all_pictures(folder):
     }
     assert torch.equal(result.pictures, (torch.stack(seen) * 255).round().byte())
 
+    def collected(order, places):
+        seen.clear()
+        return collect(Folder(folder, backbone, seed=order), extract, 100, places)
+
+    assert torch.equal(collected(3, 0).vectors, result.vectors)
+    assert not torch.equal(collected(3, 1).vectors, result.vectors)  # other places in the same pictures
+    assert collected(4, 0).names != result.names and len(Folder(folder, backbone, most=4)) == 4
+
 
 def test_a_number_that_grows(tmp_path, capsys):
     discover_concepts.main(["--count", "1500", "--concepts", "auto", "--out", str(tmp_path / "c.safetensors")])
