@@ -91,6 +91,8 @@ def test_a_sparse_code_is_the_largest_of_what_is_positive(features):
     x = features.values.movedim(1, -1) - concepts.mean
     every = (x @ concepts.encoder.weight.T + concepts.encoder.bias).relu().movedim(-1, 1)
     assert ((code > 0).sum(1) == 3).all() and close(code[code > 0], every[code > 0])
+    few = concepts.encoder.select(torch.tensor([7, 2]))
+    assert few.active == 2 and torch.equal(few.weight, concepts.encoder.weight[[7, 2]])
     assert (every.masked_fill(code > 0, 0).amax(1) <= every.masked_fill(code == 0, torch.inf).amin(1)).all()
 
 
