@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from featinv_nodes.core.encoders import ConvEncoder, MapConvEncoder, PerceiverEncoder, build_encoder
+from featinv_nodes.core.encoders import KINDS, ConvEncoder, MapConvEncoder, PerceiverEncoder, build_encoder
 
 
 @pytest.fixture
@@ -35,6 +35,36 @@ def test_places_of_the_map_are_told_apart_and_pooled_maps_are_one_token(encoder)
     pooled = PerceiverEncoder(6, 8, width=16, queries=(8, 8), heads=4)
     torch.nn.init.normal_(pooled.out.weight)
     assert pooled(torch.randn(2, 6, 1, 1), (8, 8)).shape == (2, 8, 8, 8)
+
+
+def test_rows_of_queries_are_rows_of_the_hint(encoder):
+    """Queries that differ from row to row alone give a hint that does, also of another size; keys come before values in
+    a file: without keys, every query reads the mean value."""
+    with torch.no_grad():
+        encoder.queries.copy_(encoder.queries[..., :1].expand_as(encoder.queries))
+        hint = encoder(torch.randn(1, 6, 3, 4), (8, 12))
+        assert torch.allclose(hint, hint[..., :1].expand_as(hint), atol=1e-4) and hint[..., 0].std(2).min() > 0.1
+        encoder.to_key_value.weight[:16], encoder.to_key_value.bias[:16] = 0, 0
+        encoder.position.zero_()
+        x = torch.randn(1, 6, 3, 4)
+        hint, flipped, other = (encoder(y, (8, 8)) for y in (x, x.flip(3), x + 1))
+        assert torch.allclose(hint, flipped, atol=1e-4) and not torch.allclose(hint, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_encoder_reads_standardised_features(kind):
+    torch.manual_seed(0)
+    more = {"tokens": (3, 4), "queries": (4, 4)} if kind == "perceiver" else {}
+    encoder, x = KINDS[kind](6, 8, 16, **more), torch.randn(5, 6, 3, 4) * torch.linspace(1, 9, 6)[:, None, None] - 2
+    for p in encoder.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    encoder.standardise(x)
+    hint, z = encoder(x, (6, 8)), encoder.standardised(x)
+    encoder.mean.zero_()
+    encoder.deviation.fill_(1)
+    assert torch.allclose(encoder(z, (6, 8)), hint, atol=1e-4) and not torch.allclose(
+        encoder(x, (6, 8)), hint, atol=0.1
+    )
 
 
 def test_settings_build_the_same_encoder(encoder):

@@ -82,7 +82,7 @@ def test_captions_stand_below_the_enlarged_picture():
         and captioned_pictures[1, :, 256:].min() == 1
         and (captioned_pictures[:, :, :256] == 0.5).all()
     )
-    assert enlarge(pictures, 64).shape == pictures.shape
+    assert enlarge(pictures, 64).shape == pictures.shape and enlarge(pictures[:, :, :16], 100).shape[2:] == (32, 128)
 
 
 def test_a_caption_may_have_lines_and_is_never_cut():

@@ -9,6 +9,7 @@ from sklearn.datasets import load_sample_image
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_tensor
+from featinv_nodes.core.preprocess import evaluation_view, stretched
 
 #: pretrained configurations of every crop_mode and interpolation, upright ones too
 CONFIGURATIONS = {
@@ -68,6 +69,19 @@ def test_gradients_reach_the_pictures(crop_mode):
     picture = (torch.rand(1, 3, 90, 120) / 2 + 0.25).requires_grad_()
     backbone.preprocess(picture).sum().backward()
     assert picture.grad[:, :, 45, 60].gt(0).all()
+
+
+@pytest.mark.parametrize(
+    ("sides", "rows", "columns"),
+    [((40, 120), (10, 30), (45, 75)), ((120, 60), (40, 80), (0, 60)), ((8, 12), (2, 6), (3, 9))],
+)
+def test_crop_first_cuts_the_middle_of_the_input_s_shape_and_scales_that(sides, rows, columns):
+    """Of half of the largest region of 10 x 15 pixels in a wide picture, and of all of it in a tall one."""
+    picture = torch.rand(1, 3, *sides, generator=torch.Generator().manual_seed(0))
+    share = 0.5 if sides[0] < sides[1] else 1.0
+    view = evaluation_view(picture, (10, 15), share, "crop_first", "bicubic", (0.5,) * 3)
+    middle = picture[:, :, slice(*rows), slice(*columns)]
+    assert torch.equal(view, stretched(middle, (10, 15), "bicubic"))
 
 
 def test_a_mask_has_no_border():

@@ -30,7 +30,8 @@ def saved(tmp_path, dtype=torch.float32):
         images_seen=7,
     )
     tensors = {"controlnet_mid_block.weight": torch.randn(3, 3)}
-    save_inversion(tmp_path / "m.safetensors", info, tensors, encoder, dtype)
+    own = {"controlnet_cond_embedding.conv_in.weight": torch.zeros(1)}  # a ControlNet's that reads pictures
+    save_inversion(tmp_path / "m.safetensors", info, tensors | own, encoder, dtype)
     return info, tensors, encoder
 
 
@@ -56,10 +57,12 @@ def test_encoder_starts_at_zero_follows_the_latent_grid_and_tiles_pooled_maps():
 
 
 def test_standardised_features_have_mean_zero_and_deviation_one():
-    encoder, x = ConvEncoder(6, 8), torch.randn(50, 6, 3, 4) * 5 - 2
+    encoder, x = ConvEncoder(6, 8), torch.randn(50, 6, 3, 4) * torch.linspace(1, 9, 6)[:, None, None] - 2
     encoder.standardise(x)
-    z = (x - encoder.mean[:, None, None]) / encoder.deviation[:, None, None]
+    z = encoder.standardised(x)
     assert z.mean((0, 2, 3)).abs().max() < 1e-5 and (z.std((0, 2, 3)) - 1).abs().max() < 0.01
+    encoder.standardise(x.index_fill(1, torch.tensor([2]), 0.0))  # a channel that is always 0, as ReLUs leave some
+    assert encoder.standardised(x).isfinite().all()
 
 
 def rewrite_info(file, **changes):
@@ -137,9 +140,9 @@ def test_scope_is_added_and_the_rest_stays(tmp_path, dtype):
         and all(torch.equal(after[k], other[k]) for k in after)
         and len(os.listdir(tmp_path)) == 2
     )
-    assert read_info(tmp_path / "other.safetensors") == info and torch.equal(
-        load_scope(tmp_path / "other.safetensors").bank, scope.bank
-    )
+    kept = load_scope(tmp_path / "other.safetensors")
+    assert torch.equal(kept.bank, scope.bank) and kept.bank.dtype == scope.bank.dtype == torch.float16
+    assert read_info(tmp_path / "other.safetensors") == info
 
 
 def test_scope_of_other_features_is_refused_and_a_broken_one_left_out_with_a_warning(tmp_path, caplog):
