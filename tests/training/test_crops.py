@@ -50,6 +50,23 @@ def test_areas_and_places_are_those_of_a_random_resized_crop(places):
         assert abs(place.mean() - 0.5) < 0.06 and place.min() < 0.1 and place.max() > 0.9
 
 
+def test_crops_are_scaled_without_aliasing_and_a_panorama_gives_its_middle(tmp_path):
+    """Squares of one pixel become grey; of 12 x 256 pixels no crop of 8 % of the area and a usual aspect can be had."""
+    square = (torch.arange(256)[:, None] + torch.arange(256)) % 2 * 255
+    ramp = torch.arange(256).expand(12, 256)
+    for name, pixels in (("fine", square), ("long", ramp)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels.to(torch.uint8).numpy()).convert("RGB").save(tmp_path / name / "picture.png")
+    fine, long = (
+        open_source(read_config(DEFAULT, {"data": str(tmp_path / name), "flips": "none"}), {"pictures": SIDE})
+        .__getitems__([0, 1, 2])
+        .tensors["pictures"]
+        for name in ("fine", "long")
+    )
+    assert (fine - 0.5).abs().max() < 0.1  # one pixel of a cell more or less on its edge
+    assert long.mean((1, 2, 3)) == pytest.approx(0.5, abs=0.01) and (long.amax((1, 2, 3)) < 0.53).all()
+
+
 def test_another_seed_gives_another_order_and_other_crops(places, tmp_path):
     for name in "abcdefgh":
         shutil.copy(places / "places.png", tmp_path / f"{name}.png")

@@ -81,6 +81,7 @@ def test_frozen_parts_in_bf16_change_the_loss_by_its_rounding(whole, tmp_path):
         cast_frozen(read_config(DEFAULT, {"precision": precision}), base, backbone)
         kinds = {p.dtype for part in (base.unet, base.vae, backbone) for p in part.parameters()}
         assert kinds == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert base.decode(torch.zeros(1, 24, 8, 8, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_the_encoder_alone_learns_first(tmp_path):

@@ -97,6 +97,15 @@ def test_less_noise_leaves_more_of_the_picture_with_every_solver(pipeline, featu
         assert little < half - 0.1 and half < none - 0.1, (solver, none, half, little)
 
 
+def test_each_row_begins_from_its_own_picture_whatever_the_batch(pipeline, features, scenes):
+    part_way = PartWay(latents_of(pipeline.base, scenes), 0.3)
+    whole, single = (
+        pipeline.draw(features, Sampling(3, guidance=1.0), pipeline.noise(SEEDS), batch, part_way=part_way)
+        for batch in (2, 1)
+    )
+    assert (whole - single).abs().max() < 1e-3  # float32, batches of another size
+
+
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.1, float("nan")])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(FeatInvError, match="expected a number above 0 and up to 1"):

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -128,6 +129,8 @@ def test_solvers_agree_where_steps_are_many_and_are_nearer_where_they_are_few(pi
     reference = drawn("ddim", 100)
     errors = {solver: relative(drawn(solver, 10), reference) for solver in SOLVERS}
     assert max(errors["dpmpp_2m"], errors["unipc"]) < errors["ddim"]
+    unipc = solver_of(pipeline.base, Sampling(solver="unipc")).config
+    assert (unipc.solver_order, unipc.solver_type) == (2, "bh2")  # as sampling.SOLVERS says
     assert relative(drawn("dpmpp_2m", 40), reference) < 0.05
 
 
@@ -213,6 +216,11 @@ def test_best_of_n_is_never_worse_and_one_is_a_plain_draw(pipeline, features):
     for row, attempt in enumerate(attempts):
         assert torch.allclose(best[row], drawn[attempt, row], atol=1e-4)  # batches of another size
     assert replace(sampling, best_of=3).evaluations == 6
+    told = iter(torch.tensor([[0.1, 0.5, 0.3, 0.2], [0.9, 0.5, 0.2, 0.2], [0.5, 0.6, 0.4, 0.1]]))
+    with patch.object(type(pipeline), "score", lambda *_: next(told)):
+        best, attempts = pipeline.best(maps, replace(sampling, best_of=3), start_of)
+    assert attempts.tolist() == [1, 2, 2, 0]  # the highest of all, and of equals the first
+    assert torch.equal(best, drawn[attempts, torch.arange(4)])
 
 
 def test_the_whole_of_a_drawn_picture_is_scored(pipeline, features):

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.guidance import kept_bytes
+from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import reconstruct
 from training.cli import run
+from training.models.sampling import noise, sample
 from training.models.untrained import UntrainedSampling, load_untrained
 from training.speed.step_memory import Peak
 
@@ -86,6 +88,20 @@ def test_the_batch_bounds_the_memory_and_changes_nothing(pipeline, features):
     assert (whole - parts).abs().max() < 0.02  # ReLUs tip over by the size of a batch; other noise changes it by 0.5
     assert (pipeline.draw(maps, sampling, seed=1, samples=2) - whole).abs().max() > 0.3
     assert (whole[0] - whole[1]).abs().max() > 0.3
+    second = pipeline.draw(maps.select(slice(2, 4)), sampling, samples=2)  # the other map, from the same noise
+    assert (whole[2:] - second).abs().max() < 0.02
+
+
+def test_the_guidance_scale_is_that_of_the_prompt(pipeline, features):
+    """Without moves it is the base model's own sampling with as much classifier-free guidance."""
+    still = UntrainedSampling(0, steps=2, guidance=3.0)
+    drawn = pipeline.draw(features.select(slice(0, 2)), still, seed=4)
+    start = noise(pipeline.base, 4, 2)
+    expected, plain = (
+        pipeline.base.decode(sample(pipeline.base, None, None, start, Sampling(2, guidance=g), pipeline.prompt))
+        for g in (3.0, 1.0)
+    )
+    assert (drawn - expected).abs().max() < 1e-3 < 0.01 < (drawn - plain).abs().max()  # float32, in another order
 
 
 def test_it_writes_the_same_files_as_with_a_model(scene, tmp_path):
@@ -141,6 +157,11 @@ def test_stable_diffusion_is_guided_through_its_own_decoder_or_a_small_one(stabl
         pipeline = load_untrained(stable_diffusion, "tiny-cnn", small_decoder=small)
         if small:
             pipeline.base.decode = pipeline.guiding_picture
+            latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+            expected = pipeline.guiding_picture(latents)
+            pipeline.small.register_to_config(scaling_factor=2.0)
+            assert torch.allclose(pipeline.guiding_picture(2 * latents), expected, atol=1e-5)
+            pipeline.small.register_to_config(scaling_factor=1.0)
         plain, moved = (pipeline.draw(one, s) for s in (still, sampling))
         assert pipeline.score(one, moved) > pipeline.score(one, plain) + 0.015
         again = load_untrained(stable_diffusion, "tiny-cnn", small_decoder=small, checkpointing=True)

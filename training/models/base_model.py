@@ -63,13 +63,12 @@ class BaseModel:
     def describe(self) -> dict:
         """What a weights file records to recognise a base model that fits."""
         c = self.unet.config
-        heads = c.num_attention_heads or c.attention_head_dim  # diffusers' older name for the same number
         return {
             "name": self.name,
             "width": c.block_out_channels[0],
             "context": c.cross_attention_dim,
             "latent_channels": c.in_channels,
-            "heads": heads,
+            "heads": c.attention_head_dim,  # what diffusers' U-Net calls their number
             "latent_size": self.latent_size,
             "resolution": self.resolution,
             **({"weights": self.weights} if self.weights else {}),
@@ -90,11 +89,11 @@ class BaseModel:
             x = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModel:
+    def to(self, device: torch.device | str) -> BaseModel:
         """Moves U-Net, autoencoder and embeddings, and returns itself, as nn.Module.to does."""
-        move(self.unet, device, dtype)
-        move(self.vae, device, dtype)
-        self.text = {prompt: value.to(device, dtype) for prompt, value in self.text.items()}
+        move(self.unet, device)
+        move(self.vae, device)
+        self.text = {prompt: value.to(device) for prompt, value in self.text.items()}
         return self
 
 

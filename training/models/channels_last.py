@@ -188,10 +188,9 @@ def keep_channels_last(model: nn.Module) -> None:
 def move(
     model: nn.Module,
     device: torch.device | str,
-    dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> None:
     """model.to(...), in place, and the blocks of this file on a CUDA device."""
-    model.to(device, dtype, memory_format=memory_format)
+    model.to(device, memory_format=memory_format)
     if torch.device(device).type == "cuda":
         keep_channels_last(model)
