@@ -69,7 +69,7 @@ def tried(base: BaseModel, backbone: Backbone, batch: dict[str, Tensor], config:
         f"base model: {base.name}; the first images' latents have standard deviation {spread:.2f}{doubt}",
         f"scheduler: {said} prediction over {len(left)} timesteps; at half of them the base model's own loss is"
         f" {losses[said]:.3f} (1 is a guess){better if losses[other] < losses[said] else ''}",
-        f"backbone: {source.describe()}{'; but the first pictures all have the same features' if same else ''}",
+        f"backbone: {source.describe()}{'; but the first images all have the same features' if same else ''}",
     ]
 
 
