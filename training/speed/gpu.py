@@ -37,8 +37,8 @@ from .real_size import Parts, Step
 from .sampling import one_by_one
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-EVALUATION_SIZE = 10_000  # pictures that an evaluation draws
-LOOP_SIZE = 2  # pictures drawn one at a time
+EVALUATION_SIZE = 10_000  # images that an evaluation makes
+LOOP_SIZE = 2  # images sampled one at a time
 
 
 class GpuBenchmark:
@@ -46,7 +46,7 @@ class GpuBenchmark:
     page."""
 
     def __init__(self, config: TrainConfig, device: str, page: Page, small: bool = False) -> None:
-        """config: its precision is our step's. small: narrow models and few pictures, to try the program out."""
+        """config: its precision is our step's. small: narrow models and few images, to try the program out."""
         self.config, self.device, self.page, self.small = config, device, page, small
         self.batch, self.large_batch, self.small_batch, self.steps = (
             (2, 3, 1, (2, 3)) if small else (64, 128, 8, (20, 50))
@@ -294,15 +294,15 @@ class GpuBenchmark:
         self.sampling_row(pipeline, "one batch", self.batch, steps, time.perf_counter() - began)
 
     def draw_one_by_one(self, pipeline: InversionPipeline, features: FeatureMap, steps: int) -> None:
-        """Adds a row of pictures drawn as the paper's released script does."""
+        """Adds a row of images sampled as the paper's released script does."""
         start, few = pipeline.noise(range(LOOP_SIZE)), features.select(slice(0, LOOP_SIZE))
         one_by_one(pipeline, few.select(slice(0, 1)), Sampling(steps=2), start[:1])
         began = time.perf_counter()
         one_by_one(pipeline, few, Sampling(steps=steps), start)
-        self.sampling_row(pipeline, "one picture at a time", LOOP_SIZE, steps, time.perf_counter() - began)
+        self.sampling_row(pipeline, "one image at a time", LOOP_SIZE, steps, time.perf_counter() - began)
 
     def pipeline(self, precision: str) -> tuple[InversionPipeline, FeatureMap]:
-        """The models as evaluate.py opens them, and feature maps of a batch of pictures."""
+        """The models as evaluate.py opens them, and feature maps of a batch of images."""
         parts = replace(self.build_alone(), config=replace(self.config, precision="fp32"))
         real_size.lay_out(parts, self.device)
         parts.model.eval().requires_grad_(False)
@@ -316,7 +316,7 @@ class GpuBenchmark:
             **{
                 "sampling": what,
                 "precision": str(pipeline.base.unet.dtype).removeprefix("torch."),
-                "pictures": count,
+                "images": count,
                 "steps": steps,
                 "seconds": seconds,
                 "images/s": count / seconds,
@@ -375,7 +375,7 @@ def facts(device: str, config: TrainConfig) -> dict[str, str]:
         "device": name,
         "versions": f"Python {platform.python_version()}, {versions}, CUDA {torch.version.cuda}",
         "models": (
-            f"Stable Diffusion 1.x, {config.backbone}, layer {config.layer}, at random weights and on random pictures"
+            f"Stable Diffusion 1.x, {config.backbone}, layer {config.layer}, at random weights and on random images"
         ),
         "command": f"`python training/benchmark.py {' '.join(sys.argv[1:])}`",
     }

@@ -1,4 +1,4 @@
-"""Sampling as the evaluation does it, beside a loop that draws one picture at a time."""
+"""Sampling as the evaluation does it, beside a loop that draws one image at a time."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def sampling(args: argparse.Namespace, count: int = 32) -> None:
     settings = pipeline.recommended(gradient=0.0)
     speeds = compare(pipeline, pipeline.features(pixel_values), settings, count)
     print(
-        f"{count} pictures, {settings.steps} steps, guidance {settings.guidance}, {torch.get_num_threads()} threads:"
+        f"{count} images, {settings.steps} steps, guidance {settings.guidance}, {torch.get_num_threads()} threads:"
         f" one at a time {speeds['loop']:.3g} images/s, in one batch {speeds['batched']:.3g} images/s,"
         f" {speeds['times']:.2f} times"
     )
