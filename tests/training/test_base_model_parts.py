@@ -237,7 +237,7 @@ def test_prompts_that_stand_in_for_a_text_encoder_are_checked(folder):
         save_file(texts, file)
         refused(folder, str(file), *words)
     file.write_bytes(file.read_bytes()[:40])
-    refused(folder, str(file), "not a readable safetensors file")
+    refused(folder, str(file), "not a complete safetensors file")
 
 
 def test_another_pipeline_is_named(folder):

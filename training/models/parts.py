@@ -17,12 +17,11 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featinv_nodes.core.errors import FeatInvError, some_of
-from featinv_nodes.core.files import is_in_8_bits, read_weights
+from featinv_nodes.core.files import is_in_8_bits, opened, read_weights
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.prediction import PREDICTIONS
 
@@ -102,17 +101,12 @@ def told_in_a_line(what: str) -> Iterator[None]:
 
 def require_whole(file: Path) -> None:
     """Raises FeatInvError for a weights file that is a Git LFS pointer or cut off."""
-    with file.open("rb") as opened:
-        if opened.read(len(LFS)) == LFS:
+    with file.open("rb") as handle:
+        if handle.read(len(LFS)) == LFS:
             raise FeatInvError(f"{file} is a Git LFS pointer, not the weights: run git lfs pull there, or download it")
     if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise FeatInvError(
-                f"{file} is not a readable safetensors file ({error}); download or copy it again"
-            ) from error
+        with opened(file):
+            pass
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..feature_map import FeatInvError, FeatureSource
+from ..files import opened
 from .decomposition import Concepts
 from .discovery import dependent, numbered
 from .sparse import SparseEncoder
@@ -29,11 +29,8 @@ def load_directions(file: str | Path, source: FeatureSource) -> Concepts:
 
     Raises FeatInvError for a file or tensors that are no such thing, and for directions that depend on one another.
     """
-    try:
-        with safe_open(file, "pt") as opened:
-            tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise FeatInvError(f"{file} is missing or no complete safetensors file of directions: {error}") from error
+    with opened(file, "file of directions") as handle:
+        tensors, metadata = {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}
     if {DECODER, ENCODER} <= set(tensors):
         return _own_autoencoder(Path(file), tensors, metadata, source)
     bases, labels = _own(tensors)
