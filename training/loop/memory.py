@@ -25,7 +25,7 @@ def available(device: torch.device) -> float:
 def _limit(file: str) -> float:
     """Bytes that a control group's file names; infinite where there is no file, or no limit in it."""
     try:
-        return float(Path(file).read_text())
+        return float(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # "max"
         return float("inf")
 

@@ -50,7 +50,7 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return False
     flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
