@@ -33,19 +33,14 @@ from training.evaluation.report import Report, to_html
 from training.files import make_folder, write_json, write_text
 from training.spaces.changes import FORMS, change_of
 from training.spaces.linear import draw, drawn_table, fit, fitting_model, kinds_table, undrawn
-from training.spaces.parts import EVERY, split
+from training.spaces.parts import add_parts, split
 
 NO_MODEL = "none"
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="drawn", help="folder of images or tar shards, a .tar file, or drawn")
-    parser.add_argument("--count", type=int, help="how many of them, evenly spread (default: all; 500 drawn scenes)")
-    parser.add_argument(
-        "--held-out", help=f"other images to measure on (default: every {EVERY}th of the data, left out of the fit)"
-    )
-    parser.add_argument("--held-out-count", type=int, help="how many of these, evenly spread (default: all)")
+    add_parts(parser)
     change = parser.add_mutually_exclusive_group(required=True)
     change.add_argument("--change", help=f"what is done to the images: {FORMS}")
     change.add_argument("--changed", type=Path, help="folder with a changed image of the same name for each image")

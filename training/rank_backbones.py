@@ -25,7 +25,7 @@ from featinv_nodes.worlds import BACKBONES, model_file
 from training.cli import require_device, run
 from training.evaluation.report import write
 from training.files import make_folder
-from training.spaces.parts import EVERY, split
+from training.spaces.parts import add_parts, split
 from training.spaces.ranking import add_models, rank, report_of
 
 
@@ -38,12 +38,7 @@ def arguments() -> argparse.ArgumentParser:
         metavar="NAME[@LAYER,...]",
         help=f"timm-hub folders or names of local weights, or {', '.join(BACKBONES)}; without layers all of them",
     )
-    parser.add_argument("--data", default="drawn", help="folder of images or tar shards, a .tar file, or drawn")
-    parser.add_argument("--count", type=int, help="how many of them, evenly spread (default: all; 500 drawn scenes)")
-    parser.add_argument(
-        "--held-out", help=f"other images to measure on (default: every {EVERY}th of the data, left out of the fit)"
-    )
-    parser.add_argument("--held-out-count", type=int, help="how many of these, evenly spread (default: all)")
+    add_parts(parser)
     parser.add_argument(
         "--per-picture", type=int, default=16, help="vectors of each image that a probe is fitted to, at most"
     )

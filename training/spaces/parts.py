@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -48,6 +49,16 @@ class Part:
             yield names, pictures
         if not read:
             raise FeatInvError(f"none of the {len(self)} images can be read; the first: {self.unreadable[0]}")
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of what `split` takes."""
+    parser.add_argument("--data", default="drawn", help="folder of images or tar shards, a .tar file, or drawn")
+    parser.add_argument("--count", type=int, help="how many of them, evenly spread (default: all; 500 drawn scenes)")
+    parser.add_argument(
+        "--held-out", help=f"other images to measure on (default: every {EVERY}th of the data, left out of the fit)"
+    )
+    parser.add_argument("--held-out-count", type=int, help="how many of these, evenly spread (default: all)")
 
 
 def split(data: str, count: int | None, held_out: str | None, held_out_count: int | None) -> tuple[Part, Part]:
