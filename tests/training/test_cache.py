@@ -1,6 +1,7 @@
 """A cache holds exactly the crops that training sees, says what it is of, and is whole or made whole."""
 
 import json
+from types import SimpleNamespace
 
 import killed
 import pytest
@@ -185,6 +186,9 @@ def test_a_cache_of_another_model_or_fewer_views_is_refused(parts, photographs, 
     next(other.vae.parameters()).data.mul_(2)
     with pytest.raises(FeatInvError, match="autoencoder: "):
         open_pictures(config(tmp_path, data=photographs, views=1), other, backbone, "cpu", 0, 1)
+    larger = SimpleNamespace(resolution=128, vae=base.vae)  # Stable Diffusion beside MiniSD: one autoencoder
+    with pytest.raises(FeatInvError, match="resolution: 64 there, 128 wanted"):
+        open_pictures(config(tmp_path, data=photographs, views=1), larger, backbone, "cpu", 0, 1)
     with pytest.raises(FeatInvError, match="view 1, images from 0 on is missing"):
         open_pictures(config(tmp_path, data=photographs), base, backbone, "cpu", 0, 1)
     with pytest.raises(FeatInvError, match="no cache in .*features-resnet10t.tiny_world-layer2"):

@@ -2,13 +2,14 @@
 to be."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from training.config import DEFAULT, read_config
-from training.data.loader import open_source
+from training.data.loader import open_source, sides
 
 SIDE, COUNT = 16, 600
 
@@ -65,6 +66,11 @@ def test_crops_are_scaled_without_aliasing_and_a_panorama_gives_its_middle(tmp_p
     )
     assert (fine - 0.5).abs().max() < 0.1  # one pixel of a cell more or less on its edge
     assert long.mean((1, 2, 3)) == pytest.approx(0.5, abs=0.01) and (long.amax((1, 2, 3)) < 0.53).all()
+
+
+def test_crops_have_the_longer_side_of_an_oblong_input():
+    base, backbone = SimpleNamespace(resolution=64), SimpleNamespace(input_size=(64, 96))
+    assert sides(base, backbone) == {"pictures": 96, "target": 64}
 
 
 def test_another_seed_gives_another_order_and_other_crops(places, tmp_path):
