@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,3 +151,15 @@ def test_fit_takes_every_25th_picture_of_tar_files_that_a_world_keeps_back(bare,
     assert sorted(apart.argmin(1).tolist()) == [0, 1, 2] and apart.amin(1).max() < 0.01  # bytes of 8 bits
     with pytest.raises(FeatInvError, match="3 readable images; asked for 4"):
         list(pictures(pipeline, str(shards), 4, 2, kept_back=True))
+
+
+def test_pictures_for_the_fit_are_spread_over_the_names_and_always_the_same(tmp_path):
+    """The first by name would be those of the first classes."""
+    for n in range(60):
+        Image.new("RGB", (8, 8), (4 * n, 0, 0)).save(tmp_path / f"{n:02}.png")
+    pipeline = SimpleNamespace(backbone=SimpleNamespace(preprocess=lambda x: x))
+    one, again = (torch.cat(list(pictures(pipeline, str(tmp_path), 12, 5))) for _ in range(2))
+    numbers = (one[:, 0, 0, 0] * 255 / 4).round().tolist()
+    assert torch.equal(one, again) and len(set(numbers)) == 12 and min(numbers) < 20 and max(numbers) > 40
+    with pytest.raises(FeatInvError, match="holds 60 readable images; asked for 61"):
+        list(pictures(pipeline, str(tmp_path), 61, 64))
