@@ -204,7 +204,7 @@ def test_what_is_not_a_base_model(state, tmp_path):
     for name, message in {
         "other.safetensors": "not Stable Diffusion 1.x: first width 16",
         "part.safetensors": "lacks .* tensors of the UNet",
-        "cut.safetensors": "not a readable",
+        "cut.safetensors": "not a complete",
         "foreign.ckpt": "foreign code",
         "empty.ckpt": "not a complete",
         "none.ckpt": "does not exist",
