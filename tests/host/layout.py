@@ -3,13 +3,20 @@ so that the whole graph fills a screen and nothing is covered once the nodes sho
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
-WIDTH, GAP, BELOW = 300, 30, 20  # of a column, between columns, and between the nodes of one
+WIDTHS = 300, 285, 270  # of a column: the first with which the graph is large enough
+GAP, BELOW = 20, 20  # between columns, and between the nodes of one
 TITLE, SLOT, WIDGET = 30, 20, 24  # pixels of the host's: a title bar, a row of sockets, a widget
-EDGE, HEAD, APART = 20, 84, 40  # of a group: around its nodes, above their title bars, to the next one
-READABLE = 0.6  # the least zoom at which the host draws the letters on nodes
+EDGE, HEAD, APART = 12, 84, 16  # of a group: around its nodes, above their title bars, to the next one
+READABLE = 0.6  # the least zoom of the saved view at which the oldest host draws the letters on nodes
+LETTERS = 8 / 14  # the same for the newest host, which draws no letters below 8 pixels
+FILLED = 0.75  # share of the screen that it fills with a template's nodes, whatever view is saved
 BACK = 0.01  # share of the zoom that one wire which runs back to the left may cost
+WINDOW = 1920, 950  # what a browser leaves of a screen
 SCREEN, LEFT, TOP, RIGHT, BOTTOM = (1920, 1080), 76, 100, 76, 88  # in pixels, and what the host's own bars cover
 
 IN, SEEN, DRAWN, OUT = "What goes in", "What the model sees", "How it is drawn", "What comes out"
@@ -64,6 +71,14 @@ GROWS_IN_LANES = GROWS | {"FeatInv_FeatureSimilarity": 100}
 MANY = 3  # lanes from which on all is packed closer
 
 
+class Way(NamedTuple):
+    """A way to place a graph: columns at most `tall` and `column` wide, `wide` lanes beside each other."""
+
+    tall: float
+    wide: int
+    column: int
+
+
 @dataclass
 class Box:
     """left, top, right, bottom of a group's nodes, title bars included."""
@@ -76,7 +91,7 @@ class Box:
 
 def size_of(kind: str, sockets: int, widgets: int) -> list[int]:
     """Width and height of a node before it has run, without its title bar."""
-    return [WIDTH, 6 + SLOT * sockets + (WIDGET * widgets + 8 if widgets else 0) + INSIDE.get(kind, 0)]
+    return [WIDTHS[0], 6 + SLOT * sockets + (WIDGET * widgets + 8 if widgets else 0) + INSIDE.get(kind, 0)]
 
 
 def grows_with(lanes: int) -> dict[str, int]:
@@ -132,23 +147,26 @@ def packed(members: list, entries: dict[int, dict], tall: float) -> list[list]:
     return result
 
 
-def put(rows: list[list], entries: dict[int, dict], left: float, top: float, grows: dict[str, int] = GROWS) -> Box:
+def put(
+    rows: list[list], entries: dict[int, dict], left: float, top: float, width: int, grows: dict[str, int] = GROWS
+) -> Box:
     """Gives the columns' nodes their places; top: of the first title bar."""
     bottom = top
     for number, column in enumerate(rows):
         y = top
         for node in column:
-            entries[node.id]["pos"] = [left + number * (WIDTH + GAP), y + TITLE]
+            entries[node.id]["pos"] = [left + number * (width + GAP), y + TITLE]
+            entries[node.id]["size"][0] = width
             y += takes(entries[node.id], grows) + BELOW
         bottom = max(bottom, y - BELOW)
-    return Box(left, top, left + len(rows) * (WIDTH + GAP) - GAP, bottom)
+    return Box(left, top, left + len(rows) * (width + GAP) - GAP, bottom)
 
 
 def frame(shown: list, lanes: int) -> tuple[int, int, int]:
     """How many pictures stand beside each other, and their width and height."""
     if lanes >= MANY:
-        return 2, 208, 350
-    return 2, *((345, 440) if len(shown) < 3 else (330, 400) if len(shown) < 5 else (330, 350))
+        return 2, 190, 350
+    return 2, 290, 440 if len(shown) < 3 else 400 if len(shown) < 5 else 350
 
 
 def gallery(shown: list, entries: dict[int, dict], left: float, top: float, lanes: int) -> Box:
@@ -187,6 +205,15 @@ def zoom(groups: list[dict]) -> dict:
     }
 
 
+def fitted(nodes: Iterable[dict], page: tuple[int, int] = SCREEN) -> float:
+    """The zoom at which the newest host shows these nodes when the workflow is opened from the template browser. page:
+    in pixels."""
+    boxes = [(x, y - TITLE, x + width, y + height) for n in nodes for x, y, width, height in [(*n["pos"], *n["size"])]]
+    left, top = (min(box[i] for box in boxes) for i in (0, 1))
+    right, bottom = (max(box[i] for box in boxes) for i in (2, 3))
+    return FILLED * min(page[0] / (right - left + 20), page[1] / (bottom - top + 20))
+
+
 def stages(graph) -> tuple[dict[str, list], list]:
     """The nodes by the title of their group, and the pictures that are shown at last."""
     starts, result = sorted((first, title) for title, first in graph.lanes.items()), {}
@@ -202,8 +229,8 @@ def stages(graph) -> tuple[dict[str, list], list]:
     return {title: members for title, members in result.items() if members or title == OUT}, shown
 
 
-def attempt(graph, entries: dict[int, dict], notes: dict[str, dict], tall: float, wide: int) -> list[dict]:
-    """One way to place everything: columns of at most tall, lanes `wide` beside each other. Returns the groups."""
+def attempt(graph, entries: dict[int, dict], notes: dict[str, dict], way: Way) -> list[dict]:
+    """Places everything in one way. Returns the groups."""
     members, shown = stages(graph)
     result, left = [], 0.0
     lanes = [title for title in members if title in graph.lanes]
@@ -211,15 +238,15 @@ def attempt(graph, entries: dict[int, dict], notes: dict[str, dict], tall: float
         if title in lanes[1:]:
             continue
         if title in lanes:
-            boxes = put_lanes({t: members[t] for t in lanes}, entries, left, tall, wide)
+            boxes = put_lanes({t: members[t] for t in lanes}, entries, left, way)
             result += [group(t, box, COLORS[SEEN]) for t, box in boxes.items()]
             left = max(box.right for box in boxes.values()) + 2 * EDGE + APART
             continue
         note, top, x = notes.get(title), 0.0, left
         box = Box(left, 0, left, 0)
         if members[title]:
-            below = note_height(note["widgets_values"][0], 2 * WIDTH) + TITLE + BELOW if title == IN else 0
-            box = put(columns(members[title], entries, tall - below), entries, x, top)
+            below = note_height(note["widgets_values"][0], 2 * way.column) + TITLE + BELOW if title == IN else 0
+            box = put(columns(members[title], entries, way.tall - below), entries, x, top, way.column)
             x = box.right + GAP
         if title == OUT:
             across, width, _ = frame(shown, len(lanes))
@@ -240,29 +267,32 @@ def attempt(graph, entries: dict[int, dict], notes: dict[str, dict], tall: float
     return result
 
 
-def put_lanes(lanes: dict[str, list], entries: dict[int, dict], left: float, tall: float, wide: int) -> dict[str, Box]:
-    """Groups of the same kind, `wide` of them beside each other and the others below."""
+def put_lanes(lanes: dict[str, list], entries: dict[int, dict], left: float, way: Way) -> dict[str, Box]:
+    """Groups of the same kind, way.wide of them beside each other and the others below."""
     result, x, top, bottom = {}, left, 0.0, 0.0
     for number, (title, members) in enumerate(lanes.items()):
-        if number and number % wide == 0:
+        if number and number % way.wide == 0:
             x, top = left, bottom + EDGE + HEAD + 16
-        rows = (packed if len(lanes) >= MANY else columns)(members, entries, tall * 0.5)
-        box = result[title] = put(rows, entries, x, top, grows_with(len(lanes)))
+        rows = (packed if len(lanes) >= MANY else columns)(members, entries, way.tall * 0.5)
+        box = result[title] = put(rows, entries, x, top, way.column, grows_with(len(lanes)))
         x, bottom = box.right + 2 * EDGE + APART, max(bottom, box.bottom)
     return result
 
 
 def place(graph, entries: dict[int, dict], notes: dict[str, dict]) -> tuple[list[dict], dict]:
-    """Gives nodes and notes (by the title of their group) places; returns the groups and the view. Of all heights of
-    columns, that with which the graph is large on a screen and few wires run back."""
+    """Gives nodes and notes (by the title of their group) places; returns the groups and the view. Of all ways, one in
+    which letters are drawn, columns are wide, the graph is large on a screen, and few wires run back."""
 
-    def good(way: tuple[float, int]) -> float:
-        scale = zoom(attempt(graph, entries, notes, *way))["scale"]
+    def good(way: Way) -> tuple[int, int, float]:
+        saved = zoom(attempt(graph, entries, notes, way))["scale"]
+        opened, in_window = (fitted([*entries.values(), *notes.values()], page) for page in (SCREEN, WINDOW))
         back = sum(runs_back(entries, node.id, r.node.id) for node in graph.nodes for r in node.read())
-        return (scale >= READABLE) + scale * (1 - BACK * back)
+        letters = (saved >= READABLE and opened > LETTERS) + (in_window > LETTERS)
+        return letters, way.column, min(saved, opened / FILLED) * (1 - BACK * back)
 
-    best = max(((tall, wide) for tall in range(600, 1700, 50) for wide in ((1, 2) if graph.lanes else (1,))), key=good)
-    groups = attempt(graph, entries, notes, *best)
+    lanes = (1, 2) if graph.lanes else (1,)
+    best = max((Way(*way) for way in product(range(600, 1700, 50), lanes, WIDTHS)), key=good)
+    groups = attempt(graph, entries, notes, best)
     return groups, zoom(groups)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from graph import to_prompt
-from layout import IN, OUT, READABLE, SEEN, TITLE, grows_with, takes
+from layout import IN, LETTERS, OUT, READABLE, SEEN, TITLE, fitted, grows_with, takes
 from make_workflows import EMBEDDED as NAMES
 from make_workflows import graphs
 from PIL import Image
@@ -78,8 +78,10 @@ def grows_of(workflow):
 
 @pytest.mark.parametrize("file", FILES, ids=id_of)
 def test_every_graph_opens_large_enough_to_read(file):
-    """Below this zoom the oldest host draws no letters on nodes."""
-    assert json.loads(file.read_text())["extra"]["ds"]["scale"] >= READABLE
+    """With letters on the nodes: in the saved view, and in the one that the newest host chooses for a template."""
+    workflow = json.loads(file.read_text())
+    assert workflow["extra"]["ds"]["scale"] >= READABLE
+    assert fitted(workflow["nodes"]) > LETTERS
 
 
 @pytest.mark.parametrize("file", FILES, ids=id_of)

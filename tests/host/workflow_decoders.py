@@ -16,8 +16,8 @@ class PhotoRAE(Photo):
     #: of its pictures in pixels: what the backbone reads
     side = 160
     note = (
-        "Runs at once, even without a GPU: the pack contains the decoder. Load your own photograph in place of the"
-        " example."
+        "Runs at once, even without a GPU: the pack contains the decoder. Load a photograph of your own: ComfyUI's"
+        " example is a drawing, which this decoder of photographs draws badly."
     )
 
     def __init__(self, graph: Graph, workflow: str) -> None:

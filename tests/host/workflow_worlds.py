@@ -127,9 +127,9 @@ class Photo(World):
     name, prefix, kind, side, embedded = "photo", "photo", "blocks4", 128, True
     batch = ("amount", "Repeat Latent Batch")
     note = (
-        "Runs at once, even without a GPU: the pack contains the models. Load your own photograph in place of the"
-        " example. The layer blocks.2 keeps nearly the whole photograph, blocks.4 its things, layout and colours, the"
-        " last layer only the kind of thing."
+        "Runs at once, even without a GPU: the pack contains the models. Load a photograph of your own: ComfyUI's"
+        " example is a drawing, which these models of photographs draw badly. The layer blocks.2 keeps nearly the"
+        " whole photograph, blocks.4 its things, layout and colours, the last layer only the kind of thing."
     )
     second = (
         "Image b is the example, mirrored. Load your own in the second Load Image, and bypass the node that mirrors it."
