@@ -44,8 +44,24 @@ class Steering:
         ):
             if value not in known:
                 raise FeatInvError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+        start, end = self.span
+        if start > end:
+            raise FeatInvError(
+                f"start_percent {start:g} is after end_percent {end:g}, so that control would act at no step; give a"
+                " start below the end"
+            )
         if self.mask is not None and (self.mask.ndim != 3 or not self.mask.isfinite().all()):
             raise FeatInvError(f"a mask of shape {tuple(self.mask.shape)}; expected finite values [B, height, width]")
+
+    @property
+    def blocked(self) -> str:
+        """A line about a mask that is black everywhere; empty for others."""
+        if self.mask is None or self.mask.any():
+            return ""
+        return (
+            "The mask is black everywhere, so the features do not steer. Paint it white where they should, or"
+            " disconnect it."
+        )
 
     @property
     def shared(self) -> bool:

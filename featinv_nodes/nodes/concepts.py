@@ -65,7 +65,7 @@ class ConceptAttenuate(io.ComfyNode):
             node_id="FeatInv_ConceptAttenuate",
             display_name="Concept Attenuate",
             category=Menu.CONCEPTS,
-            aliases=("steer", "suppress", "ablate"),
+            aliases=("steer", "suppress", "ablate", "remove concept", "erase"),
             says=True,
             description=(
                 "Turns concepts in a feature map down or up. Invert the result to see what the concept means to the"

@@ -14,7 +14,7 @@ class FeatInvControlNet(io.ComfyNode):
             node_id="FeatInvControlNet",
             display_name="FeatInv ControlNet",
             category=Menu.CONTROL,
-            aliases=("apply controlnet", "reconstruct", "invert features"),
+            aliases=("apply controlnet", "reconstruct", "invert features", "image variations", "dream"),
             says=True,
             description=(
                 "Steers the sampler towards a feature map, as Apply ControlNet steers towards a hint image. Chains"
@@ -23,10 +23,12 @@ class FeatInvControlNet(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The positive prompt: the one that 'about' of the weights file names, or your own.",
+                    tooltip="The positive prompt: Load World's, or the one that the inversion model's loader shows.",
                 ),
-                io.Conditioning.Input("negative", tooltip="The negative prompt: the empty text."),
-                Control.Input("control_net", tooltip="The inversion model, from Load FeatInv ControlNet."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt: Load World's, or the empty text."),
+                Control.Input(
+                    "control_net", tooltip="The inversion model, from FeatInv Loader or Load FeatInv ControlNet."
+                ),
                 Features.Input(
                     "features",
                     tooltip=(
@@ -132,12 +134,12 @@ class FeatInvControlNet(io.ComfyNode):
         from ..host.steering import Steering, read_curve
 
         span, curve = (start_percent, end_percent), read_curve(strength_curve)
-        control = control_net.applied(
-            Steering(features, strength, span, guide_away_from, in_areas, curve, mask, executing_node())
-        )
+        steering = Steering(features, strength, span, guide_away_from, in_areas, curve, mask, executing_node())
+        control = control_net.applied(steering)
         scope = control.evaluate(features)
+        said = ui.PreviewText("\n".join(filter(None, [steering.blocked, scope])))
         if strength == 0:
-            return io.NodeOutput(positive, negative, scope, negative, ui=ui.PreviewText(scope))
+            return io.NodeOutput(positive, negative, scope, negative, ui=said)
         copies = {}  # one control per chain before it, shared by all outputs so that they stay one batch
 
         def steered(conditioning: list, away: bool = False) -> list:
@@ -151,9 +153,7 @@ class FeatInvControlNet(io.ComfyNode):
                 )
             return out
 
-        return io.NodeOutput(
-            steered(positive), steered(negative, away=True), scope, steered(negative), ui=ui.PreviewText(scope)
-        )
+        return io.NodeOutput(steered(positive), steered(negative, away=True), scope, steered(negative), ui=said)
 
 
 class EmptyLatent(io.ComfyNode):
@@ -169,7 +169,9 @@ class EmptyLatent(io.ComfyNode):
                 " sizes less faithfully, and larger ones slowly."
             ),
             inputs=[
-                Control.Input("control_net", tooltip="The inversion model, from Load FeatInv ControlNet."),
+                Control.Input(
+                    "control_net", tooltip="The inversion model, from FeatInv Loader or Load FeatInv ControlNet."
+                ),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many images to sample."),
             ],
             outputs=[

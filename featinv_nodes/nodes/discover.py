@@ -28,7 +28,7 @@ class DiscoverConcepts(io.ComfyNode):
                 " space, for Concept Attenuate."
             ),
             inputs=[
-                Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
+                Backbone.Input("backbone", tooltip="The vision model, from Load Backbone or FeatInv Loader."),
                 io.String.Input(
                     "folder",
                     default="",

@@ -18,7 +18,7 @@ class FeatureMix(io.ComfyNode):
             node_id="FeatInv_FeatureMix",
             display_name="Feature Mix",
             category=Menu.FEATURES,
-            aliases=("interpolate", "blend features", "compose"),
+            aliases=("interpolate", "compose", "mix images", "blend two images", "merge pictures", "morph"),
             description=(
                 "Mixes feature maps of one backbone and layer: a weighted mean of up to four, a sweep from a to b, or"
                 " up to three maps inside masks with a around them."

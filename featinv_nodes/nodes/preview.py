@@ -106,7 +106,7 @@ class ClassifyImage(io.ComfyNode):
             says=True,
             description="Names the most probable classes of an image, by the backbone's own classifier.",
             inputs=[
-                Backbone.Input("backbone", tooltip="The vision model, from Load Backbone."),
+                Backbone.Input("backbone", tooltip="The vision model, from Load Backbone or FeatInv Loader."),
                 io.Image.Input("image", tooltip="One image or a batch."),
                 io.Combo.Input(
                     "fit",

@@ -31,7 +31,16 @@ Linear = io.Custom("FEATINV_LINEAR_MAP")
 #: the scope of a changed map without an inversion model
 WITHOUT_MODEL = "connect the inversion model to see whether the map is still in scope"
 #: what people type who know the idea, not the node's name
-ALIASES = ("FeatInv", "feature inversion", "what the model sees", "interpret", "timm", "vision model")
+ALIASES = (
+    "FeatInv",
+    "feature inversion",
+    "what the model sees",
+    "what does the network see",
+    "interpret",
+    "explain",
+    "timm",
+    "vision model",
+)
 YOUNGER = {field.name for field in fields(io.Schema)}  # the oldest hosts lack some
 
 
