@@ -1,7 +1,6 @@
 // Shows what a node of the pack finds out as a text on the node. The host sends such texts for every node, but its
 // frontend shows them on its own text nodes only.
 import { app } from "../../../scripts/app.js";
-import { ComfyWidgets } from "../../../scripts/widgets.js";
 
 const NAME = "featinv_text";
 const LINE = 13, PADDING = 18, LETTER = 6, MOST = 12; // pixels of a line, around the text, and of a letter; lines
@@ -14,7 +13,7 @@ function heightOf(text, width) {
 }
 
 function added(node) {
-  const widget = ComfyWidgets.STRING(node, NAME, ["STRING", { multiline: true }], app).widget;
+  const widget = app.widgets.STRING(node, NAME, ["STRING", { multiline: true }], app).widget;
   if (widget.element) widget.element.readOnly = true;
   widget.label = "found";
   // neither part of a saved workflow nor of what is sent to the host
