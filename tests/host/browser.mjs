@@ -123,6 +123,33 @@ for (const file of files.filter((f) => RUNS.test(basename(f)))) {
   }))));
   Object.assign(state, { ran, widgets, ended: await boxes(), trouble: [...state.trouble, ...trouble] });
 }
+// the loader and what reads it become a subgraph, in which another backbone is chosen
+const first = files.find((f) => basename(f) === "tiny_reconstruct.json");
+if (first) {
+  await open(first);
+  await page.evaluate(async () => {
+    const kinds = ["FeatInv_Loader", "FeatInv_ExtractFeatures"], { canvas, graph, extensionManager } = window.app;
+    canvas.deselectAll();
+    canvas.selectItems(graph._nodes.filter((n) => kinds.includes(n.type)));
+    await extensionManager.command.execute("Comfy.Graph.ConvertToSubgraph");
+  });
+  await settled();
+  const inside = (choose) => page.evaluate((backbone) => {
+    const nodes = window.app.graph._nodes.find((n) => n.subgraph).subgraph._nodes;
+    const widget = (type, name) => nodes.find((n) => n.type === type).widgets.find((w) => w.name === name);
+    if (backbone) {
+      widget("FeatInv_Loader", "backbone").value = backbone;
+      widget("FeatInv_Loader", "backbone").callback?.(backbone);
+    }
+    return Object.fromEntries(["FeatInv_Loader", "FeatInv_ExtractFeatures"].map((t) => [t, widget(t, "layer").options.values]));
+  }, choose);
+  const asked = page.waitForResponse((answer) => answer.url().includes("/featinv/layers"), { timeout: 60000 }).catch(() => {});
+  await inside("tf_efficientnet_lite0.in1k");
+  await asked;
+  await settled();
+  const layers = await inside(null);
+  found[basename(first)].subgraph = { layers, trouble: [...trouble] };
+}
 if (process.env.NODE_PICTURES) {
   // each kind of node of the pack, alone, for the help pages
   mkdirSync(process.env.NODE_PICTURES, { recursive: true });

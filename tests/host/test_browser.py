@@ -63,6 +63,13 @@ def test_layer_is_a_list_of_the_connected_backbone(seen):
             assert len(widget["list"]) > 4, (file, widget)
 
 
+def test_layer_follows_the_backbone_inside_a_subgraph(seen):
+    state = seen["tiny_reconstruct.json"]["subgraph"]
+    assert not state["trouble"]
+    assert state["layers"]["FeatInv_Loader"] == ["blocks.2", "blocks.4", "last", "last, pooled"]
+    assert {"last", "blocks.1", "blocks.6"} <= set(state["layers"]["FeatInv_ExtractFeatures"])
+
+
 def test_the_view_shows_the_whole_graph(seen):
     """On a screen of 1920 x 1080 pixels, beside the frontend's own bars."""
     for name, state in seen.items():

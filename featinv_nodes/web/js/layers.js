@@ -2,6 +2,7 @@
 // a text to the host, and becomes a list of the connected backbone's layers where these can be told.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { allNodes, originOf } from "./graphs.js";
 
 const LOADERS = ["FeatInv_Loader", "FeatInv_LoadBackbone"];
 const answers = new Map(); // query -> promise of names
@@ -18,8 +19,7 @@ function layersOf(query) {
 }
 
 function backboneOf(node) {
-  let origin = node.getInputNode(node.findInputSlot("backbone"));
-  while (origin?.type === "Reroute") origin = origin.getInputNode(0);
+  const origin = originOf(node, "backbone");
   return LOADERS.includes(origin?.comfyClass) ? origin : null;
 }
 
@@ -64,7 +64,7 @@ function followChoice(node, chosen) {
 }
 
 function refreshAll() {
-  for (const node of app.graph?._nodes ?? []) node.featinvLayers?.(false);
+  for (const node of allNodes()) node.featinvLayers?.(false);
 }
 
 app.registerExtension({
@@ -95,7 +95,7 @@ app.registerExtension({
       const callback = widget.callback;
       widget.callback = function () {
         callback?.apply(this, arguments);
-        node.featinvLayers?.(true);
+        node.featinvLayers?.(widget.name !== "layer");
         refreshAll();
       };
     }

@@ -1,15 +1,18 @@
 // Shows what a node of the pack finds out as a text on the node. The host sends such texts for every node, but its
 // frontend shows them on its own text nodes only.
 import { app } from "../../../scripts/app.js";
+import { nodeAt } from "./graphs.js";
 
 const NAME = "featinv_text";
-const LINE = 13, PADDING = 18, LETTER = 6, MOST = 12; // pixels of a line, around the text, and of a letter; lines
+const LETTER = 6; // pixels
+// pixels of a line and around the text; more lines scroll, so that no node grows over the next
+const OLDER = { line: 13, around: 18, most: 12 }, NEWER = { line: 16, around: 30, most: 9 };
 
 function heightOf(text, width) {
   const wide = Math.max((width - 36) / LETTER, 10);
   const lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / wide)), 0);
-  const larger = window.LiteGraph?.vueNodesMode ? 1.7 : 1; // the newer kind of nodes has larger letters and a label
-  return larger * (PADDING + LINE * Math.min(lines, MOST)); // longer ones scroll
+  const kind = window.LiteGraph?.vueNodesMode ? NEWER : OLDER; // the newer kind of nodes also shows a label
+  return kind.around + kind.line * Math.min(lines, kind.most);
 }
 
 function added(node) {
@@ -45,6 +48,6 @@ app.registerExtension({
   },
   // another workflow's tab, or a run of the history, was opened
   onNodeOutputsUpdated(outputs) {
-    for (const [id, output] of Object.entries(outputs)) show(app.graph.getNodeById(id), output);
+    for (const [id, output] of Object.entries(outputs)) show(nodeAt(id), output);
   },
 });
