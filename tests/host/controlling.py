@@ -107,6 +107,7 @@ def masks(world: World) -> dict:
         "left in an area": float(outside[0][..., :3].abs().max()),
         "every depth": [float(m.norm() / p.norm()) for m, p in zip(masked, plain)],
         "wrong": error_of(world.apply, mask=torch.full((1, 8, 8), float("nan"))),
+        "backwards": error_of(world.apply, start_percent=0.8, end_percent=0.2),
     }
 
 

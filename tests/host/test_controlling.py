@@ -30,6 +30,7 @@ def test_a_mask_says_where_control_acts(seen):
     assert result["finer than a cell"] <= 0.05  # a hundredth, a twentieth on the edges; single pixels give 0 or 3/2
     assert len(result["every depth"]) == 4 and 0 < min(result["every depth"]) <= max(result["every depth"]) < 0.9
     assert "expected finite values" in result["wrong"]
+    assert "start_percent 0.8 is after end_percent 0.2" in result["backwards"]
 
 
 def test_the_strength_follows_its_curve(seen):

@@ -138,6 +138,18 @@ def test_the_loader_s_layer_is_what_extract_features_reads(server):
     assert "vit_tiny_patch16_224.tiny_world" in message and "Use the same backbone" in message
 
 
+def test_a_mask_that_nobody_painted_is_named_on_the_node(server):
+    """Load Image gives a black one for a picture without transparency."""
+    prompt = {number: first_picture()[number] for number in "12345"}
+    prompt["6"] = node("PreviewAny", source=["5", 2])
+    prompt["7"] = node("LoadImage", image="example.png")
+    prompt["5"]["inputs"]["mask"] = ["7", 1]
+    assert said(server.run(prompt), "5").startswith("The mask is black everywhere")
+    prompt["8"] = node("InvertMask", mask=["7", 1])
+    prompt["5"]["inputs"]["mask"] = ["8", 0]
+    assert said(server.run(prompt), "5").startswith("inside (direction ")
+
+
 def layers_of(server):
     return server.get("/object_info/FeatInv_Loader")["FeatInv_Loader"]["input"]["required"]["layer"][1]["layers_of"]
 
@@ -231,5 +243,7 @@ def test_nodes_stand_in_their_menu_and_are_found_by_what_people_type(server):
         "cosine": "FeatInv_FeatureSimilarity",
         "heatmap": "FeatInv_ConceptMap",
         "resnet": "FeatInv_LoadBackbone",
+        "mix images": "FeatInv_FeatureMix",
+        "what does the network see": "FeatInv_ExtractFeatures",
     }.items():
         assert word in words[name]
