@@ -60,7 +60,7 @@ class FeatureSource:
             pairs = "; ".join(f"{n}: {getattr(self, n)} against {getattr(other, n)}" for n in differing)
             raise FeatInvError(
                 f"{mine} ({self.describe()}) and {theirs} ({other.describe()}) do not fit together. {pairs}. "
-                "Use the same backbone, layer and pooling for both."
+                "Use the same backbone, layer, pooling and input size for both."
             )
         if self.other_weights(other):
             raise FeatInvError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import comfy.model_management as management
@@ -122,8 +123,14 @@ class ManagedBackbone:
 
     def read_again(self, pictures: Tensor, source: FeatureSource, progress: Progress | None = None) -> FeatureMap:
         """What the backbone reads, at the layer of a map, in pictures [B, 3, h, w] that were drawn from it. progress:
-        as in extract."""
+        as in extract. Raises FeatInvError for another backbone than the map's."""
+        self.require(source, "the feature map")
         return self.extract(self.preprocess(pictures, "stretch"), source.layer, source.pooled, progress)
+
+    def require(self, source: FeatureSource, theirs: str) -> None:
+        """Raises FeatInvError, naming both sides, for another backbone or input size than a source's. theirs: whose."""
+        mine = replace(source, backbone=self.name, input_size=self.backbone.input_size)
+        mine.require(source, "the backbone", theirs)
 
     def logits(self, features: FeatureMap) -> Tensor:
         """[B, classes] the model's own head on a last-layer map."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from comfy_api.latest import io, ui
 
 from ..core.feature_map import FeatureMap
@@ -69,8 +67,7 @@ class ExtractFeatures(io.ComfyNode):
         if control_net is not None:
             wanted = control_net.info.source
             layer, pooled = wanted.layer, wanted.pooled
-            mine = replace(wanted, backbone=backbone.name, input_size=backbone.backbone.input_size)
-            mine.require(wanted, "the backbone", "the inversion model")
+            backbone.require(wanted, "the inversion model")
         pixel_values = backbone.preprocess(channels_first(image).cpu(), fit)
         features = backbone.extract(pixel_values, layer.strip(), pooled)
         return io.NodeOutput(features, channels_last(pixel_values), ui=ui.PreviewText(said(features)))

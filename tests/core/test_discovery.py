@@ -211,7 +211,12 @@ def test_bad_input():
         (vectors, "nmf", 3, "without negative values"),
         (vectors, "magic", 3, "expected one of mcd, "),
         (vectors[:, :5], "mcd", 3, "expected \\[N, 48\\]"),
-        (torch.randn(1200, 1, generator=generator()) * vectors[0] + 1e-4 * vectors, "mcd", 2, "single cluster"),
+        (
+            torch.randn(1200, 1, generator=generator()) * vectors[0] + 1e-4 * vectors,
+            "mcd",
+            2,
+            "fewer than two clusters",
+        ),
     ]
     for given, method, count, words in cases:
         with pytest.raises(FeatInvError, match=words):

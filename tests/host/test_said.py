@@ -136,6 +136,10 @@ def test_the_loader_s_layer_is_what_extract_features_reads(server):
     short["3"]["inputs"]["backbone"] = ["10", 0]
     message = server.failure(short)
     assert "vit_tiny_patch16_224.tiny_world" in message and "Use the same backbone" in message
+    compared = {**{number: first_picture()[number] for number in "123"}, "10": short["10"]}
+    compared["8"] = node("FeatInv_FeatureSimilarity", features=["3", 0], backbone=["10", 0], image=["2", 0])
+    message = server.failure(compared)
+    assert "the backbone (vit_tiny_patch16_224.tiny_world" in message and "Use the same backbone" in message
 
 
 def test_a_mask_that_nobody_painted_is_named_on_the_node(server):

@@ -177,9 +177,10 @@ def subspaces(
 def _mcd(result: tuple[list[Tensor], list[str]], source: FeatureSource, method: str, settings: Settings) -> Concepts:
     bases, rejected = result
     if len(bases) < 2:
+        why = "; ".join(rejected if len(rejected) <= 3 else [*rejected[:2], f"and {len(rejected) - 2} more"])
         raise FeatInvError(
-            f"the vectors fall into a single cluster ({'; '.join(rejected)}); ask for another number of concepts, more"
-            " varied images or method 'pca'"
+            f"fewer than two clusters of vectors are large and different enough for a concept ({why}); ask for another"
+            " number of concepts, give more varied images, or choose the method 'pca'"
         )
     return Concepts(bases, numbered(len(bases)), source, None, method, {**settings, "rejected": rejected})
 
