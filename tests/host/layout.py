@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-WIDTHS = 300, 285, 270  # of a column: the first with which the graph is large enough
+WIDTHS = 300, 285, 270, 265  # of a column: the first with which the graph is large enough
 GAP, BELOW = 20, 20  # between columns, and between the nodes of one
 TITLE, SLOT, WIDGET = 30, 20, 24  # pixels of the host's: a title bar, a row of sockets, a widget
 EDGE, HEAD, APART = 12, 84, 16  # of a group: around its nodes, above their title bars, to the next one
@@ -165,7 +165,7 @@ def put(
 def frame(shown: list, lanes: int) -> tuple[int, int, int]:
     """How many pictures stand beside each other, and their width and height."""
     if lanes >= MANY:
-        return 2, 190, 350
+        return 2, 208, 350  # the host widens a picture to its title
     return 2, 290, 440 if len(shown) < 3 else 400 if len(shown) < 5 else 350
 
 
