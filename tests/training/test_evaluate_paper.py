@@ -1,6 +1,7 @@
 """evaluate.py --paper draws, cuts, counts and compares as the paper's tables were made."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import evaluate
-from training.evaluation import paper
+from training.evaluation import paper, run
 from training.evaluation.context import EvalContext
 from training.evaluation.sources import open_source
 from training.models.base_model import load_base
@@ -83,32 +84,79 @@ def test_a_run_with_paper_says_what_still_differs(tmp_path, monkeypatch):
     assert (drawn["guidance"], drawn["negative"], drawn["gradient"], drawn["steps"]) == (1.75, "text", 0.0, 1)
     assert result["sets"] == "compared at 64 x 64 pixels, bilinear, antialiased; the originals as JPEG"
     assert "steps is 1 here; --paper sets 50." in text and "strength is" not in text
-    assert "8 images of drawn; the paper's are the first ten of each class" in text
+    assert "8 images of drawn; the paper's are 10,000: the first ten of each class" in text
     assert "generates images of 64 pixels; the paper's, MiniSD, of 256" in text and "--paper" in result["command"]
 
 
-def test_ten_pictures_of_each_class_are_the_default(tmp_path):
-    for k, scene in enumerate(draw(0, torch.arange(2), "held-out").image):
-        (tmp_path / "val" / f"n0144076{k}").mkdir(parents=True)
-        picture = Image.fromarray((scene * 255).byte().permute(1, 2, 0).numpy())
-        picture.save(tmp_path / "val" / f"n0144076{k}" / "0.png")
+@pytest.mark.parametrize(
+    ("suite", "folders", "expected"),
+    [
+        ("quality", (12, 11), 20),  # ten of each class
+        ("sweep", (12, 11), 2),  # one of each (Figs. 10 and 11)
+        ("natural-adversarial", (3, 2), 5),  # all
+        ("ood", (14,), 14),  # no classes, and fewer than the paper's 10,000
+        ("ood", (0, 2), 2),
+    ],
+)
+def test_each_suite_takes_the_papers_number_of_pictures(tmp_path, monkeypatch, suite, folders, expected):
+    for k, count in enumerate(folders):
+        folder = tmp_path / (f"n0144076{k}" if len(folders) > 1 else ".")
+        folder.mkdir(exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", (20, 20)).save(folder / f"{number}.png")
+    real = run.open_source
+
+    class Opened(Exception):
+        pass
+
+    def opened(*args):
+        raise Opened(real(*args))
+
+    monkeypatch.setattr(run, "open_source", opened)
+    with pytest.raises(Opened) as caught:
+        evaluate.main(["--paper", "--suite", suite, "--data", str(tmp_path), "--device", "cpu"])
+    assert len(caught.value.args[0].names) == expected
+
+
+def test_a_class_with_fewer_pictures_than_the_papers_is_named(tmp_path):
+    (tmp_path / "n01440760").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "n01440760" / "0.png")
     with pytest.raises(FeatInvError, match="--per-class 10"):
-        evaluate.main(["--paper", "--data", str(tmp_path / "val"), "--device", "cpu", "--out", str(tmp_path / "out")])
+        evaluate.main(["--paper", "--data", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out")])
+
+
+def test_no_more_than_the_papers_pictures_are_taken(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{number}.png")
+    assert open_source(str(tmp_path), most=3).names == ["0.png", "2.png", "4.png"]  # evenly spread
+    assert len(open_source(str(tmp_path), most=9).names) == 6
 
 
 def entry(value):
     return {"value": value, "low": value, "high": value, "n": 10_000}
 
 
+CONVNEXT = FeatureSource(paper.CONVNEXT, "last", False, 1024, (9, 9), (288, 288), (0.5,) * 3, (0.2,) * 3)
+
+
 def test_a_models_row_stands_below_the_papers():
-    source = FeatureSource(
-        "convnext_base.fb_in22k_ft_in1k", "last", False, 1024, (9, 9), (288, 288), (0.5,) * 3, (0.2,) * 3
-    )
     own = {"cosine": entry(0.6), "top1_match": entry(0.75), "top5_match": entry(0.93), "fid": entry(8.5)}
-    grid = paper.table(source, own)
+    row = paper.published("quality", CONVNEXT)
+    grid = paper.table(row, CONVNEXT, own)
     assert grid.header[1:] == ["cosine-sim", "top5(1) match", "FID", "pictures"] and grid.note == ""
     assert grid.rows[0][1:] == ["0.61", "94% (77%)", "8.20", "10,000"]  # Table 1
     assert grid.rows[1][1:] == ["0.60", "93% (75%)", "8.50", "10,000"]
     del own["fid"]
-    assert paper.table(source, own).rows[1][3] == "-" and "--inception" in paper.table(source, own).note
-    assert paper.table(FeatureSource(**(source.to_dict() | {"layer": "stages.1"})), own) is None
+    assert paper.table(row, CONVNEXT, own).rows[1][3] == "-" and "--inception" in paper.table(row, CONVNEXT, own).note
+    assert paper.published("quality", replace(CONVNEXT, layer="stages.1")) is None
+
+
+def test_the_papers_row_is_that_of_the_suite_and_the_encoder():
+    swin = replace(CONVNEXT, backbone=paper.SWINV2)
+    assert paper.published("quality", swin, "conv_at_map").fid == 12.69
+    assert paper.published("quality", swin, "perceiver").fid == 22.65  # Table 3
+    assert paper.published("ood", CONVNEXT).cosine == 0.48 and paper.published("ood", swin) is None  # Sec. 4.2
+    adversarial = paper.published("natural-adversarial", CONVNEXT)
+    assert "Sec. 4.2" in paper.beside(adversarial) and "top-5 match 71 %, top-1 match 38 %" in paper.beside(adversarial)
+    assert paper.table(adversarial, CONVNEXT, {"cosine": entry(0.5)}).rows[0][4] == "7,500"
+    assert "match" not in paper.beside(paper.published("ood", CONVNEXT))

@@ -23,7 +23,7 @@ from training import evaluate
 from training.evaluation.context import EvalContext, ModelSpec
 from training.evaluation.evaluator import Evaluator
 from training.evaluation.sources import open_source
-from training.evaluation.suites import baseline
+from training.evaluation.suites import baseline, models
 from training.evaluation.suites.corruptions import CORRUPTIONS, SEEDED, corrupt, library
 from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
@@ -49,7 +49,21 @@ def run(tmp_path, suite, *options, count=4):
     return json.loads((tmp_path / suite / "results.json").read_text()), (tmp_path / suite / "report.md").read_text()
 
 
-def test_layers_compares_at_every_stage(tmp_path):
+@pytest.fixture
+def captions(monkeypatch):
+    """Condition -> column under its pictures, of the panel that is drawn last."""
+    seen, real = {}, models.condition_panel
+
+    def drawn(tables, conditions, heading, scored):
+        assert all(name in tables[condition].columns for condition, name in scored.items())
+        seen.update(scored)
+        return real(tables, conditions, heading, scored)
+
+    monkeypatch.setattr(models, "condition_panel", drawn)
+    return seen
+
+
+def test_layers_compares_at_every_stage(tmp_path, captions):
     result, text = run(tmp_path, "layers", "--models", "tiny_cnn_last", "tiny_cnn_stage")
     stages = {name for name in result["tiny_cnn_stage"] if name.startswith("cosine ") and not name.endswith("centred")}
     assert "cosine last" in stages and len(stages) > 3
@@ -57,9 +71,11 @@ def test_layers_compares_at_every_stage(tmp_path):
     # even after two steps the model of the earlier stage is closer at that stage (paper Fig. 4a)
     assert result["tiny_cnn_stage"][f"cosine {layer}"]["value"] > result["unconditional"][f"cosine {layer}"]["value"]
     assert result.keys() >= {"unconditional", "round trip"} and "| tiny_cnn_stage | layer" in text
+    # under each picture the cosine of the map that its model inverts (Fig. 14)
+    assert captions["tiny_cnn_stage"] == f"cosine {layer}" and captions["tiny_cnn_last"] == "cosine last"
 
 
-def test_cross_model_is_a_matrix(tmp_path):
+def test_cross_model_is_a_matrix(tmp_path, captions):
     result, text = run(tmp_path, "cross-model")
     evaluators = ("resnet10t.tiny_world", "vit_tiny_patch16_224.tiny_world")
     for model in ("tiny_cnn_last", "tiny_vit_last"):
@@ -73,6 +89,8 @@ def test_cross_model_is_a_matrix(tmp_path):
     own, _ = run(tmp_path, "quality")
     for measure in ("cosine", "top1_match"):  # a model judged by its own backbone: the same figure in both suites
         assert result["tiny_cnn_last"][f"{evaluators[0]}: {measure}"] == own["reconstruction"][measure]
+    # under each picture the cosine by its own model's backbone (Fig. 3)
+    assert [captions[name] for name in ("tiny_cnn_last", "tiny_vit_last")] == [f"{name}: cosine" for name in evaluators]
 
 
 def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
@@ -94,6 +112,7 @@ def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
     )  # finds all records
     assert again.keys() == result.keys() and again["unconditional"] == result["unconditional"]
     assert (tmp_path / "sweep" / "cosine.png").exists() and (tmp_path / "sweep" / "top1_match.png").exists()
+    assert (tmp_path / "sweep" / "settings.png").exists()  # Fig. 9
 
 
 def test_variability_is_of_the_samples(tmp_path):
@@ -199,7 +218,9 @@ def test_natural_adversarial_matches_among_200_classes(photographic, tmp_path, m
         lambda self, backbone, compared, subset=None: asked.append(subset) or real(self, backbone, compared, subset),
     )
     result, _ = run(tmp_path, "natural-adversarial", *photographic, count=2)
-    assert len(asked[0]) == 200 and asked[0][:3] == [6, 11, 13] and result["reconstruction"]["top1_match"]["n"] == 2
+    found = result["reconstruction"]
+    assert len(asked[0]) == 200 and asked[0][:3] == [6, 11, 13] and found["top1_match"]["n"] == 2
+    assert found["top5_match_of_all"]["n"] == 2 and result["round trip"]["top1_match_of_all"]["value"] is not None
 
 
 def test_a_model_and_its_judges_share_one_backbone():

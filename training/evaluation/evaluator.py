@@ -83,7 +83,8 @@ class Evaluator:
 
     def compare(self, target: Features, pred: Features, single: Tensor | None = None) -> Columns:
         """Each compared cosine, also with the mean removed; and where there is a match, top-1 and top-5 of the
-        originals' top-1 class in the backbone's first label group; and where `single` [B] holds, the top-1 match of
+        originals' top-1 class in the backbone's first label group, with a subset of classes also among all of them; and
+        where `single` [B] holds, the top-1 match of
         every of several label groups."""
         columns = {}
         for name, original in target.maps.items():
@@ -99,6 +100,10 @@ class Evaluator:
         first = next(iter(groups.values()))
         chosen = self._chosen(target, first), self._chosen(pred, first)
         columns = {f"top{k}_match": top_k_match(*chosen, k).float() for k in (1, 5)}
+        if self._subset is not None:
+            columns |= {
+                f"top{k}_match_of_all": top_k_match(target[:, first], pred[:, first], k).float() for k in (1, 5)
+            }
         if single is not None and len(groups) > 1:
             for name, part in groups.items():
                 match = top_k_match(target[:, part], pred[:, part], 1).float().cpu()

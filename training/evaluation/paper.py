@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -16,7 +17,6 @@ from featinv_nodes.core.sampling import PAPER_POOLED, PAPER_SAMPLING, Sampling
 from ..models.base_model import BaseModel
 from .report import Grid
 
-PER_CLASS, PICTURES = 10, 10_000  # validation pictures of each class, and of all 1000
 SIDE = 256  # of the pictures that MiniSD draws, and that both sets of the FID are stored at
 RESIZE = "bilinear"  # of both sets (Sec. 2)
 SEED = 100  # of the noise, the same for every picture
@@ -27,18 +27,65 @@ INPUT = {
     "convnext_base.fb_in22k_ft_in1k": 288,
     "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k": 384,
 }
-#: timm architecture, pooled -> (cosine, top-5 match in %, top-1 match in %, FID); 10,000 validation pictures of
-#: ImageNet
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Which pictures a suite's figures in the paper are of: how many, in words, and how many of each class folder, None
+    for as many as there are."""
+
+    count: int
+    words: str
+    per_class: int | None = None
+
+
+TEN_OF_EACH = Pictures(10_000, "the first ten of each class of ImageNet's validation set", 10)  # Sec. 4.1, App. B and C
+ONE_OF_EACH = Pictures(1000, "one of each class of ImageNet's validation set", 1)  # Figs. 10 and 11
+IMAGENET_A = Pictures(7500, "all of ImageNet-A")  # Sec. 4.2
+BAID = Pictures(10_000, "some of BAID")  # Fig. 5
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the paper: cosine on the unpooled map, top-5 and top-1 match in %, None where it has none, FID; of which
+    pictures, and where it stands."""
+
+    cosine: float
+    top5: int | None
+    top1: int | None
+    fid: float
+    pictures: Pictures = TEN_OF_EACH
+    where: str = "Tables 1 and 3"
+
+    @property
+    def match(self) -> str:
+        return "-" if self.top5 is None else f"{self.top5}% ({self.top1}%)"
+
+
+RESNET50, RESNET50B, CONVNEXT, SWINV2 = INPUT
+#: timm architecture, pooled -> figures with the convolutional encoder
 RECONSTRUCTION = {
-    ("resnet50.tv_in1k", False): (0.46, 91, 70, 11.49),
-    ("resnet50.a1_in1k", False): (0.50, 90, 70, 11.51),
-    ("convnext_base.fb_in22k_ft_in1k", False): (0.61, 94, 77, 8.20),
-    ("swinv2_base_window12to24_192to384.ms_in22k_ft_in1k", False): (0.53, 95, 80, 12.69),
-    ("resnet50.tv_in1k", True): (0.12, 48, 23, 31.64),
-    ("resnet50.a1_in1k", True): (0.14, 44, 21, 37.44),
-    ("convnext_base.fb_in22k_ft_in1k", True): (0.19, 44, 20, 31.67),
-    ("swinv2_base_window12to24_192to384.ms_in22k_ft_in1k", True): (0.16, 47, 22, 49.04),
+    (RESNET50, False): Published(0.46, 91, 70, 11.49),
+    (RESNET50B, False): Published(0.50, 90, 70, 11.51),
+    (CONVNEXT, False): Published(0.61, 94, 77, 8.20),
+    (SWINV2, False): Published(0.53, 95, 80, 12.69),
+    (RESNET50, True): Published(0.12, 48, 23, 31.64),
+    (RESNET50B, True): Published(0.14, 44, 21, 37.44),
+    (CONVNEXT, True): Published(0.19, 44, 20, 31.67),
+    (SWINV2, True): Published(0.16, 47, 22, 49.04),
 }
+PERCEIVER = {(SWINV2, False): Published(0.36, 76, 53, 22.65)}
+#: suite -> figures of other pictures than those of Table 1
+ELSEWHERE = {
+    "ood": {(CONVNEXT, False): Published(0.48, None, None, 12.98, BAID, "Sec. 4.2")},
+    "natural-adversarial": {(CONVNEXT, False): Published(0.56, 71, 38, 12.44, IMAGENET_A, "Sec. 4.2")},
+}
+
+
+def published(suite: str, source: FeatureSource, encoder: str = "conv") -> Published | None:
+    """The paper's figures in a suite for the same features and kind of encoder; None where it has none."""
+    rows = ELSEWHERE.get(suite, PERCEIVER if encoder == "perceiver" else RECONSTRUCTION)
+    return rows.get((source.backbone, source.pooled)) if source.layer == LAST else None
 
 
 def sampling(pooled: bool) -> Sampling:
@@ -65,45 +112,44 @@ def _as_jpeg(picture: Tensor) -> Tensor:
     return decoded.view(*picture.shape[1:], 3).permute(2, 0, 1) / 255
 
 
-def beside(backbone: str, layer: str, pooled: bool) -> str:
-    """One line with the paper's figures for the same features; "" where it has none."""
-    if layer != LAST or (backbone, pooled) not in RECONSTRUCTION:
-        return ""
-    cosine, top5, top1, fid = RECONSTRUCTION[backbone, pooled]
+def beside(row: Published) -> str:
+    """One line with the paper's figures."""
+    match = "" if row.top5 is None else f", top-5 match {row.top5} %, top-1 match {row.top1} %"
     return (
-        f"The paper, for the same features (Tables 1 and 3): cosine {cosine:.2f} on the unpooled map, top-5 match"
-        f" {top5} %, top-1 match {top1} %, FID {fid}."
+        f"The paper, for the same features ({row.where}): cosine {row.cosine:.2f} on the unpooled map{match}, FID"
+        f" {row.fid:.2f}."
     )
 
 
-def table(source: FeatureSource, own: dict[str, dict]) -> Grid | None:
-    """The paper's row of Table 1 and this model's below it, in the paper's columns; None for features that it has no
-    figures for. own: the reconstruction's figures."""
-    known = RECONSTRUCTION.get((source.backbone, source.pooled)) if source.layer == LAST else None
-    if known is None:
-        return None
+def table(row: Published, source: FeatureSource, own: dict[str, dict]) -> Grid:
+    """The paper's row and this model's below it, in the columns of Table 1. own: the reconstruction's figures."""
     score = "cosine_unpooled" if source.pooled else "cosine"
     value = {name: own[name]["value"] for name in (score, "top1_match", "top5_match", "fid") if name in own}
     match = f"{value['top5_match']:.0%} ({value['top1_match']:.0%})" if "top1_match" in value else "-"
     found = [f"{value[score]:.2f}", match, f"{value['fid']:.2f}" if "fid" in value else "-", f"{own[score]['n']:,}"]
-    cosine, top5, top1, fid = known
-    published = [f"{cosine:.2f}", f"{top5}% ({top1}%)", f"{fid:.2f}", f"{PICTURES:,}"]
     kind = "pooled" if source.pooled else "unpooled"
     return Grid(
-        "Beside the paper's Table 1",
+        f"Beside the paper ({row.where})",
         ["model", "cosine-sim", "top5(1) match", "FID", "pictures"],
-        [[f"the paper, {kind} {source.backbone}", *published], ["this model", *found]],
+        [
+            [
+                f"the paper, {kind} {source.backbone}",
+                f"{row.cosine:.2f}",
+                row.match,
+                f"{row.fid:.2f}",
+                f"{row.pictures.count:,}",
+            ],
+            ["this model", *found],
+        ],
         "" if "fid" in value else "FID needs --inception FILE.",
     )
 
 
-def departures(source: FeatureSource, base: BaseModel, count: int, data: str) -> list[str]:
-    """What still differs from the paper's set-up, a sentence each."""
+def departures(source: FeatureSource, base: BaseModel, count: int, data: str, pictures: Pictures) -> list[str]:
+    """What still differs from the paper's set-up, a sentence each. pictures: those of the suite in the paper."""
     lines = []
-    if count != PICTURES:
-        lines.append(
-            f"{count} images of {data}; the paper's are the first ten of each class of ImageNet's validation set."
-        )
+    if count != pictures.count:
+        lines.append(f"{count} images of {data}; the paper's are {pictures.count:,}: {pictures.words}.")
     if base.resolution != SIDE:
         lines.append(f"The base model generates images of {base.resolution} pixels; the paper's, MiniSD, of {SIDE}.")
     side = INPUT.get(source.backbone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,13 +120,18 @@ def marks(figures: dict[str, Figures]) -> str:
 
 
 def condition_panel(
-    tables: dict[str, Table], conditions: Sequence[str], heading: str, scored: str = "cosine", most: int | None = None
+    tables: dict[str, Table],
+    conditions: Sequence[str],
+    heading: str,
+    scored: str | Mapping[str, str] = "cosine",
+    most: int | None = None,
 ) -> Image.Image:
     """A panel with a row of pictures per condition, `most` of them, with the column `scored` under each where the
-    condition has it."""
+    condition has it; scored: one column for all, or each condition's own."""
     rows = []
     for condition in conditions:
-        pictures, values = tables[condition].pictures[:most], tables[condition].columns.get(scored)
+        column = scored if isinstance(scored, str) else scored.get(condition, "")
+        pictures, values = tables[condition].pictures[:most], tables[condition].columns.get(column)
         rows.append([(x, "" if values is None else f"cos {values[k]:.2f}") for k, x in enumerate(pictures)])
     return draw_panel(rows, [condition.replace(", ", ",\n") for condition in conditions], heading)
 

@@ -26,7 +26,6 @@ from ..models.sampling import round_trip
 from .context import ORIGINAL, EvalContext
 from .evaluator import Evaluator
 from .metrics import mean_entry, set_entries
-from .paper import PER_CLASS
 from .report import write
 from .shards import Store, Table, aligned, record
 from .sources import Source, open_source, read
@@ -196,14 +195,14 @@ def run_suite(args: argparse.Namespace) -> None:
 
 
 def source_of(args: argparse.Namespace, kind: type[Suite]) -> Source:
-    """The pictures that the arguments name; of the drawn world as many as the suite sets, with --paper as many of each
-    class as the paper's."""
-    count, per_class = args.count, args.per_class
+    """The pictures that the arguments name; of the drawn world as many as the suite sets, with --paper those of the
+    paper."""
+    count, per_class, most = args.count, args.per_class, None
     if drawing_world(args.data):
         count = count or kind.count
     elif args.paper and count is None and per_class is None:
-        per_class = PER_CLASS
-    return open_source(args.data, count, per_class, args.kept_back)
+        per_class, most = kind.papers.per_class, kind.papers.count
+    return open_source(args.data, count, per_class, args.kept_back, most)
 
 
 def context_of(args: argparse.Namespace, source: Source, device: str) -> EvalContext:

@@ -109,13 +109,20 @@ def class_folder(name: str, shards: bool) -> str | None:
     return parts[-2] if len(parts) > 1 else None
 
 
-def open_source(data: str, count: int | None = None, per_class: int | None = None, kept_back: bool = False) -> Source:
+def open_source(
+    data: str,
+    count: int | None = None,
+    per_class: int | None = None,
+    kept_back: bool = False,
+    most: int | None = None,
+) -> Source:
     """Pictures to evaluate a model on.
 
     data: "drawn", a folder of pictures or of tar shards, one .tar file, or "hf:" and a Hugging Face data set on disk.
     count: as many, evenly spread over the names (of the drawn world the first ones); None for all. per_class: the
     first as many by name of each class folder or label, class by class. kept_back: only those that making a world of
-    photographs leaves aside. Raises FeatInvError where there are none, or fewer.
+    photographs leaves aside. most: without count and per_class, no more than so many, evenly spread. Raises
+    FeatInvError where there are none, or fewer than count or per_class.
     """
     if drawing_world(data):
         if per_class is not None:
@@ -142,7 +149,7 @@ def open_source(data: str, count: int | None = None, per_class: int | None = Non
     if per_class is not None:
         chosen = Chosen(listing, first_of_each(data, listing.names, classes, per_class))
     else:
-        chosen = Part(listing, count or count_all)
+        chosen = Part(listing, count or min(count_all, most or count_all))
     return Pictures(chosen, [classes[index] for index in chosen.indices])
 
 

@@ -21,7 +21,7 @@ INDEPENDENT = "independent: "  # prefix of the figures of a backbone that took n
 
 
 class Suite:
-    """count: pictures of the drawn world where the user does not say.
+    """count: pictures of the drawn world where the user does not say. papers: the paper's pictures, with --paper.
 
     sampling: condition -> how its pictures are drawn, for results.json. tested_models: the condition of a model's
     originals -> the model under test. A suite fills both in its constructor and offers a report.
@@ -29,6 +29,7 @@ class Suite:
 
     name: str
     count = 500
+    papers = paper.TEN_OF_EACH
     chooses = True  # whether --best-of counts
 
     def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
@@ -136,7 +137,7 @@ class Suite:
             for name, value in self.context.changes.items()
             if value is not None and value != set_to[name]
         ]
-        return changed + paper.departures(info.source, base, count, self.args.data)
+        return changed + paper.departures(info.source, base, count, self.args.data, self.papers)
 
     def sets(self) -> str:
         """How pictures are compared as sets, in words."""

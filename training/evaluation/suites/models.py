@@ -15,6 +15,10 @@ from ..shards import Condition, Table
 from ..spaces import Space, TimmSpace
 from .base import INDEPENDENT, Suite, independent_evaluator, independent_name, last_evaluator, several
 
+UNDER = (
+    "Under each picture: its cosine on the map that its model inverts, unpooled, by that model's own backbone; the"
+    " first model's under round trip and unconditional."
+)
 MOST = 8  # layers that are compared, if a backbone has more: those of the models and the last
 
 
@@ -67,8 +71,16 @@ class Several(Suite):
             for condition in conditions
         }
 
-    def panel(self, tables: dict[str, Table], scored: str) -> dict:
+    def own_cosine(self, spec: ModelSpec) -> str:
+        """The column of the cosine on the map that a model inverts, by its own backbone; a pooled model's unpooled."""
+        raise NotImplementedError
+
+    def panel(self, tables: dict[str, Table]) -> dict:
+        """Under each picture the cosine on its own model's map (paper Figs. 3 and 14), the first one's under the
+        others."""
         conditions = [f"{ORIGINAL} {next(iter(self.models))}", *self.models, ROUND_TRIP, UNCONDITIONAL]
+        scored = {name: self.own_cosine(spec) for name, spec in self.models.items()}
+        scored |= dict.fromkeys((ROUND_TRIP, UNCONDITIONAL), next(iter(scored.values())))
         return {"panel.png": condition_panel(tables, conditions, f"{self.name}: {', '.join(self.models)}", scored)}
 
 
@@ -126,8 +138,14 @@ class Layers(Several):
             f"layers of {self.first.backbone.name}",
             figures,
             grids,
-            panels=self.panel(tables, f"cosine {deepest(self.first.backbone)}"),
+            [UNDER],
+            panels=self.panel(tables),
         )
+
+    def own_cosine(self, spec: ModelSpec) -> str:
+        layer, last = self.context.info(spec).source.layer, deepest(self.first.backbone)
+        own = f"cosine {layer}"
+        return own if own in self.first.evaluators[""].compared else f"cosine {last}"
 
     def by_another(self, figures: dict[str, Figures], conditions: list[str]) -> list[Grid]:
         """What a backbone says that took no part in training or sampling, where there is one."""
@@ -187,8 +205,10 @@ class CrossModel(Several):
         )
         lines = [
             "An evaluator sees the originals cut as the model's own backbone sees them, so that both images show the"
-            " same."
+            " same.",
+            UNDER,
         ]
-        return Report(
-            "cross-model evaluation", figures, grids, lines, panels=self.panel(tables, f"{evaluators[0]}cosine")
-        )
+        return Report("cross-model evaluation", figures, grids, lines, panels=self.panel(tables))
+
+    def own_cosine(self, spec: ModelSpec) -> str:
+        return f"{self.context.backbone(spec).name}: cosine"

@@ -37,20 +37,19 @@ class Quality(Suite):
             for condition in (RECONSTRUCTION, UNCONDITIONAL, ROUND_TRIP)
         }
         way = gap_closed(figures)
-        source = self.context.info(self.spec).source
-        lines = [
-            f"Cosine: {way:.1%} of the gap between the unconditional baseline and the round trip.",
-            paper.beside(source.backbone, source.layer, source.pooled),
-        ]
+        info = self.context.info(self.spec)
+        lines = [f"Cosine: {way:.1%} of the gap between the unconditional baseline and the round trip."]
         grids = [by_measure("Faithfulness", figures, columns)]
-        if self.context.papers and (row := paper.table(source, figures[RECONSTRUCTION])):
-            grids.insert(0, row)
+        if row := paper.published(self.name, info.source, info.encoder["kind"]):
+            lines.append(paper.beside(row))
+            if self.context.papers:
+                grids.insert(0, paper.table(row, info.source, figures[RECONSTRUCTION]))
         panel = condition_panel(tables, [ORIGINAL, RECONSTRUCTION, ROUND_TRIP, UNCONDITIONAL], self.title())
         return Report(
             self.title(),
             figures,
             grids,
-            [line for line in lines if line],
+            lines,
             {"gap_closed": way},
             {"panel.png": panel},
         )
@@ -60,12 +59,14 @@ class OutOfDistribution(Quality):
     """The same on pictures that the models were not trained on, as the paper does on BAID."""
 
     name = "ood"
+    papers = paper.BAID
 
 
 class NaturalAdversarial(Quality):
     """The same on ImageNet-A: the match among its 200 classes."""
 
     name = "natural-adversarial"
+    papers = paper.IMAGENET_A
 
     def subset(self) -> list[int]:
         self.require_imagenet()

@@ -14,10 +14,13 @@ from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file
 
 from ...plots import matrix
+from .. import paper
 from ..context import ORIGINAL, ROUND_TRIP, UNCONDITIONAL, EvalContext
 from ..report import Report, by_condition, condition_panel, figures_of
 from ..shards import Table
 from .base import Suite
+
+SHOWN = 4  # pictures of each setting in the panel of all settings
 
 
 class Sweep(Suite):
@@ -25,6 +28,7 @@ class Sweep(Suite):
 
     name = "sweep"
     count = 32
+    papers = paper.ONE_OF_EACH
 
     def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
         super().__init__(context, args)
@@ -86,6 +90,9 @@ class Sweep(Suite):
             list(dict.fromkeys([ORIGINAL, *highest.values(), ROUND_TRIP, UNCONDITIONAL])),
             self.title(),
             self.score,
+        )
+        panels["settings.png"] = condition_panel(
+            tables, [ORIGINAL, *self.settings_of], f"{self.title()}: all settings (Fig. 9)", self.score, SHOWN
         )
         lines = [
             f"Highest {', highest '.join(f'{title} at {highest[name]}' for name, title in scored)}: the best of"
