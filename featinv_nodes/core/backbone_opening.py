@@ -66,8 +66,8 @@ def load_backbone(
     backbone = untrained_backbone(name, input_size)
     if weights is None:
         raise FeatInvError(
-            f"backbone {name} needs a local weights file or a timm-hub folder: python3 run.py download"
-            f" CONFIG, or {HUB}/timm/{name}"
+            f"backbone {name} needs its weights from a local file (--backbone-weights FILE) or a timm-hub folder"
+            f" (--backbone FOLDER): python3 run.py download CONFIG fetches one, or {HUB}/timm/{name}"
         )
     backbone.weights = fill(backbone.model, name, Path(weights))
     return backbone

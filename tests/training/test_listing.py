@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import sys
 import tarfile
@@ -17,6 +18,7 @@ from test_never_loses_work import photographs as photographs
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen, find_images
 from featinv_nodes.core.picture_files import without_decoder
+from training.data.batch import Unreadable, crops
 from training.data.identity import fingerprint, identity, what_changed
 from training.data.listing import Folder, Part, open_listing
 from training.data.loader import Photographs, loader
@@ -56,6 +58,26 @@ def test_tar_shards_hold_the_folders_pictures(photographs, shards, monkeypatch):
     (shards / "000002.tar").write_bytes(b"no archive" * 100)
     with pytest.raises(FeatInvError, match="000002.tar is not a plain tar file"):
         open_listing(str(shards), None)
+
+
+def test_odd_entries_of_a_shard_are_named_by_what_they_are(photographs, tmp_path):
+    with tarfile.open(tmp_path / "odd.tar", "w") as opened:
+        opened.add(sorted(photographs.iterdir())[0], "a.png")
+        for name, kind in (
+            ("link.png", tarfile.SYMTYPE),
+            ("device.png", tarfile.CHRTYPE),
+            ("folder.png", tarfile.DIRTYPE),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.type = kind
+            opened.addfile(entry)
+        opened.addfile(tarfile.TarInfo("empty.png"))
+    shard = TarShards([tmp_path / "odd.tar"])
+    assert shard.names == ["odd.tar/a.png", "odd.tar/empty.png"]
+    assert shard.describe().endswith("left out: 2 as no plain file within a tar file (odd.tar/device.png)")
+    with pytest.raises(Unreadable) as caught:
+        crops(lambda: shard.open(1), {"pictures": 8}, "none", random.Random(0))
+    assert "no image of a kind that Pillow knows" in str(caught.value) and "0x" not in str(caught.value)
 
 
 def test_two_processes_read_each_picture_once(shards):

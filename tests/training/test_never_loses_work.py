@@ -241,7 +241,7 @@ def test_pictures_that_cannot_be_read_are_replaced_counted_and_named(photographs
     assert all(torch.equal(a[k], b[k]) for k in a)
     for file in photographs.iterdir():
         file.write_text("no image")
-    with pytest.raises(FeatInvError, match="100 images in a row could not be read"):
+    with pytest.raises(FeatInvError, match="100 images in a row could not be read, .*check that --data"):
         here(tmp_path / "three", data=str(photographs))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,6 +17,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen
 
 TRIES = 100  # pictures in a row that cannot be read before the data itself is in doubt
+REMEDY = "check that --data is still there, and that its images open in a viewer"
 
 
 class Batch(NamedTuple):
@@ -50,6 +51,13 @@ def plainly(loader: DataLoader) -> Generator:
 class Unreadable(Exception):
     """A picture that cannot be read, and why."""
 
+    @classmethod
+    def because(cls, error: Exception) -> Unreadable:
+        """From whatever a decoder raised. Pillow names the object that it was given, whose address says nothing."""
+        if isinstance(error, UnidentifiedImageError):
+            return cls("UnidentifiedImageError: empty, cut off at its start, or no image of a kind that Pillow knows")
+        return cls(f"{type(error).__name__}: {error}")
+
 
 def crops(
     opened: Callable[[], Image.Image], sides: dict[str, int], flips: str, rng: random.Random
@@ -61,7 +69,7 @@ def crops(
         with opened() as picture:
             image = as_seen(picture)
     except Exception as error:  # decoders raise whatever they stumble over
-        raise Unreadable(f"{type(error).__name__}: {error}") from error
+        raise Unreadable.because(error) from error
     box = _crop(*image.size, rng)
     across, down = flips != "none" and rng.random() < 0.5, flips == "both" and rng.random() < 0.5
     tensors = {}

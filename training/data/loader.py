@@ -18,7 +18,7 @@ from featinv_nodes.worlds.drawn.scenes import draw
 
 from ..config import STREAM, TrainConfig
 from ..models.base_model import BaseModel
-from .batch import TRIES, Batch, Unreadable, crops, leave_signals, plainly
+from .batch import REMEDY, TRIES, Batch, Unreadable, crops, leave_signals, plainly
 from .identity import identity
 from .listing import Listing, open_listing
 from .stream import Reading, Stream
@@ -145,7 +145,7 @@ def fill(source: Photographs, numbers: list[int]) -> Batch:
             skipped.append((source.name(index), reason))
         else:
             raise FeatInvError(
-                f"{TRIES} images in a row could not be read, {skipped[-1][0]} the last ({skipped[-1][1]})"
+                f"{TRIES} images in a row could not be read, {skipped[-1][0]} the last ({skipped[-1][1]}); {REMEDY}"
             )
     return Batch(tensors, skipped)
 

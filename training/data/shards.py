@@ -79,7 +79,7 @@ def _index(shard: Path, write: bool) -> dict:
                 if member.isfile() and (why := why_left_out(member.name)) is None:
                     pictures.append((member.name, member.offset_data, member.size))
                 elif not member.isdir():
-                    left_out.add(why if member.isfile() else "as a link within a tar file", member.name)
+                    left_out.add(why if member.isfile() else "as no plain file within a tar file", member.name)
     except (tarfile.TarError, OSError) as error:
         raise FeatInvError(
             f"{shard} is not a plain tar file ({error}); unpack it, or pack it without compression"

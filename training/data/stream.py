@@ -23,7 +23,7 @@ from tqdm import tqdm
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.images import as_seen
 
-from .batch import TRIES, Batch, Unreadable, crops, leave_signals, plainly
+from .batch import REMEDY, TRIES, Batch, Unreadable, crops, leave_signals, plainly
 from .hugging_face import hugging_face, parsed
 from .identity import fingerprint, stamp_of
 
@@ -145,7 +145,7 @@ class Reader:
                 failed += 1
                 if failed == TRIES:
                     raise FeatInvError(
-                        f"{TRIES} images in a row could not be read, {skipped[-1][0]} the last ({error})"
+                        f"{TRIES} images in a row could not be read, {skipped[-1][0]} the last ({error}); {REMEDY}"
                     ) from error
             if len(rows) == size:
                 yield (

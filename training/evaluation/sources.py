@@ -78,7 +78,7 @@ class Pictures:
             with self._listing.open(number) as opened:
                 image = as_seen(opened)
         except Exception as error:  # decoders raise whatever they stumble over
-            raise Unreadable(f"{type(error).__name__}: {error}") from error
+            raise Unreadable.because(error) from error
         if not (SMALLEST <= min(image.size) and max(image.size) <= LARGEST):
             raise Unreadable(f"{image.width} x {image.height} pixels; expected sides between {SMALLEST} and {LARGEST}")
         return as_tensor(image)[0], False
