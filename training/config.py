@@ -76,7 +76,7 @@ RANGES = {
     ),
     "dropout": (0, 1),
     "ema": (0, 0.999999),
-    "cycle_below": (0, 1000),
+    "cycle_below": (1, 1000),
     "seed": (0, 2**32 - 1),
 }
 
@@ -253,7 +253,7 @@ def read_config(file: Path, overrides: dict[str, str] | None = None) -> TrainCon
     if unknown:
         raise FeatInvError(f"{file}: unknown fields {unknown}; known: {', '.join(known)}")
     for name, value in values.items():
-        values[name] = _typed(file, name, value, str(known[name].type))
+        values[name] = _typed(None if name in (overrides or {}) else file, name, value, str(known[name].type))
     try:
         return TrainConfig(**values)
     except TypeError as error:
@@ -291,8 +291,9 @@ def _parsed(text: str, expected: str) -> object:
     return None if "None" in words and text.lower() in ("", "~", "null", "none") else text
 
 
-def _typed(file: Path, name: str, value: object, expected: str) -> object:
-    """The value if it is of the wanted type (a dataclass annotation), numbers for floats converted."""
+def _typed(file: Path | None, name: str, value: object, expected: str) -> object:
+    """The value if it is of the wanted type (a dataclass annotation), numbers for floats converted. file: where it
+    stands, None for the command line."""
     try:
         if expected == "float" and not isinstance(value, bool):
             return float(value)  # YAML reads 1e-5 as text
@@ -300,7 +301,9 @@ def _typed(file: Path, name: str, value: object, expected: str) -> object:
         pass
     if type(value).__name__ in expected or (value is None and "None" in expected):
         return value
-    raise FeatInvError(f"{file}: {name} is {value!r}; expected {expected}")
+    raise FeatInvError(
+        f"{f'{file}: {name}' if file else '--' + name.replace('_', '-')} is {value!r}; expected {expected}"
+    )
 
 
 def run_parser(description: str) -> argparse.ArgumentParser:

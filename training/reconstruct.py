@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
             "pictures": entries,
         },
     )
-    print(f"wrote {len(entries)} images, panel.png and results.json to {args.out}")
+    print(f"wrote {len(entries)} image{'s' * (len(entries) != 1)}, panel.png and results.json to {args.out}")
 
 
 def how_drawn(args: argparse.Namespace, settings: Sampling | UntrainedSampling | None) -> list[str]:

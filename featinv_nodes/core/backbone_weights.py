@@ -22,6 +22,8 @@ POSITIONS = "pos_embed"
 def read_backbone_weights(file: Path) -> Checkpoint:
     """The state dict in a .safetensors file or a PyTorch checkpoint, floating-point numbers in float32. Raises
     FeatInvError for a file that is missing, damaged, or of another kind."""
+    if file.is_dir():
+        raise FeatInvError(f"backbone weights {file} are a folder; expected one of its files, such as {HUB_FILES[0]}")
     if not file.is_file():
         raise FeatInvError(
             f"backbone weights {file} do not exist; python3 run.py download CONFIG fetches a configuration's"

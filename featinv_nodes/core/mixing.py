@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ def interpolate(maps: Sequence[FeatureMap], weights: Sequence[float]) -> Feature
     """
     if len(maps) != len(weights):
         raise FeatInvError(f"{len(maps)} feature maps but {len(weights)} weights; give one weight per map")
-    if min(weights) < 0 or sum(weights) <= 0:
+    if not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
         raise FeatInvError(f"weights {list(weights)}: expected non-negative numbers, not all zero")
     for other in maps[1:]:
         maps[0].source.require(other.source, "the first feature map", "another one")

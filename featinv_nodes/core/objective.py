@@ -97,7 +97,7 @@ def cycle_loss(
     As many rows are decoded as count on average, so that memory and shapes stay the same from step to step.
     """
     chosen = ~sample.dropped & (sample.t < cycle.below)
-    count = math.ceil(len(noisy) * cycle.share * cycle.below / scheduler.config.num_train_timesteps)
+    count = max(1, math.ceil(len(noisy) * cycle.share * cycle.below / scheduler.config.num_train_timesteps))
     rows = chosen.int().argsort(descending=True, stable=True)[:count]
     clean = predicted_clean(scheduler, noisy[rows], pred.index_select(0, rows), sample.t[rows])
     distance = cycle.distance(clean, features[rows])

@@ -62,9 +62,17 @@ class Sampling:
             raise FeatInvError(f"solver {self.solver!r}: expected one of {', '.join(SOLVERS)}")
         if self.timestep_spacing not in SPACINGS:
             raise FeatInvError(f"timestep spacing {self.timestep_spacing!r}: expected one of {', '.join(SPACINGS)}")
-        if self.steps < 1 or not 0 <= self.guidance < math.inf or not 0 <= self.start <= self.end <= 1:
-            raise FeatInvError(f"{self}: expected steps >= 1, guidance >= 0 and 0 <= start <= end <= 1")
-        if self.text_guidance is not None and self.text_guidance < 0:
+        for name in ("steps", "best_of", "gradient_steps"):
+            if (value := getattr(self, name)) < (least := int(name != "gradient_steps")):
+                raise FeatInvError(f"{name.replace('_', ' ')} {value}: expected at least {least}")
+        for name in ("guidance", "gradient"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise FeatInvError(f"{name} {value}: expected a finite number of at least 0")
+        if not math.isfinite(self.strength):
+            raise FeatInvError(f"strength {self.strength}: expected a finite number")
+        if not 0 <= self.start <= self.end <= 1:
+            raise FeatInvError(f"control from start {self.start} to end {self.end}: expected 0 <= start <= end <= 1")
+        if self.text_guidance is not None and not 0 <= self.text_guidance < math.inf:
             raise FeatInvError(
                 f"text guidance {self.text_guidance}: expected a scale of at least 0, or None for one scale of features"
                 " and text"
@@ -74,8 +82,6 @@ class Sampling:
                 f"text guidance {self.text_guidance} with negative 'text': separate guidance scales start from"
                 " neither text nor features; set negative to 'features', or leave out the text guidance"
             )
-        if self.gradient < 0 or self.gradient_steps < 0 or self.best_of < 1:
-            raise FeatInvError(f"{self}: expected gradient >= 0, gradient_steps >= 0 and best_of >= 1")
 
     @classmethod
     def chosen(cls, recommended: Mapping, changes: Mapping) -> Sampling:
@@ -132,7 +138,9 @@ class PartWay:
 
 def starting_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """Standard normal noise on the CPU, the same numbers that ComfyUI draws for a batch of this shape with this
-    seed."""
+    seed. Raises FeatInvError for a seed of more than 64 bits."""
+    if not -(2**63) <= seed < 2**64:
+        raise FeatInvError(f"seed {seed}: expected a whole number from -2^63 to 2^64 - 1")
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -93,6 +93,7 @@ def test_files_of_other_kinds_are_named(tmp_path, state):
         "w.onnx": "w.onnx: backbone weights are a file in .safetensors or one of .ckpt, .pth",
         "cut.pth": "cut.pth is not a complete PyTorch checkpoint",
         "none.bin": "none.bin do not exist",
+        "": "are a folder; expected one of its files, such as model.safetensors",
     }.items():
         with pytest.raises(FeatInvError, match=words):
             load_backbone(NAME, tmp_path / name)

@@ -142,7 +142,7 @@ def test_what_is_wrong_is_said_of_each_field(tmp_path):
             ("magic",),
             r"encoder is of kind 'magic'; known: 'conv', 'conv_at_map', 'perceiver'",
         ),
-        (("recommended", "steps"), (0,), r"field recommended: .*expected steps >= 1"),
+        (("recommended", "steps"), (0,), r"field recommended: .*steps 0: expected at least 1"),
         (("source",), ([1, 2],), r"field source should be "),
         (("encoder", "channels"), (7,), r"encoder\.channels is 7, but net\.tag, layer last, 6 channels"),
     ):

@@ -106,6 +106,18 @@ def test_the_cycle_counts_rows_that_see_features_below_its_timestep(batch):
     )
 
 
+def test_a_cycle_of_which_no_row_counts_adds_nothing(batch):
+    """Where every row is dropped, a row is decoded all the same, and does not count."""
+    latents, features, sample = batch
+    sample = sample._replace(dropped=torch.ones_like(sample.dropped))
+    seen = []
+    cycle = Cycle(lambda clean, values: seen.append(len(clean)) or values[:, 0, 0, 0], 2.0, 7, 0.0)
+    loss = training_loss(
+        lambda *_: sample.noise, scheduler("epsilon"), latents, features, TEXT, EMPTY, sample, cycle=cycle
+    )
+    assert loss.item() == pytest.approx(0, abs=1e-6) and seen == [1]
+
+
 def test_the_method_imports_neither_the_host_nor_diffusers():
     folder = Path(__file__).parents[2] / "featinv_nodes" / "core"
     names = [".".join(file.relative_to(folder.parents[1]).with_suffix("").parts) for file in folder.rglob("*.py")]

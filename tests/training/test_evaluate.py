@@ -160,6 +160,7 @@ def test_unreadable_pictures_are_in_the_report(tmp_path):
         (["--suite", "mixing", "--best-of", "4"], "suite mixing samples each image once"),
         (["--suite", "mixing", "--weights", "2"], "between 0 and 1"),
         (["--data", "/nowhere"], "neither"),
+        (["--suite", "methods", "--start-share", "nan"], "--start-share nan"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(tmp_path, options, message):

@@ -33,6 +33,9 @@ def test_a_weighted_mean_of_several(opened):
     assert name == "mean" and torch.allclose(mean.values[0], maps[0] / 4 + maps[1] / 4 + maps[2] / 2, atol=1e-6)
     with pytest.raises(FeatInvError, match="3 feature maps but 2 weights"):
         asked(opened, "--weights", 1, 1)
+    for wrong in ("nan", "inf", "-1"):
+        with pytest.raises(FeatInvError, match="expected non-negative numbers"):
+            asked(opened, "--weights", 1, 1, wrong)
 
 
 def test_several_regions_the_earlier_on_top_the_last_picture_around_them(opened, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
 from featinv_nodes.core.prediction import predicted_clean, prediction_of
-from featinv_nodes.core.sampling import SOLVERS, Sampling, set_timesteps
+from featinv_nodes.core.sampling import SOLVERS, Sampling, set_timesteps, starting_noise
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -298,16 +298,28 @@ def test_edited_maps_are_drawn_without_the_gradient_that_the_files_recommend(pip
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(FeatInvError, match="set negative to 'features'"):
         Sampling(negative="text", text_guidance=1.0)
-    for wrong in (
-        {"solver": "euler"},
-        {"text_guidance": -1.0, "negative": "features"},
-        {"guidance": math.inf},
-        {"gradient": -0.1},
-        {"gradient_steps": -1},
-        {"best_of": 0},
+    nan = float("nan")
+    for wrong, message in (
+        ({"solver": "euler"}, "solver 'euler'"),
+        ({"text_guidance": -1.0, "negative": "features"}, "text guidance -1.0"),
+        ({"text_guidance": nan, "negative": "features"}, "text guidance nan"),
+        ({"guidance": math.inf}, "^guidance inf: expected a finite"),
+        ({"gradient": -0.1}, "^gradient -0.1: expected a finite"),
+        ({"gradient": nan}, "^gradient nan"),
+        ({"gradient_steps": -1}, "^gradient steps -1: expected at least 0"),
+        ({"best_of": 0}, "^best of 0: expected at least 1"),
+        ({"steps": 0}, "^steps 0: expected at least 1"),
+        ({"guidance": nan}, "^guidance nan: expected a finite"),
+        ({"strength": nan}, "^strength nan: expected a finite"),
+        ({"start": 0.9, "end": 0.1}, "start 0.9 to end 0.1"),
     ):
-        with pytest.raises(FeatInvError):
+        with pytest.raises(FeatInvError, match=message):
             Sampling(**wrong)
+    assert Sampling(gradient_steps=0).gradient_steps == 0
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(FeatInvError, match=f"^seed {seed}: expected"):
+            starting_noise((1,), seed)
+    assert starting_noise((1,), 2**64 - 1).isfinite().all() and starting_noise((1,), -(2**63)).isfinite().all()
     recommended = {"negative": "features", "text_guidance": 2.0, "guidance": 3.0}
     assert Sampling.chosen(recommended, {"negative": "text", "steps": None}) == Sampling(guidance=3.0)
     assert Sampling.chosen(recommended, {"guidance": 4.0}).text_guidance == 2.0

@@ -65,8 +65,10 @@ def test_fit_reads_a_folder_and_leaves_out_what_it_cannot_read(bare, tmp_path, c
     fit_scope.main([*arguments, "--count", "200"])
     assert load_scope(bare).maps == 200
     whole = bare.read_bytes()
-    with pytest.raises(FeatInvError, match="200 readable images; asked for 300"):
+    with pytest.raises(FeatInvError, match="201 images; 300 are to be read.*at least 200"):
         fit_scope.main([*arguments, "--count", "300"])
+    with pytest.raises(FeatInvError, match="200 readable images; 201 are to be read"):
+        fit_scope.main([*arguments, "--count", "201"])
     assert "broken.png" in capsys.readouterr().out
     with pytest.raises(FeatInvError, match="at least 200"):
         fit_scope.main([*arguments, "--count", "20"])
@@ -149,7 +151,7 @@ def test_fit_takes_every_25th_picture_of_tar_files_that_a_world_keeps_back(bare,
     found = torch.cat(list(batches))
     apart = (found[:, None] - pipeline.backbone.preprocess(expected)[None]).abs().amax((2, 3, 4))
     assert sorted(apart.argmin(1).tolist()) == [0, 1, 2] and apart.amin(1).max() < 0.01  # bytes of 8 bits
-    with pytest.raises(FeatInvError, match="3 readable images; asked for 4"):
+    with pytest.raises(FeatInvError, match="3 images; 4 are to be read"):
         list(pictures(pipeline, str(shards), 4, 2, kept_back=True))
 
 

@@ -324,9 +324,11 @@ def test_shipped_configurations_are_valid_and_overrides_are_typed(tmp_path):
         ("min_snr", "-1", "min_snr -1.0: expected at least 0"),
         ("lr", "-1", "lr -1.0"),
         ("images", "0", "images 0: expected at least 1"),
-        ("cycle_below", "5000", "cycle_below 5000: expected 0 to 1000"),
+        ("cycle_below", "5000", "cycle_below 5000: expected 1 to 1000"),
+        ("cycle_below", "0", "cycle_below 0: expected 1 to 1000"),
+        ("save_every", "many", "^--save-every is 'many'; expected int"),  # not blamed on the file
         ("recommended", "{foo: 2}", "recommended .*foo"),
-        ("recommended", "{steps: 0}", "steps >= 1"),
+        ("recommended", "{steps: 0}", "steps 0: expected at least 1"),
         ("recommended", "{a: [", "recommended is"),
     ],
 )

@@ -217,7 +217,7 @@ def test_checkpointing_computes_the_decoder_again(stable_diffusion, features):
     [
         (["--untrained", "--strength", "1"], "--strength is a setting of an inversion model"),
         (["--untrained", "--best-of", "2"], "--best-of is a setting of an inversion model"),
-        (["--untrained", "--steps", "0"], "expected steps >= 1"),
+        (["--untrained", "--steps", "0"], "steps 0: expected at least 1"),
         (["--untrained", "--moves", "-1"], "moves -1; expected a whole number"),
         (["--untrained", "--layer", "nowhere"], "nowhere"),
         (["--untrained", "--base", "owner/name"], "has no backbone of its own; name one with --backbone"),

@@ -15,7 +15,7 @@ from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
 from featinv_nodes.core.images import as_seen, as_tensor
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.sampling import Sampling
-from featinv_nodes.core.scope import Scope, fit_scope, quantiles_of
+from featinv_nodes.core.scope import FEWEST, Scope, fit_scope, quantiles_of
 from featinv_nodes.core.weights import load_scope, read_info, save_scope
 from featinv_nodes.worlds import drawing_world, model_file
 
@@ -42,6 +42,8 @@ def pictures(
     listing = listing_kept_back(listing) if kept_back else listing
     indices = list(range(len(listing.names)))
     random.Random(0).shuffle(indices)
+    if len(indices) < count:
+        raise FeatInvError(f"{data} holds {len(indices)} images; {too_few(count)}")
     for index in indices:
         try:
             with listing.open(index) as opened:
@@ -55,9 +57,12 @@ def pictures(
             some = []
         if read == count:
             return
-    raise FeatInvError(
-        f"{data} holds {read} readable images; asked for {count}. Give a folder with more, or a smaller --count"
-    )
+    raise FeatInvError(f"{data} holds {read} readable images; {too_few(count)}")
+
+
+def too_few(count: int) -> str:
+    """What to do where there are fewer pictures than are to be read."""
+    return f"{count} are to be read. Give a folder with more, or a smaller --count (at least {2 * FEWEST})"
 
 
 def fit(

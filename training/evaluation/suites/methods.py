@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from featinv_nodes.core.digests import digest
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.universal_guidance import COSTS
 from featinv_nodes.feature_decoders import decoder_of
 
@@ -41,6 +42,8 @@ class Methods(Suite):
 
     def __init__(self, context: EvalContext, args: argparse.Namespace) -> None:
         super().__init__(context, args)
+        if not 0 < args.start_share <= 1:  # it is used late
+            raise FeatInvError(f"--start-share {args.start_share:g}: expected a number above 0 and up to 1")
         self.tested = evaluated_by_two(self)
         if INDEPENDENT in self.tested.evaluators and not context.space:
             self.tested.spaces = [*self.tested.spaces, TimmSpace(self.tested.evaluators[INDEPENDENT].backbone)]
