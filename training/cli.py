@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -106,8 +107,7 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
 def pipeline_from(args: argparse.Namespace, chooses: bool = False) -> tuple[InversionPipeline, Sampling]:
     """The model that the arguments name, and its sampling settings with theirs; says which other weights are allowed.
     chooses: the program keeps the best of several pictures; others refuse --best-of."""
-    if args.batch < 1:
-        raise FeatInvError(f"--batch {args.batch}: expected at least 1")
+    require_positive(args, "batch")
     if not chooses and args.best_of not in (None, 1):
         raise FeatInvError(
             f"--best-of {args.best_of}: this program samples each image once; reconstruct.py and evaluate.py choose"
@@ -120,6 +120,17 @@ def pipeline_from(args: argparse.Namespace, chooses: bool = False) -> tuple[Inve
     for difference in pipeline.allowed:
         print(difference, file=sys.stderr)
     return pipeline, pipeline.recommended(**{name: getattr(args, name) for name in SAMPLING})
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises FeatInvError unless these options are finite and at least 1, or above 0 if they are no whole numbers; None
+    and options that the program does not have are left out."""
+    for name in names:
+        value = getattr(args, name, None)
+        whole = not isinstance(value, float)
+        if value is not None and not (value >= 1 if whole else 0 < value < math.inf):
+            expected = "at least 1" if whole else "a finite number above 0"
+            raise FeatInvError(f"--{name.replace('_', '-')} {value}: expected {expected}")
 
 
 def require_device(name: str) -> None:

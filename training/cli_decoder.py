@@ -15,7 +15,7 @@ from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSour
 from featinv_nodes.feature_decoders import find_decoder, open_feature_decoder
 from featinv_nodes.worlds import DECODERS, World, open_backbone
 
-from .cli import SAMPLING, require_device
+from .cli import SAMPLING, require_device, require_positive
 from .cli_untrained import OWN
 from .models.pipeline import PRECISIONS, UNKNOWN, FeaturePipeline
 
@@ -68,8 +68,7 @@ def decoder_from(args: argparse.Namespace) -> DecoderPipeline:
             f"--{option} means nothing with --decoder, which decodes each map once, in one pass, without a base model;"
             " leave it out"
         )
-    if args.batch < 1:
-        raise FeatInvError(f"--batch {args.batch}: expected at least 1")
+    require_positive(args, "batch")
     require_device(args.device)
     files = find_decoder(args.decoder)
     embedded = files.config.featinv_source and files.backbone

@@ -14,7 +14,7 @@ from featinv_nodes.core.guidance import DISTANCES
 from featinv_nodes.core.universal_guidance import COSTS, NotFinite
 from featinv_nodes.worlds import WORLDS
 
-from .cli import SAMPLING, require_device
+from .cli import SAMPLING, require_device, require_positive
 from .cli_start import part_way_of
 from .models.pipeline import set_precision
 from .models.untrained import UntrainedPipeline, UntrainedSampling, load_untrained
@@ -78,8 +78,7 @@ def untrained_from(args: argparse.Namespace) -> tuple[UntrainedPipeline, Untrain
         raise FeatInvError(f"--model {args.model}: --untrained uses no inversion model; leave one of the two out")
     if args.other_weights:
         raise FeatInvError("--other-weights allows what a weights file refuses; --untrained opens none: leave it out")
-    if args.batch < 1:
-        raise FeatInvError(f"--batch {args.batch}: expected at least 1")
+    require_positive(args, "batch")
     require_device(args.device)
     given = {name: getattr(args, name) for name in (*SHARED, *OWN) if getattr(args, name) is not None}
     sampling = UntrainedSampling.at_cost(args.cost or "quick", **given)

@@ -32,7 +32,7 @@ from featinv_nodes.core.concepts.statistics import concept_statistics, remarks, 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import BACKBONES, drawing_world, open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
-from training.cli import require_weights_name, run
+from training.cli import require_device, require_positive, require_weights_name, run
 from training.concepts.page import page
 from training.files import make_folder, write_text
 
@@ -111,8 +111,10 @@ def find(backbone: Backbone, args: argparse.Namespace, collected: Collected, num
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
-    if args.count < 1:
-        raise FeatInvError(f"--count {args.count}: expected at least 1")
+    require_positive(args, "count")
+    require_device(args.device)
+    if not 0 <= args.seed < 2**32:
+        raise FeatInvError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
     if args.concepts != AUTO and not (args.concepts.isdigit() and int(args.concepts)):
         raise FeatInvError(f"--concepts {args.concepts}: expected a number from 1, or {AUTO}")
     require_weights_name(args.out)

@@ -28,7 +28,7 @@ from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.linear_map_files import save_linear_map
 from featinv_nodes.core.linear_maps import KINDS
 from featinv_nodes.worlds import BACKBONES, model_file, open_backbone
-from training.cli import require_device, require_weights_name, run
+from training.cli import require_device, require_positive, require_weights_name, run
 from training.evaluation.report import Report, to_html
 from training.files import make_folder, write_json, write_text
 from training.spaces.changes import FORMS, change_of
@@ -65,8 +65,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
-    if args.drawn < 1 or args.batch < 1:
-        raise FeatInvError(f"--drawn {args.drawn}, --batch {args.batch}: expected at least 1")
+    require_positive(args, "count", "held_out_count", "drawn", "batch")
     require_weights_name(args.out)
     require_device(args.device)
     how = args.changed or change_of(args.change)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.weights import save_scope
 from featinv_nodes.worlds import model_file
-from training.cli import model_parser, pipeline_from, require_weights_name, run
+from training.cli import model_parser, pipeline_from, require_positive, require_weights_name, run
 from training.data.scope import CENTRES, DRAWN, TINY_CENTRES, centres_for, fit
 from training.files import make_folder
 from training.report import digests_text
@@ -60,6 +60,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
+    require_positive(args, "count", "centres")
     if not 0 <= args.drawn <= args.count:
         raise FeatInvError(f"--drawn {args.drawn}: expected 0 to --count {args.count}")
     if args.out:

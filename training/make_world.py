@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from training.cli import require_device, run
+from featinv_nodes.core.errors import FeatInvError
+from training.cli import require_device, require_positive, run
 from training.worlds import make_decoder, make_drawn, make_photo
 
 KINDS = {"photo": make_photo, "drawn": make_drawn, "decoder": make_decoder}
@@ -39,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
         kind.add_arguments(own)
     args = parser.parse_args(argv)
     require_device(args.device)
+    require_positive(args, "minutes", "images", "batch", "lr", "threads", "width", "layers", "heads")
+    if (views := getattr(args, "views", None)) is not None and views < 0:
+        raise FeatInvError(f"--views {views}: expected at least 0")
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # shapes are the same in every step
     KINDS[args.world].make(args)

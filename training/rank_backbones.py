@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.worlds import BACKBONES, model_file
-from training.cli import require_device, run
+from training.cli import require_device, require_positive, run
 from training.evaluation.report import write
 from training.files import make_folder
 from training.spaces.parts import add_parts, split
@@ -59,8 +58,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
-    if args.drawn < 1 or args.batch < 1:
-        raise FeatInvError(f"--drawn {args.drawn}, --batch {args.batch}: expected at least 1")
+    require_positive(args, "count", "held_out_count", "drawn", "batch")
     require_device(args.device)
     for model in args.models:
         model_file(model)  # said before the work

@@ -22,7 +22,8 @@ def find_images(folder: str | Path) -> list[Path]:
         raise FeatInvError(f"{folder} is not a folder")
     found = look_below(folder)
     if not found.pictures:
-        raise FeatInvError(no_images(folder) + found.left_out.told())
+        tars = f"; unpack its tar files, such as {found.tars[0]}" if found.tars else ""
+        raise FeatInvError(no_images(folder) + found.left_out.told() + tars)
     return sorted(Path(folder, name) for name in found.pictures)
 
 

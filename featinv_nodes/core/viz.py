@@ -3,6 +3,7 @@ changed as much as requested."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -104,8 +105,10 @@ def edit(
     factor: 0.25 in the paper; above 1 amplifies. keep_length: above 1, vectors that grow are scaled back to the length
     they had, since longer ones than the inversion model was trained on lead it astray (Appendix D); the concept then
     grows by less than the factor, at the others' cost. Raises FeatInvError for a concept that there is not, an empty
-    group, or maps of another source.
+    group, a factor that is not finite, or maps of another source.
     """
+    if not math.isfinite(factor):
+        raise FeatInvError(f"factor {factor}: expected a finite number, such as {FACTOR}")
     if not groups or not all(groups):
         raise FeatInvError(f"no concept named; give numbers or names out of {', '.join(concepts.names[:24])}")
     named = tuple(tuple(dict.fromkeys(concepts.names[concepts.index(name)] for name in group)) for group in groups)

@@ -19,7 +19,7 @@ from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import drawing_world
 from featinv_nodes.worlds.drawn.scenes import draw
 
-from ..cli import SAMPLING, model_parser, require_device
+from ..cli import SAMPLING, model_parser, require_device, require_positive
 from ..files import make_folder
 from ..models.pipeline import InversionPipeline
 from ..models.sampling import round_trip
@@ -161,9 +161,7 @@ def command_of(args: argparse.Namespace) -> str:
 def run_suite(args: argparse.Namespace) -> None:
     """Makes a suite's missing records, and its report. args: of arguments(). Raises FeatInvError for what does not go
     together, before any work."""
-    for name in ("batch", "count", "per_class", "set_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise FeatInvError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    require_positive(args, "batch", "count", "per_class", "set_size")
     require_device(args.device)
     # processes that finish early wait for the others
     dist_state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))
