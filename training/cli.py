@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from safetensors import SafetensorError
 
 from featinv_nodes.core.feature_map import FeatInvError
 from featinv_nodes.core.files import require_name
@@ -157,10 +159,12 @@ def run(main: Callable[[], object]) -> None:
         _end("stopped", 128 + signal.SIGINT)
     except FeatInvError as error:
         _end(str(error), 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        full = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
+        if getattr(error, "errno", None) not in full and not any(words in str(error) for words in full.values()):
             raise
-        _end(f"{error}; make room there, and give the same command again", 2)
+        where = "there" if getattr(error, "filename", None) else "in the folder of the results"
+        _end(f"{error}; make room {where}, and give the same command again", 2)
 
 
 def _end(why: str, status: int) -> NoReturn:

@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(copy, make, capsys
         cli.run(again)
     assert end.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "No space left on device" in line and line.endswith("make room there, and give the same command again")
+    assert "No space left on device" in line and line.endswith("and give the same command again")
     assert file.read_bytes() == before and not file.is_symlink()
     part.unlink(missing_ok=True)
     again()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from featinv_nodes.core.feature_map import FeatInvError
@@ -234,7 +235,9 @@ def test_programs_run_as_files_from_anywhere_and_exit_with_status_2(tmp_path):
 
 def test_a_full_disk_and_ctrl_c_end_a_program_in_one_line(capsys):
     for error, status, said in (
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "make room"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "make room in the folder of the results"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/a.png"), 2, "out/a.png'; make room there"),
+        (SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"), 2, "make room in the folder"),
         (KeyboardInterrupt(), 130, "stopped"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -242,6 +245,8 @@ def test_a_full_disk_and_ctrl_c_end_a_program_in_one_line(capsys):
         assert ended.value.code == status and said in capsys.readouterr().err
     with pytest.raises(PermissionError):
         cli.run(Mock(side_effect=PermissionError()))
+    with pytest.raises(SafetensorError):
+        cli.run(Mock(side_effect=SafetensorError("of another kind")))
 
 
 def test_training_reads_a_picture_as_the_nodes_do(tmp_path):
