@@ -149,7 +149,9 @@ def departures(source: FeatureSource, base: BaseModel, count: int, data: str, pi
     """What still differs from the paper's set-up, a sentence each. pictures: those of the suite in the paper."""
     lines = []
     if count != pictures.count:
-        lines.append(f"{count} images of {data}; the paper's are {pictures.count:,}: {pictures.words}.")
+        lines.append(
+            f"{count} image{'s' * (count != 1)} of {data}; the paper's are {pictures.count:,}: {pictures.words}."
+        )
     if base.resolution != SIDE:
         lines.append(f"The base model generates images of {base.resolution} pixels; the paper's, MiniSD, of {SIDE}.")
     side = INPUT.get(source.backbone)

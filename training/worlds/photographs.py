@@ -106,5 +106,8 @@ def read_photographs(folders: Sequence[str], crop: int, device: str = "cpu") -> 
         )
     pictures = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
     kept = torch.tensor(back)
-    print(f"{len(pictures):,} photographs from {len(folders)} folders; {kept.sum():,} are kept back from training")
+    print(
+        f"{len(pictures):,} photographs from {len(folders)} folder{'s' * (len(folders) != 1)}; {kept.sum():,} are kept"
+        " back from training"
+    )
     return Photographs(pictures[~kept].to(device), pictures[kept].to(device), crop)
