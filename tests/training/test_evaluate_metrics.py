@@ -46,7 +46,8 @@ def plain_kid(a, b, paired):
     )
 
 
-def test_kid_is_the_mean_of_the_kernel_over_pairs():
+def test_kid_is_the_mean_of_the_kernel_over_pairs(monkeypatch):
+    monkeypatch.setattr(metrics, "ROWS", 4)  # the matrix comes in parts, the last one smaller
     a, b = vectors(0), vectors(1, 9, shift=0.5)
     # 1e-9: float64 sums of 63 terms around 1 to 100
     assert kid(a, b).item() == pytest.approx(plain_kid(a.double().numpy(), b.double().numpy(), False), rel=1e-9)
@@ -73,7 +74,7 @@ def test_kid_is_near_zero_for_one_distribution_and_copies_do_not_make_it_negativ
     assert kid(a, a, True).item() == pytest.approx(0, abs=1e-9)  # the same set: nothing between, whatever its size
 
 
-def test_frechet_distance_and_the_names_of_the_figures():
+def test_frechet_distance_and_the_names_of_the_figures(monkeypatch):
     a, b = vectors(0, 60), vectors(1, 60, shift=0.3)
     entries = set_entries("net, pooled", a, b)
     assert set(entries) == {"frechet_distance (net, pooled)", "kid (net, pooled)", "kid_paired (net, pooled)"}
@@ -91,6 +92,11 @@ def test_frechet_distance_and_the_names_of_the_figures():
     assert not set_entries("net", a[:7], b[:7])  # too few to say anything
     large = vectors(0, 2048, 2)
     assert not set_entries("net", large, large)["frechet_distance (net)"]["biased"]
+    monkeypatch.setattr(metrics, "ENOUGH", 60)  # but not where vectors are longer
+    assert [set_entries("net", v, v)["frechet_distance (net)"]["biased"] for v in (a, vectors(0, 60, 61))] == [
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("name", ["frechet_distance (net)", "kid (net)", "kid_paired (net)"])
