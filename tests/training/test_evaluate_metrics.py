@@ -13,11 +13,12 @@ from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSour
 from featinv_nodes.core.metrics import frechet_distance
 from featinv_nodes.worlds import open_backbone
 from training.evaluation import metrics
-from training.evaluation.context import EvalContext, ModelSpec
+from training.evaluation.context import EvalContext, ModelSpec, ModelUnderTest
 from training.evaluation.evaluator import Evaluator, Features
 from training.evaluation.inception import Inception
 from training.evaluation.metrics import kid, mean_entry, set_entries
 from training.evaluation.sources import open_source
+from training.evaluation.spaces import scaled
 
 SOURCE = FeatureSource("net", "last", False, 5, (2, 3), (8, 8), (0.0,) * 3, (1.0,) * 3)
 
@@ -92,11 +93,9 @@ def test_frechet_distance_and_the_names_of_the_figures(monkeypatch):
     assert not set_entries("net", a[:7], b[:7])  # too few to say anything
     large = vectors(0, 2048, 2)
     assert not set_entries("net", large, large)["frechet_distance (net)"]["biased"]
-    monkeypatch.setattr(metrics, "ENOUGH", 60)  # but not where vectors are longer
-    assert [set_entries("net", v, v)["frechet_distance (net)"]["biased"] for v in (a, vectors(0, 60, 61))] == [
-        False,
-        True,
-    ]
+    monkeypatch.setattr(metrics, "ENOUGH", 8)  # but not where vectors are longer
+    few = [set_entries("net", v, v)["frechet_distance (net)"]["biased"] for v in (a[:8], vectors(0, 8, 9))]
+    assert few == [False, True]
 
 
 @pytest.mark.parametrize("name", ["frechet_distance (net)", "kid (net)", "kid_paired (net)"])
@@ -172,6 +171,20 @@ def test_without_torch_fidelity_the_package_is_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(FeatInvError, match="pip install torch-fidelity"):
             needs()
+
+
+def test_sets_are_brought_to_one_size_without_aliasing_or_overshoot():
+    stripes, edge = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 8, 8)
+    stripes[..., ::2], edge[..., 4:] = 1, 1
+    assert (scaled(stripes, 8) - 0.5).abs().max() < 0.1  # the outermost cells see one stripe more
+    assert scaled(edge, 32).min() == 0 and scaled(edge, 32).max() == 1 and scaled(edge, 8) is edge
+
+
+def test_samples_of_one_picture_share_no_noise_with_other_pictures():
+    context = SimpleNamespace(seed_of=lambda n: n + 5, open=lambda _: SimpleNamespace(noise=lambda seeds: seeds))
+    tested, originals = SimpleNamespace(context=context, spec=None), SimpleNamespace(numbers=[0, 7])
+    assert ModelUnderTest.start(tested, originals) == [5, 12]
+    assert ModelUnderTest.start(tested, originals, 2) == [2_000_005, 2_000_012]
 
 
 def measures_of(subset=None, groups=None):
