@@ -15,7 +15,7 @@ from test_real_layout import stable_diffusion as stable_diffusion
 from timm.data import ImageNetInfo
 
 from featinv_nodes.core.backbone_opening import untrained_backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
 from featinv_nodes.core.weights import InversionInfo, load_scope, read_info
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw
@@ -23,8 +23,10 @@ from training import evaluate
 from training.evaluation.context import EvalContext, ModelSpec
 from training.evaluation.evaluator import Evaluator
 from training.evaluation.sources import open_source
-from training.evaluation.suites import baseline, models
-from training.evaluation.suites.corruptions import CORRUPTIONS, SEEDED, corrupt, library
+from training.evaluation.suites import baseline, corruptions, models
+from training.evaluation.suites.corruptions import CORRUPTIONS, SEEDED, Corruptions, corrupt, library
+from training.evaluation.suites.mixing import Mixing
+from training.evaluation.suites.variability import Variability
 from training.models.base_model import load_base
 from training.models.controlnet import FeatureControlNet
 
@@ -115,6 +117,50 @@ def test_sweep_finds_the_best_setting_and_writes_it_back(tmp_path):
     assert (tmp_path / "sweep" / "settings.png").exists()  # Fig. 9
 
 
+def test_the_weight_is_the_share_of_the_second_map():
+    source = FeatureSource("net", "last", False, 2, (1, 3), (8, 8), (0.0,) * 3, (1.0,) * 3)
+    maps = {name: FeatureMap(torch.rand(2, 2, 1, 3), source) for name in ("first", "second")}
+    first, second = (SimpleNamespace(preprocess=lambda _, name=name: name) for name in maps)
+    pipeline = SimpleNamespace(
+        features=maps.get, draw=lambda target, *_: target.values, score=lambda target, _: target.values.sum((1, 2, 3))
+    )
+    suite = SimpleNamespace(
+        context=SimpleNamespace(open=lambda _: pipeline),
+        spec=None,
+        tested=SimpleNamespace(backbone=None, start=lambda _: None),
+        sampling={"weight=0.25": None},
+        partners=lambda _: second,
+    )
+    drawn = Mixing.interpolated(suite, 0.25)(first)["pictures"]
+    assert torch.allclose(drawn, 0.75 * maps["first"].values + 0.25 * maps["second"].values)
+
+
+def test_variances_are_over_the_samples_and_in_units_of_the_original_vectors():
+    original, *drawn = (torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    backbone = SimpleNamespace(
+        preprocess=lambda x, _: x, extract=lambda x, layer: SimpleNamespace(values=2 * x if layer == "layer2" else x)
+    )
+    pipeline = SimpleNamespace(
+        features=lambda x: None,
+        draw=lambda target, sampling, start, batch: drawn[start[0]],
+        info=SimpleNamespace(source=SimpleNamespace(layer="layer2")),
+    )
+    tested = SimpleNamespace(
+        backbone=backbone,
+        start=lambda originals, sample: [sample] * 3,
+        measure=lambda pixel_values, pictures, single: {"cosine": pictures.mean((1, 2, 3))},
+    )
+    suite = SimpleNamespace(
+        tested=tested, context=SimpleNamespace(open=lambda _: pipeline), spec=None, args=SimpleNamespace(samples=2)
+    )
+    columns = Variability.varied(suite, None, True)(SimpleNamespace(preprocess=lambda _: original, single=None))
+    square = (drawn[0] - drawn[1]).square() / 2  # the variance of two
+    assert torch.allclose(columns["pixel_variance"], square.mean((1, 2, 3)), atol=1e-6)
+    expected = square.sum(1).mean((1, 2)) / original.square().sum(1).mean((1, 2))  # the layer's factor 2 falls out
+    assert torch.allclose(columns["feature_variance"], expected, atol=1e-6)
+    assert torch.allclose(columns["cosine"], (drawn[0] + drawn[1]).mean((1, 2, 3)) / 2, atol=1e-6)
+
+
 def test_variability_is_of_the_samples(tmp_path):
     result, _ = run(tmp_path, "variability", "--samples", "2", count=2)
     assert 0 < result["reconstruction"]["pixel_variance"]["value"] < result["unconditional"]["pixel_variance"]["value"]
@@ -158,6 +204,34 @@ def test_corruptions_are_functions_of_the_pictures_number(tmp_path, monkeypatch)
     assert {"clean", "fog 1", "fog 5", "glass_blur 5"} <= result.keys() and "| fog 5 |" in text
     # the sets that are compared are the corrupted pictures and what was drawn from them
     assert "kid (resnet10t.tiny_world, pooled)" in result["fog 5"]
+
+
+def test_reconstructions_of_corrupted_pictures_are_compared_with_these(monkeypatch):
+    monkeypatch.setattr(corruptions, "corrupt", lambda library, x, name, level, seed: x + seed)
+    clean, given = torch.zeros(2, 3, 4, 4), {}
+
+    def drawn(spoilt, sampling, start):
+        given["drawn"] = spoilt
+        return spoilt / 2
+
+    def measured(pixel_values, pictures, single):
+        given["measured"] = pixel_values, pictures
+        return {"cosine": torch.ones(2)}
+
+    tested = SimpleNamespace(backbone=None, draw=drawn, measure=measured, start=lambda _: None)
+    tested.vectors = lambda pictures, original: {"vectors/net": pictures.flatten(1)}
+    suite = SimpleNamespace(
+        kinds={"fog 1": ("fog", 1)},
+        tested=tested,
+        library=None,
+        sampling={"fog 1": None},
+        context=SimpleNamespace(seed=10),
+    )
+    originals = SimpleNamespace(preprocess=lambda _: clean, numbers=[3, 8], single=None)
+    columns = Corruptions.corrupted(suite, "fog 1")(originals)
+    spoilt = torch.tensor([13.0, 18.0]).view(2, 1, 1, 1).expand_as(clean)  # a picture's number and the run's seed
+    assert torch.equal(given["drawn"], spoilt) and torch.equal(given["measured"][0], spoilt)
+    assert torch.equal(given["measured"][1], spoilt / 2) and torch.equal(columns["reference/net"], spoilt.flatten(1))
 
 
 @pytest.fixture
