@@ -139,7 +139,7 @@ BAD_ARGUMENTS = {
         "timm cannot run vit_tiny_patch16_224 at 8 pixels",
     ),
     "heads": ([*ARGUMENTS, "--heads", "5"], r"widths are \[32, 64, 128, 128\].* 5 attention heads"),
-    "settings": ([*ARGUMENTS, "--steps", "0"], "steps >= 1"),
+    "settings": ([*ARGUMENTS, "--steps", "0"], "steps 0: expected at least 1"),
     "direction": (["--to", "official"], "reads a FeatInv weights file"),
 }
 

@@ -199,7 +199,7 @@ def bad_inputs(tmp_path):
         (["--image", "{good}", "--model", "{short}"], "not a complete safetensors"),
         (["--image", "{good}", "--model", "{vae}"], "no FeatInv weights file"),
         (["--image", "{good}", "--mix", "0.5"], "exactly two"),
-        (["--image", "{good}", "--steps", "0"], "steps >= 1"),
+        (["--image", "{good}", "--steps", "0"], "steps 0: expected at least 1"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(scenes, tmp_path, arguments, message):

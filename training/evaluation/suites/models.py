@@ -16,7 +16,7 @@ from ..spaces import Space, TimmSpace
 from .base import INDEPENDENT, Suite, independent_evaluator, independent_name, last_evaluator, several
 
 UNDER = (
-    "Under each picture: its cosine on the map that its model inverts, unpooled, by that model's own backbone; the"
+    "Under each image: its cosine on the map that its model inverts, unpooled, by that model's own backbone; the"
     " first model's under round trip and unconditional."
 )
 MOST = 8  # layers that are compared, if a backbone has more: those of the models and the last
