@@ -166,7 +166,7 @@ def test_bad_names_layers_and_files_are_named(tmp_path):
         load_backbone("convnext_bas")
     with pytest.raises(FeatInvError, match="resnet18.a1_in1k"):
         load_backbone("resnet18.a9_in1k")
-    with pytest.raises(FeatInvError, match="weights file"):
+    with pytest.raises(FeatInvError, match="weights from a local file"):
         load_backbone("resnet18")
     with pytest.raises(FeatInvError, match="does not exist|do not exist"):
         load_backbone("resnet18", tmp_path / "none.safetensors")

@@ -191,11 +191,13 @@ def test_further_training_starts_from_what_is_there(made, make, copy):
     shutil.rmtree(copy / "work")
     before = weights_of(copy)
     for length in (32, 48):
-        make(copy, "--stage", "last", "--further", "--lr", "0", length=("--images", str(length)))
+        make(copy, "--stage", "last", "--further", "--lr", "1e-9", length=("--images", str(length)))
         assert read_info(copy / "small_last.safetensors").images_seen == SEEN["small_last"] + length
-    for name, value in weights_of(copy)["small_last.safetensors"].items():  # a rate of 0, and rounded to 8 bits again
+    for name, value in weights_of(copy)[
+        "small_last.safetensors"
+    ].items():  # a rate of nearly 0, and rounded to 8 bits again
         assert torch.allclose(value, before["small_last.safetensors"][name], atol=1e-3), name
-    make(copy, "--stage", "base", "--further", "--lr", "0", length=("--images", "32"))
+    make(copy, "--stage", "base", "--further", "--lr", "1e-9", length=("--images", "32"))
     unet = "base/unet/diffusion_pytorch_model.safetensors"
     assert all(torch.allclose(value, before[unet][name], atol=1e-3) for name, value in weights_of(copy)[unet].items())
 

@@ -106,7 +106,7 @@ def test_without_a_decoder_its_rows_are_left_out_with_a_sentence(tmp_path):
 def test_a_decoder_of_other_maps_is_refused_before_any_work(tmp_path, decoder):
     with pytest.raises(FeatInvError, match=r"the feature decoder stand-in .* do not fit together. layer: last against"):
         run(tmp_path, "--decoder", "stand-in", "--model", "tiny_cnn_stage")
-    with pytest.raises(FeatInvError, match="share 0 of the steps"):
+    with pytest.raises(FeatInvError, match="--start-share 0: expected"):
         run(tmp_path, "--decoder", "stand-in", "--start-share", "0")
     assert not decoder.asked and not (tmp_path / "records").exists()
 

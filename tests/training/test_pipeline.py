@@ -217,7 +217,7 @@ def test_cycle_weight_adds_the_distance_of_what_is_shown(base, backbone, feature
 
     plain = loss(dropout="0.0")
     assert loss(dropout="0.0", cycle="1.0") > plain + 0.1
-    assert loss(dropout="0.0", cycle="1.0", cycle_below="0") == plain
+    assert loss(dropout="0.0", cycle="1.0", cycle_below="1") == plain
     assert loss(dropout="1.0", cycle="1.0") == loss(dropout="1.0")
 
 
