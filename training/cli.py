@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from safetensors import SafetensorError
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.files import require_name
 from featinv_nodes.core.guidance import NEGATIVES
 from featinv_nodes.core.sampling import SOLVERS, SPACINGS, Sampling

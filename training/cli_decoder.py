@@ -10,8 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featinv_nodes.core.backbones import Backbone
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.feature_decoder import FeatureDecoder
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.feature_decoders import find_decoder, open_feature_decoder
 from featinv_nodes.worlds import DECODERS, World, open_backbone
 

@@ -6,7 +6,8 @@ import argparse
 
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.sampling import PartWay
 from featinv_nodes.feature_decoders import decoder_of
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.guidance import DISTANCES
 from featinv_nodes.core.universal_guidance import COSTS, NotFinite
 from featinv_nodes.worlds import WORLDS

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from featinv_nodes.core.encoders import KINDS
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.sampling import PAPER_SAMPLING, Sampling
 from featinv_nodes.core.scope import FEWEST
 from featinv_nodes.worlds import drawing_world

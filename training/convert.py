@@ -39,7 +39,8 @@ from diffusers import ControlNetModel
 from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.backbones import LAST, MODULE
 from featinv_nodes.core.encoders import build_encoder
-from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureSource
 from featinv_nodes.core.files import require_finite, write_safetensors, written_whole
 from featinv_nodes.core.guidance import NEGATIVES
 from featinv_nodes.core.sampling import PAPER_POOLED, PAPER_SAMPLING, Sampling

@@ -21,7 +21,7 @@ import diffusers
 import timm
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.images import read_image
 from featinv_nodes.worlds.drawn import DRAWN
 from training.cli import run

@@ -29,7 +29,7 @@ from featinv_nodes.core.backbones import LAST, RESIZE_MODES, Backbone
 from featinv_nodes.core.concepts import METHODS, Concepts, discover, load_directions, save_concepts
 from featinv_nodes.core.concepts.collect import Collected, Folder, Pictures, collect
 from featinv_nodes.core.concepts.statistics import concept_statistics, remarks, table, top_weights, with_statistics
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.worlds import BACKBONES, drawing_world, open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
 from training.cli import require_device, require_positive, require_weights_name, run

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.model_folder import INDEX, STEM, WHOLE
 from featinv_nodes.feature_decoders import find_decoder
 from featinv_nodes.worlds import BACKBONES, find_world

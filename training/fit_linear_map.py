@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from featinv_nodes.core.backbones import LAST
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.linear_map_files import save_linear_map
 from featinv_nodes.core.linear_maps import KINDS
 from featinv_nodes.worlds import BACKBONES, model_file, open_backbone

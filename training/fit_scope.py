@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.weights import save_scope
 from featinv_nodes.worlds import model_file
 from training.cli import model_parser, pipeline_from, require_positive, require_weights_name, run

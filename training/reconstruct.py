@@ -32,7 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featinv_nodes.core.backbones import RESIZE_MODES
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.linear_map_files import load_linear_map
 from featinv_nodes.core.mixing import compose_regions, interpolate

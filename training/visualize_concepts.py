@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from featinv_nodes.core.backbones import RESIZE_MODES
 from featinv_nodes.core.concepts import load_concepts
-from featinv_nodes.core.feature_map import FeatInvError, concatenate
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import concatenate
 from featinv_nodes.core.images import read_image
 from featinv_nodes.core.pictures import diverging, heat_map, spotlight
 from featinv_nodes.core.viz import (

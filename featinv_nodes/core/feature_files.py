@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .feature_map import FeatInvError, FeatureMap
+from .errors import FeatInvError
+from .feature_map import FeatureMap
 from .files import as_float, read_about, read_tensors, write_safetensors
 
 KEY = "featinv_features"

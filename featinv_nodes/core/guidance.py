@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .feature_map import FeatInvError, FeatureMap
+from .errors import FeatInvError
+from .feature_map import FeatureMap
 
 if TYPE_CHECKING:
     from .backbones import Backbone  # timm takes seconds to import

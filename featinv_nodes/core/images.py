@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .feature_map import FeatInvError
+from .errors import FeatInvError
 from .picture_files import SUFFIXES, look_below
 
 SMALLEST, LARGEST = 8, 16_384  # pixels per side

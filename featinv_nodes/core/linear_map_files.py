@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .feature_map import FeatInvError
+from .errors import FeatInvError
 from .files import as_float, read_about, read_tensors, write_safetensors
 from .linear_maps import LinearMap
 

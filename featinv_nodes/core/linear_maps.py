@@ -24,7 +24,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .feature_map import FeatInvError, FeatureMap, FeatureSource
+from .errors import FeatInvError
+from .feature_map import FeatureMap, FeatureSource
 from .metrics import bootstrap, cosine, cosine_per_location
 
 KINDS = ("affine", "rotation", "direction")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .feature_map import FeatInvError, FeatureMap
+from .errors import FeatInvError
+from .feature_map import FeatureMap
 
 FEW = 10  # values below which an interval is marked
 AT_ONCE = 10_000_000  # resampled values in memory

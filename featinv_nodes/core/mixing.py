@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .feature_map import FeatInvError, FeatureMap
+from .errors import FeatInvError
+from .feature_map import FeatureMap
 
 
 def interpolate(maps: Sequence[FeatureMap], weights: Sequence[float]) -> FeatureMap:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .backbones import LAST, MODULE, Backbone, LastMap
 from .digests import digest
-from .feature_map import FeatInvError
+from .errors import FeatInvError
 from .files import require_finite
 
 FORMS = ("NCHW", "NHWC", "NLC")

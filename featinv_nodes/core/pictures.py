@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from .feature_map import FeatInvError, FeatureMap
+from .errors import FeatInvError
+from .feature_map import FeatureMap
 
 SIDE = 256  # pixels that a small map is enlarged to at least, so that it can be looked at
 #: dark to bright, equal steps in lightness (colours of matplotlib's viridis)

@@ -26,7 +26,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from .feature_map import FeatInvError, FeatureMap, FeatureSource
+from .errors import FeatInvError
+from .feature_map import FeatureMap, FeatureSource
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .concepts import Concepts
-from .feature_map import FeatInvError, FeatureMap, concatenate
+from .errors import FeatInvError
+from .feature_map import FeatureMap, concatenate
 from .waiting import Check, unchecked
 
 THRESHOLD, FACTOR, SEEDS = 0.33, 0.25, 5

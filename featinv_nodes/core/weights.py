@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .encoders import build_encoder
-from .feature_map import FeatInvError, FeatureSource
+from .errors import FeatInvError
+from .feature_map import FeatureSource
 from .files import as_float, read_about, read_metadata, read_tensors, read_weights, write_safetensors, write_weights
 from .sampling import PAPER_SAMPLING
 from .scope import Scope

@@ -15,7 +15,8 @@ import latent_preview
 from comfy.controlnet import ControlBase
 from torch import Tensor
 
-from ..core.feature_map import FeatInvError, FeatureMap
+from ..core.errors import FeatInvError
+from ..core.feature_map import FeatureMap
 from ..core.viz import Edit, Visualization, VizSettings, visualize
 from .controlnet import FeatureControl
 from .latents import with_equal_noise

@@ -15,7 +15,8 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ..core.feature_map import FeatInvError, FeatureMap
+from ..core.errors import FeatInvError
+from ..core.feature_map import FeatureMap
 from ..core.scope import Scope
 from ..core.weights import InversionInfo, load_inversion, load_scope
 from ..worlds import find_world

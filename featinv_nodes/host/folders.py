@@ -12,8 +12,8 @@ import folder_paths
 
 from ..core.backbone_weights import HUB_FILES
 from ..core.checkpoints import SUFFIXES
+from ..core.errors import FeatInvError
 from ..core.feature_files import KEY
-from ..core.feature_map import FeatInvError
 from ..core.files import HUB, read_metadata, require_name
 from ..worlds import DECODERS as SHIPPED_DECODERS
 from ..worlds import World

@@ -6,7 +6,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 from ..core.weights import InversionInfo
 from .sizes import trained_size
 

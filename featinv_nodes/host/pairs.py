@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 from ..core.files import read_metadata
 from ..worlds import MODELS
 from . import folders

@@ -15,7 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 
 WHOLE, AREAS = "featinv_whole", "featinv_areas"
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import comfy.utils
 
 from ..core.digests import digest, in_full_or_half
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 from ..core.weights import InversionInfo
 
 if TYPE_CHECKING:

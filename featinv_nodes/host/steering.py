@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.feature_map import FeatInvError, FeatureMap
+from ..core.errors import FeatInvError
+from ..core.feature_map import FeatureMap
 from ..core.viz import PairedMaps
 
 #: What guidance pushes away from: the same features with the negative text (the paper), or zero features as well,

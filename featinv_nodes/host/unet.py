@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import comfy.utils
 from torch import Tensor
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 
 
 class Ratio(float):

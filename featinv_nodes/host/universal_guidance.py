@@ -13,7 +13,8 @@ from comfy.samplers import KSAMPLER
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.feature_map import FeatInvError, FeatureMap
+from ..core.errors import FeatInvError
+from ..core.feature_map import FeatureMap
 from ..core.universal_guidance import Level, NotFinite, UniversalGuidance, sample_toward
 from ..core.waiting import cancellable
 from .decoding import Decoding

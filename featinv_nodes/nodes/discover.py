@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..core.concepts import METHODS
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 from ..core.images import find_images
 from ..host import folders
 from .types import Backbone, ConceptSet, Menu, channels_first, schema

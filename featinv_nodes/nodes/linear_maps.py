@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 from ..core.linear_maps import KINDS, arithmetic, from_pairs
 from ..host import folders
 from .types import WITHOUT_MODEL, Control, Features, Linear, Menu, schema

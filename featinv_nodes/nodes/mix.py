@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..core.feature_map import FeatInvError, FeatureMap, concatenate
+from ..core.errors import FeatInvError
+from ..core.feature_map import FeatureMap, concatenate
 from .types import Backbone, Features, Menu, schema
 
 MIXES = ("interpolate", "sweep", "compose")

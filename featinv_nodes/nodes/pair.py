@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 from ..host import folders, pairs
 from ..worlds import MODELS
 from .types import Backbone, Control, Menu, schema

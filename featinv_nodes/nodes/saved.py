@@ -8,7 +8,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 from ..core.files import require_name
 from ..host import folders
 from .features import said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..core.feature_map import FeatInvError
+from ..core.errors import FeatInvError
 from ..worlds import WORLDS
 from .types import Menu, channels_last, schema
 

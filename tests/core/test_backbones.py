@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from featinv_nodes.core.backbone_opening import load_backbone, untrained_backbone
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.concepts.statistics import top_classes
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn import DRAWN
 

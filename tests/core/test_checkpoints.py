@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from featinv_nodes.core.checkpoints import read_checkpoint
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
 made = []

@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featinv_nodes.core.concepts import REST, Concepts, SparseEncoder, load_concepts, save_concepts
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.viz import affected, difference, normalised
 
 SOURCE = FeatureSource("net.tag", "last", False, 24, (3, 4), (96, 128), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

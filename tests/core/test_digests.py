@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from featinv_nodes.core.backbone_opening import load_backbone, untrained_backbone
 from featinv_nodes.core.concepts import Concepts, load_concepts, save_concepts
 from featinv_nodes.core.digests import SAMPLED, digest, in_full_or_half
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.feature_files import load_features, save_features
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
+from featinv_nodes.core.feature_map import FeatureMap, concatenate
 
 NAME = "test_resnet.r160_in1k"
 

@@ -23,7 +23,8 @@ from featinv_nodes.core.concepts import (
 from featinv_nodes.core.concepts.discovery import dependent
 from featinv_nodes.core.concepts.relevance import class_weights, relevance
 from featinv_nodes.core.concepts.statistics import Statistics, concept_statistics, top_weights
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.waiting import unchecked
 
 CHANNELS = 48

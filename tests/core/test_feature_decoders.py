@@ -14,7 +14,7 @@ from featinv_nodes import feature_decoders
 from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.concepts import Concepts
 from featinv_nodes.core.digests import digest
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.mixing import interpolate
 from featinv_nodes.core.transformers_weights import from_transformers
 from featinv_nodes.feature_decoders import find_decoder, open_feature_decoder

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource, concatenate
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource, concatenate
 from featinv_nodes.core.metadata import Source, parse
 from featinv_nodes.core.metrics import best_rows, bootstrap, cosine, cosine_per_location, frechet_distance, top_k_match
 from featinv_nodes.core.mixing import at_grid, compose, compose_regions, interpolate

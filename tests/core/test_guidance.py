@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.guidance import feature_distance, leave_inference, rms, toward_features
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import open_backbone

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.linear_map_files import load_linear_map, save_linear_map
 from featinv_nodes.core.linear_maps import KINDS, RIDGES, LinearMap, Moments, Pairs, arithmetic, from_pairs, measure
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from featinv_nodes.core.concepts import Concepts, SparseEncoder, load_concepts, save_concepts
 from featinv_nodes.core.encoders import ConvEncoder, PerceiverEncoder
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.feature_files import load_features, save_features
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.files import write_safetensors
 from featinv_nodes.core.linear_map_files import load_linear_map, save_linear_map
 from featinv_nodes.core.linear_maps import Pairs

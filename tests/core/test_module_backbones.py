@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from featinv_nodes.core.backbone_opening import load_backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.guidance import toward_features
 from featinv_nodes.core.metadata import Source, parse
 from featinv_nodes.core.module_backbones import Layer, ModuleBackbone

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.feature_files import load_features, save_features
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.images import as_rgb, as_seen, as_tensor
 from featinv_nodes.core.pictures import captioned, diverging, enlarge, heat_map, preview, principal_components
 

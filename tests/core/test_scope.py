@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.scope import (
     EDGE,
     LEVELS,

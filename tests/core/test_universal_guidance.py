@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.guidance import DISTANCES, squared_distance, toward_features
 from featinv_nodes.core.universal_guidance import (
     COSTS,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from featinv_nodes.core.concepts import REST, Concepts, SparseEncoder
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.viz import (
     PairedMaps,
     Slope,

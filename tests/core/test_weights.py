@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from featinv_nodes.core import files
 from featinv_nodes.core.encoders import ConvEncoder
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.scope import fit_scope
 from featinv_nodes.core.weights import InversionInfo, load_inversion, load_scope, read_info, save_inversion, save_scope
 

@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_image
 from featinv_nodes.core.backbone_opening import load_backbone
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.checkpoints import read_checkpoint
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import (
     BACKBONES,

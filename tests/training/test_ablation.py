@@ -6,7 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.sampling import PAPER_SAMPLING, Sampling
 from training.evaluation.metrics import RESAMPLES
 from training.experiments import ablation, ablation_rows

@@ -6,7 +6,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.images import find_images
 from training import discover_concepts, fit_linear_map, fit_scope, make_world, rank_backbones, visualize_concepts
 from training.cli import require_positive

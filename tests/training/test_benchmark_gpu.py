@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from training.config import CONFIGS, parse_arguments, read_config
 from training.speed import gpu
 from training.speed.page import Page

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from test_never_loses_work import photographs as photographs
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.worlds import open_backbone
 from training import cache
 from training.checksum import is_whole

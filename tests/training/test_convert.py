@@ -25,7 +25,7 @@ from official_checkpoint import (
 from safetensors.torch import load_file, save_file
 
 from featinv_nodes.core.encoders import ConvEncoder
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.weights import ENCODER_PREFIX, load_inversion, read_info, save_inversion
 from training import convert

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featinv_nodes.core.backbone_opening import load_backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from training import convert
 
 NAME = "test_resnet.r160_in1k"

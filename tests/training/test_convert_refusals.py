@@ -7,7 +7,7 @@ import torch
 from official_checkpoint import ARGUMENTS, BACKBONE, HIDDEN, convert_here, random_state, save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.weights import load_inversion, save_inversion
 from training import convert
 

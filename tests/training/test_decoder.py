@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from rae import backbone_of, own_decoder, trained
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.images import read_image
 from featinv_nodes.feature_decoders import open_feature_decoder
 from featinv_nodes.worlds import open_backbone

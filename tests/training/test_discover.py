@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from featinv_nodes.core.concepts import Concepts, load_concepts, sparse
 from featinv_nodes.core.concepts.collect import Folder, Pictures, collect
 from featinv_nodes.core.concepts.statistics import concept_statistics
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import discover_concepts

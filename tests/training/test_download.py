@@ -20,7 +20,7 @@ from rae import backbone_of, trained
 from safetensors.torch import load_file, save
 
 from featinv_nodes.core.backbone_opening import load_backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.model_folder import INDEX, STEM, WHOLE
 from featinv_nodes.feature_decoders import BACKBONES, open_feature_decoder
 from training import download

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from processes import exit_codes, free_port
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import evaluate
 from training.evaluation import shards

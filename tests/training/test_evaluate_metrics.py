@@ -9,7 +9,8 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.metrics import frechet_distance
 from featinv_nodes.worlds import open_backbone
 from training.evaluation import metrics

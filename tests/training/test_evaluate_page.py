@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from training.evaluation.suites.guidances import PAPER
 from training.experiments import evaluation_page
 from training.experiments.page_tables import PANELS, TABLES

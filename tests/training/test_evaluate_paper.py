@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from featinv_nodes.core.backbone_opening import untrained_backbone
-from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureSource
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file

@@ -12,7 +12,7 @@ from test_real_layout import stable_diffusion as stable_diffusion
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbone_opening import untrained_backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.files import read_metadata
 from featinv_nodes.worlds import model_file, open_backbone
 from training.evaluation.rcdm import HEADS, RCDM, load_rcdm, save_rcdm, translate

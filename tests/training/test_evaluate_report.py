@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from featinv_nodes.core.backbone_opening import untrained_backbone
 from featinv_nodes.core.backbones import LAST
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import model_file, open_backbone

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from training.evaluation.sources import class_folder, open_source, read
 
 TENCH, SHARK, FOREIGN = "n01440764", "n01484850", "n99999999"

@@ -15,7 +15,8 @@ from test_real_layout import stable_diffusion as stable_diffusion
 from timm.data import ImageNetInfo
 
 from featinv_nodes.core.backbone_opening import untrained_backbone
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.weights import InversionInfo, load_scope, read_info
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw

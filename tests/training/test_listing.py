@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from test_never_loses_work import photographs as photographs
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.images import as_seen, find_images
 from featinv_nodes.core.picture_files import without_decoder
 from training.data.batch import Unreadable, crops

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.feature_decoders import open_feature_decoder
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn import DRAWN

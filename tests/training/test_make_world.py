@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from small_world import COUNT, DEPTHS, Stopped, images_seen, maker, says, weights_of, write_network, write_photographs
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.files import is_in_8_bits
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.weights import read_info

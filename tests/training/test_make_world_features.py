@@ -8,7 +8,7 @@ import torch
 from small_world import COUNT, DEPTHS, Stopped, maker, write_network, write_photographs
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.worlds import open_backbone
 from training.models.base_model import load_base
 from training.worlds import inversion

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from training import benchmark
 from training.config import CONFIGS, read_config
 from training.experiments import transfer

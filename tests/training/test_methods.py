@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from featinv_nodes import feature_decoders as decoders
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.prediction import controlled_prediction
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.universal_guidance import COSTS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.linear_map_files import save_linear_map
 from featinv_nodes.core.linear_maps import LinearMap
 from featinv_nodes.worlds import open_backbone

@@ -15,7 +15,7 @@ from PIL import Image
 from processes import exit_codes
 from safetensors.torch import load_file
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from training import checksum
 from training.config import DEFAULT, read_config
 from training.experiments.kill_test import differences

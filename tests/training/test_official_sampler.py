@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.sampling import SOLVERS, SPACINGS, Sampling, set_timesteps
 from training.models.base_model import BaseModel

@@ -10,7 +10,7 @@ import yaml
 from killed import SMALL
 from test_never_loses_work import photographs as photographs
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
 from training import cli

@@ -17,7 +17,7 @@ from processes import exit_codes, free_port
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.objective import min_snr_weight
 from featinv_nodes.worlds import open_backbone

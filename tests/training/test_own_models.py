@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.files import write_safetensors
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.weights import read_info

@@ -10,7 +10,7 @@ from PIL import Image
 from test_methods import stand_in
 
 from featinv_nodes import feature_decoders as decoders
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.sampling import SOLVERS, PartWay, Sampling
 from featinv_nodes.feature_decoders import open_feature_decoder
 from featinv_nodes.worlds.drawn.scenes import draw

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.prediction import predicted_clean
 from featinv_nodes.core.sampling import Sampling, sample_latents
 from featinv_nodes.core.weights import InversionInfo

@@ -16,7 +16,7 @@ from PIL import Image, ImageFont
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.images import as_seen, read_image
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn import DRAWN

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from featinv_nodes.core.concepts import load_concepts, save_concepts
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.weights import read_info
 from featinv_nodes.worlds import CONCEPTS, MODELS, concepts_file, model_file, open_backbone
 from featinv_nodes.worlds.drawn import FOLDER

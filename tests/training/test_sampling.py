@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.prediction import predicted_clean, prediction_of
 from featinv_nodes.core.sampling import SOLVERS, Sampling, set_timesteps, starting_noise
 from featinv_nodes.core.weights import read_info

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.files import read_metadata, read_tensors
 from featinv_nodes.core.scope import LEVELS
 from featinv_nodes.core.weights import load_scope

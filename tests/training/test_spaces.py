@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.linear_map_files import load_linear_map
 from featinv_nodes.worlds import open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw

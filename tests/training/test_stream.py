@@ -10,7 +10,7 @@ import torch
 from killed import SMALL
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from training.config import DEFAULT, read_config
 from training.data import stream
 from training.data.listing import open_listing

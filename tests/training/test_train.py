@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.weights import load_scope
 from featinv_nodes.worlds import model_file
 from featinv_nodes.worlds.drawn.scenes import draw

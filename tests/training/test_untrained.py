@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from PIL import Image
 from safetensors.torch import save_file
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.guidance import kept_bytes
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds.drawn.scenes import draw

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from featinv_nodes.core.concepts import load_concepts
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.viz import VizSettings, difference, edit, slope
 from featinv_nodes.worlds import concepts_file
 from featinv_nodes.worlds.drawn.scenes import draw

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.images import no_images
 from featinv_nodes.core.picture_files import Found, look_below
 

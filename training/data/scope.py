@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, concatenate
 from featinv_nodes.core.images import as_seen, as_tensor
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.sampling import Sampling

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.picture_files import INDEX, LeftOut, why_left_out
 
 from ..files import write_json

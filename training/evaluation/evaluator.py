@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import LAST, Backbone
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.metrics import cosine, top_k_match
 
 #: columns of figures: name -> a value per picture [B], NaN where the measure is not defined for a picture

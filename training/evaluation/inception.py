@@ -9,7 +9,7 @@ from torch import Tensor
 
 from featinv_nodes.core.checkpoints import read_checkpoint
 from featinv_nodes.core.digests import digest
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 
 #: torch-fidelity's own file of the weights of Heusel et al. 2017; its name ends with the first digits of its SHA-256
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.metrics import FEW, bootstrap, frechet_distance
 
 RESAMPLES = {512: 100, 100_000: 20}  # of the sets' distances, by the vectors' length at most

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.checkpoints import read_checkpoint
-from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureSource
 from featinv_nodes.core.files import read_about, read_weights, write_weights
 from featinv_nodes.core.metadata import Count, Fields, Source
 from featinv_nodes.core.sampling import set_timesteps

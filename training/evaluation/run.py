@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import drawing_world
 from featinv_nodes.worlds.drawn.scenes import draw

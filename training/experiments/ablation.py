@@ -29,7 +29,7 @@ import yaml
 from accelerate import PartialState
 
 from featinv_nodes.core.backbones import LAST
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.metrics import bootstrap
 from featinv_nodes.core.sampling import PAPER_SAMPLING, Sampling
 from featinv_nodes.core.weights import read_info

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from featinv_nodes.core.backbones import LAST
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.sampling import PAPER_SAMPLING, Sampling
 
 from ..config import CONFIGS, TrainConfig, read_config

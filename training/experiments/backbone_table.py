@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "backbones.md"
 TOLERANCE = 1e-5

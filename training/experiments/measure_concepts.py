@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from featinv_nodes.core.concepts import Concepts, discover
 from featinv_nodes.core.concepts.relevance import relevance
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.viz import ROUNDS, Visualization, VizSettings, null_difference
 from featinv_nodes.worlds.drawn import DRAWN

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from featinv_nodes.core.concepts import load_concepts
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, concatenate
 from featinv_nodes.core.metrics import bootstrap, cosine
 from featinv_nodes.core.mixing import interpolate
 from featinv_nodes.core.pictures import heat_map

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 
 WARM_UP = 3
 

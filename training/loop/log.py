@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from PIL import Image
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 
 from ..files import write_text
 from ..report import save_image

@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import nn
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 
 MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes per parameter
 #: where Linux names a container's limit, by the version of its control groups

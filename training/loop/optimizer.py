@@ -7,7 +7,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 
 from ..config import TrainConfig
 from ..models.controlnet import FeatureControlNet

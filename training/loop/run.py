@@ -17,7 +17,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
 from tqdm import tqdm
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.objective import latents_from
 from featinv_nodes.core.weights import InversionInfo
 

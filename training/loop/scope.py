@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.weights import save_scope
 from featinv_nodes.worlds import drawing_world
 

@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.worlds import open_backbone
 
 from ..config import TrainConfig

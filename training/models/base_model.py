@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from torch import Tensor
 
 from featinv_nodes.core.digests import digest
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.files import HUB, require_finite
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.worlds import find_world

@@ -9,7 +9,8 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from featinv_nodes.core.encoders import build_encoder
-from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureSource
 from featinv_nodes.core.prediction import controlled_prediction
 from featinv_nodes.core.weights import InversionInfo, load_inversion, save_inversion
 

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import HfHubHTTPError, OfflineModeIsEnabled, build_hf_headers
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 
 # the bases: what the HTTP library under this version of huggingface_hub raises where there is no answer at all
 ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)

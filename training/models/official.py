@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from featinv_nodes.core.checkpoints import read_checkpoint
 from featinv_nodes.core.encoders import build_encoder
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.files import misfits, opened
 from featinv_nodes.core.weights import ENCODER_PREFIX
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.sampling import PartWay, Sampling
 from featinv_nodes.core.weights import InversionInfo, read_info

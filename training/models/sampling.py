@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.guidance import leave_inference, toward_features
 from featinv_nodes.core.prediction import in_own_precision
 from featinv_nodes.core.sampling import SOLVERS, SPACINGS, PartWay, Sampling, sample_latents, starting_noise

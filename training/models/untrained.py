@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from featinv_nodes.core.backbones import LAST, Backbone
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.guidance import guidance_weights, leave_inference, toward_features
 from featinv_nodes.core.prediction import noised, predicted_clean, prediction
 from featinv_nodes.core.sampling import PartWay, Sampling, set_timesteps

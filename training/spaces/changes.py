@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.images import read_image
 
 FORMS = "hue:DEGREES, grayscale, channels:ORDER (such as bgr), blur:SIGMA in pixels"

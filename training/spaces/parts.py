@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm import tqdm
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 
 from ..data.batch import Unreadable
 from ..evaluation.sources import Source, open_source

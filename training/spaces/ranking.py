@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import LAST, Backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.metrics import bootstrap, cosine
 from featinv_nodes.worlds import open_backbone
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap
 from featinv_nodes.core.resize import resize_bilinear
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.core.weights import InversionInfo

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 from featinv_nodes.core.sampling import Sampling

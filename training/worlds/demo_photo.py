@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from featinv_nodes.core.backbones import Backbone
 from featinv_nodes.core.concepts import discover
-from featinv_nodes.core.feature_map import FeatInvError, FeatureMap, concatenate
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureMap, concatenate
 from featinv_nodes.core.metrics import cosine_per_location
 from featinv_nodes.core.mixing import at_grid, compose, interpolate
 from featinv_nodes.core.pictures import heat_map, spotlight

@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from featinv_nodes.core.backbones import LAST, Backbone
-from featinv_nodes.core.feature_map import FeatInvError, FeatureSource
+from featinv_nodes.core.errors import FeatInvError
+from featinv_nodes.core.feature_map import FeatureSource
 from featinv_nodes.core.files import write_weights
 from training.files import write_json
 

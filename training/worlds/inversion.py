@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from featinv_nodes.core.backbones import LAST, Backbone
 from featinv_nodes.core.digests import digest
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.weights import InversionInfo
 from training.config import TrainConfig
 from training.files import write_json

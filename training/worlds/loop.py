@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.files import written_whole
 from training.loop.ema import kept_at, update_average
 from training.loop.graph import check_device, make_plain, set_lr, training_step

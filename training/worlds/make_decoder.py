@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import LAST, Backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.feature_decoders import open_feature_decoder
 from featinv_nodes.worlds import drawing_world, open_backbone

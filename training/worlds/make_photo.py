@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.metrics import cosine
 from featinv_nodes.core.patch_autoencoder import PatchAutoencoder
 from featinv_nodes.core.sampling import Sampling

@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..feature_map import FeatInvError, FeatureMap, concatenate
+from ..errors import FeatInvError
+from ..feature_map import FeatureMap, concatenate
 from ..images import find_images, read_image
 from ..waiting import Progress, unchecked
 

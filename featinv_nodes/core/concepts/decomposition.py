@@ -11,7 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..feature_map import FeatInvError, FeatureMap, FeatureSource
+from ..errors import FeatInvError
+from ..feature_map import FeatureMap, FeatureSource
 from .sparse import SparseEncoder
 
 REST = "rest"

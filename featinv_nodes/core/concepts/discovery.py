@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..feature_map import FeatInvError, FeatureSource
+from ..errors import FeatInvError
+from ..feature_map import FeatureSource
 from ..waiting import Check, Progress, attended, unchecked
 from .clustering import elastic_net_affinity, neighbour_affinity, principal, reduced, spectral_clusters
 from .decomposition import Concepts, completeness

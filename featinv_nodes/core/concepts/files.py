@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..feature_map import FeatInvError
+from ..errors import FeatInvError
 from ..files import as_float, read_about, read_tensors, write_safetensors
 from .decomposition import Concepts
 from .sparse import SparseEncoder

@@ -10,7 +10,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..feature_map import FeatInvError, FeatureMap
+from ..errors import FeatInvError
+from ..feature_map import FeatureMap
 from ..waiting import Check, unchecked
 from .decomposition import Concepts
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..feature_map import FeatInvError, FeatureMap
+from ..errors import FeatInvError
+from ..feature_map import FeatureMap
 from ..waiting import Check, attended, unchecked
 from .decomposition import Concepts, completeness
 from .relevance import class_weights, relevance

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..feature_map import FeatInvError, FeatureSource
+from ..errors import FeatInvError
+from ..feature_map import FeatureSource
 from ..files import opened
 from .decomposition import Concepts
 from .discovery import dependent, numbered

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from featinv_nodes.core.backbones import Backbone
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import find_world, model_file
 

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from featinv_nodes.core.backbones import LAST
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.metrics import top_k_match
 from featinv_nodes.worlds import find_world
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from featinv_nodes.core.backbones import LAST
-from featinv_nodes.core.feature_map import FeatInvError
+from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.sampling import Sampling
 from featinv_nodes.worlds import open_backbone
 
