@@ -247,7 +247,7 @@ def test_a_file_of_real_size_finds_its_place(measured):
         "several maps": ["one image at a time; this edit is of 3 feature maps"],
         "several maps shown": ["one image at a time; this edit is of 3 feature maps"],
         "pictures": ["5 images for the original and 3 changed maps; expected a multiple of 4"],
-        "read by another": ["what the backbone reads in the images (vit_tiny", "the edited feature map (resnet10t"],
+        "read by another": ["the backbone (vit_tiny", "the feature map (resnet10t"],
         "truncated": ["cut.safetensors", "download or copy it again"],
         "foreign": ["foreign.safetensors", "no FeatInv weights file"],
         "missing": ["none.safetensors is not in", "featinv", "press R"],

@@ -17,7 +17,7 @@ class PhotoRAE(Photo):
     side = 160
     note = (
         "Runs at once, even without a GPU: the pack contains the decoder. Load a photograph of your own: ComfyUI's"
-        " example is a drawing, which this decoder of photographs draws badly."
+        " example is a drawing, which this decoder of photographs reproduces poorly."
     )
 
     def __init__(self, graph: Graph, workflow: str) -> None:

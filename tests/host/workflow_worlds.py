@@ -128,7 +128,7 @@ class Photo(World):
     batch = ("amount", "Repeat Latent Batch")
     note = (
         "Runs at once, even without a GPU: the pack contains the models. Load a photograph of your own: ComfyUI's"
-        " example is a drawing, which these models of photographs draw badly. The layer blocks.2 keeps nearly the"
+        " example is a drawing, which these models of photographs reproduce poorly. The layer blocks.2 keeps nearly the"
         " whole photograph, blocks.4 its things, layout and colours, the last layer only the kind of thing."
     )
     second = (
