@@ -87,11 +87,11 @@ class Depths:
         """What the names of the depths mean, in a line."""
         sources = {depth: o.info.source for depth, o in self.models.items()}
         spatial = [
-            f"{depth} ({s.grid[0]} x {s.grid[1]} places, {s.channels} channels)"
+            f"{depth} ({s.grid[0]} x {s.grid[1]} locations, {s.channels} channels)"
             for depth, s in sources.items()
             if not s.pooled
         ]
-        pooled = [f"{depth} (the mean of {s.layer} over its places)" for depth, s in sources.items() if s.pooled]
+        pooled = [f"{depth} (the mean of {s.layer})" for depth, s in sources.items() if s.pooled]
         return ", ".join(spatial + pooled)
 
 
