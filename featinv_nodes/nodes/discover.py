@@ -126,7 +126,7 @@ class DiscoverConcepts(io.ComfyNode):
     def execute(cls, backbone, folder, layer, method, concepts, vectors, seed, fit, name, images=None) -> io.NodeOutput:
         from ..core.concepts import save_concepts
         from ..core.concepts.collect import Folder, Pictures
-        from ..core.concepts.statistics import remarks, table, with_statistics
+        from ..core.concepts.statistics import listing, remarks, with_statistics
         from ..host.discovery import discover_concepts
 
         if (images is None) == (not folder.strip()):
@@ -142,7 +142,7 @@ class DiscoverConcepts(io.ComfyNode):
         lines = [
             pictures.skipped(),
             f"read {collected.describe()}",
-            table(result, worth),
+            listing(result, worth),
             *remarks(result, worth),
             f"saved as {name.strip().removesuffix('.safetensors')}.safetensors" if file else "",
         ]

@@ -22,7 +22,7 @@ from featinv_nodes.core.concepts import (
 )
 from featinv_nodes.core.concepts.discovery import dependent
 from featinv_nodes.core.concepts.relevance import class_weights, relevance
-from featinv_nodes.core.concepts.statistics import Statistics, concept_statistics, top_weights
+from featinv_nodes.core.concepts.statistics import Statistics, concept_statistics, listing, table, top_weights
 from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.feature_map import FeatureMap, FeatureSource
 from featinv_nodes.core.waiting import unchecked
@@ -326,6 +326,24 @@ def test_a_head_that_reads_the_class_token_has_no_relevance():
             asked()
     result = concept_statistics(backbone, concepts, features)
     assert result.relevance == [] and result.completeness is None and result.remark.startswith("no relevance: ")
+
+
+def test_a_listing_says_what_the_table_does():
+    """On a node, whose lines are short, and on the command line."""
+    source = FeatureSource("resnet10t", "last", False, 3, (2, 2), (64, 64), (0.5,) * 3, (0.5,) * 3)
+    concepts = discover(torch.randn(40, 3, generator=generator()), source, "pca", 2)
+    result = Statistics([0.5, 0.25, 0.3], [0.6, 0.3, 0.1], 0.9, {"cat": [2.0, 0.01, 0.5]})
+    assert listing(concepts, result).splitlines() == [
+        "0 concept 0: dimension 1, 50.0% of the norm, relevance 60.0%, adds most to cat +2.0",
+        "1 concept 1: dimension 1, 25.0% of the norm, relevance 30.0%",
+        "2 rest: dimension 1, 30.0% of the norm, relevance 10.0%, adds most to cat +0.5",
+    ]
+    assert [line.split() for line in table(concepts, result).splitlines()[1:]] == [
+        ["0", "concept", "0", "1", "50.0%", "60.0%", "cat", "+2.0"],
+        ["1", "concept", "1", "1", "25.0%", "30.0%"],
+        ["2", "rest", "1", "30.0%", "10.0%", "cat", "+0.5"],
+    ]
+    assert "relevance" not in listing(concepts, Statistics(result.share))  # not known
 
 
 def test_statistics_add_up():

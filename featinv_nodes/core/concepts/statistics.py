@@ -103,6 +103,16 @@ def table(concepts: Concepts, stats: Statistics) -> str:
     return "\n".join(lines)
 
 
+def listing(concepts: Concepts, stats: Statistics) -> str:
+    """What table says, a phrase per concept, for where lines are short."""
+    lines = []
+    for i, (name, d, share) in enumerate(zip(concepts.names, dimensions(concepts), stats.share)):
+        relevant = f", relevance {stats.relevance[i]:.1%}" if stats.relevance else ""
+        classes = f", adds most to {found}" if (found := stats.classes_of(i)) else ""
+        lines.append(f"{i} {name}: dimension {d}, {share:.1%} of the norm{relevant}{classes}")
+    return "\n".join(lines)
+
+
 def dimensions(concepts: Concepts) -> list[int]:
     """Dimensions of each concept and, last, of the rest: of a linear decomposition the missing ones, of a sparse
     code all channels."""
