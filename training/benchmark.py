@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from training.cli import add_device
 from training.config import CONFIGS, TrainConfig, read_config
 from training.loop.flops import step_gmac
 from training.loop.log import device_peak, peak_memory
@@ -224,7 +225,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--small", action="store_true", help="gpu: narrow models and few images, to try it out on any computer"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     args = parser.parse_args()
     file = Path(args.config) if args.config.endswith(".yaml") else CONFIGS / f"{args.config}.yaml"
     args.config = read_config(file, {"precision": args.precision} | ({"compile": "true"} if args.compile else {}))

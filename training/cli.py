@@ -100,8 +100,7 @@ def model_parser(description: str, **defaults: float) -> argparse.ArgumentParser
             " autoencoder, backbone and encoder stay in fp32 (default fp32)"
         ),
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
+    add_device(parser)
     parser.set_defaults(**defaults)
     return parser
 
@@ -133,6 +132,12 @@ def require_positive(args: argparse.Namespace, *names: str) -> None:
         if value is not None and not (value >= 1 if whole else 0 < value < math.inf):
             expected = "at least 1" if whole else "a finite number above 0"
             raise FeatInvError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds --device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
 
 
 def require_device(name: str) -> None:

@@ -32,7 +32,7 @@ from featinv_nodes.core.concepts.statistics import concept_statistics, remarks, 
 from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.worlds import BACKBONES, drawing_world, open_backbone
 from featinv_nodes.worlds.drawn.scenes import draw
-from training.cli import require_device, require_positive, require_weights_name, run
+from training.cli import add_device, require_device, require_positive, require_weights_name, run
 from training.concepts.page import page
 from training.files import make_folder, write_text
 
@@ -77,8 +77,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/concepts.safetensors"), help="the concept file")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
+    add_device(parser)
     return parser
 
 

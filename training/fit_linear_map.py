@@ -21,14 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from featinv_nodes.core.backbones import LAST
 from featinv_nodes.core.errors import FeatInvError
 from featinv_nodes.core.linear_map_files import save_linear_map
 from featinv_nodes.core.linear_maps import KINDS
 from featinv_nodes.worlds import BACKBONES, model_file, open_backbone
-from training.cli import require_device, require_positive, require_weights_name, run
+from training.cli import add_device, require_device, require_positive, require_weights_name, run
 from training.evaluation.report import Report, to_html
 from training.files import make_folder, write_json, write_text
 from training.spaces.changes import FORMS, change_of
@@ -58,8 +56,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--drawn", type=int, default=16, help="held-out images to invert")
     parser.add_argument("--batch", type=int, default=16, help="images sampled at once")
     parser.add_argument("--out", type=Path, default=Path("out/linear_map.safetensors"), help="the file to write")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
+    add_device(parser)
     return parser
 
 

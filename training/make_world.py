@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from featinv_nodes.core.errors import FeatInvError
-from training.cli import require_device, require_positive, run
+from training.cli import add_device, require_device, require_positive, run
 from training.worlds import make_decoder, make_drawn, make_photo
 
 KINDS = {"photo": make_photo, "drawn": make_drawn, "decoder": make_decoder}
@@ -34,8 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         own = worlds.add_parser(
             name, help=summary, description=kind.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        own.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
+        add_device(own)
         own.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
         kind.add_arguments(own)
     args = parser.parse_args(argv)

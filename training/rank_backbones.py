@@ -18,10 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from featinv_nodes.worlds import BACKBONES, model_file
-from training.cli import require_device, require_positive, run
+from training.cli import add_device, require_device, require_positive, run
 from training.evaluation.report import write
 from training.files import make_folder
 from training.spaces.parts import add_parts, split
@@ -51,8 +49,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--drawn", type=int, default=32, help="held-out images that each of these inverts")
     parser.add_argument("--batch", type=int, default=16, help="images sampled at once")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="torch device (default: the GPU, if there is one)")
+    add_device(parser)
     return parser
 
 

@@ -63,15 +63,12 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
             f"{file} holds a {type(state).__name__}; expected a state dict, or a checkpoint of Lightning or timm with"
             " one. Save model.state_dict() where the model was made"
         )
-    return Checkpoint(
-        {str(name): value for name, value in state.items() if isinstance(value, Tensor)},
-        entry,
-        tuple(str(name) for name in entries if name != entry) if entry else (),
-        replaced,
-        {str(name): value for name, value in entries.items() if isinstance(value, (str, list, dict))}
-        if entry
-        else None,
-    )
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not entry:
+        return Checkpoint(tensors, replaced=replaced)
+    left = tuple(str(name) for name in entries if name != entry)
+    other = {str(name): value for name, value in entries.items() if isinstance(value, (str, list, dict))}
+    return Checkpoint(tensors, entry, left, replaced, other)
 
 
 def _loaded(file: Path) -> tuple[object, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from ..core.errors import FeatInvError
 from ..core.feature_files import KEY
 from ..core.files import HUB, read_metadata, require_name
 from ..worlds import DECODERS as SHIPPED_DECODERS
-from ..worlds import World
+from ..worlds import World, decoder_folder
 
 BACKBONES, CONTROLS, CONCEPTS = "backbones", "featinv", "featinv_concepts"
 DECODERS, LINEAR_MAPS = "featinv_decoders", "featinv_linear_maps"
@@ -119,7 +119,7 @@ def decoders() -> list[str]:
 def decoder(name: str) -> Path:
     """The folder behind a name of decoders. Raises FeatInvError, which says where it should be."""
     if (short := embedded(name, SHIPPED_DECODERS)) is not None:
-        return SHIPPED_DECODERS[short].folder / short
+        return decoder_folder(short)
     file = folder_paths.get_full_path(DECODERS, f"{name}/{CONFIG}")
     if file is None:
         asked = "Load Feature Decoder: no decoder is chosen" if name == NO_DECODER else f"{name} is not there"

@@ -20,8 +20,8 @@ class LoadFeatureDecoder(io.ComfyNode):
             aliases=ALIASES,
             says=True,
             description=(
-                "Opens a decoder that turns feature maps of one backbone in a single pass: a released one for DINOv2,"
-                " SigLIP2 or MAE (diffusers' AutoencoderRAE), or an embedded one. Local files only."
+                "Opens a decoder that turns feature maps of one backbone into images in one pass: a released one for"
+                " DINOv2, SigLIP2 or MAE (diffusers' AutoencoderRAE), or an embedded one. Local files only."
             ),
             inputs=[
                 io.Combo.Input(

@@ -85,8 +85,7 @@ class Evaluator:
     def compare(self, target: Features, pred: Features, single: Tensor | None = None) -> Columns:
         """Each compared cosine, also with the mean removed; and where there is a match, top-1 and top-5 of the
         originals' top-1 class in the backbone's first label group, with a subset of classes also among all of them; and
-        where `single` [B] holds, the top-1 match of
-        every of several label groups."""
+        where `single` [B] holds, the top-1 match of every of several label groups."""
         columns = {}
         for name, original in target.maps.items():
             columns[name] = cosine(original, pred.maps[name])

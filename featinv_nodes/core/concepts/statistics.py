@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -97,20 +98,25 @@ def with_statistics(concepts: Concepts, stats: Statistics, **about: object) -> C
 def table(concepts: Concepts, stats: Statistics) -> str:
     """Lines of: number, label, dimension, share of the norm, relevance, and the classes it adds most to."""
     lines = [f"{'':4} {'concept':20} {'dimension':>9} {'norm':>7} {'relevance':>9}  adds most to the logits of"]
-    for i, (name, d, share) in enumerate(zip(concepts.names, dimensions(concepts), stats.share)):
-        relevant = f"{stats.relevance[i]:9.1%}" if stats.relevance else f"{'-':>9}"
-        lines.append(f"{i:4} {name[:20]:20} {d:9} {share:7.1%} {relevant}  {stats.classes_of(i)}".rstrip())
+    for i, name, d, share, relevant, classes in _rows(concepts, stats):
+        lines.append(f"{i:4} {name[:20]:20} {d:9} {share:>7} {relevant or '-':>9}  {classes}".rstrip())
     return "\n".join(lines)
 
 
 def listing(concepts: Concepts, stats: Statistics) -> str:
     """What table says, a phrase per concept, for where lines are short."""
     lines = []
-    for i, (name, d, share) in enumerate(zip(concepts.names, dimensions(concepts), stats.share)):
-        relevant = f", relevance {stats.relevance[i]:.1%}" if stats.relevance else ""
-        classes = f", adds most to {found}" if (found := stats.classes_of(i)) else ""
-        lines.append(f"{i} {name}: dimension {d}, {share:.1%} of the norm{relevant}{classes}")
+    for i, name, d, share, relevant, classes in _rows(concepts, stats):
+        further = (f", relevance {relevant}" if relevant else "") + (f", adds most to {classes}" if classes else "")
+        lines.append(f"{i} {name}: dimension {d}, {share} of the norm{further}")
     return "\n".join(lines)
+
+
+def _rows(concepts: Concepts, stats: Statistics) -> Iterator[tuple[int, str, int, str, str, str]]:
+    """What table says of each concept and the rest; relevance and classes are "" where they are not known."""
+    for i, (name, d, share) in enumerate(zip(concepts.names, dimensions(concepts), stats.share)):
+        relevant = f"{stats.relevance[i]:.1%}" if stats.relevance else ""
+        yield i, name, d, f"{share:.1%}", relevant, stats.classes_of(i)
 
 
 def dimensions(concepts: Concepts) -> list[int]:
